@@ -1,0 +1,226 @@
+"""Closing: when the sequence of a site ends.
+
+A sequence closes at the first token that is an EOS, or that completes an occurrence of a stop
+string in the site's own text, or that is the last of ``max_tokens``. Stop strings are searched in
+UTF-8 bytes: the encoding is self-synchronising, so an occurrence in the bytes is one in the text,
+even where a stop string spans tokens or a character is split between two of them.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+from lmppl.lm.vocabulary import Vocabulary
+from lmppl.text import FinishReason, Text
+
+
+@dataclass(frozen=True, eq=False)
+class Closing:
+    """What closes a sequence.
+
+    With neither ``stop`` nor ``max_tokens`` nothing does, not even EOS: such a site is a prefix
+    likelihood.
+
+    Args:
+        vocabulary: the tokens of the model.
+        stop: strings that close it (one string, several, or None).
+        max_tokens: the most tokens it may have, the closing one included; None for no limit.
+
+    Raises:
+        ValueError: an empty stop string, or ``max_tokens`` below 1.
+        TypeError: one of another type.
+    """
+
+    vocabulary: Vocabulary
+    stop: tuple[str, ...] = ()
+    max_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop", _as_stop(self.stop))
+        object.__setattr__(self, "max_tokens", _as_max_tokens(self.max_tokens))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Closing):
+            return NotImplemented
+        return (
+            (self.stop, self.max_tokens) == (other.stop, other.max_tokens)
+            and self.vocabulary.eos_ids == other.vocabulary.eos_ids
+            and self.vocabulary.same_as(other.vocabulary)
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.stop, self.max_tokens))
+
+    @property
+    def closes(self) -> bool:
+        """Whether anything closes the sequence; False for a prefix likelihood."""
+        return bool(self.stop) or self.max_tokens is not None
+
+    @cached_property
+    def closing_token(self) -> int | None:
+        """One token that closes the site from any open state, or None.
+
+        A stop string that is a single token, else EOS.
+        """
+        if not self.closes:
+            return None
+        if self.vocabulary.concatenates:
+            for stop in self.stop:
+                ids = self.vocabulary.encode(stop)
+                if len(ids) == 1 and stop.encode() in self.vocabulary.token_bytes(ids[0]):
+                    return ids[0]
+        return self.vocabulary.eos_id
+
+    def start(self) -> ClosingState:
+        """The state before the first token."""
+        return ClosingState(self)
+
+    def scan(self, ids: Iterable[int]) -> tuple[int, FinishReason, str | None] | None:
+        """Where ``ids`` close: number of tokens up to there, the reason, the stop string.
+
+        None if they are still open. At one token EOS goes before stop, and stop before length.
+        """
+        state = self.start()
+        for token in ids:
+            reason = state.push(token)
+            if reason is not None:
+                return state.length, reason, state.stop
+        return None
+
+    def text(self, ids: Iterable[int]) -> Text:
+        """The value of a site whose tokens are ``ids``, open or closed by the last of them.
+
+        Raises:
+            ValueError: ``ids`` go on after they closed.
+        """
+        ids = tuple(int(t) for t in ids)
+        closed = self.scan(ids)
+        vocabulary = self.vocabulary
+        string = vocabulary.decode([t for t in ids if t not in vocabulary.eos_ids])
+        if closed is None:
+            return Text(string, ids, vocabulary)
+        length, reason, stop = closed
+        if length < len(ids):
+            raise ValueError(
+                f"{len(ids)} tokens for a sequence that closes at token {length} ({reason}): "
+                f"{string!r}"
+            )
+        body = string
+        if stop is not None:
+            # In bytes, as it was found: a half character before it decodes to a longer U+FFFD.
+            found = _first_stop(self._bytes(ids), self._stop_bytes)
+            assert found is not None
+            body = self._bytes(ids)[: found[0]].decode("utf-8", errors="replace")
+        return Text(string, ids, vocabulary, body=body, finish_reason=reason, stop=stop)
+
+    def _bytes(self, ids: Iterable[int]) -> bytes:
+        if self.vocabulary.concatenates:
+            return b"".join(map(self.vocabulary.token_bytes, ids))
+        return self.vocabulary.decode(tuple(ids)).encode()
+
+    @cached_property
+    def _stop_bytes(self) -> list[bytes]:
+        return [stop.encode() for stop in self.stop]
+
+
+class ClosingState:
+    """How far one sequence is from closing. ``push`` takes its tokens one by one.
+
+    Attributes:
+        length: tokens pushed.
+        reason: what closed it; None while it is open.
+        stop: the stop string that closed it, if one did.
+    """
+
+    __slots__ = ("_closing", "_ids", "_tail", "length", "reason", "stop")
+
+    def __init__(self, closing: Closing) -> None:
+        self._closing = closing
+        self._tail = b""  # the text's last bytes, one fewer than the longest stop string
+        self._ids: list[int] = []  # only where text is not the concatenation of its tokens
+        self.length = 0
+        self.reason: FinishReason | None = None
+        self.stop: str | None = None
+
+    def push(self, token: int) -> FinishReason | None:
+        """Add a token. Returns why the sequence closed at it, or None while it is open.
+
+        Raises:
+            ValueError: the sequence is closed already.
+        """
+        if self.reason is not None:
+            raise ValueError(f"the sequence has closed ({self.reason}) at token {self.length}")
+        closing = self._closing
+        self.length += 1
+        if not closing.closes:
+            return None
+        if token in closing.vocabulary.eos_ids:
+            self.reason = "eos"
+        elif closing.stop and self._find_stop(token):
+            self.reason = "stop"
+        elif self.length == closing.max_tokens:
+            self.reason = "length"
+        return self.reason
+
+    def copy(self) -> ClosingState:
+        """An independent copy, as a fork of the sequence needs."""
+        other = ClosingState(self._closing)
+        other._tail, other._ids = self._tail, list(self._ids)
+        other.length, other.reason, other.stop = self.length, self.reason, self.stop
+        return other
+
+    def _find_stop(self, token: int) -> bool:
+        closing = self._closing
+        vocabulary, stops = closing.vocabulary, closing._stop_bytes
+        if vocabulary.concatenates:
+            text = self._tail + vocabulary.token_bytes(token)
+            keep = max(map(len, stops)) - 1
+            self._tail = text[-keep:] if keep else b""
+        else:
+            self._ids.append(int(token))
+            text = vocabulary.decode(self._ids).encode()
+        found = _first_stop(text, stops)
+        if found is None:
+            return False
+        self.stop = closing.stop[found[1]]
+        return True
+
+
+def _first_stop(text: bytes, stops: list[bytes]) -> tuple[int, int] | None:
+    """The occurrence that ends first, and of those the longest: its start, and which stop it is."""
+    found = [(start, n) for n, stop in enumerate(stops) if (start := text.find(stop)) >= 0]
+    return min(found, key=lambda f: (f[0] + len(stops[f[1]]), f[0]), default=None)
+
+
+def _as_stop(stop: object) -> tuple[str, ...]:
+    if stop is None:
+        return ()
+    strings = (stop,) if isinstance(stop, str) else stop
+    if not isinstance(strings, Iterable):
+        raise TypeError(f"stop={stop!r}: it must be a string or a list of strings")
+    strings = tuple(strings)
+    for string in strings:
+        if not isinstance(string, str):
+            raise TypeError(f"stop={stop!r}: {string!r} is not a string")
+        if not string:
+            raise ValueError(
+                f"stop={stop!r}: a stop string must not be empty; leave stop out to have none"
+            )
+    return tuple(dict.fromkeys(str(string) for string in strings))
+
+
+def _as_max_tokens(max_tokens: object) -> int | None:
+    if max_tokens is None:
+        return None
+    try:
+        if isinstance(max_tokens, bool):
+            raise TypeError
+        number = operator.index(max_tokens)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"max_tokens={max_tokens!r}: it must be a whole number of tokens") from None
+    if number < 1:
+        raise ValueError(f"max_tokens={number}: a sequence has at least 1 token")
+    return number
