@@ -1,0 +1,109 @@
+"""Sampling by inverting the distribution function.
+
+A draw is a deterministic function of one uniform, so that random numbers belong to whoever holds
+the uniform, and a sampler's own randomness can be enumerated in tests. Two levels (sums of blocks,
+then the inside of one block) cost a fraction of ``multinomial`` on a large vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+_BLOCK = 256
+
+
+class InvalidLogits(ValueError):
+    """Logits that define no distribution: NaN or +inf among them, or all of them -inf.
+
+    Attributes:
+        row: the first such row.
+    """
+
+    def __init__(self, row: int) -> None:
+        super().__init__(
+            f"row {row} of the logits defines no distribution: it has NaN or +inf, or every token "
+            "has probability zero"
+        )
+        self.row = row
+
+
+def inverse_cdf(
+    logits: torch.Tensor,
+    uniforms: torch.Tensor,
+    temperature: float | Sequence[float] | torch.Tensor = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tokens at which each row's distribution function passes its uniform.
+
+    Args:
+        logits: (B, V), any floating dtype.
+        uniforms: (B,) float64 in [0, 1).
+        temperature: one for all rows, or (B,).
+
+    Returns:
+        tokens (B,), never one of probability zero, and their log-probabilities (B,) float32, in
+        nats, under ``softmax(logits / temperature)``.
+
+    Raises:
+        InvalidLogits: a row defines no distribution.
+    """
+    tokens, log_probs = invert(logits, uniforms, temperature)
+    invalid = torch.isnan(log_probs)
+    if invalid.any():
+        raise InvalidLogits(int(invalid.nonzero()[0, 0]))
+    return tokens, log_probs
+
+
+def invert(
+    logits: torch.Tensor,
+    uniforms: torch.Tensor,
+    temperature: float | Sequence[float] | torch.Tensor = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``inverse_cdf`` without its check, which waits for the device: an invalid row's
+    log-probability is NaN, and its token is arbitrary but within the vocabulary."""
+    logits = tempered(logits, temperature)
+    probs = torch.softmax(logits, -1, dtype=torch.float32)  # (B, V)
+    batch, size = probs.shape
+    num_blocks = -(-size // _BLOCK)
+    if size % _BLOCK:
+        probs = F.pad(probs, (0, num_blocks * _BLOCK - size))
+    blocks = probs.view(batch, num_blocks, _BLOCK)
+    # Few numbers, in float64; MPS has none.
+    home = torch.device("cpu") if probs.device.type == "mps" else probs.device
+    cdf = blocks.sum(-1).to(home).double().cumsum(-1)  # (B, number of blocks)
+    total = cdf[:, -1:]
+    target = uniforms.to(home, torch.float64).unsqueeze(-1) * total
+    block = _first_above(cdf, target)  # (B, 1)
+    below = torch.where(block > 0, cdf.gather(1, (block - 1).clamp_(min=0)), 0.0)
+    lane = block.to(probs.device).unsqueeze(-1).expand(-1, -1, _BLOCK)
+    inside = blocks.gather(1, lane).squeeze(1).to(home).double()  # (B, _BLOCK)
+    offset = _first_above(inside.cumsum(-1), target - below)
+    log_probs = (inside.gather(1, offset) / total).log().float()
+    tokens = (block * _BLOCK + offset).clamp_(max=size - 1)  # the clamp matters for NaN only
+    return tokens.to(probs.device).squeeze(-1), log_probs.to(probs.device).squeeze(-1)
+
+
+def tempered(
+    logits: torch.Tensor, temperature: float | Sequence[float] | torch.Tensor
+) -> torch.Tensor:
+    """``logits / temperature`` row by row, in float32; the very same if every temperature is 1."""
+    if isinstance(temperature, Sequence):
+        if all(t == 1.0 for t in temperature):
+            return logits
+        temperature = torch.tensor(temperature, device=logits.device)
+    if isinstance(temperature, torch.Tensor):
+        return logits.float() / temperature.float().to(logits.device).unsqueeze(-1)
+    return logits if temperature == 1.0 else logits.float() / temperature
+
+
+def _first_above(cdf: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """The first index whose value exceeds ``target``: its own mass is positive.
+
+    Rounding can push a target to the top of ``cdf``, where no index would be left: it is taken
+    just below.
+    """
+    top = cdf[:, -1:]
+    target = torch.minimum(target, torch.nextafter(top, torch.zeros_like(top)))
+    return torch.searchsorted(cdf, target, right=True).clamp_(max=cdf.shape[-1] - 1)
