@@ -197,7 +197,7 @@ def attend(
             value = value.repeat_interleave(groups, 1)
         out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
         return out.transpose(1, 2).contiguous(), None
-    prefix = cache.prefix[module.layer_idx] if shared else None  # type: ignore[index]
+    prefix = cache.prefix[module.layer_idx] if shared else None  # type: ignore[call-overload]
     bias = cache.hidden_bias(sliding_window, num_tokens, num_slots, query.device)
     block = max(1, _MAX_SCORES // (query.shape[0] * heads * (shared + num_slots)))
     outs = [
