@@ -1,0 +1,32 @@
+"""lmppl: probabilistic programming with language models, on Pyro."""
+
+from lmppl._infer import infer
+from lmppl.distributions import LMText
+from lmppl.engines import SMC, Engine, Exact, Importance, register_engine
+from lmppl.lm import LM
+from lmppl.posterior import Posterior, ZeroEvidenceError
+from lmppl.primitives import chat, lm_sample, require, tool, use
+from lmppl.runtime import ReplayError
+from lmppl.text import Text
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LM",
+    "SMC",
+    "Engine",
+    "Exact",
+    "Importance",
+    "LMText",
+    "Posterior",
+    "ReplayError",
+    "Text",
+    "ZeroEvidenceError",
+    "chat",
+    "infer",
+    "lm_sample",
+    "register_engine",
+    "require",
+    "tool",
+    "use",
+]

@@ -1,0 +1,71 @@
+"""What the sites of a trace are to a reader: which have a value, and what it looks like."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import torch
+from pyro.poutine import Trace
+from pyro.poutine.util import site_is_factor, site_is_subsample
+
+from lmppl.distributions import ToolResult
+
+
+def has_value(trace: Trace, name: str) -> bool:
+    """Whether a trace has a random variable of this name (no factor, no plate, no parameter)."""
+    node = trace.nodes.get(name)
+    return (
+        node is not None
+        and node["type"] == "sample"
+        and node["value"] is not None
+        and not site_is_subsample(node)
+        and not site_is_factor(node)
+    )
+
+
+def is_latent(trace: Trace, name: str) -> bool:
+    """Whether it is neither observed nor the result of a tool."""
+    if not has_value(trace, name):
+        return False
+    node = trace.nodes[name]
+    return not node["is_observed"] and not isinstance(node["value"], ToolResult)
+
+
+def is_continuous(node: Mapping[str, Any]) -> bool:
+    """Whether the values of a site hardly ever repeat."""
+    if isinstance(node["value"], ToolResult) or not torch.is_floating_point(node["value"]):
+        return False
+    try:
+        return not node["fn"].support.is_discrete  # a Bernoulli's values are floating-point, too
+    except (AttributeError, NotImplementedError):
+        return True
+
+
+def value_of(node: Mapping[str, Any]) -> Any:
+    """A site's value as the program saw it: ``Text``, a tool's result, or a tensor."""
+    value = node["value"]
+    if isinstance(value, ToolResult):
+        return value.result
+    text = getattr(node["fn"], "text", None)  # that of LMText
+    return value if text is None or value.dim() != 1 else text(value)
+
+
+def values_of(trace: Trace) -> dict[str, Any]:
+    """The values of all sites of a trace."""
+    return {name: value_of(trace.nodes[name]) for name in trace.nodes if has_value(trace, name)}
+
+
+def key_of(value: Any) -> Hashable:
+    """Equal for values that count as one: texts by their string, tensors by their numbers."""
+    if isinstance(value, torch.Tensor):
+        return _frozen(value.tolist())
+    try:
+        hash(value)
+    except TypeError:  # a tool may return anything
+        return repr(value)
+    return value
+
+
+def _frozen(value: Any) -> Hashable:
+    return tuple(_frozen(each) for each in value) if isinstance(value, list) else value

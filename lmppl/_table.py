@@ -1,0 +1,151 @@
+"""A posterior's summary as a table: plain text for terminals, HTML for notebooks.
+
+What a model wrote is shown as Python would show the string, never interpreted: no line breaks,
+control characters, console markup or HTML of its making reach the screen.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import shutil
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text as RichText
+
+MAX_ROWS = 10
+_BAR_WIDTH = 10
+_ABSENT = "-"  # a site that a branch of the program did not reach
+
+
+def text_table(summary: Mapping[str, Any], width: int | None = None) -> str:
+    """``Posterior.summary()`` as text no wider than ``width`` columns (default: the terminal)."""
+    width = shutil.get_terminal_size((100, 24)).columns if width is None else width
+    out = io.StringIO()
+    console = Console(
+        file=out, width=max(width, 40), color_system=None, force_terminal=False,
+        force_jupyter=False, legacy_windows=False,
+    )  # fmt: skip
+    for line in header_lines(summary):
+        console.print(RichText(line), soft_wrap=False)
+    rows: Sequence[Mapping[str, Any]] = summary["rows"]
+    if rows:
+        table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 2, 0, 0))
+        table.add_column("weight", justify="right", no_wrap=True)
+        table.add_column("", no_wrap=True, min_width=_BAR_WIDTH)
+        for name in summary["sites"]:
+            table.add_column(RichText(show(name, quote=False)), no_wrap=True, overflow="ellipsis")
+        for row in rows[:MAX_ROWS]:
+            cells = [RichText(show_in(row, name)) for name in summary["sites"]]
+            table.add_row(percent(row["weight"]), bar(row["weight"], rows[0]["weight"]), *cells)
+        console.print(table)
+    for line in footer_lines(summary):
+        console.print(RichText(line))
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+
+
+def html_table(summary: Mapping[str, Any]) -> str:
+    """``Posterior.summary()`` as HTML."""
+    rows: Sequence[Mapping[str, Any]] = summary["rows"]
+    parts = ["<div>", *(f"<div>{html.escape(line)}</div>" for line in header_lines(summary))]
+    if rows:
+        names = "".join(
+            f'<th style="text-align:left">{html.escape(show(name, quote=False))}</th>'
+            for name in summary["sites"]
+        )
+        parts.append(f"<table><thead><tr><th>weight</th><th></th>{names}</tr></thead><tbody>")
+        for row in rows[:MAX_ROWS]:
+            share = 100 * row["weight"] / rows[0]["weight"]
+            cells = "".join(
+                f'<td style="text-align:left;white-space:pre-wrap">'
+                f"{html.escape(show_in(row, name))}</td>"
+                for name in summary["sites"]
+            )
+            parts.append(
+                f"<tr><td>{percent(row['weight'])}</td>"
+                '<td><div style="width:6em;text-align:left"><div style="background:#6a8fc5;'
+                f'height:0.8em;width:{share:.0f}%"></div></div></td>{cells}</tr>'
+            )
+        parts.append("</tbody></table>")
+    parts += [f"<div>{html.escape(line)}</div>" for line in footer_lines(summary)]
+    return "".join([*parts, "</div>"])
+
+
+def header_lines(summary: Mapping[str, Any]) -> list[str]:
+    """What was run, and how far the result can be trusted."""
+    count = summary["num_samples"]
+    first = f"Posterior by {summary['engine']}: " if summary["engine"] else "Posterior: "
+    first += f"{count:,} sample{'s' * (count != 1)}"
+    if count:
+        first += f", ESS {summary['ess']:.1f} ({summary['ess'] / count:.0%})"
+    if summary["log_evidence"] is None:
+        second = "no claim about the evidence"
+    else:
+        second = f"log evidence {summary['log_evidence']:.3f} nats"
+        if summary["log_evidence_stderr"] is not None:
+            second += f" (standard error {summary['log_evidence_stderr']:.2g})"
+    cost = [
+        f"{summary[key]:,} tokens {verb}"
+        for key, verb in (("tokens_sampled", "drawn"), ("tokens_scored", "scored"))
+        if summary[key] is not None
+    ]
+    if summary["seconds"] is not None:
+        cost.append(f"{summary['seconds']:.1f} s")
+    return [first, second, *([", ".join(cost)] if cost else [])]
+
+
+def footer_lines(summary: Mapping[str, Any]) -> list[str]:
+    """What the rows leave out: further rows, numeric sites, dead samples, notes."""
+    lines = []
+    rest = summary["rows"][MAX_ROWS:]
+    if rest:
+        share = percent(sum(row["weight"] for row in rest))
+        lines.append(f"and {len(rest):,} more, together {share}")
+    for name, moments in summary["numeric"].items():
+        line = f"{show(name, quote=False)}: {show(moments['mean'])} +- {show(moments['sd'])}"
+        if moments["weight"] < 1 - 1e-9:
+            line += f" (reached in {percent(moments['weight'])})"
+        lines.append(line)
+    if summary["killed"]:
+        sites = ", ".join(
+            f"{show(name, quote=False)} ({count:,})" for name, count in summary["killed"].items()
+        )
+        lines.append(f"samples with probability zero, by the site that ended them: {sites}")
+    return lines + [f"note: {show(note, quote=False)}" for note in summary["notes"]]
+
+
+def percent(weight: float) -> str:
+    return f"{100 * weight:.1f}%"
+
+
+def bar(weight: float, largest: float) -> str:
+    """A bar of at most ten cells, in eighths."""
+    eighths = round(8 * _BAR_WIDTH * weight / largest)
+    return "█" * (eighths // 8) + ("" if eighths % 8 == 0 else "▏▎▍▌▋▊▉"[eighths % 8 - 1])
+
+
+def show_in(row: Mapping[str, Any], name: str) -> str:
+    value = row["values"].get(name)
+    return _ABSENT if value is None else show(value)
+
+
+def show(value: Any, *, quote: bool = True) -> str:
+    """One printable line that stands for a value."""
+    if isinstance(value, str):
+        # As repr writes it: escapes for what is not printable, quotes that show the blanks.
+        text = repr(str(value))
+        return text if quote else text[1:-1]
+    if isinstance(value, torch.Tensor):
+        value = value.tolist()
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, (list, tuple)):
+        shown = [show(each) for each in value[:4]] + ["..."] * (len(value) > 4)
+        return f"[{', '.join(shown)}]"
+    text = repr(value)
+    return "".join(each if each.isprintable() else " " for each in text)

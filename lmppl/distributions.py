@@ -1,0 +1,479 @@
+"""A language model as a Pyro distribution.
+
+``LMText`` is a distribution over token sequences that continue a prefix. Its values are
+right-padded ``LongTensor``s, so that everything in Pyro that stores, stacks, replays or compares
+values works; ``LMText.text`` turns a value into the ``Text`` that a program sees.
+
+The batched functions ``draw_texts`` and ``score_texts`` serve many distributions at once: the
+methods of one ``LMText`` and the runtime, which gathers the sites of many particles, both use them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from pyro.distributions.torch_distribution import TorchDistribution
+from torch.distributions import constraints
+
+from lmppl.lm import LM
+from lmppl.lm.closing import Closing
+from lmppl.lm.requests import Draw, Score, Scored
+from lmppl.text import Text
+
+PAD = -1  # never a token, so a value cannot be confused with one that ends in EOS
+
+
+class _TokenSequence(constraints.Constraint):
+    """Right-padded token sequences that the site could have produced."""
+
+    is_discrete = True
+    event_dim = 1
+
+    def __init__(self, distribution: LMText) -> None:
+        self._distribution = distribution
+        super().__init__()
+
+    def check(self, value: torch.Tensor) -> torch.Tensor:
+        width = value.shape[-1]
+        rows = [self._distribution.supports(row) for row in value.reshape(-1, width)]
+        return torch.tensor(rows).reshape(value.shape[:-1])
+
+
+class LMText(TorchDistribution):
+    """Distribution of the text with which a language model continues a prefix.
+
+    Which token sequences it ranges over is set by its arguments:
+
+    - ``max_tokens`` (and ``stop``): sequences that close at the first token that is an EOS or that
+      completes a stop string, at the latest at ``max_tokens``, with density
+      ``prod_k p(t_k | prefix, t_<k)``. It sums to one.
+    - ``choices``: a categorical over whole strings, ``softmax(log p(tokens) / temperature)``.
+    - ``num_tokens``: exactly that many tokens, nothing closes: the probability that the
+      continuation *begins so* (what an observed site without ``stop`` and ``max_tokens`` scores).
+
+    Args:
+        lm: the language model.
+        prefix: a ``str``, a ``Text`` or a list of them.
+        max_tokens: the largest number of tokens, the closing one included.
+        stop: a stop string or several; the one that closes belongs to the value.
+        choices: whole strings to choose from.
+        temperature: every next-token distribution is renormalised as ``p ** (1 / temperature)``.
+        num_tokens: see above; excludes ``max_tokens``, ``stop`` and ``choices``.
+
+    Shapes: ``batch_shape`` is ``()`` (see ``expand`` and ``batch``), ``event_shape`` is
+    ``(max_tokens,)``; a value is a ``LongTensor`` of token ids, padded on the right with -1.
+
+    Raises:
+        ValueError: for arguments that define no distribution.
+    """
+
+    arg_constraints: dict[str, constraints.Constraint] = {}
+    has_rsample = False
+
+    def __init__(
+        self,
+        lm: LM,
+        prefix: str | Sequence[str],
+        *,
+        max_tokens: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        choices: Sequence[str] | None = None,
+        temperature: float = 1.0,
+        num_tokens: int | None = None,
+    ) -> None:
+        stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
+        temperature = float(temperature)
+        if not (temperature > 0 and math.isfinite(temperature)):
+            raise ValueError(f"temperature={temperature}: it must be a positive number")
+        if num_tokens is not None and (max_tokens is not None or stops or choices is not None):
+            raise ValueError("num_tokens excludes max_tokens, stop and choices")
+        if choices is not None and max_tokens is not None:
+            raise ValueError(
+                "choices are whole strings, so they exclude max_tokens: drop one of the two"
+            )
+        if max_tokens is None and choices is None and num_tokens is None:
+            raise ValueError(
+                "a distribution over text needs max_tokens (the largest number of tokens, stop or "
+                "not) or choices (whole strings)"
+            )
+        if max_tokens is not None and (not isinstance(max_tokens, int) or max_tokens < 1):
+            raise ValueError(f"max_tokens={max_tokens!r}: it must be an int of at least 1")
+        self.lm = lm
+        self.closing = Closing(lm.vocabulary, stops, None if choices is not None else max_tokens)
+        self.temperature = temperature
+        self.choices = None if choices is None else _encode_choices(lm, choices, stops)
+        self._rows: tuple[tuple[int, ...], ...] = (lm.encode(prefix),)
+        if self.choices is not None:
+            width = max(len(choice) for choice in self.choices)
+        else:
+            width = max_tokens if max_tokens is not None else num_tokens or 0
+        super().__init__(torch.Size(()), torch.Size((width,)), validate_args=False)
+
+    @classmethod
+    def batch(cls, lm: LM, prefixes: Sequence[Any], **kwargs: Any) -> LMText:
+        """A batch of distributions that differ in their prefix: ``batch_shape == (len(prefixes),)``."""
+        if not prefixes:
+            raise ValueError("LMText.batch needs at least one prefix")
+        rows = [cls(lm, prefix, **kwargs) for prefix in prefixes]
+        return rows[0]._with_rows(tuple(row.prefix_ids for row in rows), (len(rows),))
+
+    def _with_rows(self, rows: tuple[tuple[int, ...], ...], batch_shape: Sequence[int]) -> LMText:
+        new = object.__new__(type(self))
+        new.__dict__.update(self.__dict__)
+        new._rows = rows
+        TorchDistribution.__init__(
+            new, torch.Size(batch_shape), self.event_shape, validate_args=False
+        )
+        return new
+
+    def with_prefix_ids(self, prefix_ids: tuple[int, ...], lm: LM, temperature: float) -> LMText:
+        """The same support after another prefix, under another model and temperature."""
+        new = self._with_rows((prefix_ids,), ())
+        new.lm, new.temperature = lm, temperature
+        return new
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> LMText:
+        index = torch.arange(len(self._rows)).reshape(self.batch_shape).expand(batch_shape)
+        rows = tuple(self._rows[i] for i in index.reshape(-1).tolist())
+        return self._with_rows(rows, tuple(batch_shape))
+
+    # --- what it is ---------------------------------------------------------------------------
+
+    @property
+    def prefix_ids(self) -> tuple[int, ...]:
+        """The tokens of the prefix (of an unbatched distribution)."""
+        if len(self._rows) != 1:
+            raise ValueError(f"a batch of shape {tuple(self.batch_shape)} has no single prefix")
+        return self._rows[0]
+
+    @property
+    def has_enumerate_support(self) -> bool:  # type: ignore[override]
+        return self.choices is not None
+
+    @property
+    def support(self) -> constraints.Constraint:
+        return _TokenSequence(self)
+
+    def same_as(self, other: Any) -> bool:
+        """Whether ``other`` is the same distribution: prefix tokens, support, temperature, model."""
+        return (
+            isinstance(other, LMText)
+            and self._rows == other._rows
+            and self.batch_shape == other.batch_shape
+            and self.event_shape == other.event_shape
+            and self.choices == other.choices
+            and self.closing.stop == other.closing.stop
+            and self.closing.max_tokens == other.closing.max_tokens
+            and self.temperature == other.temperature
+            and self.lm is other.lm
+        )
+
+    def __repr__(self) -> str:
+        prefix = self.lm.vocabulary.decode(self._rows[0][-24:])
+        return f"LMText({self.lm.name}, ...{prefix!r}, event_shape={tuple(self.event_shape)})"
+
+    # --- tokens, values and texts -------------------------------------------------------------
+
+    @property
+    def num_uniforms(self) -> int:
+        """How many uniforms a draw takes: one a token, or one for a choice."""
+        return 1 if self.choices is not None else self.event_shape[0]
+
+    def value(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """Token ids as a right-padded value, shape ``event_shape``."""
+        width = self.event_shape[0]
+        return torch.tensor(list(token_ids) + [PAD] * (width - len(token_ids)), dtype=torch.long)
+
+    def token_ids(self, value: torch.Tensor) -> tuple[int, ...]:
+        """The tokens of one value, without the padding."""
+        ids = value.tolist()
+        return tuple(ids[: ids.index(PAD)] if PAD in ids else ids)
+
+    def text(self, value: torch.Tensor) -> Text:
+        """The ``Text`` of one value."""
+        return self.closing.text(self.token_ids(value))
+
+    def encode(self, obs: str) -> torch.Tensor:
+        """A string as a value of this distribution, shape ``event_shape``.
+
+        Raises:
+            ValueError: where the site could not have produced it.
+        """
+        if self.choices is None:
+            ids = self.lm.encode_observed(obs, self.closing)
+        else:
+            ids = obs.token_ids if isinstance(obs, Text) else self.lm.vocabulary.encode(obs)
+            closed = [ids + self.lm.vocabulary.encode(stop) for stop in self.closing.stop]
+            ids = next((each for each in (ids, *closed) if each in self.choices), ids)
+            if ids not in self.choices:
+                allowed = [self.lm.vocabulary.decode(choice) for choice in self.choices]
+                raise ValueError(f"{str(obs)!r} is none of the choices {allowed}")
+        if len(ids) > self.event_shape[0]:
+            raise ValueError(
+                f"{str(obs)!r} has {len(ids)} tokens, the site holds {self.event_shape[0]}"
+            )
+        return self.value(ids)
+
+    def supports(self, value: torch.Tensor) -> bool:
+        """Whether one value is a sequence that the site could have produced."""
+        raw = value.tolist()
+        ids = self.token_ids(value)
+        if any(token != PAD for token in raw[len(ids) :]) or any(token < 0 for token in ids):
+            return False
+        if any(token >= self.lm.vocabulary.size for token in ids):
+            return False
+        if self.choices is not None:
+            return ids in self.choices
+        if self.closing.max_tokens is None:
+            return len(ids) == self.event_shape[0]
+        closed = self.closing.scan(ids)
+        return closed is not None and closed[0] == len(ids)
+
+    # --- the distribution ---------------------------------------------------------------------
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> torch.Tensor:
+        """Shape ``sample_shape + batch_shape + (max_tokens,)``; uses torch's random stream."""
+        shape = torch.Size(sample_shape) + self.batch_shape
+        repeats = torch.Size(sample_shape).numel()
+        members = [self._with_rows((row,), ()) for row in self._rows] * repeats
+        uniforms = [torch.rand(self.num_uniforms, dtype=torch.float64) for _ in members]
+        values = [value for value, _ in draw_texts(members, uniforms)]
+        return torch.stack(values).reshape(shape + self.event_shape)
+
+    def log_prob(self, value: torch.Tensor) -> torch.Tensor:
+        """Log-density in nats, shape ``value.shape[:-1]`` broadcast with ``batch_shape``.
+
+        ``-inf`` for a value that the site could not have produced. Differentiable with respect to
+        the parameters of ``lm`` that require a gradient.
+        """
+        if value.shape[-1:] != self.event_shape:
+            raise ValueError(
+                f"a value of this site has event shape {tuple(self.event_shape)}, "
+                f"given shape {tuple(value.shape)}"
+            )
+        shape = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
+        values = value.expand(shape + self.event_shape).reshape(-1, self.event_shape[0])
+        index = torch.arange(len(self._rows)).reshape(self.batch_shape).expand(shape).reshape(-1)
+        members = [self._with_rows((self._rows[i],), ()) for i in index.tolist()]
+        scored = score_texts(members, list(values), grad=torch.is_grad_enabled())
+        return torch.stack([log_prob for log_prob, _ in scored]).reshape(shape)
+
+    def enumerate_support(self, expand: bool = True) -> torch.Tensor:
+        """All choices, shape ``(num_choices,) + batch_shape + event_shape``."""
+        if self.choices is None:
+            raise NotImplementedError("only a site with choices= enumerates its support")
+        values = torch.stack([self.value(choice) for choice in self.choices])
+        values = values.reshape((-1,) + (1,) * len(self.batch_shape) + tuple(self.event_shape))
+        if expand:
+            values = values.expand((-1,) + tuple(self.batch_shape) + tuple(self.event_shape))
+        return values
+
+
+def _encode_choices(
+    lm: LM, choices: Sequence[str], stops: tuple[str, ...]
+) -> tuple[tuple[int, ...], ...]:
+    """Canonical tokens of each choice, followed by the first stop string where there is one."""
+    if isinstance(choices, str) or not choices:
+        raise ValueError(f"choices={choices!r}: give a list of at least one string")
+    if any(not isinstance(choice, str) or not choice for choice in choices):
+        raise ValueError(f"choices={list(choices)!r}: every choice must be a non-empty string")
+    suffix = stops[0] if stops else ""
+    encoded = [
+        tuple(choice.token_ids) if isinstance(choice, Text) and not suffix
+        else lm.vocabulary.encode(str(choice) + suffix)
+        for choice in choices
+    ]  # fmt: skip
+    for i, first in enumerate(encoded):
+        for j, second in enumerate(encoded):
+            if i < j and (first == second or str(choices[i]) == str(choices[j])):
+                raise ValueError(f"choices holds {str(choices[i])!r} twice: give each once")
+            if i != j and not suffix and second[: len(first)] == first:
+                raise ValueError(
+                    f"choice {str(choices[i])!r} is a prefix of {str(choices[j])!r}: give stop= "
+                    "(a string that ends each), or choices of which none begins another"
+                )
+    return tuple(encoded)
+
+
+# --- many at once ------------------------------------------------------------------------------
+
+
+def draw_texts(
+    distributions: Sequence[LMText],
+    uniforms: Sequence[torch.Tensor],
+    names: Sequence[str] | None = None,
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Draw one value of each (unbatched) distribution.
+
+    Args:
+        distributions: N distributions, of any models, prefixes and kinds.
+        uniforms: for each, ``(num_uniforms,)`` float64 in [0, 1).
+        names: the sites' names, for error messages.
+
+    Returns:
+        N pairs: a value of shape ``event_shape``, and its log-density (0-d float32, nats) under
+        the very logits that it was drawn from.
+    """
+    names = names or [""] * len(distributions)
+    results: list[Any] = [None] * len(distributions)
+    sequences: dict[LM, list[int]] = {}
+    chosen = [i for i, d in enumerate(distributions) if d.choices is not None]
+    for i, d in enumerate(distributions):
+        if d.choices is None:
+            sequences.setdefault(d.lm, []).append(i)
+    for lm, members in sequences.items():
+        draws = [draw_request(distributions[i], uniforms[i], names[i]) for i in members]
+        for i, drawn in zip(members, lm.draw(draws), strict=True):
+            value = distributions[i].value(drawn.token_ids)
+            results[i] = (value, drawn.log_probs.sum())
+    if chosen:
+        tables = choice_log_probs([distributions[i] for i in chosen], [names[i] for i in chosen])
+        for i, table in zip(chosen, tables, strict=True):
+            d = distributions[i]
+            assert d.choices is not None
+            k = _inverse_cdf(table, float(uniforms[i][0]))
+            results[i] = (d.value(d.choices[k]), table[k])
+    return results
+
+
+def draw_request(d: LMText, uniforms: torch.Tensor, name: str) -> Draw:
+    return Draw(d.prefix_ids, d.closing, uniforms, d.temperature, name)
+
+
+def score_texts(
+    distributions: Sequence[LMText],
+    values: Sequence[torch.Tensor],
+    names: Sequence[str] | None = None,
+    *,
+    grad: bool = False,
+    closing: bool = False,
+) -> list[tuple[torch.Tensor, Scored | None]]:
+    """Score one value under each (unbatched) distribution.
+
+    Args:
+        distributions: N distributions, of any models, prefixes and kinds.
+        values: for each, a value of shape ``event_shape``.
+        names: the sites' names, for error messages.
+        grad: keep the graph to the models' parameters that require a gradient.
+        closing: also score the site's closing token at every position (``Scored``).
+
+    Returns:
+        N pairs: the log-density (0-d float32, nats; ``-inf`` outside the support), and its
+        terms token by token (None for choices and outside the support).
+    """
+    names = names or [""] * len(distributions)
+    results: list[Any] = [None] * len(distributions)
+    by_lm: dict[LM, list[tuple[int, Score]]] = {}
+    chosen: list[int] = []
+    for i, (d, value) in enumerate(zip(distributions, values, strict=True)):
+        if not d.supports(value):
+            results[i] = (torch.tensor(-math.inf), None)
+        elif d.choices is not None:
+            chosen.append(i)
+        elif not d.token_ids(value):
+            results[i] = (torch.tensor(0.0), None)  # an empty prefix likelihood
+        else:
+            c = d.closing.closing_token if closing else None
+            request = Score(d.prefix_ids, d.token_ids(value), d.temperature, c, names[i])
+            by_lm.setdefault(d.lm, []).append((i, request))
+    for lm, requests in by_lm.items():
+        scored = lm.score([request for _, request in requests], grad=grad)
+        for (i, _), each in zip(requests, scored, strict=True):
+            results[i] = (each.log_probs.sum(), each)
+    if chosen:
+        tables = choice_log_probs(
+            [distributions[i] for i in chosen], [names[i] for i in chosen], grad=grad
+        )
+        for i, table in zip(chosen, tables, strict=True):
+            d = distributions[i]
+            assert d.choices is not None
+            results[i] = (table[d.choices.index(d.token_ids(values[i]))], None)
+    return results
+
+
+def choice_log_probs(
+    distributions: Sequence[LMText], names: Sequence[str], *, grad: bool = False
+) -> list[torch.Tensor]:
+    """For each distribution, normalised log-probabilities of its choices, ``(num_choices,)``."""
+    by_lm: dict[LM, list[tuple[int, Score]]] = {}
+    for i, (d, name) in enumerate(zip(distributions, names, strict=True)):
+        assert d.choices is not None
+        # The temperature applies to whole strings, so tokens are scored at 1.
+        for choice in d.choices:
+            by_lm.setdefault(d.lm, []).append((i, Score(d.prefix_ids, choice, name=name)))
+    terms: list[list[torch.Tensor]] = [[] for _ in distributions]
+    for lm, requests in by_lm.items():
+        scored = lm.score([request for _, request in requests], grad=grad)
+        for (i, _), each in zip(requests, scored, strict=True):
+            terms[i].append(each.log_probs.sum())
+    return [
+        torch.log_softmax(torch.stack(each) / d.temperature, -1)
+        for each, d in zip(terms, distributions, strict=True)
+    ]
+
+
+def _inverse_cdf(log_probs: torch.Tensor, u: float) -> int:
+    """The index at which the cumulative distribution first exceeds u; never one of probability 0."""
+    cumulative = log_probs.double().exp().cumsum(-1)
+    target = torch.tensor(u * float(cumulative[-1]), dtype=torch.float64)
+    k = int(torch.searchsorted(cumulative, target, right=True))
+    positive = torch.nonzero(log_probs > -math.inf)
+    return min(k, int(positive[-1]))
+
+
+# --- results of tools ----------------------------------------------------------------------------
+
+
+class ToolResult(torch.Tensor):
+    """Any Python object as the value of a Pyro site: a 0-d tensor that carries ``.result``.
+
+    Pyro's ``Predictive`` stacks the values of all sites; a tool's result may be anything, so the
+    trace holds this tensor (always 0) and the object rides on it.
+    """
+
+    result: Any
+    error: Exception | None
+
+    @staticmethod
+    def wrap(result: Any, error: Exception | None = None) -> ToolResult:
+        self = torch.zeros(()).as_subclass(ToolResult)
+        self.result, self.error = result, error
+        return self
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"ToolResult({getattr(self, 'result', None)!r})"
+
+
+class ToolCall(TorchDistribution):
+    """A call of a Python function as a site: sampling calls it, and its density is 1.
+
+    Args:
+        fn: the function; called once per particle.
+        args: its arguments.
+        on_error: ``"raise"``, or ``"reject"``: an exception gives the site probability zero.
+    """
+
+    arg_constraints: dict[str, constraints.Constraint] = {}
+    has_rsample = False
+
+    def __init__(self, fn: Callable[..., Any], args: tuple[Any, ...], on_error: str) -> None:
+        self.fn, self.call_args, self.on_error = fn, args, on_error
+        super().__init__(validate_args=False)
+
+    @property
+    def support(self) -> constraints.Constraint:
+        return constraints.real
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> torch.Tensor:
+        try:
+            return ToolResult.wrap(self.fn(*self.call_args))
+        except Exception as error:
+            if self.on_error == "reject":
+                return ToolResult.wrap(None, error)
+            raise
+
+    def log_prob(self, value: torch.Tensor) -> torch.Tensor:
+        return torch.tensor(-math.inf if getattr(value, "error", None) is not None else 0.0)

@@ -1,0 +1,94 @@
+"""Resampling: turn weighted particles into equally weighted ones.
+
+Each scheme returns ancestors with ``E[number of copies of i] = N * weight_i``, so estimates stay
+unbiased. They differ in variance. Weights are float64, and a particle of weight zero is never
+chosen, whatever the uniforms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+Scheme = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
+
+
+def multinomial(weights: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Independent draws. ``weights``: (N,) float64, any positive scale. Returns (N,) ancestors."""
+    n = len(weights)
+    return inverse_cdf(weights, torch.rand(n, generator=generator, dtype=torch.float64))
+
+
+def stratified(weights: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """One draw in each of N equal strata (Kitagawa, 1996)."""
+    n = len(weights)
+    jitter = torch.rand(n, generator=generator, dtype=torch.float64)
+    return inverse_cdf(weights, (torch.arange(n, dtype=torch.float64) + jitter) / n)
+
+
+def systematic(weights: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """One draw shared by N equal strata (Carpenter et al., 1999)."""
+    n = len(weights)
+    jitter = torch.rand(1, generator=generator, dtype=torch.float64)
+    return inverse_cdf(weights, (torch.arange(n, dtype=torch.float64) + jitter) / n)
+
+
+def residual(weights: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """``floor(N w)`` copies of each for certain, the rest multinomially (Liu and Chen, 1998)."""
+    n = len(weights)
+    expected = n * weights / weights.sum()
+    copies = expected.floor().long()
+    certain = torch.repeat_interleave(torch.arange(n), copies)
+    missing = n - len(certain)
+    if missing <= 0:
+        return certain[:n]
+    uniforms = torch.rand(missing, generator=generator, dtype=torch.float64)
+    rest = expected - copies
+    if float(rest.sum()) <= 0.0:  # rounding left no remainder to draw from
+        rest = weights
+    return torch.cat([certain, inverse_cdf(rest, uniforms)])
+
+
+SCHEMES: dict[str, Scheme] = {
+    "multinomial": multinomial,
+    "stratified": stratified,
+    "systematic": systematic,
+    "residual": residual,
+}
+
+
+def inverse_cdf(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """For each u in [0, 1), the first index whose cumulative weight exceeds u times the total."""
+    cumulative = weights.double().cumsum(0)
+    index = torch.searchsorted(cumulative, uniforms * cumulative[-1], right=True)
+    # Rounding may push u * total up to the total itself: the last index of positive weight.
+    return index.clamp_max(int(torch.nonzero(weights > 0)[-1]))
+
+
+def settle_in_place(ancestors: torch.Tensor) -> torch.Tensor:
+    """The same offspring, reordered so that survivors keep their own slot (fewer copies to make)."""
+    n = len(ancestors)
+    copies = torch.bincount(ancestors, minlength=n)
+    placed = torch.full((n,), -1, dtype=torch.long)
+    own = copies > 0
+    placed[own] = torch.arange(n)[own]
+    spare = torch.repeat_interleave(torch.arange(n), (copies - own.long()))
+    placed[~own] = spare
+    return placed
+
+
+def ess(log_weights: torch.Tensor) -> float:
+    """Kish's effective sample size, (sum w)^2 / sum w^2; 0 if all weights are zero."""
+    log_weights = log_weights.double()
+    top = log_weights.max()
+    if top == -torch.inf:
+        return 0.0
+    weights = (log_weights - top).exp()
+    return float(weights.sum() ** 2 / (weights**2).sum())
+
+
+def log_mean_exp(log_weights: torch.Tensor) -> float:
+    """log of the mean weight (nats)."""
+    n = log_weights.numel()
+    return float(torch.logsumexp(log_weights.double(), 0) - torch.tensor(float(n)).log())

@@ -1,0 +1,266 @@
+"""Sequential Monte Carlo over the latent sites of a program.
+
+    particles run to their first latent site; log w_i = 0, log Z = 0
+    until all have ended:
+        every particle draws its latent site (from the guide, or the program's prior)
+        and runs on, scoring observations and factors, to the next latent site: the *barrier*
+        log w_i += log p - log q of what happened since the last barrier
+        if ESS(w) < threshold * N:
+            log Z += log mean w;  ancestors ~ w;  fork;  log w = 0
+    log w_i += log Z
+
+``mean(w)`` is an unbiased estimate of the evidence at every number of particles and threshold
+(Del Moral, 2004, section 7.4). Particles meet at barriers, because comparing one that has paid for its
+observation with one that has not would favour whoever pays late.
+
+*Within* a site nothing distinguishes one partial text from another unless a twist does (twisted
+SMC; Zhao et al., 2024, arXiv 2404.17546): with log psi of the text so far, the weights inside the
+site are multiplied by psi_t / psi_{t-1}, and by 1 / psi at the close, so that twists telescope and
+change no expectation. Without a twist and with the prior as proposal, SMC on a program with one
+latent site *is* importance sampling with resampling.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from lmppl import runtime
+from lmppl.distributions import LMText, draw_request
+from lmppl.engines.base import Meter, finish, proposer_factory
+from lmppl.engines.resampling import SCHEMES, ess, log_mean_exp, settle_in_place
+from lmppl.lm.decoding import Decoding
+from lmppl.posterior import Posterior
+from lmppl.runtime import Given, Particle
+from lmppl.text import Text
+
+Twist = Callable[[Text], float]
+"""log psi (nats) of a site's text so far; finite wherever a completion has mass."""
+
+
+@dataclass(frozen=True)
+class SMC:
+    """Sequential Monte Carlo.
+
+    Args:
+        ess_threshold: resample when the effective sample size falls below this fraction of N;
+            0: never, 1: at every barrier.
+        resampling: ``"systematic"``, ``"stratified"``, ``"multinomial"`` or ``"residual"``.
+        twist: how texts are compared within a site. None: not at all. ``"lookahead"``: by the
+            likelihood of what follows in the program, up to the next latent site, were the
+            text closed here. A callable ``twist(text) -> float`` gives log psi of a site's text so
+            far; a dict gives callables by site name.
+    """
+
+    ess_threshold: float = 0.5
+    resampling: Literal["systematic", "stratified", "multinomial", "residual"] = "systematic"
+    twist: Literal["lookahead"] | Twist | Mapping[str, Twist] | None = None
+
+    name = "smc"
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.ess_threshold <= 1.0:
+            raise ValueError(
+                f"ess_threshold={self.ess_threshold}: it is a fraction of the number of particles, "
+                "between 0 (never resample) and 1 (at every barrier)"
+            )
+        if self.resampling not in SCHEMES:
+            raise ValueError(f"resampling={self.resampling!r}, allowed: {sorted(SCHEMES)}")
+        if isinstance(self.twist, str) and self.twist != "lookahead":
+            raise ValueError(
+                f"twist={self.twist!r}, allowed: None, 'lookahead', a callable that gives log psi "
+                "of a text, or a dict of callables by site name"
+            )
+
+    def run(
+        self,
+        model: Callable[..., Any],
+        *args: Any,
+        num_samples: int = 64,
+        guide: Any = None,
+        seed: int | None = None,
+        progress: bool | None = None,
+        callback: Callable[[dict[str, Any]], None] | None = None,
+    ) -> Posterior:
+        """The posterior of ``model(*args)`` as ``num_samples`` weighted traces.
+
+        Raises:
+            ZeroEvidenceError: if at some barrier every particle has weight zero; it carries the
+                posterior.
+        """
+        seed = runtime.fresh_seed(seed)
+        generator = torch.Generator().manual_seed(seed % 2**63)
+        proposer = proposer_factory(guide, args)
+        with Meter(self.name, progress, callback) as meter:
+            particles = runtime.start(model, args, num_samples, seed=seed, proposer=proposer)
+            with runtime.closing(particles):
+                log_weights = torch.zeros(num_samples, dtype=torch.float64)
+                log_evidence, barrier, resamplings = 0.0, 0, 0
+                while True:
+                    runtime.settle(particles)
+                    for i, particle in enumerate(particles):
+                        log_weights[i] += particle.take_log_weight()
+                        if log_weights[i] == -math.inf and not particle.finished:
+                            particle.close()
+                    size = ess(log_weights)
+                    unfinished = sum(not p.finished for p in particles)
+                    meter.report(
+                        stage=barrier, ess=size, finished=num_samples - unfinished, of=num_samples
+                    )
+                    if not unfinished or size == 0.0:
+                        break
+                    if size < self.ess_threshold * num_samples:
+                        log_evidence += log_mean_exp(log_weights)
+                        ancestors = self._ancestors(log_weights, generator)
+                        particles[:] = _fork(particles, ancestors)
+                        log_weights.zero_()
+                        resamplings += 1
+                    resamplings += self._draw(particles, log_weights, generator)
+                    barrier += 1
+            return finish(
+                self.name,
+                particles,
+                log_weights + log_evidence,
+                meter,
+                iid=False,
+                resamplings=resamplings,
+            )
+
+    def _ancestors(self, log_weights: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        weights = (log_weights - log_weights.max()).exp()
+        return settle_in_place(SCHEMES[self.resampling](weights, generator))
+
+    def _draw(
+        self, particles: list[Particle], log_weights: torch.Tensor, generator: torch.Generator
+    ) -> int:
+        """Every waiting particle draws its site. Returns the number of resamplings within it."""
+        twisted = [
+            i
+            for i, particle in enumerate(particles)
+            if particle.waiting is not None
+            and particle.waiting.kind == "draw"
+            and particle.waiting.fn.choices is None
+            and self._twist_of(particle.waiting.name) is not None
+        ]
+        chosen = set(twisted)
+        # First: a fork of one of these still waits at its draw, which the others have behind them.
+        resamplings = 0
+        if twisted:
+            resamplings = self._draw_twisted(particles, twisted, log_weights, generator)
+        runtime.draw([p for i, p in enumerate(particles) if i not in chosen])
+        return resamplings
+
+    def _draw_twisted(
+        self,
+        particles: list[Particle],
+        members: Sequence[int],
+        log_weights: torch.Tensor,
+        generator: torch.Generator,
+    ) -> int:
+        """Draw token by token, resampling among ``members`` under the twisted target."""
+        waits = [particles[i].waiting for i in members]
+        requests = [(w.fn.lm, draw_request(w.fn, w.uniforms, w.name)) for w in waits]  # type: ignore
+        decoding = Decoding(requests)
+        programs = list(members)  # whose program each slot carries
+        log_psi = torch.zeros(len(members), dtype=torch.float64)
+        index = torch.tensor(members)
+        resamplings = 0
+        while not decoding.done:
+            decoding.step()
+            previous = log_psi
+            log_psi = self._log_psi(particles, programs, decoding, previous)
+            log_weights[index] += log_psi - previous
+            part = log_weights[index]
+            if not decoding.done and ess(part) < self.ess_threshold * len(members):
+                ancestors = self._ancestors(part, generator)
+                log_weights[index] = log_mean_exp(part)
+                decoding.select(ancestors.tolist())
+                programs = [programs[a] for a in ancestors.tolist()]
+                log_psi = log_psi[ancestors]
+                resamplings += 1
+        before = list(particles)
+        # Forks first: they replay particles that still wait at this draw.
+        for slot, program in zip(members, programs, strict=True):
+            if program != slot:
+                particles[slot] = before[program].fork(streams=before[slot])
+        for slot, program in zip(members, programs, strict=True):
+            if program != slot:
+                before[slot].close()
+        for slot, drawn in zip(members, decoding.results(), strict=True):
+            wait = particles[slot].waiting
+            assert wait is not None
+            particles[slot].resume((wait.fn.value(drawn.token_ids), drawn.log_probs.sum()))
+        return resamplings
+
+    def _twist_of(self, name: str) -> Any:
+        return self.twist.get(name) if isinstance(self.twist, Mapping) else self.twist
+
+    def _log_psi(
+        self,
+        particles: Sequence[Particle],
+        programs: Sequence[int],
+        decoding: Decoding,
+        previous: torch.Tensor,
+    ) -> torch.Tensor:
+        """log psi of every slot's text so far, (M,); 0 at the close."""
+        log_psi = torch.zeros_like(previous)
+        still_open = [k for k, reason in enumerate(decoding.reasons) if reason is None]
+        if not still_open:
+            return log_psi
+        waits = [particles[programs[k]].waiting for k in still_open]
+        tokens = [decoding.token_ids[k] for k in still_open]
+        if self.twist == "lookahead":
+            values = _lookahead([particles[programs[k]] for k in still_open], tokens)
+        else:
+            values = [
+                float(self._twist_of(w.name)(w.fn.closing.text(ids)))  # type: ignore[union-attr]
+                for w, ids in zip(waits, tokens, strict=True)
+            ]
+        for k, value, wait in zip(still_open, values, waits, strict=True):
+            if math.isnan(value) or value == math.inf:
+                raise ValueError(
+                    f"site '{wait.name}': twist gave log psi = {value}; it must be a number "  # type: ignore
+                    "of nats, finite wherever a completion has mass"
+                )
+            # A text that could not end here may still end well: it keeps its last finite value.
+            log_psi[k] = value if value > -math.inf else previous[k]
+        return log_psi
+
+
+def _lookahead(particles: Sequence[Particle], tokens: Sequence[Sequence[int]]) -> list[float]:
+    """log-likelihood of what follows, up to the next latent site, were each text closed here."""
+    forks = []
+    for particle, ids in zip(particles, tokens, strict=True):
+        wait = particle.waiting
+        assert wait is not None and isinstance(wait.fn, LMText)
+        c = wait.fn.closing.closing_token
+        if c is None:
+            raise ValueError(
+                f"site '{wait.name}': twist='lookahead' closes the text early, but its model has "
+                "no EOS token and no stop string that is one token: give stop=, or another twist"
+            )
+        closed = wait.fn.value([*ids, c])
+        # Its own density is the proposal's business, so it is given as 1 here.
+        given = Given(closed, log_prob=torch.zeros(()), proposal_log_prob=torch.zeros(()))
+        forks.append(particle.fork(given={wait.name: given}))
+    with runtime.closing(forks):
+        runtime.settle(forks)
+        return [fork.take_log_weight() for fork in forks]
+
+
+def _fork(particles: Sequence[Particle], ancestors: torch.Tensor) -> list[Particle]:
+    """Slot i carries on from ancestor ``ancestors[i]``, with its own random streams."""
+    new = list(particles)
+    for slot, ancestor in enumerate(ancestors.tolist()):
+        source = particles[ancestor]
+        if ancestor != slot:
+            # A finished run is not changed any more, so slots can share it.
+            new[slot] = source if source.finished else source.fork(streams=particles[slot])
+    for slot, ancestor in enumerate(ancestors.tolist()):
+        if ancestor != slot:
+            particles[slot].close()
+    return new

@@ -1,0 +1,105 @@
+"""A guide that the user wrote: a Pyro program that draws the model's latent sites.
+
+The guide program runs in step with the model: when the model comes to a latent site, the guide is
+advanced until it has drawn a site of that name. So a guide works in SMC as in importance
+sampling, whatever the order of its sites.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from pyro.poutine.trace_struct import Trace
+
+from lmppl.distributions import LMText
+from lmppl.runtime import Given, Particle, Proposer, suspend
+
+
+class ProgramProposer:
+    """Proposes what one run of a guide program draws."""
+
+    def __init__(self, run: Particle) -> None:
+        self.run = run
+        self._began = False
+
+    @classmethod
+    def make(
+        cls, program: Callable[..., Any], args: tuple[Any, ...], slot: int, seed: int
+    ) -> ProgramProposer:
+        return cls(Particle(program, args, seed=seed, slot=slot))
+
+    def propose(self, site: Any, trace: Trace) -> Given | None:
+        name = site["name"]
+        self._advance(lambda: name in self.run.trace.nodes)
+        node = self.run.latents.get(name)
+        if node is None:
+            return None  # as in Pyro, the guide may leave a latent to the model
+        value = node["value"]
+        if isinstance(site["fn"], LMText) or isinstance(node["fn"], LMText):
+            value = _text_value(name, site["fn"], node["fn"], value)
+        elif value.shape != site["fn"].shape():
+            raise ValueError(
+                f"site '{name}': the guide draws a value of shape {tuple(value.shape)}, the model "
+                f"has shape {tuple(site['fn'].shape())}"
+            )
+        return Given(value, proposal_log_prob=node["unscaled_log_prob"].sum())
+
+    def _advance(self, enough: Callable[[], bool]) -> None:
+        """Run the guide on, passing what it waits for to whoever runs the model."""
+        run = self.run
+        if not self._began:
+            self._began = True
+            run.resume()
+        while not run.finished and not enough():
+            run.resume(suspend(run.waiting))
+        if run.rejected_by is not None:
+            raise ValueError(
+                f"the guide rejects its own draw at site '{run.rejected_by}': a guide must be a "
+                "distribution, so it may not use require or a rejecting tool; constrain the model"
+            )
+
+    def finish(self, trace: Trace) -> None:
+        self._advance(lambda: False)
+        missing = [name for name in self.run.latents if name not in trace.nodes]
+        if missing:
+            raise ValueError(
+                f"the guide proposes site '{missing[0]}', which the model has not (its sites: "
+                f"{', '.join(n for n, s in trace.nodes.items() if s['type'] == 'sample')}). Every "
+                "latent site of a guide must be one of the model's, on the same branch"
+            )
+
+    def fork(self, streams: Proposer) -> ProgramProposer:
+        assert isinstance(streams, ProgramProposer)
+        if not self._began:
+            fresh = Particle(self.run.program, self.run.args, seed=0, slot=streams.run.slot)
+            fresh.coroutine.ambient.take_streams(streams.run.coroutine.ambient)
+            return ProgramProposer(fresh)
+        forked = ProgramProposer(self.run.fork(streams.run))
+        forked._began = True
+        return forked
+
+    def close(self) -> None:
+        self.run.close()
+
+
+def _text_value(name: str, model_fn: Any, guide_fn: Any, value: Any) -> Any:
+    """The guide's text as a value of the model's site."""
+    if not isinstance(model_fn, LMText) or not isinstance(guide_fn, LMText):
+        raise ValueError(
+            f"site '{name}': the guide draws from {type(guide_fn).__name__}, the model from "
+            f"{type(model_fn).__name__}: only one of them is a text"
+        )
+    if not model_fn.lm.vocabulary.same_as(guide_fn.lm.vocabulary):
+        raise ValueError(
+            f"site '{name}': the guide's model {guide_fn.lm.name!r} has another tokenizer than "
+            f"{model_fn.lm.name!r}: a guide must draw the tokens that the model scores"
+        )
+    ids = guide_fn.token_ids(value)
+    if len(ids) > model_fn.event_shape[0]:
+        raise ValueError(
+            f"site '{name}': the guide draws up to {guide_fn.event_shape[0]} tokens, the model's "
+            f"site holds {model_fn.event_shape[0]}: give both the same max_tokens and stop"
+        )
+    return model_fn.value(ids)
+

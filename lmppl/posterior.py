@@ -1,0 +1,377 @@
+"""Posterior: what every engine returns, and what people ask of it.
+
+A posterior is a list of Pyro traces with log-weights. Everything else (probabilities of texts,
+evidence, effective sample size, tables) is computed from these two.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from pyro.poutine import Trace
+
+from lmppl._sites import has_value, is_continuous, is_latent, key_of, value_of, values_of
+from lmppl._table import html_table, text_table
+
+
+class ZeroEvidenceError(RuntimeError):
+    """No sample has a positive weight: an estimate of zero for the evidence.
+
+    Attributes:
+        posterior: the dead samples: their traces say how far each one came.
+    """
+
+    def __init__(self, message: str, posterior: Posterior) -> None:
+        super().__init__(message)
+        self.posterior = posterior
+
+
+class Posterior:
+    """Weighted traces of a program.
+
+    Args:
+        traces: K traces; those of weight zero may be incomplete.
+        log_weights: shape ``(K,)``, nats, with logmeanexp(log_weights) = log evidence; ``-inf`` for
+            a sample of probability zero. Kept in float64 on the CPU.
+        returns: what the program returned in each trace.
+        guide: the guide, if one was trained.
+        info: what the engine has to say of the run. The posterior itself reads
+
+            - ``engine``: its name;
+            - ``iid``: whether the weights are independent and identically distributed, so that
+              the evidence has the textbook standard error (SMC's and enumeration's are not);
+            - ``tokens_sampled``, ``tokens_scored``, ``seconds``: what it cost;
+            - ``killed``: a ``Counter``, name of a site to the samples to which it gave
+              probability zero;
+            - ``notes``: a list of sentences the reader must know ("the target is tempered").
+        claims_evidence: False where the mean weight does not estimate the evidence (raw draws of
+            an uncorrected guide): ``log_evidence`` is None.
+
+    Raises:
+        ValueError: if the lengths differ, there are no traces, or a log-weight is NaN or +inf.
+    """
+
+    def __init__(
+        self,
+        traces: Sequence[Trace],
+        log_weights: torch.Tensor,
+        returns: Sequence[Any],
+        *,
+        guide: Any = None,
+        info: Mapping[str, Any] | None = None,
+        claims_evidence: bool = True,
+    ) -> None:
+        log_weights = torch.as_tensor(log_weights).detach().to("cpu", torch.float64).clone()
+        if log_weights.shape != (len(traces),) or len(returns) != len(traces):
+            raise ValueError(
+                f"a posterior of {len(traces)} traces needs as many log-weights and returns, given "
+                f"log_weights of shape {tuple(log_weights.shape)} and {len(returns)} returns"
+            )
+        if not traces:
+            raise ValueError("a posterior needs at least one trace")
+        bad = torch.nonzero(log_weights.isnan() | (log_weights == math.inf)).flatten().tolist()
+        if bad:
+            raise ValueError(
+                f"log_weights[{bad[0]}] is {log_weights[bad[0]].item()}, allowed are numbers and "
+                f"-inf ({len(bad)} of {len(traces)} are like this): some site's log-probability is "
+                "not a number or its density is infinite"
+            )
+        self.traces: list[Trace] = list(traces)
+        self.log_weights = log_weights  # (K,)
+        self.returns: list[Any] = list(returns)
+        self.guide = guide
+        self.info: dict[str, Any] = dict(info or {})
+        self._claims_evidence = claims_evidence
+
+    # --- weights ------------------------------------------------------------------------------
+
+    @cached_property
+    def weights(self) -> torch.Tensor:
+        """Normalised weights, shape ``(K,)``, float64.
+
+        Raises:
+            ZeroEvidenceError: if all are zero.
+        """
+        self.check_alive()
+        return torch.softmax(self.log_weights, 0)
+
+    def check_alive(self) -> None:
+        """Do nothing if any sample has a positive weight.
+
+        Raises:
+            ZeroEvidenceError: if none has; it names the sites that killed them.
+        """
+        if self._alive:
+            return
+        sites = ", ".join(f"'{name}' ({count})" for name, count in self.killed.most_common())
+        by = f", by these sites (samples): {sites}" if sites else ""
+        raise ZeroEvidenceError(
+            f"all {len(self)} samples have probability zero{by}. Draw more samples, use a proposal "
+            "that meets the conditions (guide=), or see whether they can be met at all; the "
+            "samples are in this error's .posterior",
+            self,
+        )
+
+    @property
+    def _alive(self) -> bool:
+        return bool((self.log_weights > -math.inf).any())
+
+    @property
+    def killed(self) -> Counter[str]:
+        """Name of a site to the number of samples to which it gave probability zero."""
+        return Counter(self.info.get("killed") or {})
+
+    @property
+    def log_evidence(self) -> float | None:
+        """log p(observations), nats: the logarithm of the mean weight. None: not estimated."""
+        if not self._claims_evidence:
+            return None
+        return float(torch.logsumexp(self.log_weights, 0)) - math.log(len(self))
+
+    @property
+    def log_evidence_stderr(self) -> float | None:
+        """Standard error of ``log_evidence``, nats, by the delta method.
+
+        None unless the weights are i.i.d., positive for some sample and at least two. It is
+        itself estimated from the weights: with an ESS of a few samples, don't trust it.
+        """
+        count = len(self)
+        if not (self._claims_evidence and self.info.get("iid") and self._alive and count > 1):
+            return None
+        relative_variance = count * float((self.weights**2).sum()) - 1.0  # var(w) / mean(w)^2
+        return math.sqrt(max(relative_variance, 0.0) / (count - 1))
+
+    @property
+    def ess(self) -> float:
+        """Kish's effective sample size, 1 / sum of squared weights: at most K; 0 if all are dead."""
+        return 1.0 / float((self.weights**2).sum()) if self._alive else 0.0
+
+    # --- values -------------------------------------------------------------------------------
+
+    @cached_property
+    def sites(self) -> list[str]:
+        """Names of all sites with a value, in the order in which the programs reached them."""
+        names = {
+            name: None for trace in self.traces for name in trace.nodes if has_value(trace, name)
+        }
+        return list(names)
+
+    @cached_property
+    def latents(self) -> list[str]:
+        """Names of the latent sites: sampled, neither observed nor the result of a tool."""
+        return [name for name in self.sites if any(is_latent(trace, name) for trace in self.traces)]
+
+    def __getitem__(self, name: str) -> list[Any]:
+        """The values of a site, one a trace: a ``Text``, a tool's result or a tensor.
+
+        None where a trace lacks the site, since its branch of the program does not reach it.
+
+        Raises:
+            KeyError: if no trace has such a site.
+        """
+        self._check_site(name)
+        return [
+            value_of(trace.nodes[name]) if has_value(trace, name) else None for trace in self.traces
+        ]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.sites
+
+    def _check_site(self, name: str) -> None:
+        if name in self.sites:
+            return
+        near = difflib.get_close_matches(str(name), self.sites, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise KeyError(f"no trace has a site {name!r}{hint} Sites: {', '.join(self.sites)}")
+
+    def probs(self, name: str) -> dict[Any, float]:
+        """Posterior probability of each value of a site, the largest first; they sum to 1.
+
+        Texts that are equal as strings count as one, whatever their tokens. Tensors stand as
+        numbers or nested tuples. None stands for "not reached".
+
+        Raises:
+            KeyError: if no trace has such a site.
+            TypeError: for a continuous site, whose values are all different.
+            ZeroEvidenceError: if all samples have probability zero.
+        """
+        self._check_site(name)
+        if self._is_numeric(name):
+            raise TypeError(
+                f"site '{name}' is continuous, so each sample has a value of its own: use "
+                f".mean('{name}'), or .resample(n)['{name}'] for unweighted draws"
+            )
+        totals: dict[Any, float] = {}
+        for value, weight in zip(self[name], self.weights.tolist(), strict=True):
+            if weight > 0:
+                key = key_of(value)
+                totals[key] = totals.get(key, 0.0) + weight
+        return dict(sorted(totals.items(), key=lambda item: -item[1]))
+
+    def best(self, name: str) -> Any:
+        """The most probable value of a site (None only if no live sample reaches it).
+
+        Raises as ``probs`` does.
+        """
+        return next((value for value in self.probs(name) if value is not None), None)
+
+    def mean(self, name_or_fn: str | Callable[[dict[str, Any]], Any]) -> torch.Tensor:
+        """Posterior expectation, float64.
+
+        Args:
+            name_or_fn: the name of a numeric site, or a function from the values of one trace (a
+                dict, name of the site to value) to a number, a bool or a tensor:
+                ``posterior.mean(lambda v: v["z"].endswith("."))`` is a probability.
+
+        Raises:
+            KeyError: if no trace has such a site.
+            TypeError: for a site whose values are texts.
+            ValueError: if a live sample has not reached the site.
+        """
+        if isinstance(name_or_fn, str):
+            name = name_or_fn
+            self._check_site(name)
+
+            def fn(values: dict[str, Any]) -> Any:
+                if name not in values:
+                    raise ValueError(
+                        f"site '{name}' is not reached in every sample; give a function of a "
+                        "sample's values that says what counts there"
+                    )
+                if not isinstance(values[name], (torch.Tensor, int, float)):
+                    raise TypeError(
+                        f"site '{name}' has no mean, its values are "
+                        f"{type(values[name]).__name__}s: use .probs('{name}')"
+                    )
+                return values[name]
+        else:
+            fn = name_or_fn
+        total: torch.Tensor | None = None
+        for trace, weight in zip(self.traces, self.weights.tolist(), strict=True):
+            if weight > 0:  # samples of weight zero may be incomplete
+                value = torch.as_tensor(fn(values_of(trace))).detach().to("cpu", torch.float64)
+                total = weight * value if total is None else total + weight * value
+        assert total is not None
+        return total
+
+    def resample(self, n: int, seed: int | None = None) -> Posterior:
+        """``n`` independent draws of the traces by weight, all of equal weight.
+
+        Args:
+            n: how many.
+            seed: of the draws; None uses torch's global random stream.
+
+        Returns:
+            A posterior with the same evidence. Traces are shared, not copied.
+        """
+        if n < 1:
+            raise ValueError(f"resample(n={n}): n must be at least 1")
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        uniforms = torch.rand(n, dtype=torch.float64, generator=generator)
+        cumulative = self.weights.cumsum(0)  # (K,) float64
+        # The first trace at which the sum exceeds u. One of weight zero does not raise the sum, so
+        # it is never the first; the clamp is for a u that rounds up to the whole sum.
+        picks = torch.searchsorted(cumulative, uniforms * cumulative[-1], right=True)
+        picks = picks.clamp(max=int(torch.nonzero(self.weights > 0)[-1]))
+        log_evidence = self.log_evidence
+        return Posterior(
+            [self.traces[i] for i in picks.tolist()],
+            torch.full((n,), 0.0 if log_evidence is None else log_evidence, dtype=torch.float64),
+            [self.returns[i] for i in picks.tolist()],
+            guide=self.guide,
+            info={
+                **self.info,
+                "iid": False,
+                "notes": [*self.info.get("notes", ()), f"resampled from {len(self)} samples"],
+            },
+            claims_evidence=self._claims_evidence,
+        )
+
+    def __len__(self) -> int:
+        return len(self.traces)
+
+    def __iter__(self) -> Iterator[tuple[Trace, float]]:
+        """Pairs of a trace and its normalised weight."""
+        return iter(zip(self.traces, self.weights.tolist(), strict=True))
+
+    # --- summaries ----------------------------------------------------------------------------
+
+    def summary(self) -> dict[str, Any]:
+        """The posterior in plain Python values, as the table shows it.
+
+        ``"rows"`` are the distinct joint values of the discrete latent sites (``"sites"``), most
+        probable first: ``{"weight": 0.31, "values": {"z": " ..."}}``; a site that a sample did
+        not reach is missing there. ``"numeric"`` has the mean and standard deviation of the
+        continuous ones over the samples that reach them. The other entries are ``engine``,
+        ``num_samples``, ``ess``, ``log_evidence``, ``log_evidence_stderr``, ``tokens_sampled``,
+        ``tokens_scored``, ``seconds``, ``killed`` and ``notes``. Never raises ZeroEvidenceError.
+        """
+        numeric = [name for name in self.latents if self._is_numeric(name)]
+        discrete = [name for name in self.latents if name not in numeric]
+        rows: dict[tuple[Hashable, ...], float] = {}
+        if self._alive and discrete:
+            columns = [self[name] for name in discrete]
+            for i, weight in enumerate(self.weights.tolist()):
+                if weight > 0:
+                    key = tuple(key_of(column[i]) for column in columns)
+                    rows[key] = rows.get(key, 0.0) + weight
+        ranked = sorted(rows.items(), key=lambda item: -item[1])
+        return {
+            "engine": self.info.get("engine"),
+            "num_samples": len(self),
+            "ess": self.ess,
+            "log_evidence": self.log_evidence,
+            "log_evidence_stderr": self.log_evidence_stderr,
+            "tokens_sampled": self.info.get("tokens_sampled"),
+            "tokens_scored": self.info.get("tokens_scored"),
+            "seconds": self.info.get("seconds"),
+            "killed": dict(self.killed.most_common()),
+            "notes": list(self.info.get("notes", ())),
+            "sites": discrete,
+            "rows": [
+                {
+                    "weight": weight,
+                    "values": {
+                        name: str(value) if isinstance(value, str) else value
+                        for name, value in zip(discrete, key, strict=True)
+                        if value is not None
+                    },
+                }
+                for key, weight in ranked
+            ],
+            "numeric": {name: self._moments(name) for name in numeric} if self._alive else {},
+        }
+
+    def _is_numeric(self, name: str) -> bool:
+        """Whether a site is continuous: its values don't repeat, its moments mean something."""
+        return any(
+            is_continuous(trace.nodes[name]) for trace in self.traces if has_value(trace, name)
+        )
+
+    def _moments(self, name: str) -> dict[str, Any]:
+        """Mean and standard deviation over the samples that reach a site, and their weight."""
+        pairs = [
+            (weight, value.detach().to("cpu", torch.float64))
+            for value, weight in zip(self[name], self.weights.tolist(), strict=True)
+            if weight > 0 and value is not None
+        ]
+        if not pairs:
+            return {"mean": math.nan, "sd": math.nan, "weight": 0.0}
+        total = sum(weight for weight, _ in pairs)
+        weights = torch.tensor([weight / total for weight, _ in pairs], dtype=torch.float64)
+        values = torch.stack([value for _, value in pairs])  # (n, *event_shape)
+        mean = torch.tensordot(weights, values, 1)
+        sd = torch.tensordot(weights, (values - mean) ** 2, 1).sqrt()
+        return {"mean": mean.tolist(), "sd": sd.tolist(), "weight": total}
+
+    def __repr__(self) -> str:
+        return text_table(self.summary())
+
+    def _repr_html_(self) -> str:
+        return html_table(self.summary())

@@ -1,0 +1,325 @@
+"""The words that a program is written in, beside Pyro's own.
+
+``lm_sample`` (text from a language model), ``tool`` (any Python function), ``require`` (a hard
+condition), ``chat`` (a prefix by a model's chat template), and ``use`` (which model is meant).
+Each makes ordinary Pyro sites, so Pyro's handlers see and change them like any other.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar, Token
+from types import TracebackType
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.poutine.runtime import _PYRO_STACK, am_i_wrapped, apply_stack
+from pyro.poutine.trace_messenger import TraceMessenger
+
+from lmppl.distributions import LMText, ToolCall, ToolResult
+from lmppl.lm import LM
+from lmppl.text import Text
+
+# --- which language model ------------------------------------------------------------------------
+
+_default_lm: ContextVar[LM | None] = ContextVar("lmppl_default_lm", default=None)
+
+
+class use:
+    """Make ``lm`` the model of all sites that name none, from now on or within a ``with`` block.
+
+    ```python
+    lmppl.use(lm)                # from now on
+    with lmppl.use(lm):          # within the block
+        trace = poutine.trace(model).get_trace(x)
+    ```
+    """
+
+    def __init__(self, lm: LM) -> None:
+        if not isinstance(lm, LM):
+            raise TypeError(
+                f"lmppl.use takes a lmppl.LM, given {type(lm).__name__}: load one with "
+                "lmppl.LM.from_pretrained(...) or wrap a model with lmppl.LM(model, tokenizer)"
+            )
+        self._lm = lm
+        self._token: Token[LM | None] | None = _default_lm.set(lm)
+
+    def __enter__(self) -> LM:
+        if self._token is None:  # entered again
+            self._token = _default_lm.set(self._lm)
+        return self._lm
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        assert self._token is not None
+        _default_lm.reset(self._token)
+        self._token = None
+
+
+def default_lm() -> LM | None:
+    """The model that ``use`` made the default, or None."""
+    return _default_lm.get()
+
+
+def _resolve_lm(lm: LM | None, what: str) -> LM:
+    lm = lm if lm is not None else default_lm()
+    if lm is None:
+        raise ValueError(
+            f"{what} names no language model and there is no default: pass lm= to lmppl.infer or "
+            "to the site, or call lmppl.use(lm)"
+        )
+    if not isinstance(lm, LM):
+        raise TypeError(
+            f"{what}: lm= takes a lmppl.LM, given {type(lm).__name__}: wrap a loaded model with "
+            "lmppl.LM(model, tokenizer)"
+        )
+    return lm
+
+
+# --- sites ---------------------------------------------------------------------------------------
+
+
+class _SiteMessage(dict[str, Any]):
+    """A Pyro message that encodes strings on their way in and refuses vectorised plates.
+
+    ``pyro.condition(data={"z": "text"})`` puts a string into the message. Whatever handler does
+    so, and whichever other handlers stand around it, the trace must hold a tensor.
+    """
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if key == "value" and isinstance(value, str):
+            value = _encode(self["name"], self["fn"], value)
+        if key == "cond_indep_stack" and any(frame.vectorized for frame in value):
+            plate = next(frame.name for frame in value if frame.vectorized)
+            raise ValueError(
+                f"site '{self['name']}': text cannot be drawn in the vectorised plate '{plate}', "
+                "since programs branch on it. Use the sequential form: "
+                f"for i in pyro.plate('{plate}', n): lm_sample(f'{self['name']}_{{i}}', ...)"
+            )
+        super().__setitem__(key, value)
+
+
+def _site(name: str, fn: Any, obs: torch.Tensor | None, infer: Mapping[str, Any] | None) -> Any:
+    """``pyro.sample`` with a ``_SiteMessage``."""
+    infer = dict(infer or {})
+    is_observed = infer.pop("is_observed", obs is not None)
+    if not am_i_wrapped():
+        return obs if obs is not None else fn()
+    message = _SiteMessage(
+        type="sample",
+        name=name,
+        fn=fn,
+        is_observed=is_observed,
+        args=(),
+        kwargs={},
+        value=obs,
+        infer=infer,
+        scale=1.0,
+        mask=None,
+        cond_indep_stack=(),
+        done=False,
+        stop=False,
+        continuation=None,
+    )
+    apply_stack(message)  # type: ignore[arg-type]
+    return message["value"]
+
+
+def _encode(name: str, fn: LMText, value: str) -> torch.Tensor:
+    try:
+        return fn.encode(value)
+    except ValueError as error:
+        raise ValueError(f"site '{name}': {_without_site(name, str(error))}") from error
+
+
+def _without_site(name: str, message: str) -> str:
+    return message.removeprefix(f"site '{name}': ").removeprefix("site '': ")
+
+
+def lm_sample(
+    name: str,
+    prefix: str | Sequence[str],
+    *,
+    max_tokens: int | None = None,
+    stop: str | Sequence[str] | None = None,
+    choices: Sequence[str] | None = None,
+    temperature: float = 1.0,
+    obs: str | None = None,
+    lm: LM | None = None,
+    infer: Mapping[str, Any] | None = None,
+) -> Text:
+    """Text from a language model, as a Pyro sample site.
+
+    Args:
+        name: the site's name, unique in a run of the program.
+        prefix: what the model continues: a ``str``, a ``Text`` or a list of them. A ``Text``
+            keeps its tokens; each ``str`` is tokenised on its own.
+        max_tokens: the largest number of tokens, the closing one included. A latent site needs
+            it, or ``choices``.
+        stop: a stop string or several. The value closes with the token that completes one.
+        choices: whole strings; the site is a categorical over them.
+        temperature: renormalises every next-token distribution (with ``choices``, the categorical).
+            It is part of the model.
+        obs: the observed text; None means latent. With neither ``max_tokens`` nor ``stop`` it is
+            scored as the *beginning* of a continuation.
+        lm: the language model; by default that of ``lmppl.infer`` or ``lmppl.use``.
+        infer: hints for engines, as in ``pyro.sample``. ``{"guide_prompt": text}`` sets the
+            automatic guide's prompt for this site.
+
+    Returns:
+        The text. In the trace its value is a right-padded tensor of token ids.
+
+    Raises:
+        ValueError: for a latent without ``max_tokens`` or ``choices``, an impossible observation
+            and other arguments that define no distribution; the message names the site.
+    """
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"a site's name must be a non-empty string, given {name!r}")
+    lm = _resolve_lm(lm, f"site '{name}'")
+    prefix_likelihood = max_tokens is None and choices is None and not _stops(stop)
+    if obs is not None and not isinstance(obs, str):
+        raise TypeError(f"site '{name}': obs must be a str or a Text, given {type(obs).__name__}")
+    if obs is None and max_tokens is None and choices is None:
+        raise ValueError(
+            f"site '{name}' is latent and needs max_tokens= (the largest number of tokens) or "
+            "choices= (whole strings)"
+        )
+    _warn_of_retokenisation(name, prefix)
+    num_tokens = None
+    if obs is not None and max_tokens is None and choices is None:
+        # Either a prefix likelihood, or an observed text closed by a stop string or EOS, whose
+        # own length is then the longest that needs to be allowed.
+        num_tokens = len(_observed_ids(name, lm, obs))
+    try:
+        fn = LMText(
+            lm,
+            prefix,
+            max_tokens=None if prefix_likelihood else max_tokens or _room(num_tokens, choices),
+            stop=stop,
+            choices=choices,
+            temperature=temperature,
+            num_tokens=num_tokens if prefix_likelihood else None,
+        )
+    except ValueError as error:
+        raise ValueError(f"site '{name}': {_without_site(name, str(error))}") from error
+    value = None if obs is None else _encode(name, fn, obs)
+    return fn.text(_site(name, fn, value, infer))
+
+
+def _stops(stop: str | Sequence[str] | None) -> bool:
+    return stop is not None and not (isinstance(stop, (list, tuple)) and not stop)
+
+
+def _room(num_tokens: int | None, choices: Sequence[str] | None) -> int | None:
+    """Room for an observed text and the EOS that may close it (there are no latent tokens)."""
+    return None if choices is not None or num_tokens is None else num_tokens + 1
+
+
+def _observed_ids(name: str, lm: LM, obs: str) -> tuple[int, ...]:
+    return tuple(obs.token_ids) if isinstance(obs, Text) else lm.vocabulary.encode(obs)
+
+
+def require(name: str, condition: Any) -> None:
+    """A hard condition: a particle that fails it stops here, with probability zero.
+
+    In lmppl's engines nothing after a failed ``require`` runs. Pyro's own tools cannot stop a
+    run: there the site has log-probability ``-inf`` and the program runs on.
+    """
+    log_factor = torch.tensor(0.0 if bool(condition) else -math.inf)
+    unit = dist.Unit(log_factor, validate_args=False)
+    pyro.sample(name, unit, obs=unit.sample(), infer={"is_auxiliary": True, "hard": True})
+
+
+def tool(name: str, fn: Callable[..., Any], *args: Any, on_error: str = "raise") -> Any:
+    """Call any Python function, once per particle; its result is a recorded site.
+
+    On replay (and so in every fork of an SMC particle) the recorded result is returned and the
+    function is not called again.
+
+    Args:
+        name: the site's name.
+        fn: the function.
+        args: its arguments.
+        on_error: ``"raise"``, or ``"reject"``: a call that raises gives the particle probability
+            zero, as a failed ``require`` does.
+
+    Returns:
+        Whatever ``fn(*args)`` returns. (None after a rejected call under Pyro's own tools.)
+    """
+    if on_error not in ("raise", "reject"):
+        raise ValueError(f"tool '{name}': on_error={on_error!r}, allowed: 'raise', 'reject'")
+    if not callable(fn):
+        raise TypeError(f"tool '{name}': fn must be callable, given {type(fn).__name__}")
+    value = _site(name, ToolCall(fn, args, on_error), None, {"hard": True})
+    return value.result if isinstance(value, ToolResult) else value
+
+
+def chat(
+    messages: Sequence[Mapping[str, str]],
+    *,
+    lm: LM | None = None,
+    add_generation_prompt: bool = True,
+) -> Text:
+    """A prefix by the model's chat template.
+
+    Args:
+        messages: ``[{"role": ..., "content": ...}, ...]``; a content may be a ``Text``, which
+            keeps its tokens.
+        lm: whose template; by default that of ``lmppl.infer`` or ``lmppl.use``.
+        add_generation_prompt: end with the header of an assistant's turn.
+
+    Returns:
+        A ``Text`` for ``prefix=``. A BOS token that the template writes is not added twice.
+
+    Raises:
+        ValueError: if the tokenizer has no chat template, or a message has not both keys.
+    """
+    lm = _resolve_lm(lm, "chat")
+    return lm.apply_chat_template(messages, add_generation_prompt=add_generation_prompt)
+
+
+# --- a warning that saves hours ------------------------------------------------------------------
+
+_warned: set[tuple[str, str]] = set()
+
+
+def _warn_of_retokenisation(name: str, prefix: str | Sequence[str]) -> None:
+    """Warn once a site where a plain ``str`` makes the model see other tokens than were drawn."""
+    parts = [prefix] if isinstance(prefix, str) else list(prefix)
+    plain = [part for part in parts if isinstance(part, str) and not isinstance(part, Text)]
+    if not plain:
+        return
+    last = parts[-1]
+    if not isinstance(last, Text) and last.endswith(" ") and ("space", name) not in _warned:
+        _warned.add(("space", name))
+        warnings.warn(
+            f"site '{name}': its prefix ends in a space. Most tokenizers attach a space to the "
+            "word that follows, so the model has hardly seen such a prefix: end it before the space.",
+            stacklevel=3,
+        )
+    if ("text", name) in _warned:
+        return
+    for frame in _PYRO_STACK:
+        if not isinstance(frame, TraceMessenger):
+            continue
+        for site, node in frame.trace.nodes.items():
+            if node["type"] != "sample" or node["is_observed"] or not isinstance(node["fn"], LMText):
+                continue
+            body = node["fn"].text(node["value"]).body.strip() if node["value"].dim() == 1 else ""
+            if len(body) > 1 and any(body in part for part in plain):
+                _warned.add(("text", name))
+                warnings.warn(
+                    f"site '{name}': its prefix holds the text of site '{site}' as a plain str (an "
+                    "f-string or a str method makes one), which is tokenised anew, maybe into other "
+                    "tokens than were drawn. Pass a list, [before, z, after], to keep its tokens.",
+                    stacklevel=3,
+                )
+                return

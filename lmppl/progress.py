@@ -1,0 +1,102 @@
+"""Progress bars that are there when somebody watches.
+
+A bar is written to stderr, on a terminal only, and is wiped away when the work ends: results and
+logs never contain one.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+_REFRESH_SECONDS = 0.1
+
+_live = False  # two bars would overwrite each other, so work inside other work shows none
+
+
+class progress_bar:
+    """A progress bar around a piece of long work.
+
+    ```python
+    with progress_bar("training", total=steps, show=progress) as bar:
+        for step in range(steps):
+            ...
+            bar.advance(loss=loss)
+    ```
+
+    Args:
+        description: what is being done; plain text.
+        total: how many steps there are; None if that is not known.
+        show: True, False, or None: if stderr is a terminal. (A bar within the work of another
+            one is not shown.)
+    """
+
+    def __init__(self, description: str, total: int | None = None, show: bool | None = None):
+        self._description = description
+        self._total = total
+        self._show = sys.stderr.isatty() if show is None else show
+        self._bar: Progress | None = None
+        self._refreshed = 0.0
+
+    def __enter__(self) -> progress_bar:
+        global _live
+        if self._show and not _live:
+            # No refresh thread: it would run beside programs that swap global state.
+            self._bar = Progress(
+                TextColumn("{task.description}", markup=False),
+                BarColumn(bar_width=30),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("{task.fields[figures]}", markup=False),
+                console=Console(stderr=True),
+                transient=True,
+                auto_refresh=False,
+                # Rich would send what the program prints to the bar's stream: to stderr.
+                redirect_stdout=sys.stdout.isatty(),
+            )
+            self._task = self._bar.add_task(
+                _plain(self._description), total=self._total, figures=""
+            )
+            self._bar.start()
+            _live = True
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        global _live
+        if self._bar is not None:
+            _live = False
+            self._bar.stop()
+            self._bar = None
+
+    def advance(self, steps: int = 1, **figures: Any) -> None:
+        """Some steps are done. ``figures`` (name to number) are shown behind the bar."""
+        if self._bar is None:
+            return
+        changes: dict[str, Any] = {"figures": _figures(figures)} if figures else {}
+        self._bar.update(self._task, advance=steps, **changes)
+        now = time.monotonic()
+        if now - self._refreshed > _REFRESH_SECONDS:
+            self._bar.refresh()
+            self._refreshed = now
+
+
+def _figures(figures: dict[str, Any]) -> str:
+    shown = (
+        f"{value:.4g}" if isinstance(value, float) else str(value) for value in figures.values()
+    )
+    return _plain("  ".join(f"{name} {value}" for name, value in zip(figures, shown, strict=True)))
+
+
+def _plain(text: str) -> str:
+    """One line without control characters, which would move the terminal's cursor."""
+    return "".join(each if each.isprintable() else " " for each in text)

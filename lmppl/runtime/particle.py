@@ -1,0 +1,408 @@
+"""One run of a program, advanced from language-model site to language-model site.
+
+A particle runs the program in a coroutine under a recorder, the outermost Pyro handler. At each
+site the recorder decides where the value comes from (an observation, a replayed trace, a proposal,
+the model itself), suspends the run where a language model has to be asked, and writes the
+log-probabilities onto the trace, so that nothing is scored twice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.subsample_messenger import _Subsample
+from pyro.poutine.trace_messenger import TraceMessenger
+from pyro.poutine.trace_struct import Trace
+
+from lmppl.distributions import LMText, ToolCall
+from lmppl.runtime.coroutine import Ambient, Coroutine, suspend
+
+Site = Any  # a Pyro message
+
+
+@dataclass(eq=False)
+class Wait:
+    """What a suspended run waits for.
+
+    kind:
+        ``"draw"``: a value of ``fn`` (an ``LMText``), made from ``uniforms``; the answer is
+        ``(value, log_prob)``.
+        ``"score"``: the density of ``value`` under ``fn``; the answer is ``(log_prob, Scored)``.
+        ``"choose"``: a value of ``fn``, any distribution (only in enumerating runs); the answer is
+        ``(value, log_prob)``.
+    """
+
+    kind: Literal["draw", "score", "choose"]
+    name: str
+    fn: Any
+    value: torch.Tensor | None = None
+    uniforms: torch.Tensor | None = None
+    closing: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Given:
+    """A value that a latent site is to take, with its known log-densities (unscaled, nats)."""
+
+    value: torch.Tensor
+    log_prob: torch.Tensor | None = None  # under the model; None: to be scored
+    proposal_log_prob: torch.Tensor | None = None  # None: it is no draw, so it costs nothing
+
+
+class Proposer(Protocol):
+    """Where one particle's latent values come from, instead of the model."""
+
+    def propose(self, site: Site, trace: Trace) -> Given | None:
+        """A value for a latent site and log q of it; None: to be drawn from the model."""
+
+    def finish(self, trace: Trace) -> None:
+        """The program has ended; raises if a proposed value was for no site of it."""
+
+    def fork(self, streams: Proposer) -> Proposer:
+        """A copy at the same point of the program, with another's random streams."""
+
+    def close(self) -> None:
+        """End what is suspended."""
+
+
+class Rejected(BaseException):
+    """A hard condition failed: the particle has probability zero and its program stops.
+
+    Not an ``Exception``, so that a program's own ``except Exception`` does not swallow it.
+    """
+
+
+class ReplayError(RuntimeError):
+    """A program did not repeat itself when it was run again on recorded values."""
+
+
+class Particle:
+    """A run of ``program(*args, **kwargs)``.
+
+    Args:
+        program: a Pyro program.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        seed: of the run's own random streams.
+        proposer: where latent values come from; None: the model.
+        given: values for latent sites, by name; they come before the proposer.
+        replay: sites of an earlier run to repeat before anything new happens.
+        enumerate_latents: suspend at every latent site with ``"choose"`` or ``"draw"``.
+        closing: ask for closing-token log-probabilities when scoring latent sites.
+        grad: run with gradients enabled.
+        slot: its number, for error messages.
+
+    Attributes:
+        waiting: what it waits for; None when it has finished.
+        trace: the Pyro trace so far; LM sites carry ``unscaled_log_prob``, ``log_prob``,
+            ``log_prob_sum`` and latents ``proposal_log_prob``.
+        rejected_by: the name of the site whose hard condition failed, or None.
+        returned: what the program returned.
+    """
+
+    def __init__(
+        self,
+        program: Callable[..., Any],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        seed: int,
+        proposer: Proposer | None = None,
+        given: Mapping[str, Given] | None = None,
+        replay: Mapping[str, Any] | None = None,
+        enumerate_latents: bool = False,
+        closing: bool = False,
+        grad: bool = False,
+        slot: int = 0,
+    ) -> None:
+        self.program, self.args, self.kwargs = program, args, dict(kwargs or {})
+        self.proposer = proposer
+        self.given = dict(given or {})
+        self.slot = slot
+        self.waiting: Wait | None = None
+        self.rejected_by: str | None = None
+        self.returned: Any = None
+        self._replay = dict(replay or {})
+        self._to_repeat = set(self._replay)
+        self._counted = len(self._replay)
+        self._enumerate, self._closing, self._grad = enumerate_latents, closing, grad
+        self._site = ""
+        self._recorder = _Recorder(self)
+        self.coroutine = Coroutine(self._run, Ambient.fresh(seed, grad=grad))
+
+    # --- life ----------------------------------------------------------------------------------
+
+    @property
+    def trace(self) -> Trace:
+        return self._recorder.trace
+
+    @property
+    def finished(self) -> bool:
+        return self.coroutine.finished
+
+    def resume(self, answer: Any = None) -> None:
+        """Run to the next wait or to the end."""
+        self.waiting = None
+        try:
+            self.waiting = self.coroutine.resume(answer)
+        except Rejected:
+            self.close()
+        except Exception as error:
+            self._explain(error)
+            raise
+
+    def close(self) -> None:
+        """End the run; what it recorded stays."""
+        self.waiting = None
+        self.coroutine.close()
+        if self.proposer is not None:
+            self.proposer.close()
+
+    def fork(self, streams: Particle | None = None, given: Mapping[str, Given] | None = None) -> Particle:
+        """A run of its own that has come to the same wait, by replay of this one's trace.
+
+        Args:
+            streams: whose random streams it goes on with (default: its own copy of this one's).
+            given: values for latent sites that are still to come.
+        """
+        streams = streams or self
+        proposer = self.proposer
+        if proposer is not None and streams.proposer is not None:
+            proposer = proposer.fork(streams.proposer)
+        new = Particle(
+            self.program,
+            self.args,
+            self.kwargs,
+            seed=0,
+            proposer=proposer,
+            given={**self.given, **(given or {})},
+            replay=self.sites,
+            enumerate_latents=self._enumerate,
+            closing=self._closing,
+            grad=self._grad,
+            slot=streams.slot,
+        )
+        new.coroutine.ambient.take_streams(streams.coroutine.ambient)
+        new.resume()
+        return new
+
+    # --- what it found -------------------------------------------------------------------------
+
+    @property
+    def sites(self) -> dict[str, Any]:
+        """The sample sites recorded so far."""
+        return {
+            name: node for name, node in self.trace.nodes.items() if node["type"] == "sample"
+        }
+
+    @property
+    def latents(self) -> dict[str, Any]:
+        """The latent sites recorded so far (no tool results, no subsample indices)."""
+        return {name: node for name, node in self.sites.items() if is_latent(node)}
+
+    def take_log_weight(self) -> float:
+        """log p - log q (nats) of the sites recorded since this was last called (scale applied)."""
+        fresh = list(self.sites.values())[self._counted :]
+        self._counted += len(fresh)
+        return sum((site_log_weight(node) for node in fresh), 0.0)
+
+    @property
+    def log_joint(self) -> float:
+        """log R: Pyro's log joint of the trace so far (scale and mask applied), nats."""
+        return sum((float(node["log_prob_sum"]) for node in self.sites.values()), 0.0)
+
+    @property
+    def killed_by(self) -> str | None:
+        """The first site of probability zero, or None."""
+        for name, node in self.sites.items():
+            if float(node["log_prob_sum"]) == -math.inf:
+                return name
+        return None
+
+    # --- inside the coroutine ------------------------------------------------------------------
+
+    def _run(self) -> None:
+        with self._recorder:
+            trace = self._recorder.trace
+            trace.add_node("_INPUT", name="_INPUT", type="args", args=self.args, kwargs=self.kwargs)
+            self.returned = self.program(*self.args, **self.kwargs)
+            if self._to_repeat:
+                raise ReplayError(
+                    f"a replayed run ended before site '{min(self._to_repeat)}' of the recorded "
+                    f"one. {_DETERMINISM}"
+                )
+            if self.proposer is not None:
+                self.proposer.finish(trace)
+            trace.add_node("_RETURN", name="_RETURN", type="return", value=self.returned)
+
+    def _visit(self, site: Site) -> None:
+        """Find the value and the log-probability of a site."""
+        name, fn = site["name"], site["fn"]
+        self._site = name
+        if name in self.trace.nodes:
+            raise ValueError(
+                f"site '{name}' is used twice in one run of the program: give every site its own "
+                f"name, in a loop for example f'{name}_{{i}}'"
+            )
+        if name in self._replay:
+            self._repeat(site, self._replay[name])
+        elif self._to_repeat:
+            raise ReplayError(
+                f"a replayed run met site '{name}' before the recorded site "
+                f"'{min(self._to_repeat)}'. {_DETERMINISM}"
+            )
+        elif is_latent(site) and site["value"] is None:
+            self._draw(site)
+        else:
+            if site["value"] is None:  # a tool or subsample indices
+                site["value"] = fn(*site["args"], **site["kwargs"])
+            self._record(site, self._score(site))
+        site["done"] = True
+
+    def _draw(self, site: Site) -> None:
+        name, fn = site["name"], site["fn"]
+        _check_weightable(site, self.trace)
+        given = self.given.get(name)
+        if given is None and self.proposer is not None:
+            given = self.proposer.propose(site, self.trace)
+        if given is not None:
+            site["value"] = given.value
+            site["proposal_log_prob"] = given.proposal_log_prob
+            log_prob = given.log_prob if given.log_prob is not None else self._score(site)
+        elif _is_lm_site(fn):
+            uniforms = torch.rand(fn.num_uniforms, dtype=torch.float64, device="cpu")
+            site["value"], log_prob = suspend(Wait("draw", name, fn, uniforms=uniforms))
+            site["proposal_log_prob"] = log_prob
+        elif self._enumerate:
+            site["value"], log_prob = suspend(Wait("choose", name, fn))
+            site["proposal_log_prob"] = None
+        else:
+            site["value"] = fn(*site["args"], **site["kwargs"])
+            log_prob = fn.log_prob(site["value"])
+            site["proposal_log_prob"] = log_prob.sum()
+        self._record(site, log_prob)
+
+    def _score(self, site: Site) -> torch.Tensor:
+        fn, value = site["fn"], site["value"]
+        if not _is_lm_site(fn):
+            return fn.log_prob(value, *site["args"], **site["kwargs"])
+        closing = self._closing and not site["is_observed"]
+        log_prob, scored = suspend(Wait("score", site["name"], fn, value, closing=closing))
+        site["scored"] = scored
+        return log_prob
+
+    def _record(self, site: Site, log_prob: torch.Tensor) -> None:
+        site["unscaled_log_prob"] = log_prob
+        site["log_prob"] = scale_and_mask(log_prob, site["scale"], site["mask"])
+        site["log_prob_sum"] = site["log_prob"].sum()
+
+    def _repeat(self, site: Site, recorded: Site) -> None:
+        name, fn = site["name"], site["fn"]
+        self._to_repeat.discard(name)
+        if isinstance(fn, LMText):
+            same = fn.same_as(recorded["fn"])
+        elif isinstance(fn, ToolCall | _Subsample):
+            same = type(fn) is type(recorded["fn"])
+        else:
+            log_prob = fn.log_prob(recorded["value"], *site["args"], **site["kwargs"])
+            same = torch.equal(log_prob, recorded["unscaled_log_prob"])
+        if site["is_observed"] != recorded["is_observed"]:
+            same = False
+        elif site["is_observed"] and not torch.equal(site["value"], recorded["value"]):
+            same = False
+        if not same:
+            raise ReplayError(
+                f"at site '{name}' a replayed run has another distribution, prefix or observation "
+                f"than the recorded one: {fn} against {recorded['fn']}. {_DETERMINISM}"
+            )
+        for key in _RECORDED:
+            if key in recorded:
+                site[key] = recorded[key]
+
+    def _explain(self, error: Exception) -> None:
+        """Say where in the program an exception came from, and what the particle had drawn."""
+        where = f"at or after site '{self._site}'" if self._site else "before its first site"
+        note = f"raised in particle {self.slot} of the program, {where}"
+        texts = []
+        for name, node in self.sites.items():
+            value = node["value"]
+            if _is_lm_site(node["fn"]):
+                texts.append(f"{name}={str(node['fn'].text(value))!r}")
+            elif is_latent(node):
+                texts.append(f"{name}={value.tolist() if torch.is_tensor(value) else value!r}")
+        error.add_note(note + (f"; so far: {', '.join(texts)}" if texts else ""))
+
+
+class _Recorder(TraceMessenger):
+    """The outermost handler of a particle: it sees a site after all handlers of the program."""
+
+    def __init__(self, particle: Particle) -> None:
+        super().__init__()
+        self._particle = particle
+
+    def _pyro_sample(self, msg: Site) -> None:
+        self._particle._visit(msg)
+
+    def _pyro_post_sample(self, msg: Site) -> None:
+        super()._pyro_post_sample(msg)
+        if msg["infer"].get("hard") and float(msg["log_prob_sum"]) == -math.inf:
+            self._particle.rejected_by = msg["name"]
+            raise Rejected(msg["name"])
+
+
+_RECORDED = (
+    "value",
+    "unscaled_log_prob",
+    "log_prob",
+    "log_prob_sum",
+    "proposal_log_prob",
+    "scored",
+)
+_DETERMINISM = (
+    "Between its sites a program must be deterministic: draw random numbers with pyro.sample, and "
+    "call what is not repeatable through lmppl.tool."
+)
+
+
+def is_latent(node: Site) -> bool:
+    """Whether a sample site is a random choice to be inferred."""
+    return not node["is_observed"] and not isinstance(node["fn"], ToolCall | _Subsample)
+
+
+def _is_lm_site(fn: Any) -> bool:
+    """Whether the runtime serves the site (a batched ``LMText`` serves itself)."""
+    return isinstance(fn, LMText) and not fn.batch_shape
+
+
+def site_log_weight(node: Site) -> float:
+    """What a site adds to the importance weight: log p (scaled), less log q where it was drawn."""
+    log_prob = float(node["log_prob_sum"])
+    if log_prob == -math.inf:
+        return -math.inf
+    proposal = node.get("proposal_log_prob")
+    return log_prob - (0.0 if proposal is None else float(proposal))
+
+
+def _check_weightable(site: Site, trace: Trace) -> None:
+    """Latents whose density Pyro would drop or reweight have no importance weight."""
+    name, mask = site["name"], site["mask"]
+    if mask is not None and mask is not True and not (torch.is_tensor(mask) and bool(mask.all())):
+        raise ValueError(
+            f"site '{name}' is latent and masked out (poutine.mask): its density is not part of the "
+            "joint, so no weight can account for it. Leave it out of the program instead."
+        )
+    for frame in site["cond_indep_stack"]:
+        plate = trace.nodes.get(frame.name)
+        fn = None if plate is None else plate["fn"]
+        if isinstance(fn, _Subsample) and fn.subsample_size < fn.size:
+            raise ValueError(
+                f"site '{name}' is latent in the subsampled plate '{frame.name}' "
+                f"({fn.subsample_size} of {fn.size}): its posterior is not defined by one "
+                "subsample. Use the plate without subsample_size."
+            )
+

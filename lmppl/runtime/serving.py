@@ -1,0 +1,108 @@
+"""Serve what particles wait for, together.
+
+``start`` makes particles and runs each to its first wait; ``settle`` scores until nobody waits for
+a score; ``draw`` draws for everyone who waits for a draw. An engine is a loop over these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from lmppl.distributions import draw_texts, score_texts
+from lmppl.runtime.particle import Particle, Proposer
+
+
+def fresh_seed(seed: int | None) -> int:
+    """``seed``, or one taken from torch's random stream (so that ``pyro.set_rng_seed`` governs)."""
+    return int(torch.randint(2**62, ())) if seed is None else int(seed)
+
+
+def slot_seeds(seed: int, num: int) -> list[int]:
+    """Seeds of ``num`` independent streams."""
+    return [int(s) for s in np.random.SeedSequence(seed).generate_state(num, np.uint64)]
+
+
+def start(
+    program: Callable[..., Any],
+    args: tuple[Any, ...],
+    num: int,
+    *,
+    seed: int,
+    proposer: Callable[[int, int], Proposer] | None = None,
+    **options: Any,
+) -> list[Particle]:
+    """``num`` particles of one program, each at its first wait.
+
+    Args:
+        program: a Pyro program.
+        args: its positional arguments.
+        num: how many.
+        seed: of all their streams.
+        proposer: makes a particle's proposer from its slot and a seed.
+        options: further arguments of ``Particle``.
+    """
+    particles = []
+    for slot, each in enumerate(slot_seeds(seed, num)):
+        own = None if proposer is None else proposer(slot, each ^ 0x5DEECE66D)
+        particles.append(Particle(program, args, seed=each, proposer=own, slot=slot, **options))
+    for particle in particles:
+        particle.resume()
+    return particles
+
+
+def settle(particles: Sequence[Particle], *, grad: bool = False) -> None:
+    """Score, in one batched call a round, until no particle waits for a score."""
+    while waiting := [p for p in particles if p.waiting is not None and p.waiting.kind == "score"]:
+        waits = [p.waiting for p in waiting if p.waiting is not None]
+        answers = score_texts(
+            [w.fn for w in waits],
+            [w.value for w in waits if w.value is not None],
+            [w.name for w in waits],
+            grad=grad,
+            closing=any(w.closing for w in waits),
+        )
+        for particle, answer in zip(waiting, answers, strict=True):
+            particle.resume(answer)
+
+
+def draw(particles: Sequence[Particle]) -> None:
+    """Draw, in one batched call, for every particle that waits for a draw."""
+    waiting = [p for p in particles if p.waiting is not None and p.waiting.kind == "draw"]
+    waits = [p.waiting for p in waiting if p.waiting is not None]
+    if not waits:
+        return
+    answers = draw_texts(
+        [w.fn for w in waits],
+        [w.uniforms for w in waits if w.uniforms is not None],
+        [w.name for w in waits],
+    )
+    for particle, answer in zip(waiting, answers, strict=True):
+        particle.resume(answer)
+
+
+def complete(particles: Sequence[Particle]) -> None:
+    """Run all to their ends."""
+    settle(particles)
+    while any(not p.finished for p in particles):
+        draw(particles)
+        settle(particles)
+
+
+@contextmanager
+def closing(particles: list[Particle]) -> Iterator[list[Particle]]:
+    """Ends whatever is still suspended when an engine leaves, also on an exception.
+
+    A suspended program must not be left to the garbage collector: its ``finally`` blocks would run
+    in somebody else's handlers.
+    """
+    try:
+        yield particles
+    finally:
+        for particle in particles:
+            particle.close()
+
