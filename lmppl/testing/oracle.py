@@ -1,0 +1,389 @@
+"""The exact answer: every trace of a program, found by exhaustive replay.
+
+Written without lmppl's runtime, engines, decoding and scoring, so that agreement with them means
+something. A program is run once for every path through its latent sites; text is enumerated and
+scored by the slow path in ``lmppl.testing.naive``; continuous sites are replaced by quadrature
+nodes. Only ``poutine``'s message protocol is used, so any Pyro program works.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.messenger import Messenger
+
+from lmppl.distributions import LMText, ToolCall
+from lmppl.lm import LM
+from lmppl.primitives import use
+from lmppl.testing.naive import NaiveLM
+from lmppl.testing.quadrature import quadrature_nodes
+
+
+@dataclass(frozen=True)
+class ExactTrace:
+    """One path through a program.
+
+    Attributes:
+        values: latent site to value: a tuple of token ids for text, else a number or a tuple.
+        texts: latent text site to its visible text (without EOS).
+        data: latent site to value as Pyro's trace holds it, for ``poutine.condition(data=...)``.
+        log_joint: log of the joint density at ``values`` and the observations, nats; ``-inf`` for
+            a path that a ``require``, a factor or an observation rules out. Of continuous sites it
+            holds the quadrature weight, so that it sums to the evidence.
+        log_prior: log-probability of drawing ``values`` by running the program forward (no
+            observations, factors, scales). Of a path that is ruled out, up to where it was.
+        returns: what the program returned; None for a path that is ruled out.
+    """
+
+    values: dict[str, Any]
+    texts: dict[str, str]
+    data: dict[str, torch.Tensor]
+    log_joint: float
+    log_prior: float
+    returns: Any = None
+
+
+@dataclass(frozen=True)
+class Enumeration(Sequence[ExactTrace]):
+    """All traces of a program, in the order of their enumeration."""
+
+    traces: tuple[ExactTrace, ...]
+
+    def __len__(self) -> int:
+        return len(self.traces)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.traces[index]
+
+    @property
+    def latents(self) -> tuple[str, ...]:
+        """The latent sites, of all paths, by first appearance."""
+        return tuple(dict.fromkeys(name for trace in self.traces for name in trace.values))
+
+    @property
+    def log_evidence(self) -> float:
+        """Log of the sum of all joint densities, nats."""
+        return _logsumexp([trace.log_joint for trace in self.traces])
+
+    def posterior(self, *names: str, text: bool = False) -> dict[Any, float]:
+        """Exact posterior probabilities of the values of ``names``.
+
+        Args:
+            names: latent sites; none for all of them, in the order of ``latents``.
+            text: give the text of text sites instead of their tokens. Token sequences of equal
+                text are summed.
+
+        Returns:
+            A dict from values to probabilities. The key is the value where one name is given, else
+            the tuple of values (see ``key``).
+
+        Raises:
+            ValueError: a name that is no latent site; an evidence of zero.
+        """
+        log_evidence = self.log_evidence
+        if log_evidence == -math.inf:
+            raise ValueError("no trace has positive density, so there is no posterior")
+        return self._table(names, text, [t.log_joint - log_evidence for t in self.traces])
+
+    def prior(self, *names: str, text: bool = False) -> dict[Any, float]:
+        """Exact probabilities of running the program forward; see ``posterior``."""
+        return self._table(names, text, [t.log_prior for t in self.traces])
+
+    def mean(self, fn: Callable[[ExactTrace], float]) -> float:
+        """Posterior expectation of a function of a trace."""
+        log_evidence = self.log_evidence
+        live = [trace for trace in self.traces if trace.log_joint > -math.inf]
+        return math.fsum(math.exp(t.log_joint - log_evidence) * float(fn(t)) for t in live)
+
+    def _table(
+        self, names: Sequence[str], text: bool, log_probs: Sequence[float]
+    ) -> dict[Any, float]:
+        latents = self.latents
+        unknown = [name for name in names if name not in latents]
+        if unknown:
+            raise ValueError(f"no latent site {unknown[0]!r}; there are {', '.join(latents)}")
+        table: dict[Any, float] = {}
+        for trace, log_prob in zip(self.traces, log_probs, strict=True):
+            if log_prob > -math.inf:
+                at = key(trace.values | trace.texts if text else trace.values, names or latents)
+                table[at] = table.get(at, 0.0) + math.exp(log_prob)
+        return table
+
+
+def key(values: dict[str, Any], names: Sequence[str]) -> Any:
+    """The value of the one name, or the tuple of the values of several; None if it has none."""
+    found = tuple(values.get(name) for name in names)
+    return found[0] if len(names) == 1 else found
+
+
+def trace_values(trace: Any) -> dict[str, Any]:
+    """Latent values of a ``pyro.poutine.Trace`` in the form of ``ExactTrace.values``."""
+    return {
+        name: _plain(node["fn"], node["value"])
+        for name, node in trace.nodes.items()
+        if node["type"] == "sample" and not node["is_observed"] and _is_random(node["fn"])
+    }
+
+
+def enumerate_program(
+    program: Callable[..., Any],
+    *args: Any,
+    lm: LM | None = None,
+    quadrature: int | None = None,
+    max_traces: int = 100_000,
+    **kwargs: Any,
+) -> Enumeration:
+    """Every trace of ``program(*args, **kwargs)`` with its exact joint density.
+
+    Args:
+        program: any Pyro program over ``lm_sample`` sites, discrete sites with a finite support
+            and, with ``quadrature``, continuous ones. Given its sites' values it must be
+            deterministic, tools included (a tool is called again for every path).
+        lm: the model of sites that name none.
+        quadrature: number of nodes for every continuous site (see
+            ``quadrature_nodes``); None refuses continuous sites.
+        max_traces: the most traces to try.
+
+    Raises:
+        ValueError: a site that cannot be enumerated, a site name used twice, an observed text that
+            is no complete value of its site, a program that takes another path when replayed, or
+            more than ``max_traces`` traces.
+    """
+    search = _Search(quadrature)
+    found: list[ExactTrace] = []
+    with use(lm) if lm is not None else contextlib.nullcontext(), torch.no_grad():
+        while True:
+            if len(found) == max_traces:
+                raise ValueError(f"the program has more than max_traces={max_traces} traces")
+            found.append(search.run(program, args, kwargs))
+            if not search.advance():
+                return Enumeration(tuple(found))
+
+
+@dataclass
+class _Branching:
+    """A latent site on the current path: what it may be, and which of these is being tried."""
+
+    name: str
+    options: list[_Option]
+    index: int = 0
+
+
+@dataclass(frozen=True)
+class _Option:
+    value: torch.Tensor
+    log_prob: float  # of drawing it; for a quadrature node, the log of its weight
+    node: bool = False
+
+
+class _ZeroProbability(BaseException):
+    """Ends a run that has probability zero."""
+
+
+class _Search(Messenger):
+    """Depth-first search over the values of latent sites, one run of the program per path."""
+
+    def __init__(self, quadrature: int | None) -> None:
+        super().__init__()
+        self._num_nodes = quadrature
+        self._path: list[_Branching] = []
+        self._naive: dict[LM, NaiveLM] = {}
+
+    def run(self, program: Callable[..., Any], args: Any, kwargs: Any) -> ExactTrace:
+        self._depth = 0
+        self._seen: set[str] = set()
+        self._values: dict[str, Any] = {}
+        self._texts: dict[str, str] = {}
+        self._data: dict[str, torch.Tensor] = {}
+        self._log_joint = self._log_prior = 0.0
+        returns = None
+        try:
+            with self:
+                returns = program(*args, **kwargs)
+        except _ZeroProbability:
+            self._log_joint = -math.inf
+        else:
+            if self._depth < len(self._path):
+                self._diverged(self._path[self._depth].name, "the end of the program")
+        return ExactTrace(
+            values=self._values,
+            texts=self._texts,
+            data=self._data,
+            log_joint=self._log_joint,
+            log_prior=self._log_prior,
+            returns=returns,
+        )
+
+    def advance(self) -> bool:
+        """Move to the next path; False if there is none."""
+        while self._path:
+            last = self._path[-1]
+            last.index += 1
+            if last.index < len(last.options):
+                return True
+            self._path.pop()
+        return False
+
+    # --- Pyro's protocol. This messenger is the outermost, so every handler has had its say. ---
+
+    def _process_message(self, msg: Any) -> None:
+        if msg["type"] != "sample":
+            return
+        if msg["name"] in self._seen:
+            raise ValueError(f"site '{msg['name']}' occurs twice in one run: names must differ")
+        self._seen.add(msg["name"])
+        if msg["is_observed"] or msg["value"] is not None or not _is_random(msg["fn"]):
+            return
+        if self._depth == len(self._path):
+            self._path.append(_Branching(msg["name"], self._options(msg["name"], msg["fn"])))
+        branching = self._path[self._depth]
+        if branching.name != msg["name"]:
+            self._diverged(branching.name, f"site '{msg['name']}'")
+        self._depth += 1
+        option = branching.options[branching.index]
+        msg["value"] = option.value
+        msg["done"] = True
+        self._data[msg["name"]] = option.value
+        self._values[msg["name"]] = _plain(msg["fn"], option.value)
+        if isinstance(msg["fn"], LMText):
+            self._texts[msg["name"]] = self._text(msg["fn"], option.value)
+        log_prob = torch.tensor(option.log_prob, dtype=torch.float64)
+        self._log_prior += option.log_prob
+        if option.node:
+            # The weight holds dx as well, to which scale and mask do not apply.
+            density = msg["fn"].log_prob(option.value).double()
+            self._log_joint += float(log_prob - density + _scaled(density, msg))
+        else:
+            self._log_joint += float(_scaled(log_prob, msg))
+
+    def _postprocess_message(self, msg: Any) -> None:
+        if msg["type"] != "sample" or msg["name"] in self._values:
+            return
+        fn = msg["fn"]
+        if isinstance(fn, LMText):
+            log_prob = torch.tensor(self._lm_log_prob(msg["name"], fn, msg["value"]))
+        else:
+            log_prob = fn.log_prob(msg["value"], *msg["args"], **msg["kwargs"])
+        self._log_joint += float(_scaled(log_prob.double(), msg))
+        if self._log_joint == -math.inf:
+            raise _ZeroProbability
+
+    # --- supports ---------------------------------------------------------------------------
+
+    def _options(self, name: str, fn: Any) -> list[_Option]:
+        if isinstance(fn, LMText):
+            table = self._lm_table(fn)
+            options = [_Option(_padded(fn, ids), log_prob) for ids, log_prob in table.items()]
+        elif getattr(fn, "has_enumerate_support", False):
+            options = [_Option(v, float(fn.log_prob(v).sum())) for v in _support(fn)]
+        elif self._num_nodes is not None:
+            try:
+                nodes, log_weights = quadrature_nodes(fn, self._num_nodes)
+            except (NotImplementedError, ValueError) as error:
+                raise ValueError(f"site '{name}': {error}") from error
+            values = nodes.to(torch.get_default_dtype())
+            options = [
+                _Option(value, float(weight), node=True)
+                for value, weight in zip(values, log_weights, strict=True)
+            ]
+        else:
+            raise ValueError(
+                f"site '{name}': {type(fn).__name__} has no finite support; pass quadrature= (a "
+                "number of nodes) if it is a scalar continuous site"
+            )
+        return [option for option in options if option.log_prob > -math.inf]
+
+    def _lm_table(self, fn: LMText) -> dict[tuple[int, ...], float]:
+        naive = self._naive_lm(fn)
+        if fn.choices is not None:
+            sums = [float(naive.log_prob(fn.prefix_ids, ids).sum()) for ids in fn.choices]
+            scores = [each / fn.temperature for each in sums]
+            total = _logsumexp(scores)
+            return {ids: each - total for ids, each in zip(fn.choices, scores, strict=True)}
+        stop, max_tokens = fn.closing.stop, fn.closing.max_tokens
+        if max_tokens is None:
+            return naive.enumerate_beginnings(fn.prefix_ids, fn.event_shape[0], fn.temperature)
+        return naive.enumerate(fn.prefix_ids, max_tokens, stop, fn.temperature)
+
+    def _lm_log_prob(self, name: str, fn: LMText, value: torch.Tensor) -> float:
+        """Density of an observed text, after a check that the site could have produced it."""
+        ids = _token_ids(value)
+        if fn.choices is not None:
+            return self._lm_table(fn)[ids]
+        naive = self._naive_lm(fn)
+        stop, max_tokens = fn.closing.stop, fn.closing.max_tokens
+        if max_tokens is not None and not naive.closes_first_at_end(ids, stop, max_tokens):
+            raise ValueError(f"site '{name}': the observed tokens {ids} are no complete value")
+        return float(naive.log_prob(fn.prefix_ids, ids, fn.temperature).sum())
+
+    def _naive_lm(self, fn: LMText) -> NaiveLM:
+        if fn.lm not in self._naive:
+            self._naive[fn.lm] = NaiveLM(fn.lm)
+        return self._naive[fn.lm]
+
+    def _text(self, fn: LMText, value: torch.Tensor) -> str:
+        naive = self._naive_lm(fn)
+        ids = [token for token in _token_ids(value) if token not in naive.eos_ids]
+        return naive.tokenizer.decode(
+            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+
+    def _diverged(self, expected: str, got: str) -> None:
+        raise ValueError(
+            f"the program diverged when it was replayed: site '{expected}' was expected, {got} "
+            "was met. Given the values of its sites, a program must be deterministic."
+        )
+
+
+def _is_random(fn: Any) -> bool:
+    """Whether a site is to be enumerated; a tool's result and a full plate's indices are not."""
+    if type(fn).__name__ == "_Subsample":
+        if fn.subsample_size is not None and fn.subsample_size < fn.size:
+            raise ValueError("a subsampled plate cannot be enumerated: use the whole plate")
+        return False
+    return not isinstance(fn, ToolCall)
+
+
+def _support(fn: Any) -> Iterator[torch.Tensor]:
+    """All values of a discrete distribution, elements of a batch varying independently."""
+    single = fn.enumerate_support(expand=False)
+    cells = fn.batch_shape.numel()
+    per_cell = single.expand((-1,) + tuple(fn.batch_shape + fn.event_shape))
+    per_cell = per_cell.reshape((len(single), cells) + tuple(fn.event_shape))
+    for index in itertools.product(range(len(single)), repeat=cells):
+        value = torch.stack([per_cell[i, cell] for cell, i in enumerate(index)])
+        yield value.reshape(fn.batch_shape + fn.event_shape)
+
+
+def _scaled(log_prob: torch.Tensor, msg: Any) -> torch.Tensor:
+    return scale_and_mask(log_prob, msg["scale"], msg["mask"]).sum()
+
+
+def _padded(fn: LMText, ids: Sequence[int]) -> torch.Tensor:
+    return torch.tensor([*ids, *[-1] * (fn.event_shape[0] - len(ids))], dtype=torch.long)
+
+
+def _token_ids(value: torch.Tensor) -> tuple[int, ...]:
+    return tuple(token for token in value.tolist() if token != -1)
+
+
+def _plain(fn: Any, value: torch.Tensor) -> Any:
+    return _token_ids(value) if isinstance(fn, LMText) else _as_tuple(value.tolist())
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(map(_as_tuple, value)) if isinstance(value, list) else value
+
+
+def _logsumexp(terms: Sequence[float]) -> float:
+    top = max(terms, default=-math.inf)
+    if top == -math.inf:
+        return -math.inf
+    return top + math.log(math.fsum(math.exp(term - top) for term in terms))
