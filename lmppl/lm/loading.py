@@ -1,0 +1,156 @@
+"""Loading: from a name or a path to a model and its tokenizer, on a device, in a dtype."""
+
+from __future__ import annotations
+
+import difflib
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lmppl.lm import embedded
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+# What also matters for fetching a tokenizer; all else is the model's alone.
+_FETCHING = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+
+
+def load(
+    name_or_path: str | Path,
+    device: str | torch.device | None,
+    dtype: str | torch.dtype | None,
+    **hf_kwargs: Any,
+) -> tuple[Any, Any]:
+    """A frozen model and its tokenizer; see ``LM.from_pretrained``."""
+    _refuse(hf_kwargs)
+    device = choose_device(device)
+    dtype = choose_dtype(dtype, device)
+    name = str(name_or_path)
+    if name.lower() == embedded.ALIAS:
+        model, tokenizer = _load(str(embedded.model_dir()), dtype, True, hf_kwargs)
+    elif name.endswith(".gguf"):
+        model, tokenizer = load_gguf(Path(name).expanduser(), dtype, **hf_kwargs)
+    elif Path(name).expanduser().is_dir():
+        model, tokenizer = _load(str(Path(name).expanduser()), dtype, True, hf_kwargs)
+    else:
+        model, tokenizer = _load(name, dtype, False, hf_kwargs)
+    if "device_map" not in hf_kwargs:
+        model.to(device)
+    model.requires_grad_(False)
+    return model.eval(), tokenizer
+
+
+def choose_device(device: str | torch.device | None) -> torch.device:
+    """The given device, else cuda, else mps, else cpu. ValueError if torch cannot use it."""
+    if device is None:
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"device={str(device)!r} cannot be used here: {reason}. "
+            "device=None takes the best that is there."
+        ) from error
+    return chosen
+
+
+def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """The given dtype, else bfloat16 where the machine computes fast in it, else float32."""
+    if dtype is None:
+        return torch.bfloat16 if _fast_bfloat16(device) else torch.float32
+    chosen = DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+    if chosen not in DTYPES.values():
+        raise ValueError(
+            f"dtype={dtype!r} is not supported; use one of {', '.join(DTYPES)}, or None"
+        )
+    if chosen == torch.float64 and device.type == "mps":
+        raise ValueError("dtype='float64' does not exist on mps; use float32")
+    return chosen
+
+
+def _fast_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+        return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
+    return False
+
+
+def load_gguf(path: Path, dtype: torch.dtype, **hf_kwargs: Any) -> tuple[Any, Any]:
+    """The model of a GGUF file, its weights dequantised. FileNotFoundError if there is none."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no GGUF file {str(path)!r}")
+    return _load(str(path.parent), dtype, True, {**hf_kwargs, "gguf_file": path.name})
+
+
+def _load(
+    source: str, dtype: torch.dtype, local: bool, hf_kwargs: dict[str, Any]
+) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    fetching = {k: v for k, v in hf_kwargs.items() if k in (*_FETCHING, "gguf_file")}
+    with quiet(progress=not local):  # a download may take long: let it show
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source, **fetching)
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **hf_kwargs)
+        except OSError as error:  # the hub's own errors are OSErrors too
+            if local:
+                raise OSError(
+                    f"{source} does not hold a Hugging Face causal language model and its "
+                    f"tokenizer: {error}"
+                ) from error
+            raise OSError(_not_found(source, error)) from error
+    return model, tokenizer
+
+
+def _not_found(name: str, error: Exception) -> str:
+    last = name.lower().rsplit("/", 1)[-1]
+    near = difflib.get_close_matches(last, [embedded.ALIAS], cutoff=0.5)
+    hint = f" Did you mean {near[0]!r}, the embedded model?" if near else ""
+    return (
+        f"{name!r} is neither the embedded model {embedded.ALIAS!r}, nor a local directory, nor a "
+        f".gguf file, and the Hugging Face hub did not give it.{hint} The hub said: {error}"
+    )
+
+
+def _refuse(hf_kwargs: dict[str, Any]) -> None:
+    if "trust_remote_code" in hf_kwargs:
+        raise ValueError(
+            "trust_remote_code is not supported: lmppl does not run code that comes with a model. "
+            "Load such a model yourself and wrap it with LM(model, tokenizer)."
+        )
+    if "torch_dtype" in hf_kwargs:
+        raise ValueError("torch_dtype is called dtype here: LM.from_pretrained(..., dtype=...)")
+
+
+@contextmanager
+def quiet(*, progress: bool = False) -> Iterator[None]:
+    """Without transformers' notices, and without its progress bars unless ``progress``."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    if not progress:
+        logging.disable_progress_bar()
+    # The bar of a GGUF's dequantisation obeys no setting, but goes to standard error like the rest.
+    redirected: Any = nullcontext() if progress else redirect_stderr(io.StringIO())
+    try:
+        with redirected:
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

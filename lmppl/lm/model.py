@@ -1,0 +1,355 @@
+"""LM: a frozen language model and its tokenizer, as a density over token sequences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lmppl.lm.closing import Closing
+from lmppl.lm.observed import encode_observed
+from lmppl.lm.requests import Draw, Drawn, Score, Scored
+from lmppl.lm.usage import Usage
+from lmppl.lm.vocabulary import Vocabulary
+from lmppl.text import Text
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from peft import LoraConfig
+
+Prefix = str | Sequence[str]  # a Text is a str
+
+
+class LM:
+    """A causal language model, wrapped as a distribution over token sequences.
+
+    Args:
+        model: a Hugging Face causal language model. It is put into evaluation mode (no dropout).
+        tokenizer: its tokenizer.
+        name: for messages; by default the model's own.
+
+    Attributes:
+        model, tokenizer: the Hugging Face objects.
+        vocabulary: the tokens: text to ids, ids to text, which of them end a text.
+        usage: counters of tokens sampled and scored, shared with its adapters.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, *, name: str | None = None) -> None:
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        if head is None:
+            raise TypeError(
+                f"{type(model).__name__} is not a causal language model: it has no output "
+                "embeddings. Load it with transformers.AutoModelForCausalLM."
+            )
+        self.model: Any = model.eval()
+        self.tokenizer: Any = tokenizer
+        own_name = getattr(model.config, "name_or_path", None)
+        self.name: str = name or own_name or type(model).__name__
+        size = int(head.weight.shape[0])
+        self.vocabulary = Vocabulary(tokenizer, _eos_ids(model, tokenizer, size), size)
+        self.usage = Usage()
+        self._engine: Any = None  # built at first use by the rooms that run the model
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        **hf_kwargs: Any,
+    ) -> LM:
+        """Load a model, frozen.
+
+        Args:
+            name_or_path: a name on the Hugging Face hub, a local directory, a ``.gguf`` file, or
+                ``"smollm2-135m-instruct"``, the embedded model.
+            device: by default cuda, else mps, else cpu.
+            dtype: by default bfloat16 where the machine is fast at it, else float32.
+            **hf_kwargs: for ``transformers.AutoModelForCausalLM.from_pretrained``.
+
+        Raises:
+            OSError: there is no such model, or it cannot be fetched.
+            ValueError: a device or dtype that cannot be used; ``trust_remote_code``.
+        """
+        from lmppl.lm.loading import load
+
+        model, tokenizer = load(name_or_path, device, dtype, **hf_kwargs)
+        return cls(model, tokenizer, name=str(name_or_path))
+
+    def __repr__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"LM({self.name!r}, {dtype} on {self.device})"
+
+    # What it is.
+
+    @property
+    def device(self) -> torch.device:
+        """Where its token embeddings are."""
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.get_input_embeddings().weight.dtype
+
+    @property
+    def hidden_size(self) -> int:
+        return int(_text_config(self.model).hidden_size)
+
+    @property
+    def context_length(self) -> int | None:
+        """The most tokens of a prefix and its continuation; None if the model has no such limit."""
+        config = _text_config(self.model)
+        for field in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"):
+            length = getattr(config, field, None)
+            if isinstance(length, int) and length > 0:
+                return length
+        return None
+
+    @property
+    def tokens_sampled(self) -> int:
+        """Tokens drawn so far, by this model and its adapters."""
+        return self.usage.tokens_sampled
+
+    @property
+    def tokens_scored(self) -> int:
+        """Tokens scored so far, by this model and its adapters."""
+        return self.usage.tokens_scored
+
+    # Sampling and scoring of plain text.
+
+    def sample(
+        self,
+        prefix: Prefix,
+        num_samples: int,
+        *,
+        max_tokens: int,
+        stop: str | Sequence[str] | None = None,
+        temperature: float = 1.0,
+        seed: int | None = None,
+    ) -> tuple[list[Text], torch.Tensor]:
+        """Draw continuations of one prefix.
+
+        Args:
+            prefix: a string, a ``Text``, or a list of them (see :meth:`encode`).
+            num_samples: how many, N.
+            max_tokens: of each, the closing token included.
+            stop: string or strings that close a continuation.
+            temperature: T > 0; each step is renormalised, p^(1/T).
+            seed: of the draws; by default torch's random state is used.
+
+        Returns:
+            N texts, and their log-probabilities, (N,) float32 in nats.
+        """
+        if num_samples < 0:
+            raise ValueError(f"num_samples={num_samples}: it must not be negative")
+        if max_tokens is None:
+            raise ValueError("max_tokens is required: how long may a sample become, in tokens?")
+        _check_temperature(temperature)
+        closing = self._closing(stop, max_tokens)
+        ids = self.encode(prefix)
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        uniforms = torch.rand(
+            (num_samples, int(max_tokens)), generator=generator, dtype=torch.float64, device="cpu"
+        )
+        drawn = self.draw([Draw(ids, closing, row, temperature) for row in uniforms])
+        texts = [closing.text(d.token_ids) for d in drawn]
+        return texts, _totals(d.log_probs for d in drawn)
+
+    def log_prob(
+        self,
+        prefix: Prefix,
+        continuations: Sequence[str],
+        *,
+        max_tokens: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        temperature: float = 1.0,
+    ) -> torch.Tensor:
+        """log p(continuation | prefix), by the rule of an observed site.
+
+        With neither ``stop`` nor ``max_tokens``: the probability that the text goes on so. With
+        them: that it goes on so *and ends*; a string that does not close gets an EOS scored.
+
+        Args:
+            prefix: a string, a ``Text``, or a list of them.
+            continuations: N strings (scored as their canonical tokens) or ``Text``s (as theirs).
+
+        Returns:
+            (N,) float32, in nats.
+
+        Raises:
+            ValueError: a continuation that could not have been produced; says where and why.
+        """
+        if isinstance(continuations, str):
+            continuations = [continuations]
+        _check_temperature(temperature)
+        closing = self._closing(stop, max_tokens)
+        ids = self.encode(prefix)
+        observed = [self.encode_observed(text, closing) for text in continuations]
+        scored = self.score([Score(ids, tokens, temperature) for tokens in observed])
+        return _totals(s.log_probs for s in scored)
+
+    def _closing(self, stop: str | Sequence[str] | None, max_tokens: int | None) -> Closing:
+        return Closing(self.vocabulary, stop, max_tokens)  # type: ignore[arg-type]
+
+    # Text to tokens.
+
+    def encode(self, prefix: Prefix, *, name: str = "") -> tuple[int, ...]:
+        """The tokens of a prefix.
+
+        Adjacent strings of a list are separate parts, each tokenised as a continuation. A ``Text``
+        keeps its tokens, without EOS. BOS stands once at the front, if the tokenizer adds one.
+
+        Args:
+            prefix: a string, a ``Text``, or a list of them.
+            name: the site, for messages.
+
+        Raises:
+            ValueError: no tokens at all; a ``Text`` of another tokenizer.
+            TypeError: a part that is not a string.
+        """
+        site = f"site '{name}': " if name else ""
+        if not isinstance(prefix, str) and not isinstance(prefix, Sequence):
+            raise TypeError(
+                f"{site}a prefix is a string, a Text, or a list of them, not "
+                f"{type(prefix).__name__} ({prefix!r})"
+            )
+        parts: list[str | tuple[int, ...]] = []
+        for part in [prefix] if isinstance(prefix, str) else prefix:
+            if isinstance(part, Text):
+                self._check_text(part, site)
+                parts.extend(part.parts)
+            elif isinstance(part, str):
+                parts.append(part)
+            else:
+                raise TypeError(
+                    f"{site}a prefix holds strings and Texts, not {type(part).__name__} ({part!r})"
+                )
+        try:
+            ids = self.vocabulary.encode_prefix(parts)
+        except ValueError as error:
+            raise ValueError(f"{site}{error}") from error
+        if not ids:
+            raise ValueError(
+                f"{site}the prefix is empty, and the tokenizer of {self.name!r} puts no BOS token "
+                "in front, so the model has nothing to continue. Begin with some text, if only "
+                'a newline ("\\n").'
+            )
+        return ids
+
+    def encode_observed(self, obs: str, closing: Closing, *, name: str = "") -> tuple[int, ...]:
+        """The tokens that are scored when ``obs`` is observed at a site.
+
+        A ``str`` is scored as its canonical tokens, a ``Text`` as its own. If something closes the
+        site and ``obs`` does not, EOS is appended.
+
+        Raises:
+            ValueError: the site could not have produced ``obs``; says where and why.
+        """
+        site = f"site '{name}': " if name else ""
+        if isinstance(obs, Text):
+            self._check_text(obs, site)
+        return encode_observed(obs, closing, site)
+
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
+    ) -> Text:
+        """Messages (``{"role": ..., "content": ...}``) as a prefix, by the model's chat template.
+
+        Contents that are ``Text``s keep their tokens.
+        """
+        from lmppl.lm.chat import apply_chat_template
+
+        return apply_chat_template(
+            self.vocabulary, messages, add_generation_prompt=add_generation_prompt
+        )
+
+    def _check_text(self, text: Text, site: str) -> None:
+        if not self.vocabulary.same_as(text.vocabulary):
+            raise ValueError(
+                f"{site}the tokens of {str(text)!r} belong to another tokenizer than that of "
+                f"{self.name!r}. Use str(z) instead of z to tokenise it anew."
+            )
+
+    # Token sequences, in batches.
+
+    def draw(self, draws: Sequence[Draw]) -> list[Drawn]:
+        """Draw a sequence for every request, all of them side by side."""
+        from lmppl.lm.decoding import Decoding
+
+        for request in draws:
+            tokens = request.closing.max_tokens or len(request.uniforms)
+            self.check_context(len(request.prefix), tokens, request.name)
+        if not draws:
+            return []
+        decoding = Decoding([(self, request) for request in draws])
+        while not decoding.done:
+            decoding.step()
+        return decoding.results()
+
+    def score(self, scores: Sequence[Score], *, grad: bool = False) -> list[Scored]:
+        """Score the tokens of every request.
+
+        Args:
+            scores: the requests; equal ones are computed once.
+            grad: keep the graph, for the parameters of an adapter.
+        """
+        from lmppl.lm.scoring import score
+
+        for request in scores:
+            self.check_context(len(request.prefix), len(request.continuation), request.name)
+        return score(self, scores, grad=grad)
+
+    def hidden(self, prefixes: Sequence[tuple[int, ...]]) -> torch.Tensor:
+        """The last layer's state at the last token of each prefix, (N, hidden_size) float32."""
+        from lmppl.lm.scoring import hidden
+
+        for prefix in prefixes:
+            self.check_context(len(prefix), 0, "")
+        return hidden(self, prefixes)
+
+    def check_context(self, prefix: int, tokens: int, name: str) -> None:
+        """Raises ``ValueError`` if so many tokens of prefix and continuation exceed the context."""
+        limit = self.context_length
+        if limit is not None and prefix + tokens > limit:
+            site = f"site '{name}': " if name else ""
+            raise ValueError(
+                f"{site}a prefix of {prefix} tokens and {tokens} more do not fit the "
+                f"context of {self.name!r}, {limit} tokens. Shorten the prefix or lower max_tokens."
+            )
+
+    def adapter(self, config: LoraConfig | None = None) -> LM:
+        """A new model: this one's weights, shared, and a trainable LoRA adapter."""
+        from lmppl.lm.adapter import add_lora
+
+        return add_lora(self, config)
+
+
+def _text_config(model: Any) -> Any:
+    """The configuration of the part that writes text (some models have several parts)."""
+    config = model.config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _eos_ids(model: Any, tokenizer: Any, size: int) -> set[int]:
+    """Every EOS that the model, its generation settings or its tokenizer name."""
+    owners = (model.config, _text_config(model), getattr(model, "generation_config", None))
+    named: list[Any] = [getattr(owner, "eos_token_id", None) for owner in owners]
+    named.append(getattr(tokenizer, "eos_token_id", None))
+    ids: set[int] = set()
+    for entry in named:
+        ids.update(() if entry is None else entry if isinstance(entry, Iterable) else (entry,))
+    return {int(token) for token in ids if 0 <= token < size}  # others can never be drawn
+
+
+def _check_temperature(temperature: float) -> None:
+    if not (isinstance(temperature, (int, float)) and 0 < temperature < math.inf):
+        raise ValueError(f"temperature={temperature!r}: it must be a positive number")
+
+
+def _totals(log_probs: Iterable[torch.Tensor]) -> torch.Tensor:
+    totals = [entry.sum() for entry in log_probs]
+    return torch.stack(totals).float() if totals else torch.empty(0)
