@@ -13,6 +13,8 @@ NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p $(NEW_ENOUGH) 2>/dev/null && echo $$p && break; done)
 
+TORCH_VERSION := from importlib.metadata import version; print("    torch", version("torch"))
+
 say = @printf '==> %s\n'
 
 .PHONY: help setup demo test test-fast lint types docs format lock clean distclean
@@ -75,13 +77,13 @@ $(STAMPS)/venv:
 $(STAMPS)/torch: $(STAMPS)/venv $(LOCK)
 	$(say) 'torch (the largest download; a few minutes)'
 	@if test "`uname -s`" = Linux && ! command -v nvidia-smi >/dev/null 2>&1 \
-		&& ! $(BIN)/python -c 'import torch' 2>/dev/null \
+		&& ! $(BIN)/python -c '$(TORCH_VERSION)' >/dev/null 2>&1 \
 		&& timeout 20 $(BIN)/python -c \
 			'from urllib.request import urlopen; urlopen("$(CPU_INDEX)/torch/", timeout=5)' \
 			2>/dev/null; \
 	then $(PIP) install -q --no-deps --index-url $(CPU_INDEX) -c $(LOCK) torch || true; fi
 	@$(PIP) install -q -c $(LOCK) torch
-	@$(BIN)/python -c 'import torch; print("    torch", torch.__version__)'
+	@$(BIN)/python -c '$(TORCH_VERSION)'
 	@touch $@
 
 $(STAMPS)/package: $(STAMPS)/torch pyproject.toml

@@ -36,17 +36,22 @@ def text_table(summary: Mapping[str, Any], width: int | None = None) -> str:
     rows: Sequence[Mapping[str, Any]] = summary["rows"]
     if rows:
         table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 2, 0, 0))
-        table.add_column("weight", justify="right", no_wrap=True)
-        table.add_column("", no_wrap=True, min_width=_BAR_WIDTH)
+        table.add_column("weight", justify="right", width=6, no_wrap=True)
+        table.add_column("", width=_BAR_WIDTH, no_wrap=True)
         for name in summary["sites"]:
-            table.add_column(RichText(show(name, quote=False)), no_wrap=True, overflow="ellipsis")
+            table.add_column(_cell(show(name, quote=False)))
         for row in rows[:MAX_ROWS]:
-            cells = [RichText(show_in(row, name)) for name in summary["sites"]]
+            cells = [_cell(show_in(row, name)) for name in summary["sites"]]
             table.add_row(percent(row["weight"]), bar(row["weight"], rows[0]["weight"]), *cells)
         console.print(table)
     for line in footer_lines(summary):
         console.print(RichText(line))
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+
+
+def _cell(text: str) -> RichText:
+    # Cut by the cell, not by the column: rich takes width only from columns that may wrap.
+    return RichText(text, no_wrap=True, overflow="ellipsis")
 
 
 def html_table(summary: Mapping[str, Any]) -> str:

@@ -149,7 +149,7 @@ class Posterior:
 
     @property
     def ess(self) -> float:
-        """Kish's effective sample size, 1 / sum of squared weights: at most K; 0 if all are dead."""
+        """Kish's effective sample size, 1 / sum(weights^2): at most K, 0 if all are dead."""
         return 1.0 / float((self.weights**2).sum()) if self._alive else 0.0
 
     # --- values -------------------------------------------------------------------------------
@@ -234,24 +234,7 @@ class Posterior:
             TypeError: for a site whose values are texts.
             ValueError: if a live sample has not reached the site.
         """
-        if isinstance(name_or_fn, str):
-            name = name_or_fn
-            self._check_site(name)
-
-            def fn(values: dict[str, Any]) -> Any:
-                if name not in values:
-                    raise ValueError(
-                        f"site '{name}' is not reached in every sample; give a function of a "
-                        "sample's values that says what counts there"
-                    )
-                if not isinstance(values[name], (torch.Tensor, int, float)):
-                    raise TypeError(
-                        f"site '{name}' has no mean, its values are "
-                        f"{type(values[name]).__name__}s: use .probs('{name}')"
-                    )
-                return values[name]
-        else:
-            fn = name_or_fn
+        fn = self._numeric(name_or_fn) if isinstance(name_or_fn, str) else name_or_fn
         total: torch.Tensor | None = None
         for trace, weight in zip(self.traces, self.weights.tolist(), strict=True):
             if weight > 0:  # samples of weight zero may be incomplete
@@ -259,6 +242,24 @@ class Posterior:
                 total = weight * value if total is None else total + weight * value
         assert total is not None
         return total
+
+    def _numeric(self, name: str) -> Callable[[dict[str, Any]], Any]:
+        self._check_site(name)
+
+        def read(values: dict[str, Any]) -> Any:
+            if name not in values:
+                raise ValueError(
+                    f"site '{name}' is not reached in every sample; give a function of a sample's "
+                    "values that says what counts there"
+                )
+            if not isinstance(values[name], (torch.Tensor, int, float)):
+                raise TypeError(
+                    f"site '{name}' has no mean, its values are {type(values[name]).__name__}s: "
+                    f"use .probs('{name}')"
+                )
+            return values[name]
+
+        return read
 
     def resample(self, n: int, seed: int | None = None) -> Posterior:
         """``n`` independent draws of the traces by weight, all of equal weight.

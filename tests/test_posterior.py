@@ -1,0 +1,475 @@
+"""Posterior: weights, evidence, probabilities of texts, resampling, tables."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pyro import poutine
+from pyro.poutine import Trace
+from rich.cells import cell_len
+
+from lmppl import Posterior, ZeroEvidenceError
+from lmppl._table import MAX_ROWS, bar, text_table
+from lmppl.distributions import ToolCall, ToolResult
+
+NO_WEIGHT = -math.inf
+
+
+class Words(dist.Categorical):
+    """A distribution over token rows with a ``text`` method, as ``LMText`` has."""
+
+    def __init__(self, texts: list[str]) -> None:
+        self.texts = texts
+        super().__init__(torch.ones(len(texts)))
+
+    def text(self, value: torch.Tensor) -> str:
+        return self.texts[int(value[0])]
+
+
+def trace_of(**sites: Any) -> Trace:
+    """A trace: a str makes an LM site, a number a Normal one, a tuple is (fn, value, observed)."""
+    trace = Trace()
+    for name, given_value in sites.items():
+        observed = False
+        if isinstance(given_value, str):
+            fn, value = Words([given_value]), torch.tensor([0, -1])
+        elif isinstance(given_value, ToolResult):
+            fn, value = ToolCall(lambda: None, (), "raise"), given_value
+        elif isinstance(given_value, tuple):
+            fn, value, observed = given_value
+        else:
+            fn, value = dist.Normal(0.0, 1.0), torch.as_tensor(given_value)
+        trace.add_node(
+            name, name=name, type="sample", fn=fn, value=value, is_observed=observed, infer={}
+        )
+    return trace
+
+
+def posterior_of(texts: list[str], weights: list[float], **kwargs: Any) -> Posterior:
+    log_weights = torch.tensor(weights, dtype=torch.float64).log()
+    return Posterior([trace_of(z=text) for text in texts], log_weights, list(texts), **kwargs)
+
+
+log_weight_lists = st.lists(
+    st.one_of(st.floats(-1e5, 1e5), st.just(NO_WEIGHT)), min_size=1, max_size=20
+).filter(lambda each: max(each) > NO_WEIGHT)
+
+
+# --- weights -------------------------------------------------------------------------------------
+
+
+def test_weights_evidence_and_ess_by_hand():
+    posterior = posterior_of(["a", "b", "c", "d"], [1.0, 2.0, 1.0, 0.0])
+    assert posterior.weights.dtype == torch.float64
+    torch.testing.assert_close(
+        posterior.weights, torch.tensor([0.25, 0.5, 0.25, 0.0], dtype=torch.float64)
+    )
+    assert posterior.log_evidence == pytest.approx(math.log(4.0 / 4))  # the mean weight
+    assert posterior.ess == pytest.approx(1 / (2 * 0.25**2 + 0.5**2))
+    assert len(posterior) == 4
+    assert [weight for _, weight in posterior] == pytest.approx([0.25, 0.5, 0.25, 0.0])
+    assert posterior.returns == ["a", "b", "c", "d"]
+
+
+@given(log_weight_lists, st.floats(-1e4, 1e4))
+@settings(deadline=None)
+def test_a_common_factor_moves_only_the_evidence(log_weights, shift):
+    traces = [trace_of(z=str(i)) for i in range(len(log_weights))]
+    tensor = torch.tensor(log_weights, dtype=torch.float64)
+    one = Posterior(traces, tensor, log_weights)
+    two = Posterior(traces, tensor + shift, log_weights)
+    torch.testing.assert_close(one.weights, two.weights, atol=1e-7, rtol=1e-6)
+    assert two.log_evidence == pytest.approx(one.log_evidence + shift, abs=1e-6)
+    assert float(one.weights.sum()) == pytest.approx(1.0, abs=1e-12)
+    assert 1 - 1e-9 <= one.ess <= len(log_weights) + 1e-9
+    top = max(log_weights)
+    assert top - math.log(len(log_weights)) - 1e-6 <= one.log_evidence <= top + 1e-6
+
+
+@pytest.mark.parametrize("scale", [-1e300, -1e5, 0.0, 1e5, 1e300])
+def test_extreme_weights_stay_finite(scale):
+    log_weights = torch.full((2,), scale, dtype=torch.float64)
+    posterior = Posterior([trace_of(z="a")] * 2, log_weights, [0, 0])
+    assert posterior.weights.tolist() == [0.5, 0.5]
+    assert posterior.log_evidence == pytest.approx(scale)
+
+
+def test_the_posterior_is_not_tied_to_the_tensor_it_was_given():
+    weights = torch.zeros(2, requires_grad=True)
+    posterior = Posterior([trace_of(z="a")] * 2, weights, [0, 0])
+    with torch.no_grad():
+        weights += 1
+    assert posterior.log_weights.tolist() == [0.0, 0.0] and not posterior.log_weights.requires_grad
+
+
+def test_the_standard_error_is_that_of_the_log_of_a_mean():
+    weights = torch.tensor([0.3, 1.0, 2.0, 0.1, 0.0, 0.7], dtype=torch.float64)
+    posterior = posterior_of(["a"] * 6, weights.tolist(), info={"iid": True})
+    expected = weights.std() / math.sqrt(6) / weights.mean()
+    assert posterior.log_evidence_stderr == pytest.approx(float(expected))
+    assert posterior_of(["a"] * 6, weights.tolist()).log_evidence_stderr is None
+    assert posterior_of(["a"], [1.0], info={"iid": True}).log_evidence_stderr is None
+    equal = posterior_of(["a"] * 3, [1.0] * 3, info={"iid": True})
+    assert equal.log_evidence_stderr == pytest.approx(0.0, abs=1e-7)
+
+
+def test_the_standard_error_covers():
+    """About 95% of intervals of two standard errors hold the truth: E[exp(x)] = exp(1/8)."""
+    generator = torch.Generator().manual_seed(0)
+    trials, hits = 400, 0
+    traces = [trace_of(z="a")] * 500
+    for _ in range(trials):
+        x = 0.5 * torch.randn(500, generator=generator, dtype=torch.float64)
+        posterior = Posterior(traces, x, traces, info={"iid": True})
+        hits += abs(posterior.log_evidence - 1 / 8) < 2 * posterior.log_evidence_stderr
+    assert 0.91 < hits / trials < 0.99
+
+
+def test_no_evidence_is_claimed_for_raw_draws():
+    posterior = posterior_of(["a", "b"], [1.0, 1.0], claims_evidence=False, info={"iid": True})
+    assert posterior.log_evidence is None and posterior.log_evidence_stderr is None
+    assert posterior.probs("z") == {"a": 0.5, "b": 0.5}
+    assert posterior.resample(3, seed=0).log_evidence is None
+    assert "no claim about the evidence" in repr(posterior)
+
+
+# --- bad input -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_weight_that_is_not_a_number_is_refused_with_its_index(bad):
+    with pytest.raises(ValueError, match=r"log_weights\[1\] is (nan|inf).*1 of 2"):
+        Posterior([trace_of(z="a")] * 2, torch.tensor([0.0, bad]), [0, 0])
+
+
+def test_lengths_must_agree():
+    with pytest.raises(ValueError, match="2 traces needs as many"):
+        Posterior([trace_of(z="a")] * 2, torch.zeros(3), [0, 0])
+    with pytest.raises(ValueError, match="1 returns"):
+        Posterior([trace_of(z="a")] * 2, torch.zeros(2), [0])
+    with pytest.raises(ValueError, match="at least one trace"):
+        Posterior([], torch.zeros(0), [])
+
+
+def test_all_dead_names_the_sites_that_killed_and_keeps_the_samples():
+    killed = Counter({"polite": 1, "y": 2})
+    posterior = posterior_of(["a", "b", "c"], [0.0] * 3, info={"killed": killed, "engine": "smc"})
+    assert posterior.log_evidence == NO_WEIGHT and posterior.ess == 0.0
+    for ask in (
+        lambda: posterior.weights,
+        lambda: posterior.probs("z"),
+        lambda: posterior.best("z"),
+        lambda: posterior.mean(lambda v: 1.0),
+        lambda: posterior.resample(2),
+        posterior.check_alive,
+    ):
+        with pytest.raises(
+            ZeroEvidenceError, match=r"all 3 samples.*'y' \(2\), 'polite' \(1\)"
+        ) as e:
+            ask()
+        assert e.value.posterior is posterior
+    assert posterior["z"] == ["a", "b", "c"]  # what was sampled can still be looked at
+    assert "y (2), polite (1)" in repr(posterior) and "-inf nats" in repr(posterior)
+    assert "y (2), polite (1)" in posterior._repr_html_()
+    posterior_of(["a", "b"], [0.0, 1.0]).check_alive()
+
+
+def test_an_unknown_site_names_the_known_ones_and_the_nearest():
+    posterior = Posterior([trace_of(middle="a", tone="b")], torch.zeros(1), [0])
+    for ask in (lambda: posterior["midle"], lambda: posterior.probs("midle")):
+        with pytest.raises(KeyError, match="did you mean 'middle'.*Sites: middle, tone"):
+            ask()
+    with pytest.raises(KeyError, match="'midle'"):
+        posterior.mean("midle")
+    assert "middle" in posterior and "midle" not in posterior
+
+
+# --- values and probabilities --------------------------------------------------------------------
+
+
+def test_values_are_texts_tool_results_and_tensors():
+    posterior = Posterior(
+        [trace_of(z=" a", found=ToolResult.wrap({"hits": 3}), p=torch.tensor(0.25))],
+        torch.zeros(1),
+        [None],
+    )
+    assert posterior["z"] == [" a"]
+    assert posterior["found"] == [{"hits": 3}]
+    assert posterior["p"] == [torch.tensor(0.25)]
+    assert posterior.sites == ["z", "found", "p"]
+    assert posterior.latents == ["z", "p"]  # a tool's result is not drawn
+    assert posterior.probs("found") == {"{'hits': 3}": 1.0}
+
+
+def test_sites_of_a_pyro_program():
+    """Factors, plates and parameters are no values; observations are values, not latents."""
+
+    def model():
+        p = pyro.sample("p", dist.Beta(1.0, 1.0))
+        pyro.param("weight", torch.ones(()))
+        for i in pyro.plate("plate", 2):
+            pyro.sample(f"x{i}", dist.Bernoulli(p), obs=torch.tensor(1.0))
+        coin = pyro.sample("coin", dist.Bernoulli(p))
+        pyro.factor("f", coin)
+        return coin
+
+    pyro.clear_param_store()
+    traces = [poutine.trace(model).get_trace() for _ in range(6)]
+    posterior = Posterior(traces, torch.zeros(6), [t.nodes["_RETURN"]["value"] for t in traces])
+    assert posterior.sites == ["p", "x0", "x1", "coin"]
+    assert posterior.latents == ["p", "coin"]
+    assert set(posterior.probs("coin")) <= {0.0, 1.0}  # discrete, though a float tensor
+    with pytest.raises(TypeError, match="'p' is continuous.*mean"):
+        posterior.probs("p")
+    assert posterior.summary()["sites"] == ["coin"] and list(posterior.summary()["numeric"]) == [
+        "p"
+    ]
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 5)), min_size=1, max_size=30))
+@settings(deadline=None)
+def test_probs_sum_equal_texts_largest_first(pairs):
+    texts, counts = [text for text, _ in pairs], [float(count) for _, count in pairs]
+    if not sum(counts):
+        return
+    posterior = posterior_of(texts, counts)
+    probs = posterior.probs("z")
+    assert sum(probs.values()) == pytest.approx(1.0)
+    assert list(probs.values()) == sorted(probs.values(), reverse=True)
+    for text in "abc":
+        expected = sum(c for t, c in pairs if t == text) / sum(counts)
+        assert probs.get(text, 0.0) == pytest.approx(expected)
+    assert all(value > 0 for value in probs.values())
+    assert probs[posterior.best("z")] == max(probs.values())
+
+
+def test_texts_equal_as_strings_count_as_one_whatever_their_tokens():
+    site = Words(["ab", "ab", "b"])
+    traces = [trace_of(z=(site, torch.tensor([i, -1]), False)) for i in range(3)]
+    posterior = Posterior(traces, torch.tensor([0.2, 0.3, 0.5]).log(), [0] * 3)
+    assert posterior.probs("z") == pytest.approx({"ab": 0.5, "b": 0.5})
+    assert len(posterior.summary()["rows"]) == 2
+
+
+def test_a_site_in_one_branch_only():
+    traces = [trace_of(kind="long", z="a"), trace_of(kind="short"), trace_of(kind="long", z="b")]
+    posterior = Posterior(traces, torch.tensor([0.2, 0.5, 0.3]).log(), [0] * 3)
+    assert posterior["z"] == ["a", None, "b"]
+    assert posterior.probs("z") == pytest.approx({None: 0.5, "b": 0.3, "a": 0.2})
+    assert posterior.best("z") == "b"
+    rows = [row["values"] for row in posterior.summary()["rows"]]
+    assert rows == [{"kind": "short"}, {"kind": "long", "z": "b"}, {"kind": "long", "z": "a"}]
+    dead = Posterior(traces[:2], torch.tensor([NO_WEIGHT, 0.0]), [0] * 2)
+    assert dead.best("z") is None
+
+
+def test_tensors_of_any_shape_are_values_of_probs():
+    site = dist.Categorical(torch.ones(4))
+    traces = [trace_of(k=(site, torch.tensor(v), False)) for v in ([0, 1], [2, 3], [0, 1])]
+    posterior = Posterior(traces, torch.zeros(3), [0] * 3)
+    assert posterior.probs("k") == pytest.approx({(0, 1): 2 / 3, (2, 3): 1 / 3})
+
+
+# --- expectations --------------------------------------------------------------------------------
+
+
+def test_mean_of_a_site_and_of_a_function():
+    traces = [trace_of(p=0.2, z="a"), trace_of(p=0.6, z="b"), trace_of(p=1.0, z="b")]
+    posterior = Posterior(traces, torch.tensor([0.5, 0.25, 0.25]).log(), [0] * 3)
+    assert posterior.mean("p").dtype == torch.float64
+    assert float(posterior.mean("p")) == pytest.approx(0.5)
+    assert float(posterior.mean(lambda v: v["z"] == "b")) == pytest.approx(0.5)
+    vector = posterior.mean(lambda v: torch.stack([v["p"], v["p"] ** 2]))
+    assert vector.tolist() == pytest.approx([0.5, 0.5 * 0.04 + 0.25 * 0.36 + 0.25])
+
+
+def test_mean_leaves_out_samples_of_weight_zero():
+    """They may be incomplete, and 0 * nan is nan."""
+    traces = [trace_of(p=0.2), trace_of(q=1.0), trace_of(p=math.nan)]
+    posterior = Posterior(traces, torch.tensor([0.0, NO_WEIGHT, NO_WEIGHT]), [0] * 3)
+    assert float(posterior.mean("p")) == pytest.approx(0.2)
+    assert float(posterior.mean(lambda v: v["p"])) == pytest.approx(0.2)
+
+
+def test_mean_says_why_there_is_none():
+    traces = [trace_of(z="a", p=0.2, n=ToolResult.wrap(3)), trace_of(z="b", n=ToolResult.wrap(5))]
+    posterior = Posterior(traces, torch.zeros(2), [0] * 2)
+    with pytest.raises(TypeError, match="'z' has no mean.*probs"):
+        posterior.mean("z")
+    with pytest.raises(ValueError, match="'p' is not reached in every sample"):
+        posterior.mean("p")
+    assert float(posterior.mean("n")) == 4.0  # a tool's number has a mean
+
+
+# --- resampling ----------------------------------------------------------------------------------
+
+
+@given(log_weight_lists, st.integers(1, 50), st.integers(0, 2**31))
+@settings(deadline=None)
+def test_resampling_never_revives_the_dead_and_keeps_the_evidence(log_weights, n, seed):
+    traces = [trace_of(z=str(i)) for i in range(len(log_weights))]
+    posterior = Posterior(
+        traces, torch.tensor(log_weights, dtype=torch.float64), list(range(len(log_weights)))
+    )
+    draws = posterior.resample(n, seed=seed)
+    assert len(draws) == n
+    assert all(posterior.weights[i] > 0 for i in draws.returns)
+    assert [str(i) for i in draws.returns] == draws["z"]  # traces and returns stay together
+    torch.testing.assert_close(draws.weights, torch.full((n,), 1 / n, dtype=torch.float64))
+    assert draws.log_evidence == pytest.approx(posterior.log_evidence, abs=1e-6)
+    assert posterior.resample(n, seed=seed).returns == draws.returns
+
+
+def test_a_uniform_that_rounds_up_to_the_whole_sum_draws_a_live_sample(monkeypatch):
+    posterior = posterior_of(["a", "b", "dead"], [1.0, 1.0, 0.0])
+    for u in (0.0, 0.5, 1.0 - 2**-53, 1.0):
+        monkeypatch.setattr(torch, "rand", lambda n, u=u, **_: torch.full((n,), u).double())
+        assert posterior.resample(4)["z"] == ["a" if u < 0.5 else "b"] * 4
+    first_dead = posterior_of(["dead", "a"], [0.0, 1.0])
+    monkeypatch.setattr(torch, "rand", lambda n, **_: torch.zeros(n).double())
+    assert first_dead.resample(2)["z"] == ["a", "a"]
+
+
+def test_resampling_draws_by_weight():
+    weights = [0.1, 0.2, 0.3, 0.4]
+    posterior = posterior_of(list("abcd"), weights)
+    n = 20_000
+    counts = Counter(posterior.resample(n, seed=3).returns)
+    chi_square = sum(
+        (counts[text] - n * weight) ** 2 / (n * weight)
+        for text, weight in zip("abcd", weights, strict=True)
+    )
+    assert chi_square < 16.3  # 3 degrees of freedom, p = 0.001
+
+
+def test_resampling_follows_torchs_seed_and_says_what_it_did():
+    posterior = posterior_of(list("abcd"), [1.0] * 4, info={"iid": True, "engine": "importance"})
+    torch.manual_seed(1)
+    first = posterior.resample(10).returns
+    torch.manual_seed(1)
+    again = posterior.resample(10)
+    assert again.returns == first
+    assert again.log_evidence_stderr is None
+    assert "resampled from 4 samples" in repr(again)
+    assert "notes" not in posterior.info
+    with pytest.raises(ValueError, match="n=0.*at least 1"):
+        posterior.resample(0)
+
+
+# --- tables --------------------------------------------------------------------------------------
+
+
+def report() -> dict[str, Any]:
+    return {
+        "engine": "importance",
+        "iid": True,
+        "tokens_sampled": 1234,
+        "tokens_scored": 567,
+        "seconds": 3.21,
+        "killed": Counter({"y": 2}),
+        "notes": ["self-normalised"],
+    }
+
+
+def test_the_table_ranks_joint_values():
+    traces = [trace_of(a="x", b=" one"), trace_of(a="x", b=" two"), trace_of(a="x", b=" two")]
+    posterior = Posterior(traces, torch.tensor([0.2, 0.4, 0.4]).log(), [0] * 3, info=report())
+    lines = repr(posterior).splitlines()
+    assert lines[0] == "Posterior by importance: 3 samples, ESS 2.8 (93%)"
+    assert lines[1].startswith("log evidence -1.099 nats (standard error 0.2")
+    assert lines[2] == "1,234 tokens drawn, 567 tokens scored, 3.2 s"
+    assert lines[3].split() == ["weight", "a", "b"]
+    assert lines[5].split() == ["80.0%", "█" * 10, "'x'", "'", "two'"]
+    assert lines[6].split() == ["20.0%", "██▌", "'x'", "'", "one'"]
+    assert lines[-2] == "samples with probability zero, by the site that ended them: y (2)"
+    assert lines[-1] == "note: self-normalised"
+
+
+def test_the_table_shows_the_first_ten():
+    texts = [chr(ord("a") + i) for i in range(14)]
+    table = repr(posterior_of(texts, [float(20 - i) for i in range(14)]))
+    assert MAX_ROWS == 10 and "'j'" in table and "'k'" not in table
+    assert f"and 4 more, together {100 * (10 + 9 + 8 + 7) / 189:.1f}%" in table
+
+
+@pytest.mark.parametrize("width", [40, 60, 200])
+def test_the_table_is_no_wider_than_the_terminal(width, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(width))
+    long = posterior_of(["word " * 50, "漢字" * 60], [0.6, 0.4], info=report())
+    lines = repr(long).splitlines()
+    assert max(cell_len(line) for line in lines) <= width
+    assert any(line.startswith(" 60.0%") for line in lines), "the weights are never cut"
+    assert sum("word word" in line for line in lines) == 1, "one row a value, cut, not wrapped"
+    assert "…" in repr(long)
+
+
+HOSTILE = "[bold]x[/bold][/nope] \x1b[31mred\nnew\r\tline <script>alert(1)</script> :smile: \u202e"
+
+
+def test_what_a_model_wrote_is_shown_never_interpreted():
+    posterior = posterior_of([HOSTILE], [1.0], info={"notes": [HOSTILE], "killed": {HOSTILE: 1}})
+    table = text_table(posterior.summary(), width=400)
+    row = next(line for line in table.splitlines() if "100.0%" in line)
+    assert (
+        repr(HOSTILE) in row
+    )  # as Python shows a string: markup, escapes, emoji codes as they are
+    assert not set(table) & {"\x1b", "\r", "\t", "\u202e"}
+    page = posterior._repr_html_()
+    assert "<script>" not in page and "&lt;script&gt;" in page
+    assert not set(page) & {"\x1b", "\r", "\t", "\n", "\u202e"}
+
+
+def test_hostile_names_of_sites():
+    name = "<b>[red]\n"
+    posterior = Posterior([trace_of(**{name: "a"})], torch.zeros(1), [0])
+    assert "<b>[red]\\n" in repr(posterior)
+    assert "&lt;b&gt;[red]\\n" in posterior._repr_html_()
+
+
+def test_continuous_sites_are_summarised():
+    values = [0.0, 1.0, 2.0]
+    traces = [trace_of(z="a", p=v, v=torch.tensor([v, 2 * v])) for v in values]
+    posterior = Posterior(traces, torch.tensor([0.25, 0.5, 0.25]).log(), [0] * 3)
+    summary = posterior.summary()
+    assert summary["sites"] == ["z"] and len(summary["rows"]) == 1
+    assert summary["numeric"]["p"] == pytest.approx(
+        {"mean": 1.0, "sd": math.sqrt(0.5), "weight": 1}
+    )
+    assert summary["numeric"]["v"]["mean"] == pytest.approx([1.0, 2.0])
+    table = repr(posterior)
+    assert "p: 1 +- 0.7071" in table and "v: [1, 2] +- [0.7071, 1.414]" in table
+    only = Posterior([trace_of(p=v) for v in values], torch.zeros(3), [0] * 3)
+    assert "weight" not in repr(only) and "p: 1 +- 0.8165" in repr(only)
+    assert "<table>" not in only._repr_html_()
+
+
+def test_a_continuous_site_in_one_branch_is_averaged_where_it_is():
+    traces = [trace_of(p=0.5), trace_of(z="a"), trace_of(p=1.5)]
+    posterior = Posterior(traces, torch.tensor([0.2, 0.6, 0.2]).log(), [0] * 3)
+    assert posterior.summary()["numeric"]["p"] == pytest.approx(
+        {"mean": 1.0, "sd": 0.5, "weight": 0.4}
+    )
+    assert "p: 1 +- 0.5 (reached in 40.0%)" in repr(posterior)
+
+
+def test_bars_are_in_eighths():
+    assert bar(1.0, 1.0) == "█" * 10
+    assert bar(0.0, 1.0) == ""
+    assert bar(1 / 80, 1.0) == "▏"
+    lengths = [len(bar(i / 80, 1.0)) for i in range(81)]
+    assert all(a <= b for a, b in itertools.pairwise(lengths))
+
+
+def test_a_dead_or_bare_posterior_has_a_table():
+    bare = Posterior([Trace()], torch.zeros(1), [0])
+    assert repr(bare).splitlines()[0] == "Posterior: 1 sample, ESS 1.0 (100%)"
+    assert bare.summary()["rows"] == []
