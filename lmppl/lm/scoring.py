@@ -18,6 +18,7 @@ from lmppl.lm.inverse_cdf import tempered
 from lmppl.lm.requests import Score, Scored
 from lmppl.lm.runner import (
     NO_PROMPT,
+    Prompt,
     Runner,
     Tokens,
     common_length,
@@ -34,6 +35,7 @@ _Keyed = tuple[Tokens, int]
 
 # A group of requests gets a forward pass of its own if what it shares saves this many tokens.
 _WORTH_A_PASS = 64
+_MAX_SCORE_BYTES = 1 << 30  # attention scores of a pass with gradients
 _MAX_DEPTH = 32  # of the tree of shared prefixes
 _LOG_SOFTMAX_ROWS = 256
 
@@ -131,8 +133,7 @@ def _score_rows(
     found: dict[Score, Scored],
 ) -> None:
     most = max(1, max_bytes // (4 * runner.size))
-    share = runner.fast and not grad
-    groups = _groups(rows, lambda row: row.tokens[: row.start]) if share else [rows]
+    groups = _groups(rows, lambda row: row.tokens[: row.start]) if runner.fast else [rows]
     for group in groups:
         for chunk in _chunks(group, most):
             spans = [(row.start, len(row.tokens)) for row in chunk]
@@ -144,19 +145,34 @@ def _read(
     runner: Runner, sequences: list[Tokens], spans: list[tuple[int, int]], *, grad: bool
 ) -> torch.Tensor:
     """Logits (N, V) at positions ``start <= t < end`` of each sequence, one after another."""
-    prompt = NO_PROMPT
-    if runner.fast and not grad:
-        prompt = runner.shared_prompt(sequences, limit=min(start for start, _ in spans))
-    known = len(prompt.tokens)
+    limit = min(start for start, _ in spans)
+    if not runner.fast:
+        prompt = None
+    elif grad:
+        prompt = _prompt_with_grad(runner, sequences, limit)
+    else:
+        prompt = runner.shared_prompt(sequences, limit)
+    known = len(prompt.tokens) if prompt else 0
     tokens = padded([s[known:] for s in sequences], runner.device)
     width = tokens.shape[1]
     at = [
         row * width + t - known for row, (start, end) in enumerate(spans) for t in range(start, end)
     ]
     positions = torch.tensor(at, device=runner.device)
-    if runner.fast and not grad:
-        return runner.run_cached(tokens, PrefixCache(prompt.layers, known), positions)
-    return runner.run_plain(tokens, positions)
+    if prompt is None:
+        return runner.run_plain(tokens, positions)
+    return runner.run_cached(tokens, PrefixCache(prompt.layers, known), positions)
+
+
+def _prompt_with_grad(runner: Runner, sequences: list[Tokens], limit: int) -> Prompt | None:
+    """The common prefix with its graph, so that its gradient is computed once too; None where
+    the model had better run plainly, as its own attention keeps less for the backward pass."""
+    common = common_length(min(sequences), max(sequences), limit)
+    longest = max(map(len, sequences))
+    scores = runner.num_layers * runner.num_heads * (longest - common) * longest * len(sequences)
+    if common * (len(sequences) - 1) < _WORTH_A_PASS or 8 * scores > _MAX_SCORE_BYTES:
+        return None
+    return runner.extend_prompt(NO_PROMPT, sequences[0][:common])
 
 
 def _gather(

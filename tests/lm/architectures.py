@@ -1,4 +1,4 @@
-"""Tiny random models of several architectures, and the naive forward pass they are compared with."""
+"""Tiny random models of several architectures, and the naive pass they are compared with."""
 
 from __future__ import annotations
 
@@ -59,7 +59,12 @@ def _config(name: str) -> PretrainedConfig:
         )
     if name == "bloom":  # its attention can't be reached: the slow path
         return BloomConfig(
-            vocab_size=SIZE, hidden_size=32, n_layer=2, n_head=4, bos_token_id=None, eos_token_id=None
+            vocab_size=SIZE,
+            hidden_size=32,
+            n_layer=2,
+            n_head=4,
+            bos_token_id=None,
+            eos_token_id=None,
         )
     raise ValueError(name)
 

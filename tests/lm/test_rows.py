@@ -120,7 +120,9 @@ def test_inference_mode_does_not_leak():
     with torch.inference_mode():
         rows = Rows.start(runner, [LONG] * 3, 4)
     assert not rows.logits.is_inference()
-    assert not any(t.is_inference() for p in runner._prompts.values() for kv in p.layers for t in kv)
+    assert not any(
+        t.is_inference() for p in runner._prompts.values() for kv in p.layers for t in kv
+    )
     rows.extend([1, 2, 3])
     rows.select([2, 2, 0])
 
