@@ -71,7 +71,7 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch
     if dtype is None:
         return torch.bfloat16 if _fast_bfloat16(device) else torch.float32
     chosen = DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
-    if chosen not in DTYPES.values():
+    if chosen is None or chosen not in DTYPES.values():
         raise ValueError(
             f"dtype={dtype!r} is not supported; use one of {', '.join(DTYPES)}, or None"
         )
@@ -106,12 +106,14 @@ def _load(
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, **fetching)
             model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **hf_kwargs)
-        except OSError as error:  # the hub's own errors are OSErrors too
+        except (OSError, ValueError) as error:  # the hub's own errors are OSErrors too
             if local:
                 raise OSError(
                     f"{source} does not hold a Hugging Face causal language model and its "
                     f"tokenizer: {error}"
                 ) from error
+            if isinstance(error, ValueError):  # it was found; the message says what is wrong
+                raise
             raise OSError(_not_found(source, error)) from error
     return model, tokenizer
 

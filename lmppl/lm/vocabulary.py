@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property, lru_cache
 from typing import Any
 
-from lmppl.lm.token_bytes import Rule, component, rules_of
+from lmppl.lm.token_bytes import Rule, byte_level, component, rules_of
 
 
 class Vocabulary:
@@ -119,7 +119,21 @@ class Vocabulary:
                 f"{text!r} encodes to token {max(ids)}, but the model knows {self.size} tokens. "
                 "Use the tokenizer that belongs to the model, or resize its embeddings."
             )
+        if self._loses(text, ids):
+            raise ValueError(
+                f"the tokenizer loses part of {text!r}: its vocabulary lacks some of the bytes. "
+                "Leave out what it cannot write."
+            )
         return ids
+
+    def _loses(self, text: str, ids: tuple[int, ...]) -> bool:
+        """Whether a byte-level vocabulary lacks bytes: those it drops without a word."""
+        if self._rule is not byte_level or not self._added.keys().isdisjoint(ids):
+            return False  # (added tokens may take the white space beside them)
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is not None and backend.normalizer is not None:
+            return False
+        return sum(len(self.token_bytes(t)) for t in ids) < len(text.encode())
 
     def _tokenize(self, text: str, special: bool) -> tuple[int, ...]:
         output = self.tokenizer(
@@ -263,6 +277,8 @@ class Vocabulary:
 
 def _without_prefix(part: dict[str, Any] | None) -> dict[str, Any] | None:
     """A normalizer or pre-tokenizer, less what puts a space in front of a text."""
+    if part is None:
+        return None
     match part:
         case {"type": "Prepend"}:
             return None
