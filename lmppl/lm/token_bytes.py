@@ -44,12 +44,20 @@ def sentencepiece(token: str) -> bytes:
     return token.replace("\u2581", " ").encode("utf-8", errors="replace")
 
 
+def raw_bytes(token: str) -> bytes:
+    """ByT5's kind: a byte is written as the character of that number."""
+    if len(token) == 1 and ord(token) < 256:
+        return bytes([ord(token)])
+    return token.encode("utf-8", errors="replace")
+
+
 def rules_of(tokenizer: Any) -> Iterator[Rule]:
     """Rules that may describe ``tokenizer.decode``, the likeliest first."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:  # written in Python: nothing says how it decodes, so try
         yield byte_level
         yield sentencepiece
+        yield raw_bytes
         return
     rule = _rule_of_decoder(component(backend.decoder))
     if rule is not None:

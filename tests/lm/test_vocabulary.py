@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizer_families import FAMILIES, byte_level, characters, sentencepiece, vocabulary_of
+from transformers import ByT5Tokenizer
 
 from lmppl.lm.vocabulary import Vocabulary
 
@@ -15,6 +16,8 @@ CONCATENATING = [name for name in FAMILIES if name != "collapsing"]
 
 @cache
 def vocabulary(family: str) -> Vocabulary:
+    if family == "python_bytes":
+        return vocabulary_of(ByT5Tokenizer())
     return vocabulary_of(FAMILIES[family]())
 
 
@@ -132,6 +135,13 @@ def test_split_characters() -> None:
     assert len(ids) > 2
     assert "\ufffd" in v.decode(ids[:1])
     assert v.decode(ids) == "🙂é"
+
+
+@given(text=st.text(max_size=12))
+def test_a_tokenizer_written_in_python(text: str) -> None:
+    v = vocabulary("python_bytes")
+    assert v.concatenates and v.bos_ids == ()
+    assert v.decode(v.encode(text)) == text
 
 
 def test_eos_ids() -> None:
