@@ -3,6 +3,7 @@
 from lmppl._infer import infer
 from lmppl.distributions import LMText
 from lmppl.engines import SMC, Engine, Exact, Importance, register_engine
+from lmppl.guides import LMGuide
 from lmppl.lm import LM
 from lmppl.posterior import Posterior, ZeroEvidenceError
 from lmppl.primitives import chat, lm_sample, require, tool, use
@@ -17,6 +18,7 @@ __all__ = [
     "Engine",
     "Exact",
     "Importance",
+    "LMGuide",
     "LMText",
     "Posterior",
     "ReplayError",

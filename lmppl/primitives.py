@@ -314,7 +314,8 @@ def _warn_of_retokenisation(name: str, prefix: str | Sequence[str]) -> None:
             if node["type"] != "sample" or node["is_observed"] or not isinstance(node["fn"], LMText):
                 continue
             body = node["fn"].text(node["value"]).body.strip() if node["value"].dim() == 1 else ""
-            if len(body) > 1 and any(body in part for part in plain):
+            # Shorter texts are found in many a string that was not made of them.
+            if len(body) > 3 and any(body in part for part in plain):
                 _warned.add(("text", name))
                 warnings.warn(
                     f"site '{name}': its prefix holds the text of site '{site}' as a plain str (an "

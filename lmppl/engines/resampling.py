@@ -76,19 +76,3 @@ def settle_in_place(ancestors: torch.Tensor) -> torch.Tensor:
     spare = torch.repeat_interleave(torch.arange(n), (copies - own.long()))
     placed[~own] = spare
     return placed
-
-
-def ess(log_weights: torch.Tensor) -> float:
-    """Kish's effective sample size, (sum w)^2 / sum w^2; 0 if all weights are zero."""
-    log_weights = log_weights.double()
-    top = log_weights.max()
-    if top == -torch.inf:
-        return 0.0
-    weights = (log_weights - top).exp()
-    return float(weights.sum() ** 2 / (weights**2).sum())
-
-
-def log_mean_exp(log_weights: torch.Tensor) -> float:
-    """log of the mean weight (nats)."""
-    n = log_weights.numel()
-    return float(torch.logsumexp(log_weights.double(), 0) - torch.tensor(float(n)).log())

@@ -32,10 +32,10 @@ import torch
 from lmppl import runtime
 from lmppl.distributions import LMText, draw_request
 from lmppl.engines.base import Meter, finish, proposer_factory
-from lmppl.engines.resampling import SCHEMES, ess, log_mean_exp, settle_in_place
+from lmppl.engines.resampling import SCHEMES, settle_in_place
 from lmppl.lm.decoding import Decoding
 from lmppl.posterior import Posterior
-from lmppl.runtime import Given, Particle
+from lmppl.runtime import Given, Particle, ess, log_mean_exp
 from lmppl.text import Text
 
 Twist = Callable[[Text], float]

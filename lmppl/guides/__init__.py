@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from lmppl.guides.fitting import FitOptions
+from lmppl.guides.guide import LMGuide
 from lmppl.guides.program import ProgramProposer
 from lmppl.runtime import Proposer
 
-__all__ = ["proposer_factory"]
+__all__ = ["FitOptions", "LMGuide", "proposer_factory"]
 
 
 def proposer_factory(guide: Any, args: tuple[Any, ...]) -> Callable[[int, int], Proposer] | None:

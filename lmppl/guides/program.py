@@ -29,6 +29,11 @@ class ProgramProposer:
     ) -> ProgramProposer:
         return cls(Particle(program, args, seed=seed, slot=slot))
 
+    @property
+    def draws(self) -> dict[str, Any]:
+        """The sites that it drew, by name."""
+        return self.run.latents
+
     def propose(self, site: Any, trace: Trace) -> Given | None:
         name = site["name"]
         self._advance(lambda: name in self.run.trace.nodes)

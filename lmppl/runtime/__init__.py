@@ -20,6 +20,7 @@ from lmppl.runtime.serving import (
     slot_seeds,
     start,
 )
+from lmppl.runtime.weights import ess, log_mean_exp
 
 __all__ = [
     "Given",
@@ -31,8 +32,10 @@ __all__ = [
     "closing",
     "complete",
     "draw",
+    "ess",
     "fresh_seed",
     "is_latent",
+    "log_mean_exp",
     "settle",
     "site_log_weight",
     "slot_seeds",

@@ -35,14 +35,16 @@ class Wait:
         ``"score"``: the density of ``value`` under ``fn``; the answer is ``(log_prob, Scored)``.
         ``"choose"``: a value of ``fn``, any distribution (only in enumerating runs); the answer is
         ``(value, log_prob)``.
+        ``"hidden"``: the state of the language model ``fn`` after the tokens ``prefix``.
     """
 
-    kind: Literal["draw", "score", "choose"]
+    kind: Literal["draw", "score", "choose", "hidden"]
     name: str
     fn: Any
     value: torch.Tensor | None = None
     uniforms: torch.Tensor | None = None
     closing: bool = False
+    prefix: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

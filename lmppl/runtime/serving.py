@@ -56,18 +56,27 @@ def start(
 
 
 def settle(particles: Sequence[Particle], *, grad: bool = False) -> None:
-    """Score, in one batched call a round, until no particle waits for a score."""
-    while waiting := [p for p in particles if p.waiting is not None and p.waiting.kind == "score"]:
-        waits = [p.waiting for p in waiting if p.waiting is not None]
-        answers = score_texts(
-            [w.fn for w in waits],
-            [w.value for w in waits if w.value is not None],
-            [w.name for w in waits],
-            grad=grad,
-            closing=any(w.closing for w in waits),
-        )
-        for particle, answer in zip(waiting, answers, strict=True):
-            particle.resume(answer)
+    """Answer scores and hidden states, in batched rounds, until all wait for a draw or have ended."""
+    while True:
+        scores = [(p, p.waiting) for p in particles if p.waiting and p.waiting.kind == "score"]
+        states = [(p, p.waiting) for p in particles if p.waiting and p.waiting.kind == "hidden"]
+        if not scores and not states:
+            return
+        if scores:
+            answers = score_texts(
+                [wait.fn for _, wait in scores],
+                [wait.value for _, wait in scores if wait.value is not None],
+                [wait.name for _, wait in scores],
+                grad=grad,
+                closing=any(wait.closing for _, wait in scores),
+            )
+            for (particle, _), answer in zip(scores, answers, strict=True):
+                particle.resume(answer)
+        for lm in {id(wait.fn): wait.fn for _, wait in states}.values():
+            members = [(particle, wait) for particle, wait in states if wait.fn is lm]
+            hidden = lm.hidden([wait.prefix for _, wait in members])
+            for (particle, _), state in zip(members, hidden.cpu(), strict=True):
+                particle.resume(state)
 
 
 def draw(particles: Sequence[Particle]) -> None:

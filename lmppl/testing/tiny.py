@@ -29,7 +29,7 @@ def tiny_lm(
     eos: bool = True,
     bos: bool = False,
     contrast: float = 2.0,
-    hidden_size: int = 32,
+    hidden_size: int = 64,
     num_layers: int = 2,
     context_length: int = 256,
     unused_logits: int = 0,

@@ -1,0 +1,178 @@
+"""The automatic guide: the model's latent sites, drawn from an adapted copy of its LM.
+
+Text sites copy ``stop``, ``max_tokens``, ``choices`` and ``temperature`` of the model's, so their
+support is the model's, and differ in the prompt (``prompts.py``) and the weights (LoRA). Other
+sites get a head (``heads.py``). What neither can stand for is left to the model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from pyro.poutine.trace_struct import Trace
+from torch import nn
+
+from lmppl.distributions import LMText, score_texts
+from lmppl.guides.heads import Head, moved, num_moves
+from lmppl.guides.prompts import Observations, guide_prompt
+from lmppl.lm import LM
+from lmppl.lm.requests import Scored
+from lmppl.runtime import Given, Proposer, Wait, is_latent, suspend
+
+SiteScore = tuple[torch.Tensor, Scored | None]
+"""log q of a site's value (0-d, nats), and its terms token by token where it is a text."""
+
+
+class _Networks(Protocol):
+    """What an automatic guide draws from."""
+
+    base: LM
+    adapted: LM
+    heads: nn.ModuleDict
+
+
+@dataclass(frozen=True, eq=False)
+class TextDraw:
+    fn: LMText
+    value: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class HeadDraw:
+    key: str
+    features: torch.Tensor  # (num_features,) float32
+    fn: Any  # the model's own distribution
+    value: torch.Tensor
+
+
+class AutomaticProposer:
+    """Proposes the latents of one particle.
+
+    Args:
+        networks: the guide's language models and heads.
+        observations: what it may see of the input.
+        temperature: of the behaviour policy: text is drawn from ``q ** (1 / temperature)``.
+
+    Attributes:
+        draws: what was drawn, by site, so that it can be scored again with gradients.
+    """
+
+    def __init__(
+        self, networks: _Networks, observations: Observations, temperature: float = 1.0
+    ) -> None:
+        self._networks, self._observations = networks, observations
+        self._temperature = temperature
+        self.draws: dict[str, TextDraw | HeadDraw] = {}
+
+    def propose(self, site: Any, trace: Trace) -> Given | None:
+        name, fn = site["name"], site["fn"]
+        if isinstance(fn, LMText):
+            if fn.lm is not self._networks.base or fn.batch_shape:
+                return None
+            prompt = guide_prompt(site, trace, self._observations)
+            q = fn.with_prefix_ids(prompt, self._networks.adapted, fn.temperature)
+            tempered = q.with_prefix_ids(
+                prompt, self._networks.adapted, fn.temperature * self._temperature
+            )
+            uniforms = torch.rand(q.num_uniforms, dtype=torch.float64, device="cpu")
+            value, log_q = suspend(Wait("draw", name, tempered, uniforms=uniforms))
+            self.draws[name] = TextDraw(q, value)
+            return Given(value, proposal_log_prob=log_q)
+        moves = num_moves(fn)
+        if moves is None:
+            return None
+        features, key = self._features(name, trace)
+        head = head_for(self._networks.heads, key, len(features), moves)
+        with torch.no_grad():
+            q_fn = moved(fn, head(features))
+            value = q_fn.sample()
+            log_q = q_fn.log_prob(value).sum()
+        self.draws[name] = HeadDraw(key, features, fn, value)
+        return Given(value, proposal_log_prob=log_q)
+
+    def _features(self, name: str, trace: Trace) -> tuple[torch.Tensor, str]:
+        """What a head sees: the LM's state after the texts so far, and the other latents."""
+        base = self._networks.base
+        tokens: tuple[int, ...] = ()
+        numbers: list[torch.Tensor] = []
+        others: list[str] = []
+        for other, node in trace.nodes.items():
+            if node["type"] != "sample" or not is_latent(node):
+                continue
+            fn, value = node["fn"], node["value"]
+            if isinstance(fn, LMText):
+                if fn.batch_shape or not fn.lm.vocabulary.same_as(base.vocabulary):
+                    continue
+                if not tokens:
+                    tokens = guide_prompt(node, Trace(), self._observations)
+                tokens += fn.token_ids(value)
+            else:
+                others.append(other)
+                numbers.append(value.detach().float().reshape(-1))
+        if not tokens:
+            tokens = base.vocabulary.bos_ids + sum(self._observations.values(), ())
+        parts = [*numbers]
+        if tokens:
+            parts.append(suspend(Wait("hidden", name, base, prefix=tokens)).float())
+        features = torch.cat(parts) if parts else torch.zeros(1)
+        key = "-".join([name, *others]).replace(".", "_")
+        return features, key
+
+    def finish(self, trace: Trace) -> None:
+        """An automatic guide follows the model, so nothing can be left over."""
+
+    def fork(self, streams: Proposer) -> AutomaticProposer:
+        new = AutomaticProposer(self._networks, self._observations, self._temperature)
+        new.draws = dict(self.draws)
+        return new
+
+    def close(self) -> None:
+        """Nothing of it is suspended on its own."""
+
+
+def head_for(heads: nn.ModuleDict, key: str, num_features: int, num_moves: int) -> Head:
+    """The head of a site, made when the site is first met."""
+    if key not in heads:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(len(heads))
+            heads[key] = Head(num_features, num_moves)
+    head = heads[key]
+    assert isinstance(head, Head)
+    if (head.num_features, head.num_moves) != (num_features, num_moves):
+        raise ValueError(
+            f"site '{key}': its guide was made for {head.num_features} features and "
+            f"{head.num_moves} parameters, and now there are {num_features} and {num_moves}: a "
+            "latent site must keep its shape and the latents before it on every run"
+        )
+    return head
+
+
+def score_draws(
+    networks: _Networks, proposers: list[AutomaticProposer], *, grad: bool
+) -> list[dict[str, SiteScore]]:
+    """log q of all that the proposers drew, in one batched pass; per proposer, by site."""
+    texts = [
+        (i, name, draw)
+        for i, proposer in enumerate(proposers)
+        for name, draw in proposer.draws.items()
+        if isinstance(draw, TextDraw)
+    ]
+    scores: list[dict[str, SiteScore]] = [{} for _ in proposers]
+    results = score_texts(
+        [draw.fn for _, _, draw in texts],
+        [draw.value for _, _, draw in texts],
+        [name for _, name, _ in texts],
+        grad=grad,
+        closing=True,
+    )
+    for (i, name, _), result in zip(texts, results, strict=True):
+        scores[i][name] = result
+    for i, proposer in enumerate(proposers):
+        for name, draw in proposer.draws.items():
+            if isinstance(draw, HeadDraw):
+                with torch.set_grad_enabled(grad):
+                    q_fn = moved(draw.fn, networks.heads[draw.key](draw.features))
+                    scores[i][name] = (q_fn.log_prob(draw.value).sum(), None)
+    return scores

@@ -1,0 +1,409 @@
+"""Training a guide: the program's joint density is the reward.
+
+    for every step, for some inputs:
+        traces ~ guide (on policy), guide at a random temperature, and the replay buffer
+        log R  = log joint of each trace           (the model, no gradient)
+        log R' = the same of a random few truncations
+        log q  = one teacher-forced pass           (the guide, with gradient)
+        loss   = variance of log R - log q over all of them, plus the term for dead traces
+        one AdamW step
+
+After Hu et al. (2024, arXiv 2310.04363), with the loss of Richter et al. (2020, arXiv 2010.10436).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from lmppl import objectives, runtime
+from lmppl.guides.automatic import SiteScore
+from lmppl.guides.inputs import read_inputs
+from lmppl.guides.prompts import Observations
+from lmppl.guides.samples import ReplayBuffer, Sample, Truncation, truncate
+from lmppl.primitives import use
+from lmppl.progress import progress_bar
+
+if TYPE_CHECKING:
+    from lmppl.guides.guide import LMGuide
+
+TEMPERATURES = (0.5, 2.0)
+"""Range of the tempered behaviour policy."""
+
+_LOSSES = ("vargrad", "tb", "subtb")
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """How to train; the defaults are meant for every program.
+
+    Args:
+        batch_size: complete traces a step, over all its inputs.
+        inputs_per_step: how many inputs share a step (at most).
+        learning_rate: AdamW's; it warms up over 5% of the steps and decays along a cosine.
+        loss: ``"vargrad"``, ``"tb"`` or ``"subtb"`` (see ``lmppl.objectives``).
+        subtb_lambda: weight of a pair of truncations decays as ``lambda ** distance``.
+        tempered_fraction: of the traces, drawn from the guide at a temperature in [0.5, 2].
+        replay_fraction: of the traces, drawn again from the best seen.
+        truncations: how many tokens the rewards of truncations may cost, as a multiple of the
+            complete traces'; 0: none.
+        reward_temperature: first and last: the reward is ``R ** (1 / temperature)``. If the last
+            is not 1, the guide's target is a *tempered* posterior.
+        max_grad_norm: gradients are clipped to it.
+    """
+
+    batch_size: int = 32
+    inputs_per_step: int = 4
+    learning_rate: float = 2e-3
+    loss: Literal["vargrad", "tb", "subtb"] = "vargrad"
+    subtb_lambda: float = 1.0
+    tempered_fraction: float = 0.25
+    replay_fraction: float = 0.25
+    truncations: float = 1.0
+    reward_temperature: tuple[float, float] = (1.0, 1.0)
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 2:
+            raise ValueError(f"batch_size={self.batch_size}: the variance needs at least 2 traces")
+        if self.inputs_per_step < 1:
+            raise ValueError(f"inputs_per_step={self.inputs_per_step}: it must be at least 1")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate={self.learning_rate}: it must be positive")
+        if self.loss not in _LOSSES:
+            raise ValueError(f"loss={self.loss!r}, allowed: {', '.join(_LOSSES)}")
+        fractions = (self.tempered_fraction, self.replay_fraction)
+        if min(fractions) < 0 or sum(fractions) > 1:
+            raise ValueError(
+                f"tempered_fraction and replay_fraction are {fractions}: they must be positive and "
+                "together at most 1"
+            )
+        if self.truncations < 0:
+            raise ValueError(f"truncations={self.truncations}: it must not be negative")
+        if min(self.reward_temperature) < 1.0:
+            raise ValueError(f"reward_temperature={self.reward_temperature}: at least 1 each")
+
+    @property
+    def tempered_target(self) -> float | None:
+        """The temperature of the posterior that the guide ends at, or None if it is untempered."""
+        last = self.reward_temperature[1]
+        return None if last == 1.0 else last
+
+
+class Input:
+    """One input, and what training keeps of it."""
+
+    def __init__(self, args: tuple[Any, ...], index: int) -> None:
+        self.args, self.index = args, index
+        self.buffer = ReplayBuffer()
+        self.log_z: torch.Tensor = torch.zeros((), requires_grad=True)  # learned by "tb" only
+        self.observations: Observations | None = None
+        self.visits = 0
+        self.ever_alive = False
+
+
+class Trainer:
+    """The state of one call of ``fit``."""
+
+    def __init__(
+        self, guide: LMGuide, inputs: Sequence[Input], steps: int, options: FitOptions, seed: int
+    ) -> None:
+        self.guide, self.inputs, self.steps, self.options = guide, inputs, steps, options
+        self._seed = seed
+        self._generator = torch.Generator().manual_seed(seed % 2**63)
+        self._queue: list[int] = []
+        guide.prepare(inputs[0].args)
+        self._parameters = guide.parameters(inputs[0].args)
+        self._optimizer = torch.optim.AdamW(
+            self._parameters, lr=options.learning_rate, weight_decay=0.0
+        )
+        if options.loss == "tb":
+            # log Z is far from its start and has few gradients, so it learns faster.
+            group = {"params": [each.log_z for each in inputs], "lr": 25 * options.learning_rate}
+            self._optimizer.add_param_group(group)
+        self._rates = [group["lr"] for group in self._optimizer.param_groups]
+
+    def step(self, number: int) -> dict[str, Any]:
+        """One optimiser step. Returns its figures."""
+        began = time.perf_counter()
+        members = self._next_inputs()
+        with torch.no_grad():
+            batches = self._sample(members, number)
+            sampled = time.perf_counter()
+            truncations = self._truncate(batches)
+        rewarded = time.perf_counter()
+        samples = [sample for batch in batches for sample in batch]
+        scores = self.guide.score([sample.proposer for sample in samples])
+        by_sample = {id(sample): score for sample, score in zip(samples, scores, strict=True)}
+        losses: list[torch.Tensor] = []
+        figures: list[dict[str, float]] = []
+        beta = self._inverse_temperature(number)
+        for each, batch in zip(members, batches, strict=True):
+            own = [t for t in truncations if t.sample.particle.args is each.args]
+            loss, figure = self._loss(each, batch, own, by_sample, beta)
+            figures.append(figure)
+            if loss is not None:
+                losses.append(loss)
+        if losses:
+            self._update(torch.stack(losses).mean(), number)
+        return {
+            "step": len(self.guide.history),
+            **{key: _mean([figure[key] for figure in figures]) for key in figures[0]},
+            "inputs": len(members),
+            "samples": len(samples),
+            "truncations": len(truncations),
+            "seconds_sampling": sampled - began,
+            "seconds_truncations": rewarded - sampled,
+            "seconds_gradient": time.perf_counter() - rewarded,
+        }
+
+    # --- its parts -------------------------------------------------------------------------------
+
+    def _next_inputs(self) -> list[Input]:
+        num = min(self.options.inputs_per_step, len(self.inputs), self.options.batch_size // 2)
+        if len(self._queue) < num:
+            order = torch.randperm(len(self.inputs), generator=self._generator).tolist()
+            self._queue = [*self._queue, *(i for i in order if i not in self._queue)]
+        chosen, self._queue = self._queue[:num], self._queue[num:]
+        return [self.inputs[i] for i in chosen]
+
+    def _sample(self, members: Sequence[Input], number: int) -> list[list[Sample]]:
+        """Complete traces of each input by the mixed behaviour policy."""
+        options = self.options
+        share = options.batch_size // len(members)
+        low, high = (math.log(t) for t in TEMPERATURES)
+        heat = math.exp(low + (high - low) * float(torch.rand((), generator=self._generator)))
+        seeds = runtime.slot_seeds(self._seed + 1 + number, 2 * len(members))
+        batches: list[list[Sample]] = []
+        runs: list[tuple[int, bool, runtime.Particle]] = []
+        started: list[runtime.Particle] = []
+        with runtime.closing(started):
+            for k, each in enumerate(members):
+                each.visits += 1
+                if each.observations is None:
+                    each.observations = self.guide.observations(each.args)
+                replayed = each.buffer.draw(
+                    round(share * options.replay_fraction), self._generator
+                )
+                tempered = min(
+                    round(share * options.tempered_fraction), share - len(replayed) - 1
+                )
+                numbers = (share - len(replayed) - tempered, tempered)
+                for num, temperature, seed in zip(numbers, (1.0, heat), seeds[2 * k :], strict=False):
+                    if num < 1:
+                        continue
+                    factory = self.guide.proposer_factory(
+                        each.args, temperature=temperature, observations=each.observations
+                    )
+                    fresh = runtime.start(
+                        self.guide.model,
+                        each.args,
+                        num,
+                        seed=seed,
+                        proposer=factory,
+                        closing=True,
+                    )
+                    started += fresh
+                    runs += [(k, temperature == 1.0, particle) for particle in fresh]
+                batches.append([Sample(s.particle, s.proposer, s.log_r, False) for s in replayed])
+            runtime.complete(started)
+        for k, on_policy, particle in runs:
+            sample = Sample(particle, particle.proposer, particle.log_joint, on_policy)
+            batches[k].append(sample)
+            members[k].buffer.add(sample)
+        return batches
+
+    def _truncate(self, batches: Sequence[Sequence[Sample]]) -> list[Truncation]:
+        if self.options.truncations == 0:
+            return []
+        samples = [sample for batch in batches for sample in batch]
+        budget = round(self.options.truncations * sum(sample.num_tokens for sample in samples))
+        return truncate(samples, token_budget=budget, generator=self._generator)
+
+    def _loss(
+        self,
+        each: Input,
+        batch: Sequence[Sample],
+        truncations: Sequence[Truncation],
+        scores: dict[int, dict[str, SiteScore]],
+        beta: float,
+    ) -> tuple[torch.Tensor | None, dict[str, float]]:
+        """The loss of one input's samples (None if all are dead), and its figures."""
+        complete_q = torch.stack([_total(scores[id(sample)]) for sample in batch])
+        complete_r = complete_q.new_tensor([sample.log_r for sample in batch])
+        on_policy = torch.tensor([sample.on_policy for sample in batch])
+        policy_r, policy_q = complete_r[on_policy], complete_q[on_policy]
+        live = policy_r > -math.inf
+        u = (policy_r - policy_q.detach())[live]
+        n = len(u)
+        figures = {
+            "loss": math.nan,
+            "log_z": float(torch.logsumexp(u, 0)) - math.log(len(live)) if n else -math.inf,
+            "elbo": float(u.mean()) if n else math.nan,
+            "ess": runtime.ess(u) / len(live),
+            "alive": n / len(live),
+            "length": _mean([float(sample.num_tokens) for sample in batch]),
+        }
+        if not bool((complete_r > -math.inf).any()):
+            return None, figures
+        each.ever_alive = True
+        cut_q = [t.log_q(scores[id(t.sample)]) for t in truncations]
+        cut_r = complete_q.new_tensor([t.log_r for t in truncations])
+        log_q = torch.cat([complete_q, torch.stack(cut_q).to(complete_q)]) if cut_q else complete_q
+        log_r = torch.cat([complete_r, cut_r]) * beta
+        # A row of weight zero times -inf is no number, so dead rows stay -inf.
+        log_r = torch.where(torch.cat([complete_r, cut_r]) == -math.inf, -math.inf, log_r)
+        loss = self._objective(each, batch, truncations, log_r, log_q)
+        if len(policy_q) > 1:
+            loss = loss + objectives.alive(policy_r, policy_q)
+        figures["loss"] = float(loss.detach())
+        return loss, figures
+
+    def _objective(
+        self,
+        each: Input,
+        batch: Sequence[Sample],
+        truncations: Sequence[Truncation],
+        log_r: torch.Tensor,
+        log_q: torch.Tensor,
+    ) -> torch.Tensor:
+        if self.options.loss == "vargrad":
+            return objectives.vargrad(log_r, log_q)
+        if self.options.loss == "tb":
+            return objectives.tb(log_r, log_q, each.log_z.to(log_q.device))
+        # Pairs within each sample: its truncations by length, and the complete trace last.
+        terms = []
+        cuts: dict[int, list[int]] = {}
+        order = sorted(range(len(truncations)), key=lambda k: truncations[k].length)
+        for k in order:
+            cuts.setdefault(id(truncations[k].sample), []).append(len(batch) + k)
+        for i, sample in enumerate(batch):
+            rows = [*cuts.get(id(sample), []), i]
+            terms.append(objectives.subtb(log_r[rows], log_q[rows], self.options.subtb_lambda))
+        # Within samples u is tied together, and between them by the variance of complete traces.
+        complete = objectives.vargrad(log_r[: len(batch)], log_q[: len(batch)])
+        return torch.stack(terms).mean() + complete
+
+    def _update(self, loss: torch.Tensor, number: int) -> None:
+        if not bool(torch.isfinite(loss)):
+            raise FloatingPointError(
+                f"the loss of step {number} is {float(loss)}: the parameters of the step before are "
+                "kept. Lower learning_rate, or look at the program's factors for values that are "
+                "not finite"
+            )
+        self._optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        gradients = [p for group in self._optimizer.param_groups for p in group["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(gradients, self.options.max_grad_norm)
+        if not bool(torch.isfinite(norm)):
+            raise FloatingPointError(
+                f"the gradient of step {number} is not finite: the parameters of the step before are "
+                "kept. Lower learning_rate, or use float32 (dtype=torch.float32)"
+            )
+        rate = _schedule(number, self.steps)
+        for group, base in zip(self._optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = base * rate
+        self._optimizer.step()
+        self._adopt_new_heads()
+
+    def _adopt_new_heads(self) -> None:
+        """Sites that were met for the first time have parameters that are to be trained."""
+        known = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
+        new = [p for p in self.guide.heads.parameters() if id(p) not in known]
+        if new:
+            self._optimizer.add_param_group({"params": new, "lr": self.options.learning_rate})
+            self._rates.append(self.options.learning_rate)
+
+    def _inverse_temperature(self, number: int) -> float:
+        first, last = self.options.reward_temperature
+        done = min(1.0, number / max(1, self.steps // 2))
+        return 1.0 / (first + (last - first) * done)
+
+
+def fit(
+    guide: LMGuide,
+    data: Iterable[Any],
+    steps: int,
+    *,
+    seed: int | None = None,
+    progress: bool | None = None,
+    callback: Callable[[dict[str, Any]], None] | None = None,
+    **options: Any,
+) -> None:
+    """Train ``guide`` (further, if it has been trained before).
+
+    Args:
+        guide: the guide.
+        data: inputs: tuples of the program's positional arguments, or dicts of its arguments by name.
+        steps: optimiser steps.
+        seed: makes the run reproducible.
+        progress: show a progress bar; None: on a terminal.
+        callback: called with each step's dict of figures (kept in ``guide.history``).
+        **options: see ``FitOptions``.
+
+    Raises:
+        TypeError: an input that is no tuple or dict, or does not fit the program; says which one.
+        ValueError: for options out of range, or if no trace of any input was ever alive.
+        FloatingPointError: if the loss is not finite; the last good parameters are kept.
+        KeyboardInterrupt: is passed on; the guide so far is kept and usable.
+    """
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps={steps!r}: it must be an int of at least 1")
+    settings = FitOptions(**options)
+    inputs = [Input(args, i) for i, args in enumerate(read_inputs(guide.model, data))]
+    guide.strict_prompts = len(inputs) > 1
+    guide.tempered_target = settings.tempered_target
+    with use(guide.base), progress_bar("training the guide", steps, show=progress) as bar:
+        trainer = Trainer(guide, inputs, steps, settings, runtime.fresh_seed(seed))
+        for number in range(steps):
+            figures = trainer.step(number)
+            guide.history.append(figures)
+            bar.advance(loss=figures["loss"], log_z=figures["log_z"], ess=figures["ess"])
+            if callback is not None:
+                callback(figures)
+    _report_dead(inputs)
+
+
+def _report_dead(inputs: Sequence[Input]) -> None:
+    visited = [each for each in inputs if each.visits]
+    dead = [each.index for each in visited if not each.ever_alive]
+    if dead and len(dead) == len(visited):
+        raise ValueError(
+            "no trace of any input had a positive probability, so the guide learned nothing: the "
+            "program's hard conditions (require, tools that reject) are never met by what the model "
+            "draws. Loosen them, or raise batch_size"
+        )
+    if dead:
+        warnings.warn(
+            f"inputs {dead[:10]} of the data were skipped: none of their traces had a positive "
+            "probability",
+            stacklevel=3,
+        )
+
+
+def _total(scores: dict[str, SiteScore]) -> torch.Tensor:
+    """log q of a whole trace (0-d, nats)."""
+    if not scores:
+        raise ValueError("the guide has proposed no latent site of the program")
+    terms = [score for score, _ in scores.values()]
+    return torch.stack([term.to(terms[0].device) for term in terms]).sum()
+
+
+def _schedule(number: int, steps: int) -> float:
+    """Warm-up over 5% of the steps, then a cosine down to 2% of the rate."""
+    warmup = max(1, steps // 20)
+    if number < warmup:
+        return (number + 1) / warmup
+    done = (number - warmup) / max(1, steps - warmup)
+    return 0.02 + 0.98 * 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+def _mean(values: Sequence[float]) -> float:
+    finite = [value for value in values if math.isfinite(value)]
+    return sum(finite) / len(finite) if finite else math.nan

@@ -1,0 +1,276 @@
+"""LMGuide: an amortized posterior of a program, trained once and asked often."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import pyro
+from torch import nn
+
+from lmppl import runtime
+from lmppl.distributions import LMText
+from lmppl.guides.automatic import AutomaticProposer, SiteScore, score_draws
+from lmppl.guides.program import ProgramProposer
+from lmppl.guides.prompts import Observations, find_observations
+from lmppl.lm import LM
+from lmppl.primitives import default_lm, use
+from lmppl.runtime import Given, Particle, Proposer
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+
+class LMGuide:
+    """A trainable distribution over the latent sites of a program.
+
+    By default it follows the program: each latent text is drawn from a LoRA-adapted copy of the
+    LM (Hu et al., 2024, arXiv 2310.04363) that reads the later observations and the site's own
+    prefix, other latent sites from small networks on the LM's state. Or it is a guide program that
+    the user wrote, whose trainable parts are the adapters and ``pyro.param``s in it.
+
+    ```python
+    guide = lmppl.LMGuide(infill, lm=lm)
+    guide.fit([(x1, y1), (x2, y2)], steps=500)
+    lmppl.infer(infill, x, y, lm=lm, method="smc", guide=guide)
+    ```
+
+    Args:
+        model: the program.
+        lm: its language model; by default that of ``lmppl.use``. Latent texts of other models are
+            left to the program.
+        program: a guide program with the model's arguments, instead of the automatic guide.
+        lora: peft's configuration of the adapter.
+        condition_on: names of the observed sites that the automatic guide may see; ``"all"``, or for
+            instance all but a label that is not known when the guide is used.
+
+    Attributes:
+        history: one dict a training step: loss, log_z, elbo, ess, alive, length, seconds, ...
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        lm: LM | None = None,
+        program: Callable[..., Any] | None = None,
+        lora: LoraConfig | None = None,
+        condition_on: Literal["all"] | Collection[str] = "all",
+    ) -> None:
+        lm = lm if lm is not None else default_lm()
+        if lm is None:
+            raise ValueError("LMGuide needs a language model: pass lm= or call lmppl.use(lm)")
+        if not callable(model):
+            raise TypeError(f"model must be a function, given {type(model).__name__}")
+        if isinstance(condition_on, str) and condition_on != "all":
+            raise ValueError(
+                f"condition_on={condition_on!r}: give 'all' or a list of names, [{condition_on!r}]"
+            )
+        if program is not None and lora is not None:
+            raise ValueError(
+                "lora= is for the automatic guide; a guide program makes its own adapter, "
+                "q = lm.adapter(LoraConfig(...))"
+            )
+        self.model, self.base, self.program = model, lm, program
+        self.condition_on = condition_on
+        self.history: list[dict[str, Any]] = []
+        self.heads = nn.ModuleDict()
+        self._adapted = None if program is not None else lm.adapter(lora)
+        self._pending: dict[str, Any] | None = None  # loaded state of a program not yet run
+        self.strict_prompts = False  # set by fit: several inputs must be told apart
+        self.tempered_target: float | None = None
+
+    @property
+    def adapted(self) -> LM:
+        """The automatic guide's own language model."""
+        assert self._adapted is not None
+        return self._adapted
+
+    # --- drawing -------------------------------------------------------------------------------
+
+    def proposer_factory(
+        self,
+        args: tuple[Any, ...],
+        *,
+        temperature: float = 1.0,
+        observations: Observations | None = None,
+    ) -> Callable[[int, int], Proposer]:
+        """What makes the proposer of each particle on one input, from its slot and a seed.
+
+        Args:
+            args: the program's arguments.
+            temperature: texts are drawn from ``q ** (1 / temperature)`` (automatic guides only).
+            observations: what ``observations(args)`` found, if that is known already.
+        """
+        with use(self.base):
+            if self.program is not None:
+                self._restore_pending(args)
+                program = self.program
+                return lambda slot, seed: ProgramProposer.make(program, args, slot, seed)
+            seen = self.observations(args) if observations is None else observations
+            return lambda slot, seed: AutomaticProposer(self, seen, temperature)
+
+    def observations(self, args: tuple[Any, ...]) -> Observations:
+        """What the automatic guide reads of an input."""
+        if self.program is not None:
+            return {}
+        return find_observations(
+            self.model,
+            args,
+            self.base.vocabulary,
+            self.condition_on,
+            strict=self.strict_prompts or self.condition_on != "all",
+        )
+
+    # --- scoring -------------------------------------------------------------------------------
+
+    def score(self, proposers: Sequence[Any], *, grad: bool = True) -> list[dict[str, SiteScore]]:
+        """log q of what the proposers drew, with gradients: per proposer, by site.
+
+        One teacher-forced pass over finished samples; never through the decoding loop.
+        """
+        if self.program is None:
+            return score_draws(self, list(proposers), grad=grad)
+        runs = []
+        for slot, proposer in enumerate(proposers):
+            values = {name: Given(node["value"]) for name, node in proposer.draws.items()}
+            run = Particle(
+                self.program,
+                proposer.run.args,
+                seed=slot,
+                given=values,
+                closing=True,
+                grad=grad,
+                slot=slot,
+            )
+            run.resume()
+            runs.append(run)
+        with runtime.closing(runs):
+            runtime.settle(runs, grad=grad)
+            return [
+                {
+                    name: (node["unscaled_log_prob"].sum(), node.get("scored"))
+                    for name, node in run.latents.items()
+                }
+                for run in runs
+            ]
+
+    # --- parameters ------------------------------------------------------------------------------
+
+    def prepare(self, args: tuple[Any, ...]) -> None:
+        """Run the guide once on an input, so that all its parameters exist."""
+        factory = self.proposer_factory(args)
+        with use(self.base):
+            particles = runtime.start(self.model, args, 2, seed=0, proposer=factory)
+            with runtime.closing(particles):
+                runtime.complete(particles)
+
+    def adapters(self, args: tuple[Any, ...] = ()) -> list[LM]:
+        """The language models with trainable parameters, in the order in which it uses them."""
+        if self._adapted is not None:
+            return [self._adapted]
+        found, _ = self._trainables_of_program(args)
+        return found
+
+    def parameters(self, args: tuple[Any, ...] = ()) -> list[nn.Parameter]:
+        """The trainable parameters (of a guide program: those that it uses on this input)."""
+        if self._adapted is not None:
+            return [*_trainable(self._adapted), *self.heads.parameters()]
+        adapters, names = self._trainables_of_program(args)
+        store = pyro.get_param_store()
+        own: list[Any] = [store._params[name] for name in names]  # the unconstrained leaves
+        known = {id(each) for each in own}
+        for adapter in adapters:
+            own += [p for p in _trainable(adapter) if id(p) not in known]
+        return own
+
+    def _trainables_of_program(self, args: tuple[Any, ...]) -> tuple[list[LM], list[str]]:
+        """Adapters and names of ``pyro.param``s that the guide program uses, by two runs."""
+        assert self.program is not None
+        adapters: list[LM] = []
+        names: list[str] = []
+        with use(self.base):
+            runs = runtime.start(self.program, args, 2, seed=0)
+            with runtime.closing(runs):
+                runtime.complete(runs)
+        for run in runs:
+            for name, node in run.trace.nodes.items():
+                if node["type"] == "param" and name not in names:
+                    names.append(name)
+                fn = node.get("fn")
+                if isinstance(fn, LMText) and fn.lm not in adapters and _trainable(fn.lm):
+                    adapters.append(fn.lm)
+        if not adapters and not names:
+            raise ValueError(
+                "the guide program has nothing to train: draw its texts from an adapter, "
+                "lm_sample(..., lm=q) with q = lm.adapter(), or use pyro.param"
+            )
+        return adapters, names
+
+    # --- training, saving ------------------------------------------------------------------------
+
+    def fit(self, data: Iterable[Any], steps: int = 500, **options: Any) -> LMGuide:
+        """Train on inputs; see ``lmppl.guides.fitting.fit`` for the options.
+
+        Args:
+            data: the inputs: each a tuple of positional arguments of the program, or a dict of
+                its arguments by name.
+            steps: optimiser steps.
+
+        Returns:
+            The guide itself.
+        """
+        from lmppl.guides.fitting import fit
+
+        fit(self, data, steps, **options)
+        return self
+
+    def save(self, path: str | Path) -> None:
+        """Write the guide to a folder: a standard peft adapter, heads and a description.
+
+        The folder appears whole or not at all.
+        """
+        from lmppl.guides.storage import save
+
+        save(self, Path(path))
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        model: Callable[..., Any],
+        lm: LM | None = None,
+        program: Callable[..., Any] | None = None,
+    ) -> LMGuide:
+        """Read a guide that ``save`` wrote.
+
+        Args:
+            path: the folder.
+            model: the program that it was trained for.
+            lm: the language model that it was trained on.
+            program: the guide program, if it has one.
+
+        Raises:
+            FileNotFoundError: if there is no guide.
+            ValueError: if it belongs to another base model, or to another kind of guide.
+        """
+        from lmppl.guides.storage import load
+
+        return load(Path(path), model, lm, program)
+
+    def _restore_pending(self, args: tuple[Any, ...]) -> None:
+        if self._pending is not None:
+            from lmppl.guides.storage import restore_program
+
+            pending, self._pending = self._pending, None
+            restore_program(self, args, pending)
+
+    def __repr__(self) -> str:
+        kind = "automatic" if self.program is None else getattr(self.program, "__name__", "program")
+        name = getattr(self.model, "__name__", type(self.model).__name__)
+        return f"LMGuide({name}, {kind}, lm={self.base.name!r}, {len(self.history)} steps)"
+
+
+def _trainable(lm: LM) -> list[nn.Parameter]:
+    return [parameter for parameter in lm.model.parameters() if parameter.requires_grad]
+

@@ -1,0 +1,86 @@
+"""Guides for latent sites that are not text: small networks on the language model's state.
+
+The guide of such a site is the model's own family of distributions with moved parameters. The
+move, in unconstrained space, is read off the frozen LM's hidden state after the texts so far, and
+starts at zero, so that an untrained guide is the prior.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pyro.distributions.torch_distribution import TorchDistributionMixin
+from torch import nn
+from torch.distributions import biject_to, constraints
+
+_WIDTH = 64
+
+
+class Head(nn.Module):
+    """From features (N, num_features) to moves of unconstrained parameters (N, num_moves)."""
+
+    def __init__(self, num_features: int, num_moves: int) -> None:
+        super().__init__()
+        self.num_features, self.num_moves = num_features, num_moves
+        self.norm = nn.LayerNorm(num_features)
+        self.hidden = nn.Linear(num_features, _WIDTH)
+        self.out = nn.Linear(_WIDTH, num_moves)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.out(torch.tanh(self.hidden(self.norm(features))))
+
+
+def num_moves(fn: Any) -> int | None:
+    """How many unconstrained parameters a distribution has; None where the head cannot move it."""
+    try:
+        return sum(each.numel() for each in _unconstrained(_base(fn)[0]).values()) or None
+    except (NotImplementedError, AttributeError, TypeError):
+        return None
+
+
+def moved(fn: Any, moves: torch.Tensor) -> TorchDistributionMixin:
+    """``fn`` with its unconstrained parameters moved by ``moves``, (num_moves,). Differentiable."""
+    base, event_dims = _base(fn)
+    parameters, at = {}, 0
+    for name, value in _unconstrained(base).items():
+        move = moves[at : at + value.numel()].reshape(value.shape).to(value)
+        parameters[name] = biject_to(base.arg_constraints[name])(value + move)
+        at += value.numel()
+    for name in _fixed(base):
+        parameters[name] = getattr(base, name)
+    new = type(base)(**parameters, validate_args=False)
+    return new.to_event(event_dims) if event_dims else new
+
+
+def _base(fn: Any) -> tuple[Any, int]:
+    event_dims = 0
+    while hasattr(fn, "reinterpreted_batch_ndims"):
+        event_dims += fn.reinterpreted_batch_ndims
+        fn = fn.base_dist
+    return fn, event_dims
+
+
+def _parameter_names(fn: Any) -> list[str]:
+    names = list(fn.arg_constraints)
+    return [n for n in names if n != "probs"] if "logits" in names else names
+
+
+def _fixed(fn: Any) -> list[str]:
+    """Parameters that say what the values are, such as a number of trials."""
+    return [n for n in _parameter_names(fn) if fn.arg_constraints[n].is_discrete]
+
+
+def _unconstrained(fn: Any) -> dict[str, torch.Tensor]:
+    unconstrained = {}
+    for name in _parameter_names(fn):
+        constraint = fn.arg_constraints[name]
+        if constraint.is_discrete:
+            continue
+        if constraints.is_dependent(constraint):
+            # Its allowed values depend on other parameters, and so may its support (Uniform).
+            raise NotImplementedError
+        unconstrained[name] = biject_to(constraint).inv(getattr(fn, name)).detach()
+    return unconstrained

@@ -1,0 +1,147 @@
+"""What the automatic guide reads before it draws a latent text.
+
+Its prompt holds the observations that come later in the program, a line each, and then what the
+model's own prefix holds. The prefix stands last, so that an untrained guide continues it much as
+the model does.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Literal
+
+from pyro.poutine.util import site_is_factor
+from pyro.poutine.trace_struct import Trace
+
+from lmppl import runtime
+from lmppl.distributions import LMText, ToolCall
+from lmppl.lm.vocabulary import Vocabulary
+
+Observations = Mapping[str, tuple[int, ...]]
+"""Name of an observed site to the tokens that show it."""
+
+
+def find_observations(
+    program: Callable[..., Any],
+    args: tuple[Any, ...],
+    vocabulary: Vocabulary,
+    condition_on: Literal["all"] | Collection[str],
+    *,
+    strict: bool,
+) -> Observations:
+    """The observed sites of a program on one input, by two seeded runs of it.
+
+    Args:
+        program: the model.
+        args: one input.
+        vocabulary: in whose tokens they are to be shown.
+        condition_on: names of the sites that the guide may see, or ``"all"``.
+        strict: raise if the runs disagree; otherwise show nothing.
+
+    Raises:
+        ValueError: ``strict`` and the runs observe different things, or ``condition_on`` names a
+            site that neither run observes.
+    """
+    particles = runtime.start(program, args, 2, seed=0)
+    with runtime.closing(particles):
+        runtime.complete(particles)
+    found: dict[str, Any] = {}
+    ended = [particle for particle in particles if particle.rejected_by is None]
+    differs: str | None = None
+    for particle in particles:
+        for name, node in particle.sites.items():
+            if not _is_observation(node):
+                continue
+            if name in found and not _same_value(found[name], node):
+                differs = differs or name
+            found.setdefault(name, node)
+    for name in found:
+        # A rejected run stopped early, so what it lacks says nothing.
+        if any(name not in particle.sites for particle in ended):
+            differs = differs or name
+    if condition_on != "all":
+        unknown = [name for name in condition_on if name not in found]
+        if unknown:
+            raise ValueError(
+                f"condition_on names '{unknown[0]}', which is no observed site of the program on "
+                f"this input; its observed sites: {', '.join(found) or 'none'}"
+            )
+        found = {name: node for name, node in found.items() if name in condition_on}
+        differs = differs if differs in found else None
+    if differs is not None:
+        if strict:
+            raise ValueError(
+                f"two runs of the program on one input observe site '{differs}' differently, so the "
+                "automatic guide cannot tell what to read. Give each latent site a prompt, "
+                "infer={'guide_prompt': text}, or name what it may see in condition_on=[...]"
+            )
+        return {}
+    shown = {name: _show(name, node, vocabulary) for name, node in found.items()}
+    return {name: ids for name, ids in shown.items() if ids}
+
+
+def _is_observation(node: Any) -> bool:
+    return (
+        node["is_observed"]
+        and not site_is_factor(node)
+        and not node["infer"].get("_deterministic")
+        and not isinstance(node["fn"], ToolCall)
+    )
+
+
+def _same_value(first: Any, second: Any) -> bool:
+    one, two = first["value"], second["value"]
+    return one.shape == two.shape and bool((one == two).all())
+
+
+def _show(name: str, node: Any, vocabulary: Vocabulary) -> tuple[int, ...]:
+    """The tokens of an observation: a text as it is, anything else as ``name = value``."""
+    fn, value = node["fn"], node["value"]
+    if isinstance(fn, LMText) and not fn.batch_shape and fn.lm.vocabulary.same_as(vocabulary):
+        return tuple(t for t in fn.token_ids(value) if t not in vocabulary.eos_ids)
+    shown = str(fn.text(value)) if isinstance(fn, LMText) else f"{name} = {value.tolist()}"
+    return _encode(shown, vocabulary, warn=name)
+
+
+_warned: set[str] = set()
+
+
+def _encode(text: str, vocabulary: Vocabulary, warn: str | None = None) -> tuple[int, ...]:
+    """Tokens of a text; none where the vocabulary has not its characters."""
+    try:
+        return vocabulary.encode(text)
+    except ValueError:
+        if warn is not None and warn not in _warned:
+            _warned.add(warn)
+            warnings.warn(
+                f"the automatic guide cannot see the observation '{warn}': the tokenizer has no "
+                f"tokens for {text!r}. Trained on several inputs it could not tell them apart by it",
+                stacklevel=2,
+            )
+        return ()
+
+
+def guide_prompt(site: Any, trace: Trace, observations: Observations) -> tuple[int, ...]:
+    """The tokens after which the automatic guide draws a latent text.
+
+    Args:
+        site: the latent site's Pyro message.
+        trace: the run so far.
+        observations: of the input; those that the run has passed already are left out.
+    """
+    fn: LMText = site["fn"]
+    vocabulary = fn.lm.vocabulary
+    own = site["infer"].get("guide_prompt")
+    if own is not None:
+        return fn.lm.encode(own, name=site["name"])
+    later = [ids for name, ids in observations.items() if name not in trace.nodes]
+    if not later:
+        return fn.prefix_ids
+    newline = _encode("\n", vocabulary)
+    bos = vocabulary.bos_ids
+    starts_with_bos = bool(bos) and fn.prefix_ids[: len(bos)] == bos
+    prefix = fn.prefix_ids[len(bos) :] if starts_with_bos else fn.prefix_ids
+    lines = tuple(token for ids in later for token in (*ids, *newline))
+    return ((*bos,) if starts_with_bos else ()) + lines + prefix
+

@@ -1,0 +1,214 @@
+"""Samples that a guide learns from: complete traces, their truncations, and a replay buffer.
+
+A *truncation* of a complete trace is the trace in which the last latent text is cut after t tokens
+and closed by one token c. It is a complete trace of the same program, so at the optimum its
+``u = log R - log q`` is the same log Z; but it costs no drawing, and log q of all truncations comes
+out of the pass that scores the whole text.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lmppl import runtime
+from lmppl.distributions import LMText
+from lmppl.guides.automatic import SiteScore
+from lmppl.lm.requests import Scored
+from lmppl.runtime import Given, Particle
+
+
+@dataclass(eq=False)
+class Sample:
+    """One complete trace of one input.
+
+    Attributes:
+        particle: the finished run of the model.
+        proposer: what drew its latents.
+        log_r: log R, the trace's log joint (untempered, nats); ``-inf`` for a dead trace.
+        on_policy: whether it was drawn from the guide itself (not tempered, not replayed).
+    """
+
+    particle: Particle
+    proposer: Any
+    log_r: float
+    on_policy: bool
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Equal for traces with the same latents."""
+        return tuple(
+            (name, tuple(node["value"].reshape(-1).tolist()))
+            for name, node in self.particle.latents.items()
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all its texts."""
+        return sum(_num_tokens(node) for node in self.particle.sites.values())
+
+
+@dataclass(frozen=True, eq=False)
+class Truncation:
+    """``t`` tokens of the last latent text ``name`` of ``sample``, closed by c."""
+
+    sample: Sample
+    name: str
+    length: int
+    log_r: float
+
+    def log_q(self, scores: dict[str, SiteScore]) -> torch.Tensor:
+        """log q of the truncated trace (0-d, nats), from the scores of the complete one."""
+        own = scores[self.name][1]
+        assert own is not None
+        others = [score for name, (score, _) in scores.items() if name != self.name]
+        total = closed_log_prob(own, self.length)
+        return total + sum(other.to(total.device) for other in others)
+
+
+def closed_log_prob(scored: Scored, length: int) -> torch.Tensor:
+    """log-probability of the first ``length`` tokens and then the closing token (0-d, nats)."""
+    assert scored.closing_log_probs is not None
+    return scored.log_probs[:length].sum() + scored.closing_log_probs[length]
+
+
+def truncate(
+    samples: Sequence[Sample], *, token_budget: int, generator: torch.Generator
+) -> list[Truncation]:
+    """Rewards of a random few legal truncations of the samples.
+
+    Everything after the cut is run again on the truncated value: factors, tools, branches and
+    observations. A truncation after which the program comes to another latent is not legal.
+
+    Args:
+        samples: complete traces; dead ones are left out.
+        token_budget: how many tokens the rewards may cost. Truncations that need no language model
+            (nothing is observed after the text) are free, and all of them are taken.
+        generator: of the random choice.
+    """
+    free: list[tuple[Sample, str, int, int]] = []
+    costly: list[tuple[Sample, str, int, int]] = []
+    for sample in samples:
+        name = _last_text(sample)
+        if name is None:
+            continue
+        node = sample.particle.sites[name]
+        for length in _cuts(node):
+            cost = _cost_after(sample, name)
+            entry = (sample, name, length, cost + length if cost else 0)
+            (costly if cost else free).append(entry)
+    chosen, spent = list(free), 0
+    for k in torch.randperm(len(costly), generator=generator).tolist():
+        if spent + costly[k][3] > token_budget:
+            break
+        spent += costly[k][3]
+        chosen.append(costly[k])
+    runs = [_rerun(sample, name, length) for sample, name, length, _ in chosen]
+    with runtime.closing(runs):
+        runtime.settle(runs)
+        return [
+            Truncation(sample, name, length, run.log_joint)
+            for (sample, name, length, _), run in zip(chosen, runs, strict=True)
+            if _is_legal(run, name)
+        ]
+
+
+def _last_text(sample: Sample) -> str | None:
+    """The last latent site, if its text can be cut: proposed, and scored token by token."""
+    names = list(sample.particle.latents)
+    if not names or sample.log_r == -math.inf:
+        return None
+    node = sample.particle.sites[names[-1]]
+    scored = node.get("scored")
+    if scored is None or scored.closing_log_probs is None or names[-1] not in sample.proposer.draws:
+        return None
+    return names[-1]
+
+
+def _cuts(node: Any) -> range:
+    """Lengths t at which the text can be cut; the complete trace itself is not among them."""
+    fn: LMText = node["fn"]
+    ids = fn.token_ids(node["value"])
+    ends_with_c = ids[-1] == fn.closing.closing_token
+    return range(0, len(ids) - 1 if ends_with_c else len(ids))
+
+
+def _num_tokens(node: Any) -> int:
+    fn = node["fn"]
+    return len(fn.token_ids(node["value"])) if isinstance(fn, LMText) and not fn.batch_shape else 0
+
+
+def _cost_after(sample: Sample, name: str) -> int:
+    """Tokens of the texts that are observed after a site."""
+    sites = list(sample.particle.sites)
+    after = sites[sites.index(name) + 1 :]
+    return sum(_num_tokens(sample.particle.sites[other]) for other in after)
+
+
+def _rerun(sample: Sample, name: str, length: int) -> Particle:
+    """The model on the truncated value; its own density is known from the complete trace."""
+    original = sample.particle
+    node = original.sites[name]
+    fn: LMText = node["fn"]
+    ids = fn.token_ids(node["value"])[:length]
+    value = fn.value([*ids, fn.closing.closing_token])
+    before: dict[str, Any] = {}
+    for other, site in original.sites.items():
+        if other == name:
+            break
+        before[other] = site
+    run = Particle(
+        original.program,
+        original.args,
+        seed=length,
+        replay=before,
+        given={name: Given(value, log_prob=closed_log_prob(node["scored"], length))},
+        slot=original.slot,
+    )
+    run.resume()
+    return run
+
+
+def _is_legal(run: Particle, name: str) -> bool:
+    """It has ended, by itself or by a hard condition, and no latent followed."""
+    return run.finished and list(run.latents)[-1:] == [name]
+
+
+class ReplayBuffer:
+    """The best distinct traces of one input, drawn again by rank.
+
+    Rewards are stored as they are; nothing in here depends on the guide.
+
+    Args:
+        capacity: how many it keeps.
+    """
+
+    def __init__(self, capacity: int = 64) -> None:
+        self._capacity = capacity
+        self._samples: dict[tuple[Any, ...], Sample] = {}
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def add(self, sample: Sample) -> None:
+        """Keep a live trace, unless it is kept already or the worst of a full buffer."""
+        if sample.log_r == -math.inf:
+            return
+        self._samples.setdefault(sample.key, sample)
+        if len(self._samples) > self._capacity:
+            worst = min(self._samples, key=lambda key: self._samples[key].log_r)
+            del self._samples[worst]
+
+    def draw(self, num: int, generator: torch.Generator) -> list[Sample]:
+        """``num`` distinct traces (or all there are); the r-th best with weight 1 / r."""
+        ranked = sorted(self._samples.values(), key=lambda sample: -sample.log_r)
+        num = min(num, len(ranked))
+        if not num:
+            return []
+        weights = 1.0 / torch.arange(1, len(ranked) + 1, dtype=torch.float64)
+        picks = torch.multinomial(weights, num, replacement=False, generator=generator)
+        return [ranked[k] for k in picks.tolist()]
