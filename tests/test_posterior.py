@@ -249,6 +249,8 @@ def test_probs_sum_equal_texts_largest_first(pairs):
         expected = sum(c for t, c in pairs if t == text) / sum(counts)
         assert probs.get(text, 0.0) == pytest.approx(expected)
     assert all(value > 0 for value in probs.values())
+    rows = posterior.summary()["rows"]
+    assert {row["values"]["z"]: row["weight"] for row in rows} == pytest.approx(probs)
     assert probs[posterior.best("z")] == max(probs.values())
 
 
@@ -349,6 +351,16 @@ def test_resampling_draws_by_weight():
         for text, weight in zip("abcd", weights, strict=True)
     )
     assert chi_square < 16.3  # 3 degrees of freedom, p = 0.001
+
+
+@pytest.mark.parametrize("offset", [-1e4, 0.0, 1e4])
+def test_resampling_goes_by_normalised_weights(offset):
+    """exp of the log-weights themselves would be 0 or inf."""
+    log_weights = torch.tensor([0.25, 0.25, 0.5], dtype=torch.float64).log() + offset
+    posterior = Posterior([trace_of(z=text) for text in "abc"], log_weights, list("abc"))
+    counts = Counter(posterior.resample(4000, seed=0).returns)
+    assert counts["a"] / 4000 == pytest.approx(0.25, abs=0.03)
+    assert counts["c"] / 4000 == pytest.approx(0.5, abs=0.03)
 
 
 def test_resampling_follows_torchs_seed_and_says_what_it_did():
