@@ -287,3 +287,32 @@ def test_helpers():
     assert common_length((), (1,)) == 0
     assert padded([(1,), (2, 3)], torch.device("cpu")).tolist() == [[1, 0], [2, 3]]
     assert NO_PROMPT.head(0) is NO_PROMPT and NO_PROMPT.num_bytes == 0
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_long_passes_are_taken_in_blocks(name, monkeypatch):
+    import lmppl.lm.attention as attention
+
+    monkeypatch.setattr(attention, "_MAX_SCORES", 2000)
+    model = make_model(name)
+    runner = Runner(model)
+    assert runner.fast
+    runner.prompt(LONG[:12])
+    prefixes = [LONG, LONG[:28] + (1, 2, 3)]
+    grow(model, Rows.start(runner, prefixes, 3), prefixes, 3, {})
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_bfloat16_differs_by_rounding_only(name):
+    model = make_model(name).bfloat16()
+    runner = Runner(model)
+    assert runner.fast, runner.slow_reason
+    prefixes = [LONG, LONG[:25], LONG]
+    rows = Rows.start(runner, prefixes, 3)
+    rows.extend([1, 2, 3])
+    assert rows.logits.dtype == torch.bfloat16
+    want = torch.stack(
+        [naive_log_probs(model, (*p, t))[-1] for p, t in zip(prefixes, [1, 2, 3], strict=True)]
+    )
+    got = torch.log_softmax(rows.logits.float(), -1)
+    assert float((got - want).abs().mean()) < 0.1
