@@ -52,26 +52,44 @@ class Text(str):
         finish_reason: FinishReason | None = None,
         stop: str | None = None,
     ) -> Text:
-        self = super().__new__(cls, string)
         ids = tuple(token_ids)
-        self._token_ids = ids
-        self.vocabulary = vocabulary
-        self.body = string if body is None else body
-        self.finish_reason = finish_reason
-        self.stop = stop
-        self.parts = (tuple(t for t in ids if t not in vocabulary.eos_ids),)
-        return self
+        return cls._make(
+            string,
+            ids,
+            vocabulary,
+            body=string if body is None else body,
+            finish_reason=finish_reason,
+            stop=stop,
+            parts=(tuple(t for t in ids if t not in vocabulary.eos_ids),),
+        )
 
     @classmethod
     def _joined(cls, string: str, parts: Iterable[Any], vocabulary: Vocabulary) -> Text:
+        return cls._make(
+            string,
+            None,
+            vocabulary,
+            body=string,
+            finish_reason=None,
+            stop=None,
+            parts=tuple(parts),
+        )
+
+    @classmethod
+    def _make(
+        cls, string: str, ids: tuple[int, ...] | None, vocabulary: Vocabulary, **fields: Any
+    ) -> Text:
         self = super().__new__(cls, string)
-        self._token_ids = None
-        self.vocabulary = vocabulary
-        self.body = string
-        self.finish_reason = None
-        self.stop = None
-        self.parts = tuple(parts)
+        for name, value in {"_token_ids": ids, "vocabulary": vocabulary, **fields}.items():
+            object.__setattr__(self, name, value)
         return self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Particles and traces share texts.
+        raise AttributeError(f"a Text is immutable: its {name!r} cannot be set")
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"a Text is immutable: its {name!r} cannot be deleted")
 
     @property
     def token_ids(self) -> tuple[int, ...]:
