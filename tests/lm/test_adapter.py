@@ -121,7 +121,7 @@ def test_adapts_every_linear_layer_but_the_head():
 def test_own_config_is_used_and_not_changed():
     config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     adapter = tiny_lm("ab.").adapter(config)
-    assert {tuple(p.shape)[0] for p in trainable(adapter) if p.shape[1] == 32} == {2}
+    assert {min(p.shape) for p in trainable(adapter)} == {2}
     assert config.target_modules == {"q_proj"} or config.target_modules == ["q_proj"]
     assert config.base_model_name_or_path is None
 
