@@ -437,6 +437,18 @@ class ToolResult(torch.Tensor):
     result: Any
     error: Exception | None
 
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """What Pyro does to a value (``detach``, ``clone``) keeps the object."""
+        out = super().__torch_function__(func, types, args, kwargs or {})
+        source = next((arg for arg in args if isinstance(arg, ToolResult)), None)
+        if isinstance(out, ToolResult) and source is not None and out.shape == source.shape:
+            out.__dict__.update(source.__dict__)
+        return out
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ToolResult:
+        return self.clone()  # type: ignore[return-value]
+
     @staticmethod
     def wrap(result: Any, error: Exception | None = None) -> ToolResult:
         self = torch.zeros(()).as_subclass(ToolResult)

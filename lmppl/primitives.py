@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from contextvars import ContextVar, Token
 from types import TracebackType
 from typing import Any
@@ -26,14 +27,16 @@ from lmppl.text import Text
 
 # --- which language model ------------------------------------------------------------------------
 
+# Of a block, and of its own thread or task; and for good, everywhere.
 _default_lm: ContextVar[LM | None] = ContextVar("lmppl_default_lm", default=None)
+_lasting: list[use] = []
 
 
 class use:
     """Make ``lm`` the model of all sites that name none, from now on or within a ``with`` block.
 
     ```python
-    lmppl.use(lm)                # from now on
+    lmppl.use(lm)                # from now on, in all threads
     with lmppl.use(lm):          # within the block
         trace = poutine.trace(model).get_trace(x)
     ```
@@ -46,11 +49,19 @@ class use:
                 "lmppl.LM.from_pretrained(...) or wrap a model with lmppl.LM(model, tokenizer)"
             )
         self._lm = lm
-        self._token: Token[LM | None] | None = _default_lm.set(lm)
+        self._bare: Token[LM | None] | None = _default_lm.set(lm)
+        self._blocks: list[Token[LM | None]] = []
+        _lasting.append(self)
+        del _lasting[:-4]  # so that replaced models can be freed
 
     def __enter__(self) -> LM:
-        if self._token is None:  # entered again
-            self._token = _default_lm.set(self._lm)
+        if self._bare is not None:  # it is for a block, after all
+            with suppress(ValueError):
+                _lasting.remove(self)
+            with suppress(ValueError):  # it was made in another thread or task
+                _default_lm.reset(self._bare)
+            self._bare = None
+        self._blocks.append(_default_lm.set(self._lm))
         return self._lm
 
     def __exit__(
@@ -59,14 +70,13 @@ class use:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        assert self._token is not None
-        _default_lm.reset(self._token)
-        self._token = None
+        _default_lm.reset(self._blocks.pop())
 
 
 def default_lm() -> LM | None:
     """The model that ``use`` made the default, or None."""
-    return _default_lm.get()
+    lm = _default_lm.get()
+    return _lasting[-1]._lm if lm is None and _lasting else lm
 
 
 def _resolve_lm(lm: LM | None, what: str) -> LM:
@@ -91,18 +101,26 @@ class _SiteMessage(dict[str, Any]):
     """A Pyro message that encodes strings on their way in and refuses vectorised plates.
 
     ``pyro.condition(data={"z": "text"})`` puts a string into the message. Whatever handler does
-    so, and whichever other handlers stand around it, the trace must hold a tensor.
+    so, and whichever other handlers stand around it, the trace must hold a tensor. (A tool's
+    result, of any type, is wrapped as one.)
     """
 
     def __setitem__(self, key: str, value: Any) -> None:
-        if key == "value" and isinstance(value, str):
-            value = _encode(self["name"], self["fn"], value)
+        if key == "value" and value is not None:
+            if isinstance(self["fn"], ToolCall):
+                value = value if isinstance(value, ToolResult) else ToolResult.wrap(value)
+            elif isinstance(value, str):
+                value = _encode(self["name"], self["fn"], value)
         if key == "cond_indep_stack" and any(frame.vectorized for frame in value):
             plate = next(frame.name for frame in value if frame.vectorized)
+            name = self["name"]
+            is_tool = isinstance(self["fn"], ToolCall)
+            what = f"tool '{name}'" if is_tool else f"site '{name}': text"
+            call = "tool" if is_tool else "lm_sample"
             raise ValueError(
-                f"site '{self['name']}': text cannot be drawn in the vectorised plate '{plate}', "
-                "since programs branch on it. Use the sequential form: "
-                f"for i in pyro.plate('{plate}', n): lm_sample(f'{self['name']}_{{i}}', ...)"
+                f"{what} cannot stand in the vectorised plate '{plate}', since programs branch on "
+                f"its value. Use the sequential form: for i in pyro.plate('{plate}', n): "
+                f"{call}(f'{name}_{{i}}', ...)"
             )
         super().__setitem__(key, value)
 
@@ -184,7 +202,6 @@ def lm_sample(
     if not isinstance(name, str) or not name:
         raise ValueError(f"a site's name must be a non-empty string, given {name!r}")
     lm = _resolve_lm(lm, f"site '{name}'")
-    prefix_likelihood = max_tokens is None and choices is None and not _stops(stop)
     if obs is not None and not isinstance(obs, str):
         raise TypeError(f"site '{name}': obs must be a str or a Text, given {type(obs).__name__}")
     if obs is None and max_tokens is None and choices is None:
@@ -195,18 +212,18 @@ def lm_sample(
     _warn_of_retokenisation(name, prefix)
     num_tokens = None
     if obs is not None and max_tokens is None and choices is None:
-        # Either a prefix likelihood, or an observed text closed by a stop string or EOS, whose
-        # own length is then the longest that needs to be allowed.
         num_tokens = len(_observed_ids(name, lm, obs))
+        if _stops(stop):  # no prefix likelihood: room for the text and the EOS that may close it
+            max_tokens, num_tokens = num_tokens + 1, None
     try:
         fn = LMText(
             lm,
             prefix,
-            max_tokens=None if prefix_likelihood else max_tokens or _room(num_tokens, choices),
+            max_tokens=max_tokens,
             stop=stop,
             choices=choices,
             temperature=temperature,
-            num_tokens=num_tokens if prefix_likelihood else None,
+            num_tokens=num_tokens,
         )
     except ValueError as error:
         raise ValueError(f"site '{name}': {_without_site(name, str(error))}") from error
@@ -216,11 +233,6 @@ def lm_sample(
 
 def _stops(stop: str | Sequence[str] | None) -> bool:
     return stop is not None and not (isinstance(stop, (list, tuple)) and not stop)
-
-
-def _room(num_tokens: int | None, choices: Sequence[str] | None) -> int | None:
-    """Room for an observed text and the EOS that may close it (there are no latent tokens)."""
-    return None if choices is not None or num_tokens is None else num_tokens + 1
 
 
 def _observed_ids(name: str, lm: LM, obs: str) -> tuple[int, ...]:
@@ -233,7 +245,10 @@ def require(name: str, condition: Any) -> None:
     In lmppl's engines nothing after a failed ``require`` runs. Pyro's own tools cannot stop a
     run: there the site has log-probability ``-inf`` and the program runs on.
     """
-    log_factor = torch.tensor(0.0 if bool(condition) else -math.inf)
+    holds = bool(condition)
+    if holds and not am_i_wrapped():
+        return  # Pyro warns of observations outside inference
+    log_factor = torch.tensor(0.0 if holds else -math.inf)
     unit = dist.Unit(log_factor, validate_args=False)
     pyro.sample(name, unit, obs=unit.sample(), infer={"is_auxiliary": True, "hard": True})
 
@@ -311,7 +326,11 @@ def _warn_of_retokenisation(name: str, prefix: str | Sequence[str]) -> None:
         if not isinstance(frame, TraceMessenger):
             continue
         for site, node in frame.trace.nodes.items():
-            if node["type"] != "sample" or node["is_observed"] or not isinstance(node["fn"], LMText):
+            if (
+                node["type"] != "sample"
+                or node["is_observed"]
+                or not isinstance(node["fn"], LMText)
+            ):
                 continue
             body = node["fn"].text(node["value"]).body.strip() if node["value"].dim() == 1 else ""
             # Shorter texts are found in many a string that was not made of them.

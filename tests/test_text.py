@@ -47,7 +47,7 @@ def test_equality_is_by_string_and_tokens_stay_apart():
         lambda z: z * 2,
         lambda z: "".join([z, z]),
         lambda z: z.replace("a", "b"),
-        lambda z: "%s" % z,
+        lambda z: z.center(9),
         lambda z: str(z),
     ],
 )
