@@ -33,9 +33,11 @@ from lmppl import runtime
 from lmppl.distributions import LMText, draw_request
 from lmppl.engines.base import Meter, finish, proposer_factory
 from lmppl.engines.resampling import SCHEMES, settle_in_place
+from lmppl.lm import LM
 from lmppl.lm.decoding import Decoding
+from lmppl.lm.requests import Draw
 from lmppl.posterior import Posterior
-from lmppl.runtime import Given, Particle, ess, log_mean_exp
+from lmppl.runtime import Given, Particle, Proposer, Wait, ess, log_mean_exp
 from lmppl.text import Text
 
 Twist = Callable[[Text], float]
@@ -119,7 +121,9 @@ class SMC:
                         particles[:] = _fork(particles, ancestors)
                         log_weights.zero_()
                         resamplings += 1
-                    resamplings += self._draw(particles, log_weights, generator)
+                    ahead = self.twist == "lookahead"
+                    aside = _aside(particles[0], proposer, generator) if ahead else None
+                    resamplings += self._draw(particles, log_weights, generator, aside)
                     barrier += 1
             return finish(
                 self.name,
@@ -135,7 +139,11 @@ class SMC:
         return settle_in_place(SCHEMES[self.resampling](weights, generator))
 
     def _draw(
-        self, particles: list[Particle], log_weights: torch.Tensor, generator: torch.Generator
+        self,
+        particles: list[Particle],
+        log_weights: torch.Tensor,
+        generator: torch.Generator,
+        aside: Particle | None,
     ) -> int:
         """Every waiting particle draws its site. Returns the number of resamplings within it."""
         twisted = [
@@ -143,14 +151,14 @@ class SMC:
             for i, particle in enumerate(particles)
             if particle.waiting is not None
             and particle.waiting.kind == "draw"
-            and particle.waiting.fn.choices is None
+            and particle.waiting.fn.closing.max_tokens is not None  # else it is drawn as a whole
             and self._twist_of(particle.waiting.name) is not None
         ]
         chosen = set(twisted)
         # First: a fork of one of these still waits at its draw, which the others have behind them.
         resamplings = 0
         if twisted:
-            resamplings = self._draw_twisted(particles, twisted, log_weights, generator)
+            resamplings = self._draw_twisted(particles, twisted, log_weights, generator, aside)
         runtime.draw([p for i, p in enumerate(particles) if i not in chosen])
         return resamplings
 
@@ -160,11 +168,10 @@ class SMC:
         members: Sequence[int],
         log_weights: torch.Tensor,
         generator: torch.Generator,
+        aside: Particle | None,
     ) -> int:
         """Draw token by token, resampling among ``members`` under the twisted target."""
-        waits = [particles[i].waiting for i in members]
-        requests = [(w.fn.lm, draw_request(w.fn, w.uniforms, w.name)) for w in waits]  # type: ignore
-        decoding = Decoding(requests)
+        decoding = Decoding(_requests([particles[i].waiting for i in members], generator))
         programs = list(members)  # whose program each slot carries
         log_psi = torch.zeros(len(members), dtype=torch.float64)
         index = torch.tensor(members)
@@ -172,7 +179,7 @@ class SMC:
         while not decoding.done:
             decoding.step()
             previous = log_psi
-            log_psi = self._log_psi(particles, programs, decoding, previous)
+            log_psi = self._log_psi(particles, programs, decoding, previous, aside)
             log_weights[index] += log_psi - previous
             part = log_weights[index]
             if not decoding.done and ess(part) < self.ess_threshold * len(members):
@@ -205,6 +212,7 @@ class SMC:
         programs: Sequence[int],
         decoding: Decoding,
         previous: torch.Tensor,
+        aside: Particle | None,
     ) -> torch.Tensor:
         """log psi of every slot's text so far, (M,); 0 at the close."""
         log_psi = torch.zeros_like(previous)
@@ -213,8 +221,8 @@ class SMC:
             return log_psi
         waits = [particles[programs[k]].waiting for k in still_open]
         tokens = [decoding.token_ids[k] for k in still_open]
-        if self.twist == "lookahead":
-            values = _lookahead([particles[programs[k]] for k in still_open], tokens)
+        if aside is not None:
+            values = _lookahead([particles[programs[k]] for k in still_open], tokens, aside)
         else:
             values = [
                 float(self._twist_of(w.name)(w.fn.closing.text(ids)))  # type: ignore[union-attr]
@@ -231,7 +239,39 @@ class SMC:
         return log_psi
 
 
-def _lookahead(particles: Sequence[Particle], tokens: Sequence[Sequence[int]]) -> list[float]:
+def _aside(
+    particle: Particle,
+    proposer: Callable[[int, int], Proposer] | None,
+    generator: torch.Generator,
+) -> Particle:
+    """A run that lends its random streams to lookaheads, and is never started.
+
+    What a lookahead draws at Pyro's own sites must not be what its particle draws when it gets
+    there: slots would be chosen by numbers that they have yet to draw, and the estimate be biased.
+    One stream for all, so that texts are compared under the same numbers.
+    """
+    seed, its = (int(torch.randint(2**62, (), generator=generator)) for _ in range(2))
+    own = None if proposer is None else proposer(particle.slot, its)
+    return Particle(particle.program, particle.args, seed=seed, proposer=own, slot=particle.slot)
+
+
+def _requests(waits: Sequence[Wait | None], generator: torch.Generator) -> list[tuple[LM, Draw]]:
+    """What to draw. A slot may take over a text with a larger ``max_tokens``, on another branch of
+    the program, so each gets as many uniforms as the longest needs."""
+    longest = max(wait.fn.num_uniforms for wait in waits if wait is not None)
+    requests = []
+    for wait in waits:
+        assert wait is not None and wait.uniforms is not None
+        missing = longest - len(wait.uniforms)
+        more = torch.rand(missing, generator=generator, dtype=torch.float64)
+        uniforms = torch.cat([wait.uniforms, more])
+        requests.append((wait.fn.lm, draw_request(wait.fn, uniforms, wait.name)))
+    return requests
+
+
+def _lookahead(
+    particles: Sequence[Particle], tokens: Sequence[Sequence[int]], aside: Particle
+) -> list[float]:
     """log-likelihood of what follows, up to the next latent site, were each text closed here."""
     forks = []
     for particle, ids in zip(particles, tokens, strict=True):
@@ -246,7 +286,7 @@ def _lookahead(particles: Sequence[Particle], tokens: Sequence[Sequence[int]]) -
         closed = wait.fn.value([*ids, c])
         # Its own density is the proposal's business, so it is given as 1 here.
         given = Given(closed, log_prob=torch.zeros(()), proposal_log_prob=torch.zeros(()))
-        forks.append(particle.fork(given={wait.name: given}))
+        forks.append(particle.fork(streams=aside, given={wait.name: given}))
     with runtime.closing(forks):
         runtime.settle(forks)
         return [fork.take_log_weight() for fork in forks]
@@ -258,8 +298,7 @@ def _fork(particles: Sequence[Particle], ancestors: torch.Tensor) -> list[Partic
     for slot, ancestor in enumerate(ancestors.tolist()):
         source = particles[ancestor]
         if ancestor != slot:
-            # A finished run is not changed any more, so slots can share it.
-            new[slot] = source if source.finished else source.fork(streams=particles[slot])
+            new[slot] = source.fork(streams=particles[slot])
     for slot, ancestor in enumerate(ancestors.tolist()):
         if ancestor != slot:
             particles[slot].close()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -173,6 +174,8 @@ class Particle:
             given: values for latent sites that are still to come.
         """
         streams = streams or self
+        if self.finished:
+            return self._finished_copy(streams)
         proposer = self.proposer
         if proposer is not None and streams.proposer is not None:
             proposer = proposer.fork(streams.proposer)
@@ -191,6 +194,16 @@ class Particle:
         )
         new.coroutine.ambient.take_streams(streams.coroutine.ambient)
         new.resume()
+        return new
+
+    def _finished_copy(self, streams: Particle) -> Particle:
+        """A run that has ended is not changed any more, so what it recorded can be shared. The
+        streams stay those of the slot, which may need them for a later fork."""
+        new = copy(self)
+        new.slot, new.proposer = streams.slot, streams.proposer
+        new.coroutine = copy(self.coroutine)
+        new.coroutine.ambient = copy(self.coroutine.ambient)
+        new.coroutine.ambient.take_streams(streams.coroutine.ambient)
         return new
 
     # --- what it found -------------------------------------------------------------------------

@@ -1,0 +1,152 @@
+"""All random choices of a sampler, made one after another in every possible way.
+
+An estimator is unbiased if its expectation over its own randomness is right. Where the choices are
+few, that expectation is a finite sum, and no test statistic is needed:
+
+    for choices in every_way():
+        with the sampler's random numbers taken from choices: run it
+        total += choices.probability * estimate
+
+Tokens are drawn by ``lmppl.lm.decoding.invert``, a piecewise constant function of a uniform, so its
+cells are the tokens. A resampling scheme is a piecewise constant function of its uniforms, too: it
+is run as it is, on one point of every cell.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+
+import pyro.distributions as dist
+import torch
+
+from lmppl.engines import resampling
+from lmppl.engines.resampling import SCHEMES
+from lmppl.lm import decoding
+from lmppl.lm.inverse_cdf import tempered
+
+
+class Choices:
+    """One way through a tree of choices; ``advance`` moves to the next."""
+
+    def __init__(self) -> None:
+        self._path: list[tuple[int, list[int], list[float]]] = []
+        self.restart()
+
+    def restart(self) -> None:
+        self._depth = 0
+        self.probability = 1.0
+
+    def pick(self, probs: list[float]) -> int:
+        """An index of positive probability."""
+        if self._depth == len(self._path):
+            options = [i for i, p in enumerate(probs) if p > 0]
+            self._path.append((0, options, list(probs)))
+        at, options, known = self._path[self._depth]
+        assert known == list(probs), "the sampler did not repeat itself"
+        self._depth += 1
+        self.probability *= probs[options[at]]
+        return options[at]
+
+    def advance(self) -> bool:
+        assert self._depth == len(self._path), "the sampler did not repeat itself"
+        while self._path:
+            at, options, probs = self._path.pop()
+            if at + 1 < len(options):
+                self._path.append((at + 1, options, probs))
+                return True
+        return False
+
+
+def every_way(monkeypatch) -> Iterator[Choices]:
+    """Every way to make the choices of the engines, which are routed here."""
+    choices = Choices()
+    with monkeypatch.context() as patch:
+        _route(patch, choices)
+        while True:
+            choices.restart()
+            yield choices
+            if not choices.advance():
+                return
+
+
+class Coin(dist.Bernoulli):
+    """A Bernoulli whose draws are choices."""
+
+    choices: Choices
+
+    def sample(self, sample_shape=()):
+        p = float(self.probs)
+        return torch.tensor(float(self.choices.pick([1 - p, p])))
+
+
+def _route(patch, choices: Choices) -> None:
+    def invert(logits, uniforms, temperature=1.0):
+        log_probs = torch.log_softmax(tempered(logits, temperature).float(), -1)
+        rows = log_probs.double().exp().tolist()
+        tokens = torch.tensor([choices.pick([p / math.fsum(row) for p in row]) for row in rows])
+        return tokens, log_probs.gather(1, tokens.unsqueeze(1)).squeeze(1)
+
+    patch.setattr(decoding, "invert", invert)
+    patch.setattr(Coin, "choices", choices, raising=False)
+    for name in SCHEMES:
+        patch.setitem(SCHEMES, name, _enumerated(name, SCHEMES[name], choices))
+
+
+def _enumerated(name, scheme, choices: Choices):
+    def enumerated(weights, generator):
+        uniforms, again = [], []
+        for cells in cells_of(name, weights):
+            low, high = cells[choices.pick([high - low for low, high in cells])]
+            uniforms.append((low + high) / 2)
+            again.append(low + 0.99 * (high - low))
+        ancestors = at_uniforms(scheme, weights, uniforms)
+        assert torch.equal(ancestors, at_uniforms(scheme, weights, again)), "no cell of the scheme"
+        return ancestors
+
+    return enumerated
+
+
+def cells_of(name: str, weights: torch.Tensor) -> list[list[tuple[float, float]]]:
+    """For each uniform of a scheme, the intervals on which its ancestors are constant."""
+    n = len(weights)
+    cumulative = [float(c) for c in weights.cumsum(0) / weights.sum()]
+    if name == "multinomial":
+        return [_cells(cumulative)] * n
+    if name == "stratified":
+        return [_cells([n * c - i for c in cumulative]) for i in range(n)]
+    if name == "systematic":
+        return [_cells([n * c - math.floor(n * c) for c in cumulative])]
+    expected = n * weights / weights.sum()
+    rest = expected - expected.floor()
+    missing = n - int(expected.floor().sum())
+    return [_cells([float(c) for c in rest.cumsum(0) / rest.sum()])] * missing
+
+
+def _cells(edges: list[float]) -> list[tuple[float, float]]:
+    inner = {edge for edge in edges if 1e-12 < edge < 1 - 1e-12}
+    return list(itertools.pairwise([0.0, *sorted(inner), 1.0]))
+
+
+def at_uniforms(scheme, weights: torch.Tensor, uniforms: list[float]) -> torch.Tensor:
+    """What a scheme does with these uniforms."""
+    torch_, resampling.torch = resampling.torch, _Rand(uniforms)
+    try:
+        return scheme(weights, torch.Generator())
+    finally:
+        resampling.torch = torch_
+
+
+class _Rand:
+    """``torch`` whose ``rand`` gives these numbers."""
+
+    def __init__(self, uniforms: list[float]) -> None:
+        self._uniforms = uniforms
+
+    def rand(self, n, *, generator, dtype):
+        assert n == len(self._uniforms) and dtype == torch.float64
+        return torch.tensor(self._uniforms, dtype=dtype)
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
