@@ -2,7 +2,7 @@
 
 from lmppl._infer import infer
 from lmppl.distributions import LMText
-from lmppl.engines import SMC, Engine, Exact, Importance, register_engine
+from lmppl.engines import SMC, Engine, Exact, GFlowNet, Importance, register_engine
 from lmppl.guides import LMGuide
 from lmppl.lm import LM
 from lmppl.posterior import Posterior, ZeroEvidenceError
@@ -17,6 +17,7 @@ __all__ = [
     "SMC",
     "Engine",
     "Exact",
+    "GFlowNet",
     "Importance",
     "LMGuide",
     "LMText",

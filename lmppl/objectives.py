@@ -11,7 +11,9 @@ from __future__ import annotations
 import torch
 
 
-def vargrad(log_r: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+def vargrad(
+    log_r: torch.Tensor, log_q: torch.Tensor, huber: float = torch.inf
+) -> torch.Tensor:
     """Variance of u over samples of one input (Richter et al., 2020, arXiv 2010.10436).
 
     It is zero exactly when q is proportional to R on the samples, whoever drew them, and needs no
@@ -20,6 +22,9 @@ def vargrad(log_r: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
     Args:
         log_r: (N,), N >= 2. ``-inf`` entries (R = 0) stay out: see ``alive``.
         log_q: (N,), with gradient.
+        huber: beyond this distance from the centre (nats) a sample counts by its distance, not its
+            square (Huber, 1964), so that a few improbable traces don't outvote the rest. The
+            minimiser with all u equal is the same. ``inf``: the variance itself.
 
     Returns:
         0-d; zero if fewer than two entries are finite.
@@ -28,7 +33,21 @@ def vargrad(log_r: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
     if int(live.sum()) < 2:
         return log_q.sum() * 0.0
     u = log_r[live] - log_q[live]
-    return ((u - u.mean()) ** 2).sum() / (len(u) - 1)
+    centre = _centre(u.detach(), huber)
+    distance = (u - centre).abs()
+    loss = torch.where(distance <= huber, distance**2, 2 * huber * distance - huber**2)
+    return loss.sum() / (len(u) - 1)
+
+
+def _centre(u: torch.Tensor, huber: float) -> torch.Tensor:
+    """Huber's location estimate, by reweighting; the mean for ``inf``."""
+    if huber == torch.inf:
+        return u.mean()
+    centre = u.median()
+    for _ in range(20):
+        weight = (huber / (u - centre).abs().clamp_min(1e-12)).clamp_max(1.0)
+        centre = (weight * u).sum() / weight.sum()
+    return centre
 
 
 def tb(log_r: torch.Tensor, log_q: torch.Tensor, log_z: torch.Tensor) -> torch.Tensor:

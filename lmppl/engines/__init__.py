@@ -6,14 +6,16 @@ from collections.abc import Callable
 
 from lmppl.engines.base import Engine
 from lmppl.engines.exact import Exact
+from lmppl.engines.gflownet import GFlowNet
 from lmppl.engines.importance import Importance
 from lmppl.engines.smc import SMC
 
-__all__ = ["ENGINES", "Engine", "Exact", "Importance", "SMC", "register_engine"]
+__all__ = ["ENGINES", "Engine", "Exact", "GFlowNet", "Importance", "SMC", "register_engine"]
 
 ENGINES: dict[str, Callable[..., Engine]] = {
     "importance": Importance,
     "smc": SMC,
+    "gflownet": GFlowNet,
     "exact": Exact,
 }
 

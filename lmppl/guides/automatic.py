@@ -7,6 +7,7 @@ sites get a head (``heads.py``). What neither can stand for is left to the model
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -53,7 +54,8 @@ class AutomaticProposer:
     Args:
         networks: the guide's language models and heads.
         observations: what it may see of the input.
-        temperature: of the behaviour policy: text is drawn from ``q ** (1 / temperature)``.
+        temperature: of the behaviour policy: text is drawn from ``q ** (1 / temperature)``;
+            ``math.inf``: everything is drawn from the model instead.
 
     Attributes:
         draws: what was drawn, by site, so that it can be scored again with gradients.
@@ -73,11 +75,14 @@ class AutomaticProposer:
                 return None
             prompt = guide_prompt(site, trace, self._observations)
             q = fn.with_prefix_ids(prompt, self._networks.adapted, fn.temperature)
-            tempered = q.with_prefix_ids(
-                prompt, self._networks.adapted, fn.temperature * self._temperature
-            )
+            behaviour = q
+            if self._temperature == math.inf:
+                behaviour = fn
+            elif self._temperature != 1.0:
+                heat = fn.temperature * self._temperature
+                behaviour = q.with_prefix_ids(prompt, self._networks.adapted, heat)
             uniforms = torch.rand(q.num_uniforms, dtype=torch.float64, device="cpu")
-            value, log_q = suspend(Wait("draw", name, tempered, uniforms=uniforms))
+            value, log_q = suspend(Wait("draw", name, behaviour, uniforms=uniforms))
             self.draws[name] = TextDraw(q, value)
             return Given(value, proposal_log_prob=log_q)
         moves = num_moves(fn)
@@ -86,7 +91,7 @@ class AutomaticProposer:
         features, key = self._features(name, trace)
         head = head_for(self._networks.heads, key, len(features), moves)
         with torch.no_grad():
-            q_fn = moved(fn, head(features))
+            q_fn = fn if self._temperature == math.inf else moved(fn, head(features))
             value = q_fn.sample()
             log_q = q_fn.log_prob(value).sum()
         self.draws[name] = HeadDraw(key, features, fn, value)

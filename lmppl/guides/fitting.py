@@ -50,6 +50,8 @@ class FitOptions:
         loss: ``"vargrad"``, ``"tb"`` or ``"subtb"`` (see ``lmppl.objectives``).
         subtb_lambda: weight of a pair of truncations decays as ``lambda ** distance``.
         tempered_fraction: of the traces, drawn from the guide at a temperature in [0.5, 2].
+        prior_fraction: of the traces, drawn from the program itself. Its support holds every mode
+            of the posterior, also one that the guide has lost.
         replay_fraction: of the traces, drawn again from the best seen.
         truncations: how many tokens the rewards of truncations may cost, as a multiple of the
             complete traces'; 0: none.
@@ -63,8 +65,10 @@ class FitOptions:
     learning_rate: float = 2e-3
     loss: Literal["vargrad", "tb", "subtb"] = "vargrad"
     subtb_lambda: float = 1.0
-    tempered_fraction: float = 0.25
+    tempered_fraction: float = 0.125
+    prior_fraction: float = 0.125
     replay_fraction: float = 0.25
+    huber: float = 3.0
     truncations: float = 1.0
     reward_temperature: tuple[float, float] = (1.0, 1.0)
     max_grad_norm: float = 1.0
@@ -78,11 +82,11 @@ class FitOptions:
             raise ValueError(f"learning_rate={self.learning_rate}: it must be positive")
         if self.loss not in _LOSSES:
             raise ValueError(f"loss={self.loss!r}, allowed: {', '.join(_LOSSES)}")
-        fractions = (self.tempered_fraction, self.replay_fraction)
+        fractions = (self.tempered_fraction, self.prior_fraction, self.replay_fraction)
         if min(fractions) < 0 or sum(fractions) > 1:
             raise ValueError(
-                f"tempered_fraction and replay_fraction are {fractions}: they must be positive and "
-                "together at most 1"
+                f"tempered_fraction, prior_fraction and replay_fraction are {fractions}: they must "
+                "not be negative, and together at most 1"
             )
         if self.truncations < 0:
             raise ValueError(f"truncations={self.truncations}: it must not be negative")
@@ -119,7 +123,7 @@ class Trainer:
         self._generator = torch.Generator().manual_seed(seed % 2**63)
         self._queue: list[int] = []
         guide.prepare(inputs[0].args)
-        self._parameters = guide.parameters(inputs[0].args)
+        self._parameters = guide.parameters()
         self._optimizer = torch.optim.AdamW(
             self._parameters, lr=options.learning_rate, weight_decay=0.0
         )
@@ -179,7 +183,7 @@ class Trainer:
         share = options.batch_size // len(members)
         low, high = (math.log(t) for t in TEMPERATURES)
         heat = math.exp(low + (high - low) * float(torch.rand((), generator=self._generator)))
-        seeds = runtime.slot_seeds(self._seed + 1 + number, 2 * len(members))
+        seeds = runtime.slot_seeds(self._seed + 1 + number, 3 * len(members))
         batches: list[list[Sample]] = []
         runs: list[tuple[int, bool, runtime.Particle]] = []
         started: list[runtime.Particle] = []
@@ -191,11 +195,14 @@ class Trainer:
                 replayed = each.buffer.draw(
                     round(share * options.replay_fraction), self._generator
                 )
-                tempered = min(
-                    round(share * options.tempered_fraction), share - len(replayed) - 1
-                )
-                numbers = (share - len(replayed) - tempered, tempered)
-                for num, temperature, seed in zip(numbers, (1.0, heat), seeds[2 * k :], strict=False):
+                tempered = round(share * options.tempered_fraction)
+                prior = round(share * options.prior_fraction)
+                policy = max(1, share - len(replayed) - tempered - prior)
+                for num, temperature, seed in (
+                    (policy, 1.0, seeds[3 * k]),
+                    (tempered, heat, seeds[3 * k + 1]),
+                    (prior, math.inf, seeds[3 * k + 2]),
+                ):
                     if num < 1:
                         continue
                     factory = self.guide.proposer_factory(
@@ -274,7 +281,7 @@ class Trainer:
         log_q: torch.Tensor,
     ) -> torch.Tensor:
         if self.options.loss == "vargrad":
-            return objectives.vargrad(log_r, log_q)
+            return objectives.vargrad(log_r, log_q, huber=self.options.huber)
         if self.options.loss == "tb":
             return objectives.tb(log_r, log_q, each.log_z.to(log_q.device))
         # Pairs within each sample: its truncations by length, and the complete trace last.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,7 +13,7 @@ from torch import nn
 from lmppl import runtime
 from lmppl.distributions import LMText
 from lmppl.guides.automatic import AutomaticProposer, SiteScore, score_draws
-from lmppl.guides.program import ProgramProposer
+from lmppl.guides.program import PriorProposer, ProgramProposer
 from lmppl.guides.prompts import Observations, find_observations
 from lmppl.lm import LM
 from lmppl.primitives import default_lm, use
@@ -76,6 +77,8 @@ class LMGuide:
         self.history: list[dict[str, Any]] = []
         self.heads = nn.ModuleDict()
         self._adapted = None if program is not None else lm.adapter(lora)
+        self.param_names: list[str] = []  # of a guide program
+        self._program_adapters: list[LM] = []
         self._pending: dict[str, Any] | None = None  # loaded state of a program not yet run
         self.strict_prompts = False  # set by fit: several inputs must be told apart
         self.tempered_target: float | None = None
@@ -99,13 +102,16 @@ class LMGuide:
 
         Args:
             args: the program's arguments.
-            temperature: texts are drawn from ``q ** (1 / temperature)`` (automatic guides only).
+            temperature: texts are drawn from ``q ** (1 / temperature)`` (automatic guides only);
+                ``math.inf``: all is drawn from the model, and remembered for the guide to score.
             observations: what ``observations(args)`` found, if that is known already.
         """
         with use(self.base):
             if self.program is not None:
                 self._restore_pending(args)
                 program = self.program
+                if temperature == math.inf:
+                    return lambda slot, seed: PriorProposer(program, args)
                 return lambda slot, seed: ProgramProposer.make(program, args, slot, seed)
             seen = self.observations(args) if observations is None else observations
             return lambda slot, seed: AutomaticProposer(self, seen, temperature)
@@ -136,7 +142,7 @@ class LMGuide:
             values = {name: Given(node["value"]) for name, node in proposer.draws.items()}
             run = Particle(
                 self.program,
-                proposer.run.args,
+                proposer.args,
                 seed=slot,
                 given=values,
                 closing=True,
@@ -158,37 +164,34 @@ class LMGuide:
     # --- parameters ------------------------------------------------------------------------------
 
     def prepare(self, args: tuple[Any, ...]) -> None:
-        """Run the guide once on an input, so that all its parameters exist."""
+        """Run the guide on an input, so that all its parameters exist and are known."""
+        if self.program is not None:
+            self._find_trainables(args)
         factory = self.proposer_factory(args)
         with use(self.base):
             particles = runtime.start(self.model, args, 2, seed=0, proposer=factory)
             with runtime.closing(particles):
                 runtime.complete(particles)
 
-    def adapters(self, args: tuple[Any, ...] = ()) -> list[LM]:
+    def adapters(self) -> list[LM]:
         """The language models with trainable parameters, in the order in which it uses them."""
-        if self._adapted is not None:
-            return [self._adapted]
-        found, _ = self._trainables_of_program(args)
-        return found
+        return [self._adapted] if self._adapted is not None else list(self._program_adapters)
 
-    def parameters(self, args: tuple[Any, ...] = ()) -> list[nn.Parameter]:
-        """The trainable parameters (of a guide program: those that it uses on this input)."""
+    def parameters(self) -> list[nn.Parameter]:
+        """The trainable parameters (of a guide program: those that it used when prepared)."""
         if self._adapted is not None:
             return [*_trainable(self._adapted), *self.heads.parameters()]
-        adapters, names = self._trainables_of_program(args)
         store = pyro.get_param_store()
-        own: list[Any] = [store._params[name] for name in names]  # the unconstrained leaves
+        own: list[Any] = [store._params[name] for name in self.param_names]  # unconstrained
         known = {id(each) for each in own}
-        for adapter in adapters:
+        for adapter in self._program_adapters:
             own += [p for p in _trainable(adapter) if id(p) not in known]
         return own
 
-    def _trainables_of_program(self, args: tuple[Any, ...]) -> tuple[list[LM], list[str]]:
-        """Adapters and names of ``pyro.param``s that the guide program uses, by two runs."""
+    def _find_trainables(self, args: tuple[Any, ...]) -> None:
+        """The adapters and ``pyro.param``s that the guide program uses, by two runs of it."""
         assert self.program is not None
-        adapters: list[LM] = []
-        names: list[str] = []
+        adapters, names = self._program_adapters, self.param_names
         with use(self.base):
             runs = runtime.start(self.program, args, 2, seed=0)
             with runtime.closing(runs):
@@ -205,7 +208,6 @@ class LMGuide:
                 "the guide program has nothing to train: draw its texts from an adapter, "
                 "lm_sample(..., lm=q) with q = lm.adapter(), or use pyro.param"
             )
-        return adapters, names
 
     # --- training, saving ------------------------------------------------------------------------
 
@@ -258,12 +260,17 @@ class LMGuide:
 
         return load(Path(path), model, lm, program)
 
+    def restore_later(self, state: dict[str, Any]) -> None:
+        """Loaded parameters of a guide program, which are not known before it is run."""
+        self._pending = state
+
     def _restore_pending(self, args: tuple[Any, ...]) -> None:
         if self._pending is not None:
             from lmppl.guides.storage import restore_program
 
-            pending, self._pending = self._pending, None
-            restore_program(self, args, pending)
+            self._find_trainables(args)
+            restore_program(self._program_adapters, self.param_names, self._pending)
+            self._pending = None
 
     def __repr__(self) -> str:
         kind = "automatic" if self.program is None else getattr(self.program, "__name__", "program")

@@ -13,7 +13,7 @@ from typing import Any
 from pyro.poutine.trace_struct import Trace
 
 from lmppl.distributions import LMText
-from lmppl.runtime import Given, Particle, Proposer, suspend
+from lmppl.runtime import Given, Particle, Proposer, is_latent, suspend
 
 
 class ProgramProposer:
@@ -28,6 +28,11 @@ class ProgramProposer:
         cls, program: Callable[..., Any], args: tuple[Any, ...], slot: int, seed: int
     ) -> ProgramProposer:
         return cls(Particle(program, args, seed=seed, slot=slot))
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        """The arguments that the guide was run on."""
+        return self.run.args
 
     @property
     def draws(self) -> dict[str, Any]:
@@ -86,6 +91,30 @@ class ProgramProposer:
 
     def close(self) -> None:
         self.run.close()
+
+
+class PriorProposer:
+    """Leaves every latent to the model, and remembers what it drew for a guide program to score."""
+
+    def __init__(self, program: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        self.program, self.args = program, args
+        self.draws: dict[str, Any] = {}
+
+    def propose(self, site: Any, trace: Trace) -> None:
+        return None
+
+    def finish(self, trace: Trace) -> None:
+        self.draws = {
+            name: node
+            for name, node in trace.nodes.items()
+            if node["type"] == "sample" and is_latent(node)
+        }
+
+    def fork(self, streams: Proposer) -> PriorProposer:
+        return PriorProposer(self.program, self.args)
+
+    def close(self) -> None:
+        """Nothing of it is suspended on its own."""
 
 
 def _text_value(name: str, model_fn: Any, guide_fn: Any, value: Any) -> Any:

@@ -1,8 +1,8 @@
 """What the automatic guide reads before it draws a latent text.
 
-Its prompt holds the observations that come later in the program, a line each, and then what the
-model's own prefix holds. The prefix stands last, so that an untrained guide continues it much as
-the model does.
+Its prompt holds a mark for each latent text before it, the observations that come later in the
+program, a line each, and then what the model's own prefix holds. The prefix stands last, so that an
+untrained guide continues it much as the model does.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pyro.poutine.trace_struct import Trace
 from lmppl import runtime
 from lmppl.distributions import LMText, ToolCall
 from lmppl.lm.vocabulary import Vocabulary
+from lmppl.runtime import is_latent
 
 Observations = Mapping[str, tuple[int, ...]]
 """Name of an observed site to the tokens that show it."""
@@ -78,6 +79,14 @@ def find_observations(
             )
         return {}
     shown = {name: _show(name, node, vocabulary) for name, node in found.items()}
+    hidden = [name for name, ids in shown.items() if ids is None]
+    if hidden and strict and (program, hidden[0]) not in _warned:
+        _warned.add((program, hidden[0]))
+        warnings.warn(
+            f"the automatic guide cannot see the observations {hidden}: the tokenizer has no tokens "
+            "for them, so it cannot tell inputs apart by them",
+            stacklevel=2,
+        )
     return {name: ids for name, ids in shown.items() if ids}
 
 
@@ -95,31 +104,27 @@ def _same_value(first: Any, second: Any) -> bool:
     return one.shape == two.shape and bool((one == two).all())
 
 
-def _show(name: str, node: Any, vocabulary: Vocabulary) -> tuple[int, ...]:
-    """The tokens of an observation: a text as it is, anything else as ``name = value``."""
+_warned: set[tuple[Any, str]] = set()
+
+
+def _show(name: str, node: Any, vocabulary: Vocabulary) -> tuple[int, ...] | None:
+    """The tokens of an observation: a text as it is, anything else as ``name = value``.
+
+    None where the vocabulary has not its characters.
+    """
     fn, value = node["fn"], node["value"]
     if isinstance(fn, LMText) and not fn.batch_shape and fn.lm.vocabulary.same_as(vocabulary):
         return tuple(t for t in fn.token_ids(value) if t not in vocabulary.eos_ids)
-    shown = str(fn.text(value)) if isinstance(fn, LMText) else f"{name} = {value.tolist()}"
-    return _encode(shown, vocabulary, warn=name)
+    return _encode(
+        str(fn.text(value)) if isinstance(fn, LMText) else f"{name} = {value.tolist()}", vocabulary
+    )
 
 
-_warned: set[str] = set()
-
-
-def _encode(text: str, vocabulary: Vocabulary, warn: str | None = None) -> tuple[int, ...]:
-    """Tokens of a text; none where the vocabulary has not its characters."""
+def _encode(text: str, vocabulary: Vocabulary) -> tuple[int, ...] | None:
     try:
         return vocabulary.encode(text)
     except ValueError:
-        if warn is not None and warn not in _warned:
-            _warned.add(warn)
-            warnings.warn(
-                f"the automatic guide cannot see the observation '{warn}': the tokenizer has no "
-                f"tokens for {text!r}. Trained on several inputs it could not tell them apart by it",
-                stacklevel=2,
-            )
-        return ()
+        return None
 
 
 def guide_prompt(site: Any, trace: Trace, observations: Observations) -> tuple[int, ...]:
@@ -135,13 +140,30 @@ def guide_prompt(site: Any, trace: Trace, observations: Observations) -> tuple[i
     own = site["infer"].get("guide_prompt")
     if own is not None:
         return fn.lm.encode(own, name=site["name"])
+    newline = _encode("\n", vocabulary) or ()
     later = [ids for name, ids in observations.items() if name not in trace.nodes]
-    if not later:
-        return fn.prefix_ids
-    newline = _encode("\n", vocabulary)
-    bos = vocabulary.bos_ids
-    starts_with_bos = bool(bos) and fn.prefix_ids[: len(bos)] == bos
-    prefix = fn.prefix_ids[len(bos) :] if starts_with_bos else fn.prefix_ids
     lines = tuple(token for ids in later for token in (*ids, *newline))
-    return ((*bos,) if starts_with_bos else ()) + lines + prefix
+    head = () if vocabulary.eos_id is None else (vocabulary.eos_id,) * _ordinal(trace)
+    bos = vocabulary.bos_ids
+    if bos and fn.prefix_ids[: len(bos)] == bos:
+        return (*bos, *head, *lines, *fn.prefix_ids[len(bos) :])
+    return (*head, *lines, *fn.prefix_ids)
 
+
+def _ordinal(trace: Trace) -> int:
+    """How many latent texts the run has drawn.
+
+    A text that ended by EOS leaves no mark of its end in a later prefix, so the prompt of a second
+    site can be that of the middle of the first. The model answers both alike; the posterior does
+    not. As many EOS tokens in front tell the sites apart, and mean no more to the untrained model
+    than that other documents came before.
+    """
+    texts = [
+        node
+        for node in trace.nodes.values()
+        if node["type"] == "sample" and isinstance(node["fn"], LMText) and is_latent(node)
+    ]
+    return min(len(texts), _MOST_ORDINALS)
+
+
+_MOST_ORDINALS = 8

@@ -107,6 +107,25 @@ def merged(lm: LM) -> LM:
     return _like(lm, model)
 
 
+def sampler(lm: LM) -> LM:
+    """``merged(lm)`` of the adapter's present parameters, kept until they change; a model without
+    an adapter is its own sampler."""
+    if not isinstance(lm.model, PeftModel):
+        return lm
+    trained = [p for p in lm.model.parameters() if p.requires_grad]
+    if not trained:
+        version: tuple[float, ...] = ()
+    else:
+        # By value: fused optimisers and writes to .data do not count a parameter's version up.
+        with torch.no_grad():
+            version = tuple(torch.stack(torch._foreach_norm(trained)).tolist())
+    kept = getattr(lm, "_sampler", None)
+    if kept is None or kept[0] != version:
+        kept = (version, merged(lm))
+        lm._sampler = kept
+    return kept[1]
+
+
 def _like(lm: LM, model: Any) -> LM:
     """``lm`` with another model: same tokenizer, vocabulary, name and counters."""
     other = type(lm)(model, lm.tokenizer, name=lm.name)

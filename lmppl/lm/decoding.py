@@ -43,15 +43,16 @@ class Decoding:
         num_steps: steps made.
 
     Raises:
-        ValueError: a draw without ``max_tokens``, with fewer uniforms than that, with a
+        ValueError: a draw that does not fit the model's context, with fewer uniforms than that, with a
             temperature that is not positive, or with an empty prefix.
     """
 
     def __init__(self, draws: Sequence[tuple[LM, Draw]]) -> None:
         self._draws = list(draws)
         self._uniforms: list[list[float]] = []
-        for _, draw in self._draws:
+        for lm, draw in self._draws:
             _check(draw)
+            lm.check_context(len(draw.prefix), _longest(draw), draw.name)
             self._uniforms.append(draw.uniforms.tolist())
         self.token_ids: list[list[int]] = [[] for _ in self._draws]
         self.log_probs: list[list[float]] = [[] for _ in self._draws]
@@ -100,7 +101,10 @@ class Decoding:
                     raise self._invalid(slot)
                 self.token_ids[slot].append(token)
                 self.log_probs[slot].append(log_prob)
-                self.reasons[slot] = self._states[slot].push(token)
+                reason = self._states[slot].push(token)
+                if reason is None and len(self.token_ids[slot]) == _longest(self._draws[slot][1]):
+                    reason = "length"  # a draw of a given number of tokens, which nothing closes
+                self.reasons[slot] = reason
             batch.lm.usage.count(sampled=len(slots))
             batch.keep([row for row, slot in enumerate(slots) if self.reasons[slot] is None])
         self._batches = [batch for batch in self._batches if batch.slots]
@@ -170,8 +174,8 @@ class _Batch:
         self.lm = lm
         self.slots = slots
         requests = [draws[slot][1] for slot in slots]
-        longest = max(r.closing.max_tokens or 0 for r in requests)
-        self.rows = Rows.start(runner_of(lm), [r.prefix for r in requests], longest)
+        longest = max(_longest(r) for r in requests)
+        self.rows = Rows.start(runner_of(lm.sampler), [r.prefix for r in requests], longest)
         self._read = 0  # tokens of each sequence that the rows have read
 
     def advance(self, token_ids: list[list[int]]) -> None:
@@ -229,11 +233,16 @@ def _compact(rows: list[int]) -> list[int]:
     return order
 
 
+def _longest(draw: Draw) -> int:
+    """The most tokens it can have: those of its site, or one for each uniform."""
+    return draw.closing.max_tokens or draw.uniforms.numel()
+
+
 def _check(draw: Draw) -> None:
     where = f"site {draw.name!r}: "
-    if draw.closing.max_tokens is None:
+    if draw.closing.closes and draw.closing.max_tokens is None:
         raise ValueError(where + "a latent text needs max_tokens")
-    if draw.uniforms.numel() < draw.closing.max_tokens:
+    if not 0 < _longest(draw) <= draw.uniforms.numel():
         raise ValueError(
             where + f"{draw.uniforms.numel()} uniforms for max_tokens={draw.closing.max_tokens}: "
             "each token takes one"

@@ -52,6 +52,7 @@ class LM:
         self.vocabulary = Vocabulary(tokenizer, _eos_ids(model, tokenizer, size), size)
         self.usage = Usage()
         self._engine: Any = None  # built at first use by the rooms that run the model
+        self._sampler: tuple[Any, LM] | None = None  # see ``sampler``
 
     @classmethod
     def from_pretrained(
@@ -280,9 +281,6 @@ class LM:
         """Draw a sequence for every request, all of them side by side."""
         from lmppl.lm.decoding import Decoding
 
-        for request in draws:
-            tokens = request.closing.max_tokens or len(request.uniforms)
-            self.check_context(len(request.prefix), tokens, request.name)
         if not draws:
             return []
         decoding = Decoding([(self, request) for request in draws])
@@ -320,6 +318,16 @@ class LM:
                 f"{site}a prefix of {prefix} tokens and {tokens} more do not fit the "
                 f"context of {self.name!r}, {limit} tokens. Shorten the prefix or lower max_tokens."
             )
+
+    @property
+    def sampler(self) -> LM:
+        """The model that sequences are drawn from: this one, with trainable adapters merged in.
+
+        Merged weights make a decoding step faster; they are renewed when the adapter has changed.
+        """
+        from lmppl.lm.adapter import sampler
+
+        return sampler(self)
 
     def adapter(self, config: LoraConfig | None = None) -> LM:
         """A new model: this one's weights, shared, and a trainable LoRA adapter."""
