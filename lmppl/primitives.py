@@ -304,6 +304,7 @@ def chat(
 # --- a warning that saves hours ------------------------------------------------------------------
 
 _warned: set[tuple[str, str]] = set()
+_SHORT = 4  # characters; shorter texts are found in many a string that was not made of them
 
 
 def _warn_of_retokenisation(name: str, prefix: str | Sequence[str]) -> None:
@@ -320,7 +321,7 @@ def _warn_of_retokenisation(name: str, prefix: str | Sequence[str]) -> None:
             "word that follows, so the model has hardly seen such a prefix: end it before the space.",
             stacklevel=3,
         )
-    if ("text", name) in _warned:
+    if ("text", name) in _warned or all(len(part) < _SHORT for part in plain):
         return
     for frame in _PYRO_STACK:
         if not isinstance(frame, TraceMessenger):
@@ -333,8 +334,7 @@ def _warn_of_retokenisation(name: str, prefix: str | Sequence[str]) -> None:
             ):
                 continue
             body = node["fn"].text(node["value"]).body.strip() if node["value"].dim() == 1 else ""
-            # Shorter texts are found in many a string that was not made of them.
-            if len(body) > 3 and any(body in part for part in plain):
+            if len(body) >= _SHORT and any(body in part for part in plain):
                 _warned.add(("text", name))
                 warnings.warn(
                     f"site '{name}': its prefix holds the text of site '{site}' as a plain str (an "

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers.pytorch_utils import Conv1D
 
@@ -113,17 +114,48 @@ def sampler(lm: LM) -> LM:
     if not isinstance(lm.model, PeftModel):
         return lm
     trained = [p for p in lm.model.parameters() if p.requires_grad]
-    if not trained:
-        version: tuple[float, ...] = ()
-    else:
+    version: tuple[float, ...] = ()
+    if trained:
         # By value: fused optimisers and writes to .data do not count a parameter's version up.
         with torch.no_grad():
-            version = tuple(torch.stack(torch._foreach_norm(trained)).tolist())
-    kept = getattr(lm, "_sampler", None)
-    if kept is None or kept[0] != version:
+            digests = [*torch._foreach_norm(trained), *(p.sum() for p in trained)]
+            version = tuple(torch.stack(digests).tolist())
+    kept = lm._sampler
+    if kept is None:
         kept = (version, merged(lm))
-        lm._sampler = kept
+    elif kept[0] != version:
+        kept = (version, kept[1] if _merge_again(lm, kept[1]) else merged(lm))
+    lm._sampler = kept
     return kept[1]
+
+
+def _merge_again(lm: LM, into: LM) -> bool:
+    """Write the present merged weights into a model that ``merged(lm)`` made.
+
+    Returns False where the adapter is more than a difference of weights (DoRA, trained biases, ...).
+    """
+    modules = dict(into.model.named_modules())
+    pairs: list[tuple[Any, torch.Tensor]] = []
+    for name, layer in lm.model.get_base_model().named_modules():
+        if not isinstance(layer, BaseTunerLayer):
+            continue
+        target = modules.get(name)
+        plain = isinstance(layer, LoraLayer) and not any(getattr(layer, "use_dora", {}).values())
+        bias = any(getattr(layer, "lora_bias", {}).values())
+        if not plain or bias or target is None or not hasattr(layer, "get_delta_weight"):
+            return False
+        pairs.append((layer, target.weight))
+    others = {id(p) for layer, _ in pairs for p in layer.parameters()}
+    if any(p.requires_grad and id(p) not in others for p in lm.model.parameters()):
+        return False
+    with torch.no_grad(), torch.inference_mode(False):
+        for layer, weight in pairs:
+            total = layer.get_base_layer().weight.float()
+            for adapter in layer.active_adapters:
+                if adapter in layer.lora_A:
+                    total = total + layer.get_delta_weight(adapter).float()
+            weight.copy_(total)  # counts its version up, so that kept prompts are dropped
+    return True
 
 
 def _like(lm: LM, model: Any) -> LM:
