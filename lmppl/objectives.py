@@ -11,9 +11,7 @@ from __future__ import annotations
 import torch
 
 
-def vargrad(
-    log_r: torch.Tensor, log_q: torch.Tensor, huber: float = torch.inf
-) -> torch.Tensor:
+def vargrad(log_r: torch.Tensor, log_q: torch.Tensor, huber: float = torch.inf) -> torch.Tensor:
     """Variance of u over samples of one input (Richter et al., 2020, arXiv 2010.10436).
 
     It is zero exactly when q is proportional to R on the samples, whoever drew them, and needs no
@@ -35,8 +33,8 @@ def vargrad(
     u = log_r[live] - log_q[live]
     centre = _centre(u.detach(), huber)
     distance = (u - centre).abs()
-    loss = torch.where(distance <= huber, distance**2, 2 * huber * distance - huber**2)
-    return loss.sum() / (len(u) - 1)
+    excess = (distance - huber).clamp_min(0.0)  # d^2 - (d - h)^2 = 2 h d - h^2
+    return (distance**2 - excess**2).sum() / (len(u) - 1)
 
 
 def _centre(u: torch.Tensor, huber: float) -> torch.Tensor:
@@ -93,8 +91,9 @@ def alive(log_r: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
     """Score-function estimate of -log q(R > 0), from on-policy samples of one input.
 
     The variance of u says nothing of traces with R = 0, so their mass must be driven down on its
-    own. The gradient of this surrogate is that of ``-log`` of the mass that q gives to live traces,
-    with the mean as baseline; its value has no meaning.
+    own. The value of this surrogate has no meaning; its gradient, with the samples' mean as
+    baseline, is in expectation that of the first N - 1 terms of ``-log A = sum_k (1 - A)^k / k``,
+    where A is the mass that q gives to live traces.
 
     Args:
         log_r: (N,), N >= 2, of samples drawn from q itself.
@@ -107,6 +106,4 @@ def alive(log_r: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
     fraction = live.mean()
     if float(fraction) in (0.0, 1.0):
         return log_q.sum() * 0.0
-    n = len(live)
-    others = (live.sum() - live) / (n - 1)  # leave-one-out baseline: unbiased
-    return -((live - others) / fraction * log_q).mean()
+    return -((live - fraction) / fraction * log_q).mean()

@@ -62,7 +62,7 @@ class FitOptions:
 
     batch_size: int = 32
     inputs_per_step: int = 4
-    learning_rate: float = 2e-3
+    learning_rate: float = 3e-3
     loss: Literal["vargrad", "tb", "subtb"] = "vargrad"
     subtb_lambda: float = 1.0
     tempered_fraction: float = 0.125

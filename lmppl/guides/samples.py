@@ -107,14 +107,25 @@ def truncate(
             break
         spent += costly[k][3]
         chosen.append(costly[k])
-    runs = [_rerun(sample, name, length) for sample, name, length, _ in chosen]
-    with runtime.closing(runs):
-        runtime.settle(runs)
+    runs: dict[Any, Particle] = {}  # equal truncations of different samples are run once
+    keys = [_cut_key(sample, name, length) for sample, name, length, _ in chosen]
+    for key, (sample, name, length, _) in zip(keys, chosen, strict=True):
+        if key not in runs:
+            runs[key] = _rerun(sample, name, length)
+    with runtime.closing(list(runs.values())):
+        runtime.settle(list(runs.values()))
         return [
-            Truncation(sample, name, length, run.log_joint)
-            for (sample, name, length, _), run in zip(chosen, runs, strict=True)
-            if _is_legal(run, name)
+            Truncation(sample, name, length, runs[key].log_joint)
+            for key, (sample, name, length, _) in zip(keys, chosen, strict=True)
+            if _is_legal(runs[key], name)
         ]
+
+
+def _cut_key(sample: Sample, name: str, length: int) -> tuple[Any, ...]:
+    """Equal for truncations to the same trace of the same input."""
+    before = [(n, v) for n, v in sample.key if n != name]
+    node = sample.particle.sites[name]
+    return id(sample.particle.args), *before, name, node["fn"].token_ids(node["value"])[:length]
 
 
 def _last_text(sample: Sample) -> str | None:

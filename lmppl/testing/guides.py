@@ -1,0 +1,175 @@
+"""How good a guide is, exactly: its own distribution over all traces of a program, enumerated."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lmppl import runtime
+from lmppl.guides import LMGuide
+from lmppl.guides.automatic import AutomaticProposer
+from lmppl.guides.program import PriorProposer
+from lmppl.lm import LM
+from lmppl.primitives import use
+from lmppl.runtime import Given, Particle
+from lmppl.testing.oracle import Enumeration, ExactTrace, enumerate_program
+
+
+@dataclass(frozen=True)
+class GuideReport:
+    """A guide against the exact posterior of a program on one input.
+
+    Attributes:
+        tv: total variation between the guide and the posterior, over whole traces; mass that the
+            guide gives to traces of probability zero counts.
+        gap: ``log Z - E_q[log R - log q]``, nats, of the guide renormalised to live traces: its
+            Kullback-Leibler divergence from the posterior. Infinite if no mass is alive.
+        dead_mass: mass that the guide gives to traces of probability zero.
+        log_evidence: log Z, nats.
+        num_traces: live traces (of a continuous site, its quadrature nodes are counted).
+    """
+
+    tv: float
+    gap: float
+    dead_mass: float
+    log_evidence: float
+    num_traces: int
+
+
+def guide_report(
+    guide: LMGuide,
+    program: Callable[..., Any],
+    args: Sequence[Any],
+    lm: LM,
+    *,
+    quadrature: int = 48,
+    exact: Enumeration | None = None,
+) -> GuideReport:
+    """Measure a guide exactly: no sampling is involved.
+
+    Every trace of the program is enumerated, and its latents are scored under the guide in the
+    teacher-forced pass that training uses. What the guide leaves to the model is drawn from the
+    model, so that is its density there.
+
+    Args:
+        guide: the guide.
+        program: the program that it is for.
+        args: the program's arguments.
+        lm: the language model.
+        quadrature: number of nodes for every continuous latent.
+        exact: all traces, if they are known already.
+
+    Raises:
+        ValueError: for a program that cannot be enumerated (see ``enumerate_program``).
+    """
+    exact = exact or enumerate_program(program, *args, lm=lm, quadrature=quadrature)
+    live = [trace for trace in exact if trace.log_joint > -math.inf]
+    log_q = guide_log_probs(guide, program, args, live, lm)
+    log_p = torch.tensor([t.log_joint for t in live], dtype=torch.float64) - exact.log_evidence
+    alive = float(log_q.exp().sum())
+    # The nodes of a quadrature sum to 1 up to its error.
+    dead = max(0.0, 1.0 - alive)
+    log_q_alive = log_q - math.log(alive) if alive > 0 else log_q
+    terms = log_q_alive.exp() * (log_q_alive - log_p)
+    return GuideReport(
+        tv=0.5 * (float((log_q.exp() - log_p.exp()).abs().sum()) + dead),
+        gap=float(terms[log_q > -math.inf].sum()) if alive > 0 else math.inf,
+        dead_mass=dead,
+        log_evidence=exact.log_evidence,
+        num_traces=len(live),
+    )
+
+
+def guide_log_probs(
+    guide: LMGuide,
+    program: Callable[..., Any],
+    args: Sequence[Any],
+    traces: Sequence[ExactTrace],
+    lm: LM,
+) -> torch.Tensor:
+    """log q of whole traces, (N,) float64, nats; of a quadrature node, the log of its mass.
+
+    Args:
+        guide: the guide.
+        program: the program that it is for.
+        args: the program's arguments.
+        traces: of ``enumerate_program``. Dead traces are scored up to where they end, which is
+            their mass under an automatic guide.
+        lm: the language model.
+    """
+    args = tuple(args)
+    with use(lm), torch.no_grad():
+        if guide.program is None:
+            observations = guide.observations(args)
+            proposers: list[Any] = [
+                _Forced(AutomaticProposer(guide, observations), trace.data) for trace in traces
+            ]
+        else:
+            guide.proposer_factory(args)  # a loaded guide finds its parameters
+            proposers = [
+                _Forced(PriorProposer(guide.program, args), trace.data) for trace in traces
+            ]
+        runs = [
+            Particle(program, args, seed=i, proposer=proposer, slot=i)
+            for i, proposer in enumerate(proposers)
+        ]
+        with runtime.closing(runs):
+            for run, trace in zip(runs, traces, strict=True):
+                run.resume()
+                _force(run, trace)
+            while any(not run.finished for run in runs):
+                runtime.settle(runs)
+                for run, trace in zip(runs, traces, strict=True):
+                    _force(run, trace)
+        scores = guide.score([proposer.inner for proposer in proposers], grad=False)
+    totals = []
+    for run, trace, score in zip(runs, traces, scores, strict=True):
+        log_p = {name: float(node["unscaled_log_prob"].sum()) for name, node in run.latents.items()}
+        log_q = [float(score[name][0]) if name in score else log_p[name] for name in log_p]
+        # Of a quadrature node, the prior's weight over its density there; else nothing.
+        node = trace.log_prior - math.fsum(log_p.values())
+        totals.append(math.fsum(log_q) + (node if _is_continuous(run) else 0.0))
+    return torch.tensor(totals, dtype=torch.float64)
+
+
+class _Forced:
+    """A proposer that draws what it is told to, and remembers it as its own draw."""
+
+    def __init__(self, inner: Any, data: dict[str, torch.Tensor]) -> None:
+        self.inner, self._data = inner, data
+
+    def propose(self, site: Any, trace: Any) -> Given:
+        name = site["name"]
+        self.inner.propose(site, trace)
+        value = self._data[name]
+        if name in self.inner.draws:
+            self.inner.draws[name] = dataclasses.replace(self.inner.draws[name], value=value)
+        return Given(value)
+
+    def finish(self, trace: Any) -> None:
+        self.inner.finish(trace)
+
+    def fork(self, streams: Any) -> Any:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        self.inner.close()
+
+
+def _force(run: Particle, trace: ExactTrace) -> None:
+    """Answer what the run would draw by what the trace holds."""
+    while run.waiting is not None and run.waiting.kind == "draw":
+        run.resume((trace.data[run.waiting.name], torch.zeros(())))
+
+
+def _is_continuous(run: Particle) -> bool:
+    return any(not _is_discrete(node["fn"]) for node in run.latents.values())
+
+
+def _is_discrete(fn: Any) -> bool:
+    return bool(getattr(fn, "has_enumerate_support", False)) or fn.support.is_discrete
