@@ -21,6 +21,7 @@ from collections.abc import Iterator
 import pyro.distributions as dist
 import torch
 
+from lmppl import distributions
 from lmppl.engines import resampling
 from lmppl.engines.resampling import SCHEMES
 from lmppl.lm import decoding
@@ -88,7 +89,12 @@ def _route(patch, choices: Choices) -> None:
         tokens = torch.tensor([choices.pick([p / math.fsum(row) for p in row]) for row in rows])
         return tokens, log_probs.gather(1, tokens.unsqueeze(1)).squeeze(1)
 
+    def inverse_cdf(log_probs, u):
+        probs = log_probs.double().exp()
+        return choices.pick((probs / probs.sum()).tolist())
+
     patch.setattr(decoding, "invert", invert)
+    patch.setattr(distributions, "_inverse_cdf", inverse_cdf)
     patch.setattr(Coin, "choices", choices, raising=False)
     for name in SCHEMES:
         patch.setitem(SCHEMES, name, _enumerated(name, SCHEMES[name], choices))
@@ -96,14 +102,10 @@ def _route(patch, choices: Choices) -> None:
 
 def _enumerated(name, scheme, choices: Choices):
     def enumerated(weights, generator):
-        uniforms, again = [], []
+        picked = []
         for cells in cells_of(name, weights):
-            low, high = cells[choices.pick([high - low for low, high in cells])]
-            uniforms.append((low + high) / 2)
-            again.append(low + 0.99 * (high - low))
-        ancestors = at_uniforms(scheme, weights, uniforms)
-        assert torch.equal(ancestors, at_uniforms(scheme, weights, again)), "no cell of the scheme"
-        return ancestors
+            picked.append(cells[choices.pick([high - low for low, high in cells])])
+        return in_cell(scheme, weights, picked)
 
     return enumerated
 
@@ -129,6 +131,16 @@ def _cells(edges: list[float]) -> list[tuple[float, float]]:
     return list(itertools.pairwise([0.0, *sorted(inner), 1.0]))
 
 
+def in_cell(scheme, weights: torch.Tensor, cell: list[tuple[float, float]]) -> torch.Tensor:
+    """What a scheme does with uniforms in these intervals: the same all over."""
+    found = [
+        at_uniforms(scheme, weights, [low + part * (high - low) for low, high in cell])
+        for part in (1e-6, 0.5, 1 - 1e-6)
+    ]
+    assert torch.equal(found[0], found[1]) and torch.equal(found[1], found[2]), "no cell"
+    return found[1]
+
+
 def at_uniforms(scheme, weights: torch.Tensor, uniforms: list[float]) -> torch.Tensor:
     """What a scheme does with these uniforms."""
     torch_, resampling.torch = resampling.torch, _Rand(uniforms)
@@ -145,7 +157,7 @@ class _Rand:
         self._uniforms = uniforms
 
     def rand(self, n, *, generator, dtype):
-        assert n == len(self._uniforms) and dtype == torch.float64
+        assert n == len(self._uniforms) and dtype == torch.float64, "another number of uniforms"
         return torch.tensor(self._uniforms, dtype=dtype)
 
     def __getattr__(self, name):

@@ -39,6 +39,7 @@ def weighted_values(posterior: lmppl.Posterior) -> dict[Values, float]:
 
 def estimate(case_or_program: Any, *args: Any, lm: Any = None, **options: Any) -> dict:
     """``weighted_values`` of one run; all zero if every particle died."""
+    seen = options.pop("seen", None)
     program = case_or_program
     if isinstance(program, Case):
         program, args, lm = program.program, program.args, program.lm
@@ -46,6 +47,8 @@ def estimate(case_or_program: Any, *args: Any, lm: Any = None, **options: Any) -
         posterior = lmppl.infer(program, *args, lm=lm, progress=False, **options)
     except lmppl.ZeroEvidenceError:
         return {}
+    if seen is not None:
+        seen.append(posterior)
     return weighted_values(posterior)
 
 
@@ -74,13 +77,16 @@ def relative_errors(found: dict, expected: dict) -> dict:
 def check_unbiased(every_way: Any, program: Any, args: Any, lm: Any, **options: Any) -> int:
     """Assert E[Z-hat * weighted indicator of z] = R(z) for every z, to 1e-4 of each.
 
-    Returns the number of ways to make the sampler's choices.
+    For SMC it is also asserted that some way resamples. Returns the number of ways.
     """
+    seen: list[lmppl.Posterior] = []
     expected = joint_of(enumerate_program(program, *args, lm=lm))
     found, probability, number = expectation(
-        every_way, lambda: estimate(program, *args, lm=lm, seed=0, **options)
+        every_way, lambda: estimate(program, *args, lm=lm, seed=0, seen=seen, **options)
     )
     assert abs(probability - 1) < 1e-9
+    if options["method"] == "smc":
+        assert any(posterior.info["resamplings"] for posterior in seen)
     errors = relative_errors(found, expected)
     worst = max(errors, key=lambda values: errors[values])
     assert errors[worst] < 1e-4, f"{dict(worst)}: {found.get(worst)} not {expected.get(worst)}"
@@ -114,7 +120,15 @@ def z_scores(case: Case, runs: int, seed: int = 0, **options: Any) -> dict[Any, 
 
 
 def check_z_test(case: Case, runs: int, **options: Any) -> None:
-    """Assert that no mean estimate is more than four standard errors off."""
-    scores = z_scores(case, runs, **options)
-    worst = max(scores, key=lambda name: abs(scores[name]))
-    assert abs(scores[worst]) < 4, f"{worst}: {scores[worst]:.1f} standard errors off"
+    """Assert that no mean estimate is more than four standard errors off.
+
+    Estimates are skewed, and the standard error of a few is too small if a rare, large one is
+    not among them. So a failure is tried again on ten times as many new runs: skewness loses its
+    effect, and a bias is only seen better.
+    """
+    for seed, number in enumerate((runs, 10 * runs)):
+        scores = z_scores(case, number, seed=seed, **options)
+        worst = max(scores, key=lambda name: abs(scores[name]))
+        if abs(scores[worst]) < 4:
+            return
+    raise AssertionError(f"{worst}: {scores[worst]:.1f} standard errors off in {number} runs")

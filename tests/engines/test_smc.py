@@ -1,0 +1,379 @@
+"""SMC: unbiased by enumeration of its choices, and its laws and edges."""
+
+import math
+
+import pyro
+import pytest
+import small
+import torch
+from choices import every_way
+from estimates import check_unbiased
+from proposals import PerfectGuide
+
+import lmppl
+from lmppl import lm_sample, require
+from lmppl.engines import smc
+from lmppl.runtime import Particle
+from lmppl.testing import tiny_lm
+from lmppl.testing.programs import CASES
+
+ALL = pytest.mark.parametrize("case", CASES.values(), ids=str)
+FINITE = [case for case in CASES.values() if case.quadrature is None]
+SCHEMES = ["systematic", "stratified", "multinomial", "residual"]
+
+
+def infer(program, *args, lm=None, **options):
+    return lmppl.infer(program, *args, lm=lm or CASES["chain"].lm, method="smc", **options)
+
+
+def infer_case(case, **options):
+    return infer(case.program, *case.args, lm=case.lm, **options)
+
+
+def twist(text):
+    return 1.3 * text.count("b") - 0.4 * text.count("a")
+
+
+# --- E[Z-hat * weighted indicator of z] = R(z), summed over all choices of the sampler ------------
+
+
+@pytest.mark.parametrize("resampling", SCHEMES)
+@pytest.mark.parametrize("threshold", [0.8, 1.0])
+@pytest.mark.parametrize("program", [small.two_sites, small.early_end, small.constraint])
+def test_unbiased_by_enumeration(remembered, monkeypatch, program, threshold, resampling):
+    check_unbiased(
+        every_way(monkeypatch),
+        program,
+        small.ARGS,
+        small.small_lm(),
+        method="smc",
+        num_samples=2,
+        ess_threshold=threshold,
+        resampling=resampling,
+    )
+
+
+@pytest.mark.parametrize(
+    "program, guide",
+    [
+        (small.two_sites, small.two_sites_half),
+        (small.three_sites, small.three_sites_backwards),
+        (small.scaled, None),
+        (small.scaled, small.two_sites_half),
+        (small.ended_twice, None),
+        (small.chosen, None),
+        (small.with_tool, None),
+    ],
+)
+def test_unbiased_by_enumeration_of_other_programs(remembered, monkeypatch, program, guide):
+    check_unbiased(
+        every_way(monkeypatch),
+        program,
+        small.ARGS,
+        small.small_lm(),
+        method="smc",
+        guide=guide,
+        num_samples=2,
+        ess_threshold=1.0,
+    )
+
+
+@pytest.mark.parametrize("its", ["lookahead", twist, {"z": twist}], ids=["look", "call", "dict"])
+@pytest.mark.parametrize(
+    "program, guide",
+    [
+        (small.longer, None),
+        (small.longer, small.longer_guide),
+        (small.coin, None),
+        (small.unequal, None),
+    ],
+)
+def test_unbiased_by_enumeration_with_a_twist(remembered, monkeypatch, program, guide, its):
+    check_unbiased(
+        every_way(monkeypatch),
+        program,
+        small.ARGS,
+        small.small_lm(),
+        method="smc",
+        guide=guide,
+        twist=its,
+        num_samples=2,
+        ess_threshold=1.0,
+    )
+
+
+@pytest.mark.parametrize(
+    "resampling", [*SCHEMES[:2], pytest.param(SCHEMES[2], marks=pytest.mark.slow), SCHEMES[3]]
+)
+def test_unbiased_by_enumeration_at_three_particles(remembered, monkeypatch, resampling):
+    check_unbiased(
+        every_way(monkeypatch),
+        small.long,
+        small.ARGS,
+        small.small_lm(),
+        method="smc",
+        twist=twist,
+        num_samples=3,
+        ess_threshold=1.0,
+        resampling=resampling,
+    )
+
+
+def test_a_lookahead_does_not_draw_what_its_particle_will():
+    check_lookaheads_draw_apart()
+
+
+def check_lookaheads_draw_apart():
+    """Were they the same numbers, slots would be chosen by what they have yet to draw."""
+    seen = []
+
+    def program():
+        z = lm_sample("z", "ab", max_tokens=4, temperature=4.0)
+        theta = pyro.sample("theta", pyro.distributions.Uniform(0.0, 1.0))
+        seen.append(float(theta))
+        pyro.factor("taste", theta if "a" in z else -theta)
+
+    posterior = infer(program, num_samples=8, seed=0, twist="lookahead")
+    drawn = [float(theta) for theta in posterior["theta"]]
+    assert len(seen) > len(set(drawn)) == 8
+    assert all(seen.count(theta) == 1 for theta in drawn), "drawn in a lookahead, too"
+
+
+# --- laws ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", FINITE, ids=str)
+@pytest.mark.parametrize("num_samples", [1, 4])
+def test_a_perfect_guide_gives_the_evidence_exactly(case, num_samples):
+    """Of one text at any threshold. Of several, weights are equal only when all are drawn."""
+    exact = case.enumerate()
+    one_text = len(exact.latents) == 1
+    for threshold in (0.0, 0.5, 1.0) if one_text else (0.0,):
+        posterior = infer_case(
+            case,
+            guide=PerfectGuide(exact),
+            num_samples=num_samples,
+            ess_threshold=threshold,
+            seed=1,
+        )
+        expected = [exact.log_evidence] * num_samples
+        assert posterior.log_weights.tolist() == pytest.approx(expected, abs=1e-4)
+
+
+@ALL
+def test_without_resampling_it_is_importance_sampling(case):
+    same = {"num_samples": 12, "seed": 4}
+    one = infer_case(case, ess_threshold=0.0, **same)
+    other = lmppl.infer(case.program, *case.args, lm=case.lm, method="importance", **same)
+    assert torch.equal(one.log_weights, other.log_weights)
+    assert one.info["resamplings"] == 0
+    assert one.latents == other.latents
+    for name in one.latents:
+        assert list(map(str, one[name])) == list(map(str, other[name]))
+
+
+@ALL
+@pytest.mark.parametrize("its", [None, "lookahead", twist], ids=["none", "look", "call"])
+def test_log_weights_average_to_the_evidence(case, its):
+    posterior = infer_case(case, num_samples=16, twist=its, seed=2, ess_threshold=0.8)
+    mean = torch.logsumexp(posterior.log_weights, 0) - math.log(16)
+    assert posterior.log_evidence == pytest.approx(float(mean), abs=1e-12)
+
+
+def test_seed_reproduces_a_run():
+    options = {"num_samples": 12, "twist": "lookahead"}
+    runs = [infer_case(CASES["branch"], seed=seed, **options) for seed in (5, 5, 6)]
+    assert torch.equal(runs[0].log_weights, runs[1].log_weights)
+    assert not torch.equal(runs[0].log_weights, runs[2].log_weights)
+
+
+# --- edges ---------------------------------------------------------------------------------------
+
+
+def narrow(x):
+    z = lm_sample("z", x, max_tokens=2, temperature=3.0)
+    require("b first", str(z).startswith("b"))
+    w = lm_sample("w", [x, z], max_tokens=3, temperature=3.0)
+    lm_sample("y", [x, w], obs="a")
+
+
+@pytest.mark.parametrize("resampling", SCHEMES)
+def test_more_slots_than_live_particles(resampling):
+    """All slots are filled with copies of the few that live, and go on independently."""
+    stages = []
+    seed = _seed_with_one_survivor()
+    posterior = infer(
+        narrow, "ab", num_samples=8, seed=seed, resampling=resampling, callback=stages.append
+    )
+    assert stages[1]["ess"] == 1.0
+    assert set(posterior["z"]) == {posterior["z"][0]} and posterior["z"][0].startswith("b")
+    assert bool((posterior.log_weights > -math.inf).all())
+    assert len(set(map(str, posterior["w"]))) > 1
+    assert posterior.killed == {}
+
+
+def _seed_with_one_survivor():
+    for seed in range(200):
+        posterior = infer(narrow, "ab", num_samples=8, seed=seed, ess_threshold=0.0)
+        if int((posterior.log_weights > -math.inf).sum()) == 1:
+            return seed
+    raise AssertionError("no such seed")
+
+
+def test_the_dead_are_not_revived(remembered):
+    for seed in range(30):
+        posterior = infer(narrow, "ab", num_samples=8, seed=seed, ess_threshold=1.0)
+        for z, log_weight in zip(posterior["z"], posterior.log_weights.tolist(), strict=True):
+            assert z.startswith("b") == (log_weight > -math.inf)
+
+
+@pytest.mark.parametrize("its", [None, "lookahead"])
+def test_all_particles_dead_at_the_first_barrier(its):
+    def program():
+        z = lm_sample("z", "ab", max_tokens=2)
+        require("short", len(z) < 2)
+        require("long", len(z) >= 2)
+        lm_sample("w", "b", max_tokens=2)
+
+    with pytest.raises(lmppl.ZeroEvidenceError, match="'short'|'long'") as caught:
+        infer(program, num_samples=20, seed=0, twist=its)
+    assert set(caught.value.posterior.killed) == {"short", "long"}
+    assert "w" not in caught.value.posterior
+
+
+def test_all_particles_dead_at_the_last_barrier():
+    def program():
+        lm_sample("z", "ab", max_tokens=2)
+        pyro.factor("taste", torch.tensor(0.5))
+        w = lm_sample("w", "b", max_tokens=2)
+        pyro.factor("never", torch.tensor(-math.inf if len(w) < 9 else 0.0))
+
+    with pytest.raises(lmppl.ZeroEvidenceError, match="'never'") as caught:
+        infer(program, num_samples=6, seed=0, ess_threshold=1.0)
+    assert caught.value.posterior.killed == {"never": 6}
+    assert caught.value.posterior.log_evidence == -math.inf
+
+
+def test_finished_particles_are_resampled_with_running_ones(remembered):
+    """Both kinds survive, and those that share a finished run's slot draw apart afterwards."""
+    mixed = 0
+    for seed in range(20):
+        posterior = infer(
+            small.early_end, "ab", "a", lm=small.small_lm(), num_samples=8, seed=seed,
+            ess_threshold=1.0,
+        )  # fmt: skip
+        ended = ["b" not in z for z in posterior["z"]]
+        assert [w is None for w in posterior["w"]] == ended
+        mixed += 0 < sum(ended) < 8
+    assert mixed > 5
+
+
+def test_slots_of_a_finished_run_keep_their_own_streams():
+    """Two slots take over one finished run, and then a running one: they must draw apart."""
+
+    def program():
+        if float(pyro.sample("k", pyro.distributions.Bernoulli(0.5))):
+            lm_sample("z", "ab", max_tokens=3)
+
+    with lmppl.use(CASES["chain"].lm):
+        particles = lmppl.runtime.start(program, (), 16, seed=0)
+        with lmppl.runtime.closing(particles):
+            ended = next(i for i, p in enumerate(particles) if p.finished)
+            running = next(i for i, p in enumerate(particles) if not p.finished)
+            ancestors = torch.full((16,), ended)
+            ancestors[running] = running
+            particles[:] = smc._fork(particles, ancestors)
+            assert sum(p.finished for p in particles) == 15
+            assert [p.slot for p in particles] == list(range(16))
+            particles[:] = smc._fork(particles, torch.full((16,), running))
+            uniforms = {tuple(p.waiting.uniforms.tolist()) for p in particles}
+    assert len(uniforms) == 16
+
+
+def test_texts_of_unequal_length_meet_within_a_barrier(remembered):
+    """A slot whose own text could have one token takes over one that may have two."""
+    for seed in range(40):
+        posterior = infer_case(
+            CASES["branch"], num_samples=4, seed=seed, ess_threshold=1.0, twist=twist
+        )
+        assert len(posterior) == 4
+
+
+def test_a_tool_is_called_once_a_particle():
+    calls = []
+
+    def program():
+        z = lm_sample("z", "ab", max_tokens=2, temperature=3.0)
+        n = lmppl.tool("count", lambda text: calls.append(text) or text.count("a"), str(z))
+        pyro.factor("taste", torch.tensor(3.0 * n))
+        w = lm_sample("w", z + "a", max_tokens=2)
+        lm_sample("y", w + "a", obs="b")
+
+    posterior = infer(program, num_samples=16, seed=0, ess_threshold=1.0)
+    assert posterior.info["resamplings"] > 0 and len(calls) == 16
+    assert posterior["count"] == [str(z).count("a") for z in posterior["z"]]
+
+
+def test_a_twist_may_rule_out_texts_that_cannot_end_here(remembered, monkeypatch):
+    """-inf keeps the last finite value: a text that may still end well is not lost."""
+    check_unbiased(
+        every_way(monkeypatch),
+        small.longer,
+        small.ARGS,
+        small.small_lm(),
+        method="smc",
+        twist=lambda text: -math.inf if text.endswith("a") else 0.3,
+        num_samples=2,
+        ess_threshold=1.0,
+    )
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_twist_that_is_no_number(value):
+    with pytest.raises(ValueError, match=f"'z'.*log psi = {value}"):
+        infer_case(CASES["one site"], twist=lambda text: value, num_samples=4, seed=0)
+
+
+def test_lookahead_needs_a_closing_token():
+    def program():
+        z = lm_sample("z", "a", max_tokens=3)
+        lm_sample("y", z + "a", obs="b")
+
+    with pytest.raises(ValueError, match="'z'.*no EOS"):
+        infer(program, lm=tiny_lm("ab", eos=False), twist="lookahead", num_samples=4, seed=0)
+
+
+def test_options_are_checked():
+    with pytest.raises(ValueError, match="ess_threshold=1.5"):
+        lmppl.SMC(ess_threshold=1.5)
+    with pytest.raises(ValueError, match="resampling='best'.*systematic"):
+        lmppl.SMC(resampling="best")
+    with pytest.raises(ValueError, match="twist='flows'.*lookahead"):
+        lmppl.SMC(twist="flows")
+
+
+def test_every_program_is_left_closed():
+    """Whatever is suspended when an engine leaves has had its ``finally`` blocks run."""
+    left = []
+
+    def program():
+        try:
+            z = lm_sample("z", "ab", max_tokens=2)
+            require("no b", "b" not in z)
+            w = lm_sample("w", z + "a", max_tokens=2)
+            lm_sample("y", w + "a", obs="b")
+        finally:
+            left.append(1)
+
+    started = []
+    start = Particle.resume
+
+    def counted(self, answer=None):
+        if answer is None and self.waiting is None:
+            started.append(1)
+        return start(self, answer)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Particle, "resume", counted)
+        infer(program, num_samples=12, seed=0, ess_threshold=1.0, twist="lookahead")
+    assert len(left) == len(started) > 12
