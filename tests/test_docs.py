@@ -1,0 +1,95 @@
+"""The documentation's snippets run, and print what the pages say they print.
+
+On the pages listed below, the ``python`` blocks are run in order in one namespace a page. A block
+that is followed by a ``text`` block must print that (numbers may differ a little, seconds freely),
+any other must print nothing. After a change of the pages or of lmppl,
+
+    python tests/test_docs.py docs/programs.md
+
+writes the outputs anew.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import sys
+import warnings
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import pyro
+import pytest
+
+import lmppl.primitives
+
+DOCS = Path(__file__).parent.parent / "docs"
+PAGES = ["programs.md", "engines.md", "guides.md"]
+
+BLOCK = re.compile(
+    r"^```python\n(?P<code>.*?)^```\n(?:\n```text\n(?P<output>.*?)^```\n)?", re.S | re.M
+)
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e-?\d+)?")
+
+
+def run(page: Path) -> list[tuple[re.Match[str], str]]:
+    """The blocks of a page, each with what it printed."""
+    lmppl.primitives._warned.clear()
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    results = []
+    text = page.read_text()
+    for block in BLOCK.finditer(text):
+        line = text[: block.start("code")].count("\n")
+        code = compile("\n" * line + block["code"], str(page), "exec", dont_inherit=True)
+        printed = io.StringIO()
+        with redirect_stdout(printed):
+            exec(code, namespace)
+        results.append(
+            (block, "".join(f"{each.rstrip()}\n" for each in printed.getvalue().splitlines()))
+        )
+    return results
+
+
+def agree(expected: str, printed: str) -> bool:
+    """Equal but for seconds, bars and small differences of numbers."""
+    sides = [
+        re.sub(r"[█▏▎▍▌▋▊▉ ─]+", " ", re.sub(r"[\d.]+ s\b", "s", each))
+        for each in (expected, printed)
+    ]
+    numbers = [[float(number) for number in NUMBER.findall(each)] for each in sides]
+    words = [NUMBER.sub("#", each) for each in sides]
+    return words[0] == words[1] and all(
+        math.isclose(a, b, rel_tol=0.02, abs_tol=0.005) for a, b in zip(*numbers, strict=True)
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES)
+def test_snippets_print_what_the_page_says(page):
+    lasting = list(lmppl.primitives._lasting)
+    token = lmppl.primitives._default_lm.set(None)
+    try:
+        for block, printed in run(DOCS / page):
+            assert agree(block["output"] or "", printed), f"{block['code']}\nprints\n{printed}"
+    finally:  # the pages say lmppl.use(lm)
+        lmppl.primitives._default_lm.reset(token)
+        lmppl.primitives._lasting[:] = lasting
+
+
+def write(page: Path) -> None:
+    """Replace the outputs on a page by real ones."""
+    text, parts, at = page.read_text(), [], 0
+    for block, printed in run(page):
+        output = f"\n```text\n{printed}```\n" if printed else ""
+        parts += [text[at : block.start()], f"```python\n{block['code']}```\n{output}"]
+        at = block.end()
+    page.write_text("".join([*parts, text[at:]]))
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("error")
+    for name in sys.argv[1:]:
+        write(Path(name))
