@@ -162,9 +162,11 @@ class Particle:
     def close(self) -> None:
         """End the run; what it recorded stays."""
         self.waiting = None
-        self.coroutine.close()
-        if self.proposer is not None:
-            self.proposer.close()
+        try:
+            self.coroutine.close()
+        finally:
+            if self.proposer is not None:
+                self.proposer.close()
 
     def fork(self, streams: Particle | None = None, given: Mapping[str, Given] | None = None) -> Particle:
         """A run of its own that has come to the same wait, by replay of this one's trace.
@@ -248,12 +250,16 @@ class Particle:
             self.returned = self.program(*self.args, **self.kwargs)
             if self._to_repeat:
                 raise ReplayError(
-                    f"a replayed run ended before site '{min(self._to_repeat)}' of the recorded "
+                    f"a replayed run ended before site '{self._next_recorded}' of the recorded "
                     f"one. {_DETERMINISM}"
                 )
             if self.proposer is not None:
                 self.proposer.finish(trace)
             trace.add_node("_RETURN", name="_RETURN", type="return", value=self.returned)
+
+    @property
+    def _next_recorded(self) -> str:
+        return next(name for name in self._replay if name in self._to_repeat)
 
     def _visit(self, site: Site) -> None:
         """Find the value and the log-probability of a site."""
@@ -269,7 +275,7 @@ class Particle:
         elif self._to_repeat:
             raise ReplayError(
                 f"a replayed run met site '{name}' before the recorded site "
-                f"'{min(self._to_repeat)}'. {_DETERMINISM}"
+                f"'{self._next_recorded}'. {_DETERMINISM}"
             )
         elif is_latent(site) and site["value"] is None:
             self._draw(site)
@@ -414,7 +420,7 @@ def _check_weightable(site: Site, trace: Trace) -> None:
     for frame in site["cond_indep_stack"]:
         plate = trace.nodes.get(frame.name)
         fn = None if plate is None else plate["fn"]
-        if isinstance(fn, _Subsample) and fn.subsample_size < fn.size:
+        if isinstance(fn, _Subsample) and (fn.subsample_size or fn.size) < fn.size:
             raise ValueError(
                 f"site '{name}' is latent in the subsampled plate '{frame.name}' "
                 f"({fn.subsample_size} of {fn.size}): its posterior is not defined by one "

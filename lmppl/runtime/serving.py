@@ -7,7 +7,7 @@ a score; ``draw`` draws for everyone who waits for a draw. An engine is a loop o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -109,9 +109,11 @@ def closing(particles: list[Particle]) -> Iterator[list[Particle]]:
     A suspended program must not be left to the garbage collector: its ``finally`` blocks would run
     in somebody else's handlers.
     """
-    try:
-        yield particles
-    finally:
-        for particle in particles:
-            particle.close()
+    with ExitStack() as ends:
+        try:
+            yield particles
+        finally:
+            # All of them, also if the ``finally`` block of one raises.
+            for particle in reversed(particles):
+                ends.callback(particle.close)
 

@@ -1,0 +1,129 @@
+"""Serving: one batched call for all that wait, equal requests once."""
+
+from __future__ import annotations
+
+import pyro
+import pytest
+import torch
+from pyro import poutine
+
+import lmppl
+from lmppl import lm_sample, runtime
+from lmppl.primitives import _warned
+from lmppl.testing import tiny_lm
+
+
+@pytest.fixture(autouse=True)
+def lm():
+    _warned.clear()
+    lm = tiny_lm("ab.", seed=0)
+    lm.model.requires_grad_(False)
+    with lmppl.use(lm):
+        yield lm
+
+
+def infill(x: str, y: str):
+    z = lm_sample("z", x, max_tokens=3, stop=".")
+    lm_sample("y", [x, z], obs=y)
+    return z
+
+
+def test_one_call_for_all_that_wait(lm, monkeypatch):
+    calls = []
+    for name in ("draw", "score"):
+        method = getattr(lm, name)
+        monkeypatch.setattr(
+            lm, name, lambda r, n=name, m=method, **k: calls.append((n, len(r))) or m(r, **k)
+        )
+    particles = runtime.start(infill, ("ab.", "ab"), 16, seed=0)
+    runtime.complete(particles)
+    assert calls == [("draw", 16), ("score", 16)]
+    assert all(particle.finished for particle in particles)
+
+
+def test_equal_requests_are_scored_once(lm):
+    def program():
+        z = lm_sample("z", "ab", max_tokens=1)
+        lm_sample("same", "ab.", obs="abab")
+        lm_sample("other", ["a", z], obs="b")
+
+    particles = runtime.start(program, (), 32, seed=0)
+    runtime.complete(particles)
+    distinct = len({particle.sites["other"]["fn"].prefix_ids for particle in particles})
+    assert lm.tokens_scored == 4 + distinct and distinct <= 4
+
+
+def test_branches_of_different_lengths_meet():
+    def program(n):
+        for i in range(n):
+            lm_sample(f"z{i}", "ab", max_tokens=2)
+            lm_sample(f"y{i}", "ab", obs="b")
+        return n
+
+    particles = [runtime.Particle(program, (n,), seed=n) for n in range(5)]
+    for particle in particles:
+        particle.resume()
+    runtime.complete(particles)
+    assert [particle.returned for particle in particles] == [0, 1, 2, 3, 4]
+
+
+def test_several_language_models_at_one_barrier(lm):
+    other = tiny_lm("ab.", seed=3)
+
+    def program(first):
+        z = lm_sample("z", "ab", max_tokens=2, lm=lm if first else other)
+        lm_sample("y", [z, "a"], obs="b", lm=other if first else lm)
+
+    particles = [runtime.Particle(program, (k % 2,), seed=k) for k in range(6)]
+    for particle in particles:
+        particle.resume()
+    runtime.complete(particles)
+    for particle in particles:
+        for node in particle.sites.values():
+            with torch.no_grad():
+                expected = float(node["fn"].log_prob(node["value"]))
+            assert float(node["log_prob"]) == pytest.approx(expected, abs=1e-5)
+
+
+def test_programs_keep_their_handlers_apart_while_they_wait():
+    """Every other particle stands under another scale when it waits."""
+
+    def program(k):
+        with poutine.scale(scale=float(k + 1)), pyro.plate("p", 2) as _:
+            pass
+        with poutine.scale(scale=float(k + 1)):
+            lm_sample("z", "ab", max_tokens=2)
+            lm_sample("y", "ab", obs="b")
+
+    particles = [runtime.Particle(program, (k,), seed=k) for k in range(4)]
+    for particle in particles:
+        particle.resume()
+    runtime.complete(particles[::-1])
+    for k, particle in enumerate(particles):
+        for name in ("z", "y"):
+            assert float(particle.sites[name]["scale"]) == k + 1
+    assert not poutine.runtime._PYRO_STACK and not poutine.runtime._DIM_ALLOCATOR._stack
+
+
+def test_slot_seeds_are_distinct_and_reproducible():
+    seeds = runtime.slot_seeds(5, 100)
+    assert seeds == runtime.slot_seeds(5, 100) and len(set(seeds)) == 100
+    assert seeds[:10] == runtime.slot_seeds(5, 10)
+    assert not set(seeds) & set(runtime.slot_seeds(6, 100))
+
+
+def test_a_fresh_seed_comes_from_torch():
+    torch.manual_seed(0)
+    first, second = runtime.fresh_seed(None), runtime.fresh_seed(None)
+    torch.manual_seed(0)
+    assert runtime.fresh_seed(None) == first != second
+    assert runtime.fresh_seed(3) == 3 and runtime.fresh_seed(0) == 0
+
+
+def test_an_error_of_the_model_names_the_site_and_ends_all(lm):
+    with torch.no_grad():
+        lm.model.lm_head.weight.fill_(float("nan"))
+    particles = runtime.start(infill, ("ab.", "ab"), 3, seed=0)
+    with pytest.raises(ValueError, match="site 'z'.*NaN"), runtime.closing(particles):
+        runtime.complete(particles)
+    assert all(particle.finished for particle in particles)
