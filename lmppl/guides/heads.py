@@ -36,9 +36,22 @@ class Head(nn.Module):
 def num_moves(fn: Any) -> int | None:
     """How many unconstrained parameters a distribution has; None where the head cannot move it."""
     try:
-        return sum(each.numel() for each in _unconstrained(_base(fn)[0]).values()) or None
-    except (NotImplementedError, AttributeError, TypeError):
+        num = sum(each.numel() for each in _unconstrained(_base(fn)[0]).values())
+        # Some families are not made from their arg_constraints alone; of some (Uniform) the
+        # parameters are the ends of the support.
+        same = _same(_base(fn)[0].support, _base(moved(fn, torch.ones(num)))[0].support)
+        return num if num and same else None
+    except (NotImplementedError, AttributeError, TypeError, ValueError):
         return None
+
+
+def _same(one: Any, two: Any) -> bool:
+    """Whether two constraints hold of the same values."""
+    if isinstance(one, constraints.Constraint):
+        return type(one) is type(two) and _same(vars(one), vars(two))
+    if isinstance(one, dict):
+        return one.keys() == two.keys() and all(_same(one[key], two[key]) for key in one)
+    return torch.equal(one, two) if torch.is_tensor(one) else bool(one == two)
 
 
 def moved(fn: Any, moves: torch.Tensor) -> TorchDistributionMixin:

@@ -1,6 +1,6 @@
 """What the automatic guide reads before it draws a latent text.
 
-Its prompt holds a mark for each latent text before it, the observations that come later in the
+Its prompt holds marks for the latent texts before it, the observations that come later in the
 program, a line each, and then what the model's own prefix holds. The prefix stands last, so that an
 untrained guide continues it much as the model does.
 """
@@ -11,8 +11,8 @@ import warnings
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal
 
-from pyro.poutine.util import site_is_factor
 from pyro.poutine.trace_struct import Trace
+from pyro.poutine.util import site_is_factor
 
 from lmppl import runtime
 from lmppl.distributions import LMText, ToolCall
@@ -71,7 +71,7 @@ def find_observations(
         found = {name: node for name, node in found.items() if name in condition_on}
         differs = differs if differs in found else None
     if differs is not None:
-        if strict:
+        if strict and not all(map(_is_prompted, particles)):
             raise ValueError(
                 f"two runs of the program on one input observe site '{differs}' differently, so the "
                 "automatic guide cannot tell what to read. Give each latent site a prompt, "
@@ -88,6 +88,15 @@ def find_observations(
             stacklevel=2,
         )
     return {name: ids for name, ids in shown.items() if ids}
+
+
+def _is_prompted(particle: runtime.Particle) -> bool:
+    """Whether the user gave a prompt for each latent text of a run."""
+    return all(
+        node["infer"].get("guide_prompt") is not None
+        for node in particle.latents.values()
+        if isinstance(node["fn"], LMText)
+    )
 
 
 def _is_observation(node: Any) -> bool:
@@ -143,27 +152,39 @@ def guide_prompt(site: Any, trace: Trace, observations: Observations) -> tuple[i
     newline = _encode("\n", vocabulary) or ()
     later = [ids for name, ids in observations.items() if name not in trace.nodes]
     lines = tuple(token for ids in later for token in (*ids, *newline))
-    head = () if vocabulary.eos_id is None else (vocabulary.eos_id,) * _ordinal(trace)
+    eos = vocabulary.eos_id
+    head = () if eos is None else _marks(trace, fn.prefix_ids, eos)
     bos = vocabulary.bos_ids
     if bos and fn.prefix_ids[: len(bos)] == bos:
         return (*bos, *head, *lines, *fn.prefix_ids[len(bos) :])
     return (*head, *lines, *fn.prefix_ids)
 
 
-def _ordinal(trace: Trace) -> int:
-    """How many latent texts the run has drawn.
+def _marks(trace: Trace, prefix_ids: tuple[int, ...], eos: int) -> tuple[int, ...]:
+    """What stands in front, for each latent text that the run has drawn: EOS; and if it ended by
+    EOS, another one, with the text between them where it is the end of the prefix.
 
-    A text that ended by EOS leaves no mark of its end in a later prefix, so the prompt of a second
-    site can be that of the middle of the first. The model answers both alike; the posterior does
-    not. As many EOS tokens in front tell the sites apart, and mean no more to the untrained model
-    than that other documents came before.
+    A text that ended by EOS leaves no mark of its end in a later prefix. So the prompt of a second
+    site can be that of the middle of the first; and with ``[x, z]`` as the prefix of w, "a" then
+    "b" is z = "ab", or z = "a" and the beginning of w, or w alone. The model answers all of them
+    alike; the posterior does not. The marks tell them apart, and mean no more to the untrained
+    model than that other documents came before.
     """
-    texts = [
-        node
-        for node in trace.nodes.values()
-        if node["type"] == "sample" and isinstance(node["fn"], LMText) and is_latent(node)
-    ]
-    return min(len(texts), _MOST_ORDINALS)
+    marks: list[int] = []
+    for node in trace.nodes.values():
+        fn = node.get("fn")
+        if node["type"] != "sample" or not isinstance(fn, LMText) or not is_latent(node):
+            continue
+        if len(marks) >= _MOST_MARKS:
+            break
+        marks.append(eos)
+        if fn.batch_shape:
+            continue
+        *ids, last = fn.token_ids(node["value"])
+        if last in fn.lm.vocabulary.eos_ids:
+            adjoins = ids and prefix_ids[-len(ids) :] == tuple(ids)
+            marks += [*ids, eos] if adjoins else [eos]
+    return tuple(marks)
 
 
-_MOST_ORDINALS = 8
+_MOST_MARKS = 16

@@ -1,0 +1,282 @@
+"""What the automatic guide reads."""
+
+import warnings
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from guide_helpers import draw_samples, latent_ids
+
+import lmppl
+from lmppl import lm_sample, require, tool
+from lmppl.guides.prompts import find_observations
+from lmppl.testing import tiny_lm
+
+# Enough characters to write ``b = 1.0`` on a line of its own.
+LM = tiny_lm(["a", "b", ".", "\n", " ", "=", "1", "0"], seed=0, bos=True)
+PLAIN = tiny_lm("ab.", seed=0)
+EOS = LM.vocabulary.eos_id
+(BOS,) = LM.vocabulary.bos_ids
+
+
+def ids(text, lm=LM):
+    return lm.vocabulary.encode(text)
+
+
+def observed(program, *args, lm=LM, condition_on="all", strict=True):
+    with lmppl.use(lm):
+        return dict(find_observations(program, args, lm.vocabulary, condition_on, strict=strict))
+
+
+def prompts(program, *args, lm=LM, condition_on="all"):
+    """Of every latent text in one run."""
+    guide = lmppl.LMGuide(program, lm=lm, condition_on=condition_on)
+    (sample,) = draw_samples(guide, program, args, 1)
+    return {name: draw.fn.prefix_ids for name, draw in sample.proposer.draws.items()}
+
+
+def infill(x, y):
+    z = lm_sample("z", x, max_tokens=2)
+    lm_sample("y", [x, z], obs=y)
+
+
+def two(x, first, last):
+    z = lm_sample("z", x, max_tokens=2)
+    lm_sample("first", [x, z], obs=first)
+    w = lm_sample("w", [x, z], max_tokens=2)
+    lm_sample("last", [x, w], obs=last)
+
+
+def test_later_observations_come_before_the_prefix_a_line_each():
+    assert prompts(infill, "ab", "b.") == {"z": (BOS, *ids("b.\n"), *ids("ab"))}
+    assert prompts(infill, "ab", "b.", lm=PLAIN) == {"z": ids("b.ab", PLAIN)}  # it has no newline
+
+
+def test_observations_that_the_run_has_passed_are_left_out_and_sites_are_told_apart():
+    guide = lmppl.LMGuide(two, lm=LM)
+    (sample,) = draw_samples(guide, two, ("a", "b.", "ba"), 1)
+    z, w = (sample.proposer.draws[name].fn.prefix_ids for name in ("z", "w"))
+    assert z == (BOS, *ids("b.\nba\n"), *ids("a"))
+    text = sample.particle.sites["z"]
+    drawn = text["fn"].text(text["value"])
+    marks = (EOS, *drawn.parts[0], EOS) if drawn.finish_reason == "eos" else (EOS,)
+    assert w == (BOS, *marks, *ids("ba\n"), *ids("a"), *drawn.parts[0])
+
+
+def test_marks_tell_sites_and_the_ends_of_texts_apart():
+    """With [x, z] as the prefix of w, "ab" may be z, or "a" that ended and the beginning of w."""
+
+    def program(x):
+        z = lm_sample("z", x, max_tokens=2)
+        lm_sample("w", [x, z], max_tokens=2)
+
+    guide = lmppl.LMGuide(program, lm=PLAIN)
+    eos = PLAIN.vocabulary.eos_id
+    found = set()
+    for sample in draw_samples(guide, program, ("a",), 40):
+        z = latent_ids(sample.particle)["z"]
+        found.add(z[-1] == eos)
+        visible = tuple(token for token in z if token != eos)
+        marks = (eos, *visible, eos) if z[-1] == eos else (eos,)
+        prompt = sample.proposer.draws["w"].fn.prefix_ids
+        assert prompt == (*marks, *ids("a", PLAIN), *visible)
+    assert found == {True, False}
+
+
+def test_no_two_states_of_a_run_have_one_prompt():
+    """All that was drawn before a token, from the tokens that the guide has seen by then."""
+
+    def program(x):
+        z = lm_sample("z", x, max_tokens=2, stop=".")
+        lm_sample("w", [x, z], max_tokens=3, stop=".")
+
+    guide = lmppl.LMGuide(program, lm=PLAIN)
+    states = {}
+    for sample in draw_samples(guide, program, ("a",), 300, temperature=3.0):
+        drawn = latent_ids(sample.particle)
+        before = ()
+        for name, draw in sample.proposer.draws.items():
+            for t in range(len(drawn[name])):
+                seen = draw.fn.prefix_ids + drawn[name][:t]
+                assert states.setdefault(seen, (before, t)) == (before, t)
+            before = (*before, drawn[name])
+    assert len(states) > 30
+
+
+def test_a_text_that_ended_is_not_repeated_where_something_follows_it():
+    def program(x):
+        z = lm_sample("z", x, max_tokens=2)
+        lm_sample("w", [z, x], max_tokens=2)
+
+    guide = lmppl.LMGuide(program, lm=PLAIN)
+    eos = PLAIN.vocabulary.eos_id
+    for sample in draw_samples(guide, program, ("ab.",), 20):
+        z = latent_ids(sample.particle)["z"]
+        visible = tuple(token for token in z if token != eos)
+        if visible == ids(".", PLAIN):
+            continue  # it happens to be the end of the prefix
+        marks = (eos, eos) if z[-1] == eos else (eos,)
+        prompt = sample.proposer.draws["w"].fn.prefix_ids
+        assert prompt == (*marks, *visible, *ids("ab.", PLAIN))
+
+
+def test_no_more_than_sixteen_marks():
+    def program(x):
+        for i in range(20):
+            lm_sample(f"z{i}", x, choices=["a", "b"])
+
+    found = prompts(program, "a", lm=PLAIN)
+    eos = PLAIN.vocabulary.eos_id
+    assert [each.count(eos) for each in found.values()] == [*range(16), 16, 16, 16, 16]
+    assert all(each[-1:] == ids("a", PLAIN) for each in found.values())
+
+
+def test_an_eos_in_an_observation_is_not_shown():
+    def program(x, y):
+        z = lm_sample("z", x, max_tokens=2)
+        lm_sample("y", [x, z], max_tokens=5, obs=y)
+
+    assert observed(program, "a", "b") == {"y": ids("b")}
+
+
+def test_condition_on():
+    assert observed(two, "a", "b.", "ba") == {"first": ids("b."), "last": ids("ba")}
+    assert observed(two, "a", "b.", "ba", condition_on=["last"]) == {"last": ids("ba")}
+    assert observed(two, "a", "b.", "ba", condition_on=[]) == {}
+    assert prompts(two, "a", "b.", "ba", condition_on=["first"])["z"] == (
+        BOS, *ids("b.\n"), *ids("a"),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="condition_on names 'z'.*observed sites: first, last"):
+        observed(two, "a", "b.", "ba", condition_on=["z"])
+    with pytest.raises(ValueError, match=r"give 'all' or a list of names, \['last'\]"):
+        lmppl.LMGuide(two, lm=LM, condition_on="last")
+
+
+def test_a_label_that_is_predicted_is_not_seen():
+    """Trained on inputs with a label, a guide that may not see it works on one without."""
+
+    def program(x, label=None):
+        z = lm_sample("z", x, max_tokens=2)
+        lm_sample("label", [x, z], max_tokens=2, obs=label)
+        lm_sample("y", [z, x], obs="ab")
+
+    guide = lmppl.LMGuide(program, lm=LM, condition_on=["y"])
+    with lmppl.use(LM):
+        assert guide.observations(("a", "b.")) == guide.observations(("a", None))
+
+
+# --- runs that differ ----------------------------------------------------------------------------
+
+
+def differs(x, y, prompt=None):
+    """What is observed depends on what was drawn."""
+    infer = None if prompt is None else {"guide_prompt": prompt}
+    z = lm_sample("z", x, max_tokens=6, temperature=9.0, infer=infer)
+    lm_sample("y", x, obs=y + str(z))
+
+
+def absent(x, y):
+    """Whether something is observed depends on what was drawn."""
+    z = lm_sample("z", x, max_tokens=6, temperature=9.0)
+    lm_sample(f"y after {str(z)!r}", x, obs=y)
+
+
+@pytest.mark.parametrize("program", [differs, absent])
+def test_runs_that_observe_different_things_need_a_prompt(program):
+    assert observed(program, "ab", "b", strict=False) == {}
+    with pytest.raises(ValueError, match=r"observe site 'y.*' differently.*guide_prompt"):
+        observed(program, "ab", "b")
+
+
+def test_several_inputs_need_a_prompt_and_one_does_not():
+    guide = lmppl.LMGuide(differs, lm=PLAIN)
+    guide.fit([("ab", "b")], steps=1, seed=0, batch_size=8)
+    with pytest.raises(ValueError, match="guide_prompt"):
+        guide.fit([("ab", "b"), ("ab", "a")], steps=1, seed=0, batch_size=8)
+
+
+def test_a_prompt_is_what_was_asked_for():
+    assert observed(differs, "ab", "b", "a.") == {}
+    found = prompts(differs, "ab", "b", "a.", lm=PLAIN)
+    assert found == {"z": ids("a.", PLAIN)}
+    guide = lmppl.LMGuide(differs, lm=PLAIN)
+    guide.fit([("ab", "b", "a."), ("ab", "a", "b.")], steps=1, seed=0, batch_size=8)
+
+
+def test_a_prompt_replaces_all_that_the_guide_would_see():
+    def program(x, y):
+        z = lm_sample("z", x, max_tokens=2, infer={"guide_prompt": [x, ".", y]})
+        lm_sample("y", [x, z], obs=y)
+
+    assert prompts(program, "ab", "b.") == {"z": (BOS, *ids("ab.b."))}
+
+
+def test_condition_on_settles_it_too():
+    def program(x, y):
+        z = lm_sample("z", x, max_tokens=6, temperature=9.0)
+        lm_sample("echo", x, obs="b" + str(z))
+        lm_sample("y", [x, z], obs=y)
+
+    with pytest.raises(ValueError, match="'echo' differently"):
+        observed(program, "ab", "b", lm=PLAIN)
+    assert observed(program, "ab", "b", lm=PLAIN, condition_on=["y"]) == {"y": ids("b", PLAIN)}
+
+
+def test_what_a_rejected_run_lacks_says_nothing():
+    def program(x, y):
+        z = lm_sample("z", x, max_tokens=1)
+        require("b", "b" in z)
+        lm_sample("y", [x, z], obs=y)
+
+    for prefix in ("a", "b", "ab", "ba", "aab", "ab."):
+        assert observed(program, prefix, "b", lm=PLAIN) in ({"y": ids("b", PLAIN)}, {})
+    assert any(observed(program, p, "b", lm=PLAIN) for p in ("a", "b", "ab", "ba", "aab"))
+
+
+# --- what counts, and how it is shown ------------------------------------------------------------
+
+
+def test_factors_tools_and_conditions_are_no_observations():
+    def program(x):
+        z = lm_sample("z", x, max_tokens=1)
+        pyro.factor("f", torch.tensor(1.0))
+        require("r", True)
+        tool("t", len, z)
+        pyro.deterministic("d", torch.tensor(2.0))
+        with pyro.plate("p", 2):
+            pyro.sample("k", dist.Bernoulli(0.5))
+
+    assert observed(program, "a", lm=PLAIN) == {}
+
+
+def test_numbers_are_shown_with_their_names():
+    def program(x):
+        lm_sample("z", x, max_tokens=1)
+        pyro.sample("b", dist.Normal(0.0, 1.0), obs=torch.tensor(1.0))
+
+    assert observed(program, "a") == {"b": ids("b = 1.0")}
+
+
+def numbered(x):
+    lm_sample("z", x, max_tokens=1)
+    pyro.sample("count", dist.Normal(0.0, 1.0), obs=torch.tensor(7.0))
+
+
+def test_what_the_tokenizer_cannot_write_is_left_out_with_a_warning():
+    assert observed(numbered, "a", strict=False) == {}
+    with pytest.warns(UserWarning, match=r"cannot see the observations \['count'\]"):
+        assert observed(numbered, "a") == {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert observed(numbered, "a") == {}  # once is enough
+
+
+def test_a_text_of_another_tokenizer_is_written_anew():
+    other = tiny_lm(["b.", "a"], seed=1)
+
+    def program(x):
+        lm_sample("z", x, max_tokens=1)
+        lm_sample("y", "a", obs="ab.", lm=other)
+
+    assert observed(program, "a", lm=PLAIN) == {"y": ids("ab.", PLAIN)}
