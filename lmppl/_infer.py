@@ -110,7 +110,7 @@ def _engine(method: str | Engine, options: dict[str, Any]) -> Engine:
 def _nearest(name: str, allowed: Iterable[str]) -> str:
     names = list(allowed)
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
-    guess = f"; did you mean {near[0]!r}?" if near else ""
+    guess = f"; did you mean {near[0]!r}?" if near else "."
     return f"{guess} Allowed: {', '.join(names)}"
 
 

@@ -72,6 +72,8 @@ class LMText(TorchDistribution):
 
     arg_constraints: dict[str, constraints.Constraint] = {}
     has_rsample = False
+    name = ""
+    """The site that it stands at, for error messages."""
 
     def __init__(
         self,
@@ -239,8 +241,9 @@ class LMText(TorchDistribution):
         shape = torch.Size(sample_shape) + self.batch_shape
         repeats = torch.Size(sample_shape).numel()
         members = [self._with_rows((row,), ()) for row in self._rows] * repeats
+        names = [self.name] * len(members)
         uniforms = [torch.rand(self.num_uniforms, dtype=torch.float64) for _ in members]
-        values = [value for value, _ in draw_texts(members, uniforms)]
+        values = [value for value, _ in draw_texts(members, uniforms, names)]
         return torch.stack(values).reshape(shape + self.event_shape)
 
     def log_prob(self, value: torch.Tensor) -> torch.Tensor:
@@ -258,7 +261,8 @@ class LMText(TorchDistribution):
         values = value.expand(shape + self.event_shape).reshape(-1, self.event_shape[0])
         index = torch.arange(len(self._rows)).reshape(self.batch_shape).expand(shape).reshape(-1)
         members = [self._with_rows((self._rows[i],), ()) for i in index.tolist()]
-        scored = score_texts(members, list(values), grad=torch.is_grad_enabled())
+        names = [self.name] * len(members)
+        scored = score_texts(members, list(values), names, grad=torch.is_grad_enabled())
         return torch.stack([log_prob for log_prob, _ in scored]).reshape(shape)
 
     def enumerate_support(self, expand: bool = True) -> torch.Tensor:

@@ -225,8 +225,9 @@ def lm_sample(
             temperature=temperature,
             num_tokens=num_tokens,
         )
-    except ValueError as error:
-        raise ValueError(f"site '{name}': {_without_site(name, str(error))}") from error
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"site '{name}': {_without_site(name, str(error))}") from error
+    fn.name = name
     value = None if obs is None else _encode(name, fn, obs)
     return fn.text(_site(name, fn, value, infer))
 
@@ -314,7 +315,7 @@ def _warn_of_retokenisation(name: str, prefix: str | Sequence[str]) -> None:
     if not plain:
         return
     last = parts[-1]
-    if not isinstance(last, Text) and last.endswith(" ") and ("space", name) not in _warned:
+    if last in plain and last.endswith(" ") and ("space", name) not in _warned:
         _warned.add(("space", name))
         warnings.warn(
             f"site '{name}': its prefix ends in a space. Most tokenizers attach a space to the "

@@ -104,9 +104,12 @@ class Exact:
                 table = choice_log_probs([fn], [wait.name])[0]
                 pairs = [(fn.value(c), lp) for c, lp in zip(fn.choices, table, strict=True)]
             else:
-                sequences = enumerate_sequences(
-                    fn.lm, fn.prefix_ids, fn.closing, fn.temperature, limit=max(room, 0)
-                )
+                try:
+                    sequences = enumerate_sequences(
+                        fn.lm, fn.prefix_ids, fn.closing, fn.temperature, limit=max(room, 0)
+                    )
+                except ValueError as error:
+                    raise ValueError(f"site '{wait.name}': {error}") from error
                 if sequences is None:
                     raise ValueError(self._too_many(wait.name))
                 pairs = [(fn.value(ids), lp) for ids, lp in sequences]

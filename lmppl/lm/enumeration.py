@@ -25,6 +25,9 @@ def enumerate_sequences(
     """Every closed sequence of positive probability with its log-density (0-d float32, nats).
 
     Breadth first, one batched pass a token. Returns None if there are more than ``limit``.
+
+    Raises:
+        ValueError: the model's logits define no distribution.
     """
     complete: list[tuple[tuple[int, ...], torch.Tensor]] = []
     level: list[tuple[tuple[int, ...], torch.Tensor, ClosingState]] = [
@@ -33,6 +36,12 @@ def enumerate_sequences(
     while level:
         rows = Rows.start(runner_of(lm), [prefix + ids for ids, _, _ in level], 1)
         log_probs = torch.log_softmax(rows.logits.float() / temperature, -1).cpu()  # (B, V)
+        for (ids, _, _), row in zip(level, log_probs, strict=True):
+            if bool(row.isnan().any()):
+                raise ValueError(
+                    f"the model's logits after {lm.vocabulary.decode(ids)!r} define no "
+                    "distribution: they contain NaN or +inf, or give every token probability zero"
+                )
         following = []
         for (ids, log_prob, state), row in zip(level, log_probs, strict=True):
             for token in torch.nonzero(row > -torch.inf).flatten().tolist():

@@ -135,6 +135,8 @@ class Particle:
         self._counted = len(self._replay)
         self._enumerate, self._closing, self._grad = enumerate_latents, closing, grad
         self._site = ""
+        self._at: tuple[str, Any] | None = None  # the site that it is at, and its distribution
+        self._expected: tuple[str, Any] | None = None  # the same of the run that it repeats
         self._recorder = _Recorder(self)
         self.coroutine = Coroutine(self._run, Ambient.fresh(seed, grad=grad))
 
@@ -194,6 +196,7 @@ class Particle:
             grad=self._grad,
             slot=streams.slot,
         )
+        new._expected = None if self.waiting is None else self._at
         new.coroutine.ambient.take_streams(streams.coroutine.ambient)
         new.resume()
         return new
@@ -248,7 +251,7 @@ class Particle:
             trace = self._recorder.trace
             trace.add_node("_INPUT", name="_INPUT", type="args", args=self.args, kwargs=self.kwargs)
             self.returned = self.program(*self.args, **self.kwargs)
-            if self._to_repeat:
+            if self._to_repeat or self._expected is not None:
                 raise ReplayError(
                     f"a replayed run ended before site '{self._next_recorded}' of the recorded "
                     f"one. {_DETERMINISM}"
@@ -259,7 +262,8 @@ class Particle:
 
     @property
     def _next_recorded(self) -> str:
-        return next(name for name in self._replay if name in self._to_repeat)
+        at = [] if self._expected is None else [self._expected[0]]
+        return next(name for name in [*self._replay, *at] if name not in self.trace.nodes)
 
     def _visit(self, site: Site) -> None:
         """Find the value and the log-probability of a site."""
@@ -277,13 +281,35 @@ class Particle:
                 f"a replayed run met site '{name}' before the recorded site "
                 f"'{self._next_recorded}'. {_DETERMINISM}"
             )
-        elif is_latent(site) and site["value"] is None:
+        else:
+            self._check_expected(site)
+            self._find(site)
+        site["done"] = True
+
+    def _find(self, site: Site) -> None:
+        """The value and the log-probability of a site that is new."""
+        fn = site["fn"]
+        self._at = site["name"], fn
+        if is_latent(site) and site["value"] is None:
             self._draw(site)
         else:
             if site["value"] is None:  # a tool or subsample indices
                 site["value"] = fn(*site["args"], **site["kwargs"])
             self._record(site, self._score(site))
-        site["done"] = True
+
+    def _check_expected(self, site: Site) -> None:
+        """A run that repeats a waiting one must come to the very site at which that one waits."""
+        if self._expected is None:
+            return
+        (name, fn), self._expected = self._expected, None
+        if site["name"] != name:
+            raise ReplayError(
+                f"a replayed run met site '{site['name']}' instead of '{name}', at which the "
+                f"recorded one waits. {_DETERMINISM}"
+            )
+        same = fn.same_as(site["fn"]) if isinstance(fn, LMText) else type(fn) is type(site["fn"])
+        if not same:
+            raise _other_distribution(site, fn)
 
     def _draw(self, site: Site) -> None:
         name, fn = site["name"], site["fn"]
@@ -337,10 +363,7 @@ class Particle:
         elif site["is_observed"] and not torch.equal(site["value"], recorded["value"]):
             same = False
         if not same:
-            raise ReplayError(
-                f"at site '{name}' a replayed run has another distribution, prefix or observation "
-                f"than the recorded one: {fn} against {recorded['fn']}. {_DETERMINISM}"
-            )
+            raise _other_distribution(site, recorded["fn"])
         for key in _RECORDED:
             if key in recorded:
                 site[key] = recorded[key]
@@ -388,6 +411,13 @@ _DETERMINISM = (
     "Between its sites a program must be deterministic: draw random numbers with pyro.sample, and "
     "call what is not repeatable through lmppl.tool."
 )
+
+
+def _other_distribution(site: Site, recorded: Any) -> ReplayError:
+    return ReplayError(
+        f"at site '{site['name']}' a replayed run has another distribution, prefix or observation "
+        f"than the recorded one: {site['fn']} against {recorded}. {_DETERMINISM}"
+    )
 
 
 def is_latent(node: Site) -> bool:

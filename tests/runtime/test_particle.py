@@ -314,6 +314,31 @@ def test_a_replay_that_diverges_names_the_site(change):
     particle.close()
 
 
+@pytest.mark.parametrize(
+    ("site", "message"),
+    [
+        (lambda n: lm_sample("w", "ab"[n:], max_tokens=1), "at site 'w'"),
+        (lambda n: lm_sample("w", "ab", max_tokens=1 + n), "at site 'w'"),
+        (lambda n: lm_sample("wv"[n], "ab", max_tokens=1), "met site 'v' instead of 'w'"),
+        (lambda n: n or lm_sample("w", "ab", max_tokens=1), "ended before site 'w'"),
+    ],
+)
+def test_a_fork_that_comes_to_another_site_than_its_ancestor_waits_at(site, message):
+    """Else values of one distribution would count as those of another."""
+    runs = itertools.count()
+
+    def program():
+        lm_sample("z", "ab", max_tokens=1)
+        site(next(runs))
+
+    particle = Particle(program, seed=0)
+    particle.resume()
+    runtime.draw([particle])
+    with pytest.raises(ReplayError, match=message):
+        particle.fork()
+    particle.close()
+
+
 def test_a_replay_that_ends_early_names_the_first_site_that_is_missing():
     runs = itertools.count()
 
