@@ -32,8 +32,8 @@ def infill(beginning: str, ending: str) -> lmppl.Text:
 
 def keyword_twist(text: lmppl.Text) -> float:
     """A twist that a user would write by hand: a kitchen makes the ending likelier."""
-    words = ("kitchen", "fridge", "milk", "breakfast", "food", "eat")
-    return 1.5 if any(word in text for word in words) else 0.0
+    words = ("kitchen", "fridge", "milk", "breakfast", "food", "eat", "found")
+    return 2.5 if any(word in text for word in words) else 0.0
 
 
 def draws(args: argparse.Namespace, lm: lmppl.LM, guide: object, num: int, seed: int) -> dict:

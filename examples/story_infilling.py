@@ -34,7 +34,7 @@ def run(method: str, lm: lmppl.LM, args: argparse.Namespace) -> lmppl.Posterior:
     """One engine on the story; only the word and its options differ."""
     options = {
         "importance": {},
-        "smc": {"twist": "lookahead"},
+        "smc": {},
         "gflownet": {"steps": args.steps, "fit": {"batch_size": args.batch_size}},
     }
     return lmppl.infer(
@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=24, help="traces a training step")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    defaults = {"importance": 256, "smc": 48, "gflownet": 64}
+    defaults = {"importance": 256, "smc": 128, "gflownet": 64}
     args.num_samples = {name: args.num_samples or number for name, number in defaults.items()}
 
     console = Console()

@@ -46,13 +46,16 @@ class FitOptions:
     Args:
         batch_size: complete traces a step, over all its inputs.
         inputs_per_step: how many inputs share a step (at most).
-        learning_rate: AdamW's; it warms up over 5% of the steps and decays along a cosine.
+        learning_rate: AdamW's; it warms up over 5% of the steps and decays along a cosine. None:
+            3e-3 for a hidden size of 64 or less, and falling with the square root of the size
+            (1e-3 at 576, 4e-4 at 4096).
         loss: ``"vargrad"``, ``"tb"`` or ``"subtb"`` (see ``lmppl.objectives``).
         subtb_lambda: weight of a pair of truncations decays as ``lambda ** distance``.
         tempered_fraction: of the traces, drawn from the guide at a temperature in [0.5, 2].
         prior_fraction: of the traces, drawn from the program itself. Its support holds every mode
             of the posterior, also one that the guide has lost.
         replay_fraction: of the traces, drawn again from the best seen.
+        huber: beyond this distance from log Z (nats) a trace counts linearly in ``"vargrad"``.
         truncations: how many tokens the rewards of truncations may cost, as a multiple of the
             complete traces'; 0: none.
         reward_temperature: first and last: the reward is ``R ** (1 / temperature)``. If the last
@@ -62,7 +65,7 @@ class FitOptions:
 
     batch_size: int = 32
     inputs_per_step: int = 4
-    learning_rate: float = 3e-3
+    learning_rate: float | None = None
     loss: Literal["vargrad", "tb", "subtb"] = "vargrad"
     subtb_lambda: float = 1.0
     tempered_fraction: float = 0.125
@@ -78,7 +81,7 @@ class FitOptions:
             raise ValueError(f"batch_size={self.batch_size}: the variance needs at least 2 traces")
         if self.inputs_per_step < 1:
             raise ValueError(f"inputs_per_step={self.inputs_per_step}: it must be at least 1")
-        if not self.learning_rate > 0:
+        if self.learning_rate is not None and not self.learning_rate > 0:
             raise ValueError(f"learning_rate={self.learning_rate}: it must be positive")
         if self.loss not in _LOSSES:
             raise ValueError(f"loss={self.loss!r}, allowed: {', '.join(_LOSSES)}")
@@ -92,6 +95,12 @@ class FitOptions:
             raise ValueError(f"truncations={self.truncations}: it must not be negative")
         if min(self.reward_temperature) < 1.0:
             raise ValueError(f"reward_temperature={self.reward_temperature}: at least 1 each")
+
+    def rate(self, hidden_size: int) -> float:
+        """The learning rate for a language model of this width."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return 3e-3 * min(1.0, math.sqrt(64 / hidden_size))
 
     @property
     def tempered_target(self) -> float | None:
@@ -124,12 +133,11 @@ class Trainer:
         self._queue: list[int] = []
         guide.prepare(inputs[0].args)
         self._parameters = guide.parameters()
-        self._optimizer = torch.optim.AdamW(
-            self._parameters, lr=options.learning_rate, weight_decay=0.0
-        )
+        self._rate = options.rate(guide.base.hidden_size)
+        self._optimizer = torch.optim.AdamW(self._parameters, lr=self._rate, weight_decay=0.0)
         if options.loss == "tb":
             # log Z is far from its start and has few gradients, so it learns faster.
-            group = {"params": [each.log_z for each in inputs], "lr": 25 * options.learning_rate}
+            group = {"params": [each.log_z for each in inputs], "lr": 25 * self._rate}
             self._optimizer.add_param_group(group)
         self._rates = [group["lr"] for group in self._optimizer.param_groups]
 
@@ -324,8 +332,8 @@ class Trainer:
         known = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
         new = [p for p in self.guide.heads.parameters() if id(p) not in known]
         if new:
-            self._optimizer.add_param_group({"params": new, "lr": self.options.learning_rate})
-            self._rates.append(self.options.learning_rate)
+            self._optimizer.add_param_group({"params": new, "lr": self._rate})
+            self._rates.append(self._rate)
 
     def _inverse_temperature(self, number: int) -> float:
         first, last = self.options.reward_temperature
