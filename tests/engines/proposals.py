@@ -11,7 +11,7 @@ import torch
 from pyro import poutine
 
 from lmppl import lm_sample
-from lmppl.runtime import Given
+from lmppl.runtime import Given, Wait, suspend
 from lmppl.testing import Enumeration
 
 
@@ -90,7 +90,10 @@ GUIDES = {
 
 
 class PerfectGuide:
-    """Draws every site from its exact posterior, given the sites before it."""
+    """Draws every site from its exact posterior, given the sites before it.
+
+    It waits before every draw, as a guide that is a language model does, so that SMC has barriers.
+    """
 
     def __init__(self, exact: Enumeration) -> None:
         self._exact = [t for t in exact if t.log_joint > -math.inf]
@@ -104,7 +107,8 @@ class _Perfect:
         self._traces, self._generator = traces, generator  # those that agree with what was drawn
 
     def propose(self, site: Any, trace: Any) -> Given:
-        name = site["name"]
+        name, fn = site["name"], site["fn"]
+        suspend(Wait("draw", name, fn, uniforms=torch.zeros(fn.num_uniforms, dtype=torch.float64)))
         weights = torch.tensor([t.log_joint for t in self._traces], dtype=torch.float64).exp()
         picked = self._traces[int(torch.multinomial(weights, 1, generator=self._generator))]
         agree = [t.values[name] == picked.values[name] for t in self._traces]

@@ -3,7 +3,8 @@
 import math
 
 import pytest
-from estimates import check_z_test, joint_of, weighted_values
+from choices import every_way
+from estimates import check_unbiased, check_z_test, joint_of, weighted_values
 from proposals import GUIDES
 
 import lmppl
@@ -89,7 +90,7 @@ def test_smc_is_unbiased(name, twist, guided, resampling, threshold):
 @pytest.mark.slow
 @ALL
 @GUIDED
-@pytest.mark.parametrize("twist", [None, "lookahead", taste], ids=["none", "lookahead", "callable"])
+@pytest.mark.parametrize("twist", [None, taste], ids=["none", "callable"])
 def test_smc_is_unbiased_everywhere(case, guided, twist):
     schemes = ["systematic", "multinomial", "stratified", "residual"]
     check_z_test(
@@ -101,4 +102,24 @@ def test_smc_is_unbiased_everywhere(case, guided, twist):
         twist=twist,
         resampling=schemes[len(case.name) % 4],
         ess_threshold=0.9,
+    )
+
+
+@pytest.mark.slow
+@GUIDED
+@pytest.mark.parametrize("name", ["one site", "scale", "tool"])
+def test_smc_with_lookahead_is_unbiased_by_enumeration(monkeypatch, name, guided):
+    """Where closing a text early is very unlikely, the lookahead all but rules out what would end
+    well, so that its estimates have a tail that no number of runs shows: enumerate instead."""
+    case = CASES[name]
+    check_unbiased(
+        every_way(monkeypatch),
+        case.program,
+        case.args,
+        case.lm,
+        method="smc",
+        guide=GUIDES[name] if guided else None,
+        twist="lookahead",
+        num_samples=2,
+        ess_threshold=1.0,
     )

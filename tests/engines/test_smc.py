@@ -145,7 +145,8 @@ def check_lookaheads_draw_apart():
 @pytest.mark.parametrize("case", FINITE, ids=str)
 @pytest.mark.parametrize("num_samples", [1, 4])
 def test_a_perfect_guide_gives_the_evidence_exactly(case, num_samples):
-    """Of one text at any threshold. Of several, weights are equal only when all are drawn."""
+    """Of one text, at any threshold. Of several, only without resampling between them: there the
+    weights are p / q of the texts so far, and equal the evidence only when all are drawn."""
     exact = case.enumerate()
     one_text = len(exact.latents) == 1
     for threshold in (0.0, 0.5, 1.0) if one_text else (0.0,):
