@@ -4,6 +4,9 @@
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
+# One process a core, each with one thread: tests are small, and threads of several processes on one
+# core wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 LOCK   := requirements.lock
 CPU_INDEX := https://download.pytorch.org/whl/cpu
@@ -34,12 +37,12 @@ demo: setup
 
 test: lint types test-fast
 	$(say) 'slow tests'
-	@$(BIN)/python -m pytest -q -m slow
+	@$(PYTEST) -m slow
 	@$(MAKE) --no-print-directory docs
 
 test-fast: setup
 	$(say) 'fast tests'
-	@$(BIN)/python -m pytest -q -m 'not slow'
+	@$(PYTEST) -m 'not slow'
 
 lint: setup
 	$(say) 'ruff'

@@ -334,8 +334,12 @@ def _warn_of_retokenisation(name: str, prefix: str | Sequence[str]) -> None:
                 or not isinstance(node["fn"], LMText)
             ):
                 continue
-            body = node["fn"].text(node["value"]).body.strip() if node["value"].dim() == 1 else ""
-            if len(body) >= _SHORT and any(body in part for part in plain):
+            fn = node["fn"]
+            body = fn.text(node["value"]).body.strip() if node["value"].dim() == 1 else ""
+            holding = [part for part in plain if len(body) >= _SHORT and body in part]
+            # What stood in the site's own prefix was there before its text was drawn.
+            earlier = fn.lm.vocabulary.decode(fn.prefix_ids) if holding else ""
+            if any(part not in earlier for part in holding):
                 _warned.add(("text", name))
                 warnings.warn(
                     f"site '{name}': its prefix holds the text of site '{site}' as a plain str (an "

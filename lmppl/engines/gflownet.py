@@ -60,21 +60,31 @@ class GFlowNet:
 
         Raises:
             ZeroEvidenceError: if every draw has probability zero; it carries the posterior.
+            KeyboardInterrupt: during training; it carries the guide so far, as ``.guide``.
         """
         seed = runtime.fresh_seed(seed)
-        with Meter(self.name, progress, callback) as meter:
+        # Training shows a bar of its own.
+        with Meter(self.name, False if guide is None else progress, callback) as meter:
             notes: list[str] = []
             if guide is None:
                 guide = LMGuide(model, lora=self.lora)
                 notes.append(f"trained a guide for {self.steps} steps on this input (.guide)")
-                guide.fit(
-                    [args],
-                    steps=self.steps,
-                    seed=seed,
-                    progress=progress,
-                    callback=callback,
-                    **self.fit,
-                )
+                try:
+                    guide.fit(
+                        [args],
+                        steps=self.steps,
+                        seed=seed,
+                        progress=progress,
+                        callback=callback,
+                        **self.fit,
+                    )
+                except KeyboardInterrupt as interrupt:
+                    interrupt.guide = guide  # type: ignore[attr-defined]
+                    interrupt.add_note(
+                        f"training was interrupted after {len(guide.history)} steps; the guide so "
+                        "far is this exception's .guide"
+                    )
+                    raise
             target = getattr(guide, "tempered_target", None)
             if target is not None:
                 notes.append(f"the guide's own target is tempered (temperature {target:g})")
