@@ -29,9 +29,14 @@ SiteScore = tuple[torch.Tensor, Scored | None]
 class _Networks(Protocol):
     """What an automatic guide draws from."""
 
-    base: LM
-    adapted: LM
-    heads: nn.ModuleDict
+    @property
+    def base(self) -> LM: ...
+
+    @property
+    def adapted(self) -> LM: ...
+
+    @property
+    def heads(self) -> nn.ModuleDict: ...
 
 
 @dataclass(frozen=True, eq=False)

@@ -134,7 +134,11 @@ class Trainer:
         guide.prepare(inputs[0].args)
         self._parameters = guide.parameters()
         self._rate = options.rate(guide.base.hidden_size)
-        self._optimizer = torch.optim.AdamW(self._parameters, lr=self._rate, weight_decay=0.0)
+        # Gradients of a variance shrink with it, so a memory of 1,000 steps of their size (0.999)
+        # would hold the last steps back.
+        self._optimizer = torch.optim.AdamW(
+            self._parameters, lr=self._rate, betas=(0.9, 0.98), weight_decay=0.0
+        )
         if options.loss == "tb":
             # log Z is far from its start and has few gradients, so it learns faster.
             group = {"params": [each.log_z for each in inputs], "lr": 25 * self._rate}
@@ -181,7 +185,8 @@ class Trainer:
         num = min(self.options.inputs_per_step, len(self.inputs), self.options.batch_size // 2)
         if len(self._queue) < num:
             order = torch.randperm(len(self.inputs), generator=self._generator).tolist()
-            self._queue = [*self._queue, *(i for i in order if i not in self._queue)]
+            # All of them once more; those that still wait come last, so that no step has one twice.
+            self._queue += sorted(order, key=lambda i: i in self._queue)
         chosen, self._queue = self._queue[:num], self._queue[num:]
         return [self.inputs[i] for i in chosen]
 
@@ -200,9 +205,7 @@ class Trainer:
                 each.visits += 1
                 if each.observations is None:
                     each.observations = self.guide.observations(each.args)
-                replayed = each.buffer.draw(
-                    round(share * options.replay_fraction), self._generator
-                )
+                replayed = each.buffer.draw(round(share * options.replay_fraction), self._generator)
                 tempered = round(share * options.tempered_fraction)
                 prior = round(share * options.prior_fraction)
                 policy = max(1, share - len(replayed) - tempered - prior)
@@ -308,8 +311,8 @@ class Trainer:
     def _update(self, loss: torch.Tensor, number: int) -> None:
         if not bool(torch.isfinite(loss)):
             raise FloatingPointError(
-                f"the loss of step {number} is {float(loss)}: the parameters of the step before are "
-                "kept. Lower learning_rate, or look at the program's factors for values that are "
+                f"the loss of step {number} is {float(loss.detach())}: the parameters of the step "
+                "before are kept. Lower learning_rate, or look at the program's factors for values that are "
                 "not finite"
             )
         self._optimizer.zero_grad(set_to_none=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import pyro
+import torch
 from torch import nn
 
 from lmppl import runtime
@@ -76,7 +77,7 @@ class LMGuide:
         self.condition_on = condition_on
         self.history: list[dict[str, Any]] = []
         self.heads = nn.ModuleDict()
-        self._adapted = None if program is not None else lm.adapter(lora)
+        self._adapted = None if program is not None else _adapter(lm, lora)
         self.param_names: list[str] = []  # of a guide program
         self._program_adapters: list[LM] = []
         self._pending: dict[str, Any] | None = None  # loaded state of a program not yet run
@@ -278,6 +279,14 @@ class LMGuide:
         return f"LMGuide({name}, {kind}, lm={self.base.name!r}, {len(self.history)} steps)"
 
 
+def _adapter(lm: LM, lora: LoraConfig | None) -> LM:
+    """A new adapter, with the same first weights every time, so that a seed of ``fit`` is enough
+    to reproduce a guide."""
+    devices = [lm.device] if lm.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(0)
+        return lm.adapter(lora)
+
+
 def _trainable(lm: LM) -> list[nn.Parameter]:
     return [parameter for parameter in lm.model.parameters() if parameter.requires_grad]
-

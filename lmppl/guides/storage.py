@@ -41,6 +41,11 @@ def save(guide: LMGuide, path: Path) -> None:
     """
     if path.exists() and not (path / "guide.json").is_file():
         raise FileExistsError(f"{path} exists and is no guide: choose another name")
+    if guide.program is not None and not guide.adapters() and not guide.param_names:
+        raise ValueError(
+            "the guide program has not been run yet, so its parameters are not known: fit it, or "
+            "draw from it, before it is saved"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:

@@ -1,0 +1,158 @@
+"""Guides that the user wrote as programs."""
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from guide_helpers import draw_samples
+
+import lmppl
+from lmppl import lm_sample, require
+from lmppl.guides.fitting import FitOptions, Input, Trainer
+from lmppl.testing import enumerate_program, guide_report, tiny_lm
+from lmppl.testing.programs import CASES
+
+LM = tiny_lm("ab.", seed=0)
+
+
+@pytest.fixture(autouse=True)
+def fresh_store():
+    pyro.clear_param_store()
+    yield
+    pyro.clear_param_store()
+
+
+def model(x, y):
+    k = pyro.sample("k", dist.Categorical(torch.tensor([0.5, 0.3, 0.2])))
+    lm_sample("y", x + "ab."[int(k)], obs=y)
+
+
+def categorical_guide(x, y):
+    pyro.sample("k", dist.Categorical(logits=pyro.param("logits", torch.zeros(3))))
+
+
+def posterior_logits(*args):
+    table = enumerate_program(model, *args, lm=LM).posterior("k")
+    return torch.tensor([math.log(table[k]) for k in range(3)])
+
+
+def test_params_are_trained_to_the_posterior():
+    guide = lmppl.LMGuide(model, lm=LM, program=categorical_guide)
+    guide.fit([("ab", "ba")], steps=150, seed=0, learning_rate=0.1, batch_size=12)
+    report = guide_report(guide, model, ("ab", "ba"), LM)
+    assert report.tv < 0.01 and report.gap < 1e-3
+
+
+def test_the_exact_posterior_has_no_loss_and_no_gradient():
+    """Of a whole training step: whatever was drawn, by whichever policy."""
+    args = ("ab", "ba")
+    guide = lmppl.LMGuide(model, lm=LM, program=categorical_guide)
+    with lmppl.use(LM):
+        guide.prepare(args)
+        (logits,) = guide.parameters()
+        with torch.no_grad():
+            logits.copy_(posterior_logits(*args))
+        kept = logits.detach().clone()
+        for loss in ("vargrad", "tb", "subtb"):
+            options = FitOptions(loss=loss, batch_size=16)
+            one = Input(args, 0)
+            with torch.no_grad():
+                one.log_z.fill_(enumerate_program(model, *args, lm=LM).log_evidence)
+            trainer = Trainer(guide, [one], 5, options, seed=0)
+            for number in range(3):
+                gradients = []
+                hook = logits.register_hook(gradients.append)
+                figures = trainer.step(number)
+                hook.remove()
+                assert figures["loss"] == pytest.approx(0.0, abs=1e-9)
+                assert float(gradients[-1].abs().max()) < 1e-4
+                with torch.no_grad():
+                    logits.copy_(kept)  # Adam divides by the gradient's size
+
+
+def test_a_guide_with_an_adapter_and_another_order():
+    case = CASES["chain"]
+    q = case.lm.adapter()
+
+    def guide_program(x, y):
+        w = lm_sample("w", [y, x], max_tokens=3, stop=".", temperature=1.5, lm=q)
+        lm_sample("z", [w, x], max_tokens=2, stop=".", lm=q)
+
+    guide = lmppl.LMGuide(case.program, lm=case.lm, program=guide_program)
+    before = guide_report(guide, case.program, case.args, case.lm)
+    guide.fit([case.args], steps=25, seed=0, batch_size=16)
+    after = guide_report(guide, case.program, case.args, case.lm)
+    assert before.dead_mass == pytest.approx(0.0, abs=1e-4)  # it is a distribution over the traces
+    assert after.gap < 0.5 * before.gap
+    assert len(guide.adapters()) == 1 and guide.param_names == []
+
+
+def test_a_latent_that_the_guide_lacks_is_left_to_the_model():
+    def program(x, y):
+        k = pyro.sample("k", dist.Categorical(torch.tensor([0.5, 0.3, 0.2])))
+        z = lm_sample("z", x, max_tokens=1)
+        lm_sample("y", [x, z, "ab."[int(k)]], obs=y)
+
+    guide = lmppl.LMGuide(program, lm=LM, program=categorical_guide)
+    guide.fit([("ab", "ba")], steps=3, seed=0, batch_size=8)
+    report = guide_report(guide, program, ("ab", "ba"), LM)
+    assert report.dead_mass == pytest.approx(0.0, abs=1e-4)
+
+
+def test_errors():
+    def nothing(x, y):
+        pyro.sample("k", dist.Categorical(torch.ones(3)))
+
+    guide = lmppl.LMGuide(model, lm=LM, program=nothing)
+    with pytest.raises(ValueError, match="nothing to train: draw its texts from an adapter"):
+        guide.fit([("ab", "ba")], steps=1, seed=0)
+
+    def another_site(x, y):
+        categorical_guide(x, y)
+        pyro.sample("j", dist.Bernoulli(0.5))
+
+    guide = lmppl.LMGuide(model, lm=LM, program=another_site)
+    with pytest.raises(ValueError, match="proposes site 'j', which the model has not"):
+        guide.fit([("ab", "ba")], steps=1, seed=0)
+
+    def rejecting(x, y):
+        categorical_guide(x, y)
+        require("never", False)
+
+    guide = lmppl.LMGuide(model, lm=LM, program=rejecting)
+    with pytest.raises(ValueError, match="guide rejects its own draw at site 'never'"):
+        guide.fit([("ab", "ba")], steps=1, seed=0)
+
+    def wrong_shape(x, y):
+        pyro.sample("k", dist.Normal(pyro.param("loc", torch.zeros(2)), 1.0).to_event(1))
+
+    guide = lmppl.LMGuide(model, lm=LM, program=wrong_shape)
+    with pytest.raises(ValueError, match=r"site 'k': the guide draws a value of shape \(2,\)"):
+        guide.fit([("ab", "ba")], steps=1, seed=0)
+
+
+def test_text_sites_must_fit():
+    case = CASES["one site"]
+
+    def longer(x, y):
+        lm_sample("z", x, max_tokens=6)
+
+    def number(x, y):
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    other = tiny_lm("ab", seed=1)
+
+    def other_tokens(x, y):
+        lm_sample("z", "ab", max_tokens=3, lm=other)
+
+    for program, message in [
+        (longer, "site 'z': the guide draws up to 6 tokens, the model's site holds 3"),
+        (number, "site 'z': the guide draws from Normal, the model from LMText"),
+        (other_tokens, "site 'z': the guide's model 'tiny-ab-1' has another tokenizer"),
+    ]:
+        guide = lmppl.LMGuide(case.program, lm=case.lm, program=program)
+        with pytest.raises(ValueError, match=message):
+            for seed in range(20):
+                draw_samples(guide, case.program, case.args, 4, seed=seed)
