@@ -312,8 +312,8 @@ class Trainer:
         if not bool(torch.isfinite(loss)):
             raise FloatingPointError(
                 f"the loss of step {number} is {float(loss.detach())}: the parameters of the step "
-                "before are kept. Lower learning_rate, or look at the program's factors for values that are "
-                "not finite"
+                "before are kept. Lower learning_rate, or look at the program's factors for values "
+                "that are not finite"
             )
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -358,7 +358,7 @@ def fit(
 
     Args:
         guide: the guide.
-        data: inputs: tuples of the program's positional arguments, or dicts of its arguments by name.
+        data: inputs: tuples of the program's positional arguments, or dicts of them by name.
         steps: optimiser steps.
         seed: makes the run reproducible.
         progress: show a progress bar; None: on a terminal.

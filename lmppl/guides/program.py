@@ -136,4 +136,3 @@ def _text_value(name: str, model_fn: Any, guide_fn: Any, value: Any) -> Any:
             f"site holds {model_fn.event_shape[0]}: give both the same max_tokens and stop"
         )
     return model_fn.value(ids)
-

@@ -166,7 +166,9 @@ def _rerun(sample: Sample, name: str, length: int) -> Particle:
     node = original.sites[name]
     fn: LMText = node["fn"]
     ids = fn.token_ids(node["value"])[:length]
-    value = fn.value([*ids, fn.closing.closing_token])
+    c = fn.closing.closing_token
+    assert c is not None  # _last_text asked for its scores
+    value = fn.value([*ids, c])
     before: dict[str, Any] = {}
     for other, site in original.sites.items():
         if other == name:

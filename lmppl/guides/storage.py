@@ -126,7 +126,7 @@ def load(
     guide.history = description["history"]
     guide.tempered_target = description["tempered_target"]
     tensors = load_file(path / "tensors.safetensors")
-    state = {
+    state: dict[str, Any] = {
         "adapters": [
             load_file(path / f"adapter-{i}" / "adapter_model.safetensors")
             for i in range(description["num_adapters"])

@@ -170,7 +170,9 @@ class Particle:
             if self.proposer is not None:
                 self.proposer.close()
 
-    def fork(self, streams: Particle | None = None, given: Mapping[str, Given] | None = None) -> Particle:
+    def fork(
+        self, streams: Particle | None = None, given: Mapping[str, Given] | None = None
+    ) -> Particle:
         """A run of its own that has come to the same wait, by replay of this one's trace.
 
         Args:
@@ -216,9 +218,7 @@ class Particle:
     @property
     def sites(self) -> dict[str, Any]:
         """The sample sites recorded so far."""
-        return {
-            name: node for name, node in self.trace.nodes.items() if node["type"] == "sample"
-        }
+        return {name: node for name, node in self.trace.nodes.items() if node["type"] == "sample"}
 
     @property
     def latents(self) -> dict[str, Any]:
@@ -267,7 +267,7 @@ class Particle:
 
     def _visit(self, site: Site) -> None:
         """Find the value and the log-probability of a site."""
-        name, fn = site["name"], site["fn"]
+        name = site["name"]
         self._site = name
         if name in self.trace.nodes:
             raise ValueError(
@@ -358,9 +358,11 @@ class Particle:
         else:
             log_prob = fn.log_prob(recorded["value"], *site["args"], **site["kwargs"])
             same = torch.equal(log_prob, recorded["unscaled_log_prob"])
-        if site["is_observed"] != recorded["is_observed"]:
-            same = False
-        elif site["is_observed"] and not torch.equal(site["value"], recorded["value"]):
+        if site["is_observed"]:
+            same = (
+                same and recorded["is_observed"] and torch.equal(site["value"], recorded["value"])
+            )
+        elif recorded["is_observed"]:
             same = False
         if not same:
             raise _other_distribution(site, recorded["fn"])
@@ -456,4 +458,3 @@ def _check_weightable(site: Site, trace: Trace) -> None:
                 f"({fn.subsample_size} of {fn.size}): its posterior is not defined by one "
                 "subsample. Use the plate without subsample_size."
             )
-

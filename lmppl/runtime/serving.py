@@ -116,4 +116,3 @@ def closing(particles: list[Particle]) -> Iterator[list[Particle]]:
             # All of them, also if the ``finally`` block of one raises.
             for particle in reversed(particles):
                 ends.callback(particle.close)
-
