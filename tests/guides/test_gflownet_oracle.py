@@ -1,0 +1,59 @@
+"""The oracle matrix of trained guides: their own distribution, enumerated, against the posterior.
+
+All cases have the same default settings. "beta mixture" is not among them: the posterior of its
+number, which is drawn before the choice that it governs, is a mixture of two Betas, and the
+automatic guide's family for it is one Beta.
+"""
+
+import pytest
+
+import lmppl
+from lmppl import lm_sample
+from lmppl.testing import guide_report, tiny_lm
+from lmppl.testing.programs import CASES
+
+pytestmark = pytest.mark.slow
+
+_CASES = [case for name, case in CASES.items() if name != "beta mixture"]
+_STEPS = 400
+
+
+@pytest.mark.parametrize("case", _CASES, ids=str)
+def test_a_trained_guide_is_the_posterior(case):
+    guide = lmppl.LMGuide(case.program, lm=case.lm)
+    guide.fit([case.args], steps=_STEPS, seed=0)
+    report = guide_report(guide, case.program, case.args, case.lm)
+    print(
+        f"{case.name}: TV {report.tv:.4f}, log Z - E_q[u] {report.gap:.4f}, "
+        f"dead mass {report.dead_mass:.5f}"
+    )
+    assert report.tv < 0.01
+    assert 0 <= report.gap < 0.02
+
+
+@pytest.mark.parametrize("loss", ["tb", "subtb"])
+def test_the_other_losses_have_the_same_optimum(loss):
+    case = CASES["one site"]
+    guide = lmppl.LMGuide(case.program, lm=case.lm)
+    guide.fit([case.args], steps=200, seed=0, loss=loss, batch_size=16)
+    report = guide_report(guide, case.program, case.args, case.lm)
+    print(f"{loss}: TV {report.tv:.4f}, log Z - E_q[u] {report.gap:.4f}")
+    assert report.tv < 0.05
+
+
+def infill(x, y):
+    z = lm_sample("z", x, max_tokens=2, stop=".")
+    lm_sample("y", [x, z], obs=y)
+
+
+def test_one_guide_of_several_inputs():
+    """Amortised: it tells the inputs apart by the observation that it reads, and knows each."""
+    lm = tiny_lm("ab.", seed=0)
+    inputs = [("ab.", "a"), ("ab.", "bb"), ("ba", "b.")]
+    guide = lmppl.LMGuide(infill, lm=lm)
+    untrained = [guide_report(guide, infill, args, lm) for args in inputs]
+    guide.fit(inputs, steps=250, seed=0, batch_size=24)
+    for args, before in zip(inputs, untrained, strict=True):
+        report = guide_report(guide, infill, args, lm)
+        print(f"{args}: TV {before.tv:.3f} to {report.tv:.4f}")
+        assert report.tv < 0.03
