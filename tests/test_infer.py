@@ -199,7 +199,7 @@ def test_a_guide_program_is_a_proposal():
     exact = exact_infill()
     for method in SAMPLERS:
         posterior = lmppl.infer(
-            infill, "ab.", "ab", lm=LM, method=method, guide=guide, num_samples=400, seed=2
+            infill, "ab.", "ab", lm=LM, method=method, guide=guide, num_samples=200, seed=2
         )
         assert posterior.log_evidence == pytest.approx(exact.log_evidence, abs=0.4)
         node = posterior.traces[0].nodes["z"]
