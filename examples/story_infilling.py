@@ -76,9 +76,7 @@ def side_by_side(posteriors: dict[str, lmppl.Posterior]) -> Table:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--method", choices=["importance", "smc", "gflownet", "all"], default="smc"
-    )
+    parser.add_argument("--method", choices=["importance", "smc", "gflownet", "all"], default="smc")
     parser.add_argument("--beginning", default=BEGINNING)
     parser.add_argument("--ending", default=ENDING)
     parser.add_argument("--model", default="smollm2-135m-instruct", help="any causal LM")
