@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Mapping
+from functools import lru_cache
 from typing import Any, Literal
 
 from pyro.poutine.trace_struct import Trace
@@ -129,6 +130,7 @@ def _show(name: str, node: Any, vocabulary: Vocabulary) -> tuple[int, ...] | Non
     )
 
 
+@lru_cache(maxsize=256)  # a tokenizer's refusal takes milliseconds, and is not remembered there
 def _encode(text: str, vocabulary: Vocabulary) -> tuple[int, ...] | None:
     try:
         return vocabulary.encode(text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -100,7 +101,7 @@ class LM:
     def hidden_size(self) -> int:
         return int(_text_config(self.model).hidden_size)
 
-    @property
+    @cached_property
     def context_length(self) -> int | None:
         """The most tokens of a prefix and its continuation; None if the model has no such limit."""
         config = _text_config(self.model)

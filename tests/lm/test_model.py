@@ -37,7 +37,7 @@ def naive(lm: LM, prefix: tuple[int, ...], ids: tuple[int, ...], temperature: fl
 
 def test_what_a_model_tells_of_itself(lm: LM) -> None:
     assert (lm.device, lm.dtype) == (torch.device("cpu"), torch.float32)
-    assert (lm.context_length, lm.hidden_size) == (256, 32)
+    assert (lm.context_length, lm.hidden_size) == (256, 64)
     assert lm.vocabulary.size == 5 and lm.vocabulary.eos_ids == {EOS}
     assert not lm.model.training
     assert repr(lm) == "LM('tiny-ab.-0', float32 on cpu)"
