@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--ending", default=ENDING)
     parser.add_argument("--model", default="smollm2-135m-instruct", help="any causal LM")
     parser.add_argument("--num-samples", type=int, help="for the one engine that is run")
-    parser.add_argument("--steps", type=int, default=30, help="training steps of gflownet")
+    parser.add_argument("--steps", type=int, default=20, help="training steps of gflownet")
     parser.add_argument("--batch-size", type=int, default=24, help="traces a training step")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 TEMPERATURES = (0.5, 2.0)
 """Range of the tempered behaviour policy."""
 
+_PRIOR_STOCK = 8
+"""For how many steps traces of the program itself are drawn at a time."""
+
 _LOSSES = ("vargrad", "tb", "subtb")
 
 
@@ -115,6 +118,7 @@ class Input:
     def __init__(self, args: tuple[Any, ...], index: int) -> None:
         self.args, self.index = args, index
         self.buffer = ReplayBuffer()
+        self.prior: list[Sample] = []  # traces of the program itself, not used yet
         self.log_z: torch.Tensor = torch.zeros((), requires_grad=True)  # learned by "tb" only
         self.observations: Observations | None = None
         self.visits = 0
@@ -198,7 +202,7 @@ class Trainer:
         heat = math.exp(low + (high - low) * float(torch.rand((), generator=self._generator)))
         seeds = runtime.slot_seeds(self._seed + 1 + number, 3 * len(members))
         batches: list[list[Sample]] = []
-        runs: list[tuple[int, bool, runtime.Particle]] = []
+        runs: list[tuple[int, float, runtime.Particle]] = []
         started: list[runtime.Particle] = []
         with runtime.closing(started):
             for k, each in enumerate(members):
@@ -209,10 +213,12 @@ class Trainer:
                 tempered = round(share * options.tempered_fraction)
                 prior = round(share * options.prior_fraction)
                 policy = max(1, share - len(replayed) - tempered - prior)
+                # They do not depend on the guide, and a model decodes many for the price of few.
+                stock = _PRIOR_STOCK * prior if len(each.prior) < prior else 0
                 for num, temperature, seed in (
                     (policy, 1.0, seeds[3 * k]),
                     (tempered, heat, seeds[3 * k + 1]),
-                    (prior, math.inf, seeds[3 * k + 2]),
+                    (stock, math.inf, seeds[3 * k + 2]),
                 ):
                     if num < 1:
                         continue
@@ -228,13 +234,16 @@ class Trainer:
                         closing=True,
                     )
                     started += fresh
-                    runs += [(k, temperature == 1.0, particle) for particle in fresh]
+                    runs += [(k, temperature, particle) for particle in fresh]
                 batches.append([Sample(s.particle, s.proposer, s.log_r, False) for s in replayed])
             runtime.complete(started)
-        for k, on_policy, particle in runs:
-            sample = Sample(particle, particle.proposer, particle.log_joint, on_policy)
-            batches[k].append(sample)
+        for k, temperature, particle in runs:
+            sample = Sample(particle, particle.proposer, particle.log_joint, temperature == 1.0)
+            (members[k].prior if temperature == math.inf else batches[k]).append(sample)
             members[k].buffer.add(sample)
+        for each, batch in zip(members, batches, strict=True):
+            for _ in range(min(len(each.prior), round(share * options.prior_fraction))):
+                batch.append(each.prior.pop())
         return batches
 
     def _truncate(self, batches: Sequence[Sequence[Sample]]) -> list[Truncation]:
