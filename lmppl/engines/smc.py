@@ -15,9 +15,9 @@ observation with one that has not would favour whoever pays late.
 
 *Within* a site nothing distinguishes one partial text from another unless a twist does (twisted
 SMC; Zhao et al., 2024, arXiv 2404.17546): with log psi of the text so far, the weights inside the
-site are multiplied by psi_t / psi_{t-1}, and by 1 / psi at the close, so that twists telescope and
-change no expectation. Without a twist and with the prior as proposal, SMC on a program with one
-latent site *is* importance sampling with resampling.
+site are multiplied by psi_t / psi_{t-1}, and by 1 / psi when the site's last text has closed, so
+that twists telescope and change no expectation. Without a twist and with the prior as proposal, SMC
+on a program with one latent site *is* importance sampling with resampling.
 """
 
 from __future__ import annotations
@@ -189,6 +189,8 @@ class SMC:
                 programs = [programs[a] for a in ancestors.tolist()]
                 log_psi = log_psi[ancestors]
                 resamplings += 1
+        # Here and not at the last step: a resampling may leave only texts that have closed.
+        log_weights[index] -= log_psi
         before = list(particles)
         # Forks first: they replay particles that still wait at this draw.
         for slot, program in zip(members, programs, strict=True):
@@ -214,21 +216,24 @@ class SMC:
         previous: torch.Tensor,
         aside: Particle | None,
     ) -> torch.Tensor:
-        """log psi of every slot's text so far, (M,); 0 at the close."""
-        log_psi = torch.zeros_like(previous)
-        still_open = [k for k, reason in enumerate(decoding.reasons) if reason is None]
-        if not still_open:
-            return log_psi
-        waits = [particles[programs[k]].waiting for k in still_open]
-        tokens = [decoding.token_ids[k] for k in still_open]
+        """log psi of every slot's text so far, (M,).
+
+        A text that has closed keeps its psi until all have: its neighbours carry theirs, and
+        against them one that had laid its psi down would seem the better the less likely its end is.
+        """
+        log_psi = previous.clone()
+        # Texts grow together, so the shorter ones closed before this step.
+        grown = [k for k, ids in enumerate(decoding.token_ids) if len(ids) == decoding.num_steps]
+        waits = [particles[programs[k]].waiting for k in grown]
+        tokens = [decoding.token_ids[k] for k in grown]
         if aside is not None:
-            values = _lookahead([particles[programs[k]] for k in still_open], tokens, aside)
+            values = _lookahead([particles[programs[k]] for k in grown], tokens, aside)
         else:
             values = [
                 float(self._twist_of(w.name)(w.fn.closing.text(ids)))  # type: ignore[union-attr]
                 for w, ids in zip(waits, tokens, strict=True)
             ]
-        for k, value, wait in zip(still_open, values, waits, strict=True):
+        for k, value, wait in zip(grown, values, waits, strict=True):
             if math.isnan(value) or value == math.inf:
                 raise ValueError(
                     f"site '{wait.name}': twist gave log psi = {value}; it must be a number "  # type: ignore
@@ -278,12 +283,13 @@ def _lookahead(
         wait = particle.waiting
         assert wait is not None and isinstance(wait.fn, LMText)
         c = wait.fn.closing.closing_token
-        if c is None:
+        is_closed = wait.fn.closing.scan(ids) is not None
+        if c is None and not is_closed:
             raise ValueError(
                 f"site '{wait.name}': twist='lookahead' closes the text early, but its model has "
                 "no EOS token and no stop string that is one token: give stop=, or another twist"
             )
-        closed = wait.fn.value([*ids, c])
+        closed = wait.fn.value(ids if c is None or is_closed else [*ids, c])
         # Its own density is the proposal's business, so it is given as 1 here.
         given = Given(closed, log_prob=torch.zeros(()), proposal_log_prob=torch.zeros(()))
         forks.append(particle.fork(streams=aside, given={wait.name: given}))

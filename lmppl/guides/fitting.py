@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 TEMPERATURES = (0.5, 2.0)
 """Range of the tempered behaviour policy."""
 
+_HEAD_RATE = 4.0
+"""Learning rate of heads, small and new networks, in units of the adapter's."""
+
 _PRIOR_STOCK = 8
 """For how many steps traces of the program itself are drawn at a time."""
 
@@ -140,8 +143,14 @@ class Trainer:
         self._rate = options.rate(guide.base.hidden_size)
         # Gradients of a variance shrink with it, so a memory of 1,000 steps of their size (0.999)
         # would hold the last steps back.
+        heads = list(guide.heads.parameters())
+        own = {id(parameter) for parameter in heads}
+        adapter = [parameter for parameter in self._parameters if id(parameter) not in own]
+        groups: list[dict[str, Any]] = [{"params": adapter}] if adapter else []
+        if heads:
+            groups.append({"params": heads, "lr": _HEAD_RATE * self._rate})
         self._optimizer = torch.optim.AdamW(
-            self._parameters, lr=self._rate, betas=(0.9, 0.98), weight_decay=0.0
+            groups, lr=self._rate, betas=(0.9, 0.98), weight_decay=0.0
         )
         if options.loss == "tb":
             # log Z is far from its start and has few gradients, so it learns faster.
@@ -344,8 +353,8 @@ class Trainer:
         known = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
         new = [p for p in self.guide.heads.parameters() if id(p) not in known]
         if new:
-            self._optimizer.add_param_group({"params": new, "lr": self._rate})
-            self._rates.append(self._rate)
+            self._optimizer.add_param_group({"params": new, "lr": _HEAD_RATE * self._rate})
+            self._rates.append(_HEAD_RATE * self._rate)
 
     def _inverse_temperature(self, number: int) -> float:
         first, last = self.options.reward_temperature

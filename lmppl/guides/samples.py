@@ -40,11 +40,14 @@ class Sample:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """Equal for traces with the same latents."""
-        return tuple(
-            (name, tuple(node["value"].reshape(-1).tolist()))
-            for name, node in self.particle.latents.items()
-        )
+        """Equal for traces that count as one: those with the same texts and other discrete values.
+
+        Continuous values never repeat, so by them every trace would be new, and the most probable
+        text would crowd out the others.
+        """
+        values = {name: node["value"] for name, node in self.particle.latents.items()}
+        discrete = {n: v for n, v in values.items() if not v.is_floating_point()} or values
+        return tuple((name, tuple(v.reshape(-1).tolist())) for name, v in discrete.items())
 
     @property
     def num_tokens(self) -> int:

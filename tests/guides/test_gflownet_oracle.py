@@ -28,7 +28,7 @@ def test_a_trained_guide_is_the_posterior(case):
         f"dead mass {report.dead_mass:.5f}"
     )
     assert report.tv < 0.01
-    assert 0 <= report.gap < 0.02
+    assert -1e-4 <= report.gap < 0.02  # it is a divergence, up to float32
 
 
 @pytest.mark.parametrize("loss", ["tb", "subtb"])
