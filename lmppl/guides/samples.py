@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from lmppl import runtime
-from lmppl.distributions import LMText
+from lmppl.distributions import LMText, ToolCall
 from lmppl.guides.automatic import SiteScore
 from lmppl.lm.requests import Scored
-from lmppl.runtime import Given, Particle
+from lmppl.runtime import Given, Particle, is_latent
 
 
 @dataclass(eq=False)
@@ -40,14 +40,18 @@ class Sample:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """Equal for traces that count as one: those with the same texts and other discrete values.
+        """Equal for traces with the same latents."""
+        return tuple((name, _numbers(node)) for name, node in self.particle.latents.items())
 
-        Continuous values never repeat, so by them every trace would be new, and the most probable
-        text would crowd out the others.
-        """
-        values = {name: node["value"] for name, node in self.particle.latents.items()}
-        discrete = {n: v for n, v in values.items() if not v.is_floating_point()} or values
-        return tuple((name, tuple(v.reshape(-1).tolist())) for name, v in discrete.items())
+    @property
+    def discrete_key(self) -> tuple[Any, ...]:
+        """Equal for traces with the same texts and other discrete latents (if there are any)."""
+        discrete = tuple(
+            (name, _numbers(node))
+            for name, node in self.particle.latents.items()
+            if not node["value"].is_floating_point()
+        )
+        return discrete or self.key
 
     @property
     def num_tokens(self) -> int:
@@ -124,9 +128,20 @@ def truncate(
         ]
 
 
+def _numbers(node: Any) -> tuple[Any, ...]:
+    return tuple(node["value"].reshape(-1).tolist())
+
+
 def _cut_key(sample: Sample, name: str, length: int) -> tuple[Any, ...]:
-    """Equal for truncations to the same trace of the same input."""
-    before = [(n, v) for n, v in sample.key if n != name]
+    """Equal for truncations to the same trace of the same input, continuous values included."""
+    before: list[Any] = []
+    for other, node in sample.particle.sites.items():
+        if other == name:
+            break
+        if is_latent(node):
+            before.append((other, _numbers(node)))
+        elif isinstance(node["fn"], ToolCall):
+            before.append((other, id(node["value"])))  # a tool may answer differently each time
     node = sample.particle.sites[name]
     return id(sample.particle.args), *before, name, node["fn"].token_ids(node["value"])[:length]
 
@@ -214,7 +229,8 @@ class ReplayBuffer:
         """Keep a live trace, unless it is kept already or the worst of a full buffer."""
         if sample.log_r == -math.inf:
             return
-        self._samples.setdefault(sample.key, sample)
+        # Continuous values never repeat: by them the most probable text would crowd out the others.
+        self._samples.setdefault(sample.discrete_key, sample)
         if len(self._samples) > self._capacity:
             worst = min(self._samples, key=lambda key: self._samples[key].log_r)
             del self._samples[worst]

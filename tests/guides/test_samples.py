@@ -57,6 +57,28 @@ def test_a_truncation_is_scored_as_the_truncated_trace(name):
     check_scores(guide, case.program, case.args, samples, truncations)
 
 
+def test_equal_texts_after_other_numbers_have_rewards_of_their_own():
+    """Runs of equal truncations are shared, but a continuous latent before the text makes two."""
+    case = CASES["beta mixture"]
+    guide = lmppl.LMGuide(case.program, lm=case.lm)
+    samples = draw_samples(guide, case.program, case.args, 12)
+    truncations = truncations_of(guide, case.program, case.args, samples)
+    by_text = {}
+    for t in truncations:
+        nodes = t.sample.particle.sites
+        # What stands before the text keeps its density; after it only y | z is scored anew.
+        before = sum(float(nodes[name]["log_prob_sum"]) for name in ("theta", "k"))
+        fn = nodes[t.name]["fn"]
+        kept = fn.token_ids(nodes[t.name]["value"])[: t.length]
+        text = (float(nodes["k"]["value"]), kept)
+        by_text.setdefault(text, []).append((before, t.log_r - before))
+    shared = [pairs for pairs in by_text.values() if len(pairs) > 1]
+    assert any(len({before for before, _ in pairs}) > 1 for pairs in shared)
+    for pairs in shared:
+        rest = [each for _, each in pairs]
+        assert rest == pytest.approx([rest[0]] * len(rest), abs=1e-4)
+
+
 @pytest.mark.parametrize("name", ["one site", "factor", "observed text"])
 def test_every_cut_of_every_sample_is_there_once(name):
     case = CASES[name]
