@@ -166,20 +166,20 @@ def test_wrong_copies_are_found_in_every_scheme(monkeypatch, mutate, name):
 # --- mistakes in twists --------------------------------------------------------------------------
 
 
-def leave_the_twist_at_the_close(patch):
-    """Twists that don't telescope: what closed keeps its last psi."""
+def forget_the_twist_of_the_last_token(patch):
+    """Twists that don't telescope: weights are multiplied by psi_t, not by psi_t / psi_{t-1}."""
     log_psi = smc.SMC._log_psi
 
     def mutant(self, particles, programs, decoding, previous, *rest):
         new = log_psi(self, particles, programs, decoding, previous, *rest)
-        closed = torch.tensor([reason is not None for reason in decoding.reasons])
-        return torch.where(closed, previous, new)
+        previous.zero_()
+        return new
 
     patch.setattr(smc.SMC, "_log_psi", mutant)
 
 
 def test_a_twist_that_does_not_telescope_is_found(monkeypatch):
-    assert_found(monkeypatch, leave_the_twist_at_the_close, small.longer, **TWISTED)
+    assert_found(monkeypatch, forget_the_twist_of_the_last_token, small.longer, **TWISTED)
 
 
 def lend_lookaheads_the_particles_own_streams(patch):
