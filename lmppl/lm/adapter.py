@@ -162,5 +162,6 @@ def _like(lm: LM, model: Any) -> LM:
     """``lm`` with another model: same tokenizer, vocabulary, name and counters."""
     other = type(lm)(model, lm.tokenizer, name=lm.name)
     other.usage = lm.usage
+    other.memory = lm.memory
     other.vocabulary = lm.vocabulary
     return other

@@ -1,9 +1,10 @@
-"""Attention to a shared prefix, on transformers' own extension points.
+"""Attention to shared prefixes, on transformers' own extension points.
 
-Sequences that share a prefix read one copy of its keys and values: attention to the prefix is one
-matrix product for the whole batch, and attention to each row's own suffix one small product a row
+Rows that share a prefix read one copy of its keys and values: attention to the prefix is one
+matrix product for all of them, and attention to each row's own suffix one small product a row
 (Hydragen, Juravsky et al. 2024, arXiv 2402.05099; here both score blocks meet in one softmax, so
-that soft-capping, sinks and sliding windows need no special merging).
+that soft-capping, sinks and sliding windows need no special merging). The rows of one batch may
+have several prefixes, each shared by some of them, and a row's suffix may be a tree.
 
 A model whose configuration names ``ATTENTION`` calls ``attend`` in every layer; the cache that it
 needs comes with the keyword ``lmppl_cache``. Nothing is registered for masks on purpose:
@@ -13,7 +14,8 @@ transformers then builds none, and the cache makes the mask from the rows' lengt
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,45 +23,85 @@ from transformers import AttentionInterface, Cache
 
 ATTENTION = "lmppl_shared_prefix"
 
-# Scores of one product, in floats: queries of a long prompt are taken in blocks of this size.
-_MAX_SCORES = 1 << 26
+# Scores (float32) of one product: what a block of queries and rows may have, so that its passes
+# over them stay in the processor's cache. (Measured: unblocked, a batch of 80 x 128 tokens took
+# 3.4 times as long.)
+_MAX_SCORES = 1 << 21
 
 LayerKV = tuple[torch.Tensor, torch.Tensor]
 
 
-class PrefixCache(Cache):
-    """Keys and values of one forward pass: a prefix that all rows share, then each row's suffix.
+class Group(NamedTuple):
+    """Consecutive rows of a batch that share a prefix."""
 
-    Slot j of a suffix has position ``prefix_length + j``. A new token t of row b goes to slot
-    ``starts[b] + t`` and sees the prefix and the slots up to its own. What lies in later slots
-    (padding of ragged batches) is never seen.
+    layers: Sequence[LayerKV]  # its keys and values, (H_kv, P, D) a layer; empty if P is 0
+    length: int  # P
+    num_rows: int
 
-    Args:
-        prefix: per layer, keys and values (H_kv, P, D); empty if there is no shared prefix.
-        prefix_length: P.
+
+@dataclass(frozen=True, eq=False)
+class Tree:
+    """Rows whose tokens are the nodes of trees, in depth-first order.
+
+    A token sees its prefix, its ancestors and itself. (A sequence is a tree without branches.)
     """
 
-    def __init__(self, prefix: Sequence[LayerKV], prefix_length: int) -> None:
+    depths: torch.Tensor  # (B, T): how many ancestors a token has
+    ends: torch.Tensor  # (B, T): its descendants are the slots after its own and before this one
+
+
+class PrefixCache(Cache):
+    """Keys and values of one forward pass: prefixes that rows share, then each row's suffix.
+
+    Without a tree, slot j of a suffix stands at position j after its prefix. A new token t of row b
+    goes to slot ``starts[b] + t`` and sees the prefix and the slots up to its own. What lies in
+    later slots (padding of ragged batches) is never seen.
+
+    Args:
+        groups: the prefixes, in the order of their rows.
+        tree: how the new tokens follow each other, if not one after another.
+        keep: whether the suffixes are wanted after the pass.
+    """
+
+    def __init__(
+        self, groups: Sequence[Group], *, tree: Tree | None = None, keep: bool = True
+    ) -> None:
         super().__init__(layers=[])
-        self.prefix = prefix
-        self.prefix_length = prefix_length
-        self.suffix: list[LayerKV] = []  # per layer (B, H_kv, S, D)
+        self.groups = groups
+        self.tree = tree
+        self.suffix: list[LayerKV] = []  # per layer (B, H_kv, S, D), if they are kept
         self.calls = 0  # of ``attend``, for the probe
         self.windows: list[int | None] = []  # sliding window of each call, for the probe
+        self._keep = keep
         self._starts: int | torch.Tensor = 0
-        self._masks: dict[Any, torch.Tensor | None] = {}
+        self._biases: dict[Any, torch.Tensor | None] = {}
+
+    @property
+    def num_rows(self) -> int:
+        return sum(group.num_rows for group in self.groups)
 
     def positions(self, num_tokens: int, device: torch.device) -> torch.Tensor:
         """Positions of the new tokens: (B or 1, T)."""
-        steps = torch.arange(num_tokens, device=device) + self.prefix_length
+        lengths = [group.length for group in self.groups]
+        if len(set(lengths)) == 1:
+            return self.slots(num_tokens, device) + lengths[0]
+        each = torch.tensor(lengths, device=device)
+        counts = torch.tensor([group.num_rows for group in self.groups], device=device)
+        return self.slots(num_tokens, device) + each.repeat_interleave(counts).unsqueeze(1)
+
+    def slots(self, num_tokens: int, device: torch.device) -> torch.Tensor:
+        """How far behind their prefixes the new tokens stand: (B or 1, T)."""
+        if self.tree is not None:
+            return self.tree.depths
+        steps = torch.arange(num_tokens, device=device)
         if isinstance(self._starts, int):
             return (steps + self._starts).unsqueeze(0)
         return steps + self._starts.unsqueeze(1)
 
     @property
-    def is_fresh(self) -> bool:
-        """Whether the suffixes consist of the new tokens alone."""
-        return isinstance(self._starts, int) and self._starts == 0
+    def is_causal(self) -> bool:
+        """Whether the suffixes consist of the new tokens alone, one after another."""
+        return self.tree is None and isinstance(self._starts, int) and self._starts == 0
 
     def update(  # type: ignore[override]
         self,
@@ -70,39 +112,74 @@ class PrefixCache(Cache):
         **__: Any,
     ) -> LayerKV:
         """Keep the new keys and values (B, H_kv, T, D); return those of all suffix slots."""
-        if layer_idx != len(self.suffix):
-            raise NotImplementedError("layers that share or reorder their keys and values")
-        self.suffix.append((key_states, value_states))
+        if self._keep:
+            if layer_idx != len(self.suffix):
+                raise NotImplementedError("layers that share or reorder their keys and values")
+            self.suffix.append((key_states, value_states))
         return key_states, value_states
 
-    def hidden_bias(
-        self, window: int | None, num_tokens: int, num_slots: int, device: torch.device
+    def bias(
+        self,
+        group: int,
+        rows: slice,
+        window: int | None,
+        num_tokens: int,
+        num_slots: int,
+        device: torch.device,
     ) -> torch.Tensor | None:
-        """What to add to the scores: (B or 1, 1, T, P + S) of 0 and -inf, or None for zeros."""
-        key = (window, num_tokens, num_slots)
-        if key not in self._masks:
-            self._masks[key] = self._make_bias(window, num_tokens, num_slots, device)
-        return self._masks[key]
+        """What to add to a group's scores: (R or 1, 1, T, P + S) of 0 and -inf; None for zeros.
+
+        Args:
+            group: which one.
+            rows: its rows, R.
+            window: how many tokens a token sees, with itself; None for all.
+            num_tokens: T, of new tokens.
+            num_slots: S.
+            device: where to make it.
+        """
+        key = (group, window, num_tokens, num_slots)
+        if key not in self._biases:
+            self._biases[key] = self._make_bias(
+                self.groups[group].length, rows, window, num_tokens, num_slots, device
+            )
+        return self._biases[key]
 
     def _make_bias(
-        self, window: int | None, num_tokens: int, num_slots: int, device: torch.device
+        self,
+        prefix: int,
+        rows: slice,
+        window: int | None,
+        num_tokens: int,
+        num_slots: int,
+        device: torch.device,
     ) -> torch.Tensor | None:
-        starts, size = self._starts, self.prefix_length + num_slots
-        if isinstance(starts, int) and num_tokens == 1 and (window is None or size <= window):
-            assert num_slots == starts + 1
+        starts = self._starts
+        even = self.tree is None and isinstance(starts, int)
+        if even and num_tokens == 1 and (window is None or prefix + num_slots <= window):
+            assert num_slots == starts + 1  # type: ignore[operator]
             return None
-        queries = self.positions(num_tokens, device).unsqueeze(-1)  # (B or 1, T, 1)
-        keys = torch.arange(size, device=device)  # (P + S)
-        hidden = keys > queries
+        own = self.slots(num_tokens, device)  # (B or 1, T)
+        own = (own if len(own) == 1 else own[rows]).unsqueeze(-1)  # (R or 1, T, 1)
+        slots = torch.arange(num_slots, device=device)
+        if self.tree is None:
+            hidden = slots > own
+            stands = slots.expand(1, 1, -1)
+        else:
+            at = torch.arange(num_tokens, device=device).unsqueeze(-1)
+            hidden = (slots > at) | (self.tree.ends[rows].unsqueeze(1) <= at)
+            stands = self.tree.depths[rows].unsqueeze(1)  # (R, 1, S)
+        before = torch.zeros(*hidden.shape[:-1], prefix, dtype=torch.bool, device=device)
         if window is not None:
-            hidden |= keys <= queries - window
+            hidden = hidden | (stands <= own - window)
+            before = before | (torch.arange(prefix, device=device) - prefix <= own - window)
+        hidden = torch.cat([before, hidden], -1)
         bias = torch.zeros(hidden.shape, device=device)
         return bias.masked_fill_(hidden, float("-inf")).unsqueeze(1)
 
     # What transformers may ask of a cache besides. It sees no more than the length.
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.prefix_length + (self._starts if isinstance(self._starts, int) else 0)
+        return self.groups[0].length + (self._starts if isinstance(self._starts, int) else 0)
 
     @property
     def is_compileable(self) -> bool:
@@ -117,13 +194,12 @@ class BufferedCache(PrefixCache):
     """A ``PrefixCache`` whose suffixes grow in preallocated buffers, one token a row at a time.
 
     Args:
+        groups: the prefixes, in the order of their rows.
         buffers: per layer, keys and values (B, H_kv, capacity, D).
     """
 
-    def __init__(
-        self, prefix: Sequence[LayerKV], prefix_length: int, buffers: list[LayerKV]
-    ) -> None:
-        super().__init__(prefix, prefix_length)
+    def __init__(self, groups: Sequence[Group], buffers: list[LayerKV]) -> None:
+        super().__init__(groups)
         self.suffix = buffers
         self._num_slots = 0
         self._slots: dict[int, torch.Tensor] = {}
@@ -132,9 +208,14 @@ class BufferedCache(PrefixCache):
         """Prepare for one more token in each row; ``lengths``: slots that each row has filled."""
         first = lengths[0]
         even = all(n == first for n in lengths)
-        self._starts = first if even else torch.tensor(lengths, device=device)
-        self._num_slots = max(lengths) + 1
-        self._masks, self._slots = {}, {}
+        self.begin_at(first if even else torch.tensor(lengths, device=device), max(lengths) + 1)
+
+    def begin_at(self, starts: int | torch.Tensor, num_slots: int) -> None:
+        """The same from where the rows' new slots are, one for all or (B,), and how many slots of
+        the buffers are looked at. With a tensor, nothing is read back from the device."""
+        self._starts = starts
+        self._num_slots = num_slots
+        self._biases, self._slots = {}, {}
 
     def update(  # type: ignore[override]
         self,
@@ -184,36 +265,101 @@ def attend(
         raise NotImplementedError("attention that the shared-prefix path does not know")
     cache.calls += 1
     cache.windows.append(sliding_window)
-    heads, num_tokens, width = query.shape[1:]
-    scaling = width**-0.5 if scaling is None else scaling
-    num_slots, shared = key.shape[2], cache.prefix_length
-    plain = softcap is None and s_aux is None
-    short = sliding_window is None or num_tokens <= sliding_window
-    if num_tokens > 1 and not shared and cache.is_fresh and plain and short:
-        # Plain causal attention. (Right padding can't be seen by what stands before it.)
-        groups = heads // key.shape[1]
-        if groups > 1:
-            key = key.repeat_interleave(groups, 1)
-            value = value.repeat_interleave(groups, 1)
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
-        return out.transpose(1, 2).contiguous(), None
-    prefix = cache.prefix[module.layer_idx] if shared else None  # type: ignore[call-overload]
-    bias = cache.hidden_bias(sliding_window, num_tokens, num_slots, query.device)
-    block = max(1, _MAX_SCORES // (query.shape[0] * heads * (shared + num_slots)))
-    outs = [
-        _attend_block(
-            query[:, :, t : t + block],
-            key,
-            value,
-            prefix,
-            None if bias is None else bias[:, :, t : t + block],
-            scaling,
-            softcap,
-            s_aux,
-        )
-        for t in range(0, num_tokens, block)
-    ]
-    return (outs[0] if len(outs) == 1 else torch.cat(outs, 1)), None
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    capped = softcap is not None or s_aux is not None
+    outs = []
+    first = 0
+    for number, group in enumerate(cache.groups):
+        rows = slice(first, first + group.num_rows)
+        first = rows.stop
+        prefix = group.layers[module.layer_idx] if group.length else None  # type: ignore[call-overload]
+        parts = query[rows], key[rows], value[rows]
+        short = sliding_window is None or query.shape[2] <= sliding_window
+        if query.shape[2] > 1 and prefix is None and cache.is_causal and short and not capped:
+            # (Right padding can't be seen by what stands before it.)
+            outs.append(_causal(*parts, scale))
+            continue
+        bias = cache.bias(number, rows, sliding_window, query.shape[2], key.shape[2], query.device)
+        if not capped and _fused_is_faster(query):
+            outs.append(_fused(*parts, prefix, bias, scale))
+        else:
+            outs.append(_in_blocks(*parts, prefix, bias, scale, softcap, s_aux))
+    return (outs[0] if len(outs) == 1 else torch.cat(outs)), None
+
+
+def _fused_is_faster(query: torch.Tensor) -> bool:
+    """Whether torch's fused kernel beats the products below, by measurement (docs/design.md): not
+    for a single token a row, nor for 16-bit numbers on a CPU."""
+    return query.shape[2] > 1 and (query.device.type != "cpu" or query.dtype == torch.float32)
+
+
+def _causal(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+) -> torch.Tensor:
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key = key.repeat_interleave(groups, 1)
+        value = value.repeat_interleave(groups, 1)
+    out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
+    return out.transpose(1, 2).contiguous()
+
+
+def _fused(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    prefix: LayerKV | None,
+    bias: torch.Tensor | None,
+    scale: float,
+) -> torch.Tensor:
+    """With a copy of the prefix for every row, which is small beside scores of many tokens."""
+    if prefix is not None:
+        rows = key.shape[0]
+        key = torch.cat([prefix[0].expand(rows, -1, -1, -1), key], 2)
+        value = torch.cat([prefix[1].expand(rows, -1, -1, -1), value], 2)
+    mask = None if bias is None else bias.to(query.dtype)
+    out = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+    )
+    return out.transpose(1, 2).contiguous()
+
+
+def _in_blocks(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    prefix: LayerKV | None,
+    bias: torch.Tensor | None,
+    scale: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    batch, heads, num_tokens, _ = query.shape
+    size = key.shape[2] + (0 if prefix is None else prefix[0].shape[1])
+    rows = max(1, _MAX_SCORES // (heads * num_tokens * size))
+    tokens = max(1, _MAX_SCORES // (heads * size)) if rows == 1 else num_tokens
+    outs = []
+    for b in range(0, batch, rows):
+        part = slice(b, b + rows)
+        blocks = []
+        for t in range(0, num_tokens, tokens):
+            some = None
+            if bias is not None:
+                some = (bias if len(bias) == 1 else bias[part])[:, :, t : t + tokens]
+            blocks.append(
+                _attend_block(
+                    query[part, :, t : t + tokens],
+                    key[part],
+                    value[part],
+                    prefix,
+                    some,
+                    scale,
+                    softcap,
+                    sinks,
+                )
+            )
+        outs.append(blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1))
+    return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
 def _attend_block(
@@ -222,14 +368,18 @@ def _attend_block(
     value: torch.Tensor,
     prefix: LayerKV | None,
     bias: torch.Tensor | None,
-    scaling: float,
+    scale: float,
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     batch, heads, num_tokens, width = query.shape
     kv_heads, rows = key.shape[1], heads // key.shape[1] * num_tokens
     query = query.reshape(batch, kv_heads, rows, width)
-    scores = query @ key.transpose(-1, -2)  # (B, H_kv, G T, S)
+    if num_tokens == 1:
+        # The long side first: 2-3 times as fast in bfloat16 on a CPU.
+        scores = (key @ query.transpose(-1, -2)).transpose(-1, -2)
+    else:
+        scores = query @ key.transpose(-1, -2)  # (B, H_kv, G T, S)
     shared = 0
     if prefix is not None:
         shared = prefix[0].shape[1]
@@ -238,7 +388,7 @@ def _attend_block(
         common = common.view(kv_heads, batch, rows, shared).transpose(0, 1)
         scores = torch.cat([common, scores], -1)
     size = scores.shape[-1]
-    scores = scores.view(batch, heads, num_tokens, size).float() * scaling
+    scores = scores.reshape(batch, heads, num_tokens, size).float() * scale
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     if bias is not None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lmppl.lm.closing import ClosingState
-from lmppl.lm.inverse_cdf import invert
+from lmppl.lm.memory import batch_rows
 from lmppl.lm.requests import Draw, Drawn
 from lmppl.lm.rows import Rows
 from lmppl.lm.runner import runner_of, without_grad
@@ -64,7 +64,16 @@ class Decoding:
         for slot, (lm, _) in enumerate(self._draws):
             by_model.setdefault(id(lm), []).append(slot)
         for slots in by_model.values():
-            self._batches.append(_Batch(self._draws[slots[0]][0], slots, self._draws))
+            lm = self._draws[slots[0]][0]
+            longest = max(len(draw.prefix) + _longest(draw) for _, draw in self._draws)
+            size = batch_rows(runner_of(lm.sampler), lm.memory, longest)
+            # Slots whose prefixes are alike stand together, so that a part shares them as well.
+            slots = sorted(slots, key=lambda slot: self._draws[slot][1].prefix)
+            parts = -(-len(slots) // size)
+            step = -(-len(slots) // parts)
+            for at in range(0, len(slots), step):
+                part = sorted(slots[at : at + step])
+                self._batches.append(_Batch(lm, part, self._draws))
 
     def __len__(self) -> int:
         return len(self._draws)
@@ -91,8 +100,8 @@ class Decoding:
             batch.advance([self.token_ids[slot] for slot in slots])
             uniforms = [self._uniform(slot) for slot in slots]
             temperatures = [self._draws[slot][1].temperature for slot in slots]
-            tokens, log_probs = invert(
-                batch.rows.logits, torch.tensor(uniforms, dtype=torch.float64), temperatures
+            tokens, log_probs = batch.rows.draw(
+                torch.tensor(uniforms, dtype=torch.float64), temperatures
             )
             # The one wait for the device in a step: both at once. (float32 holds every id.)
             drawn, scored = torch.stack([tokens.to(log_probs.dtype), log_probs]).tolist()
@@ -161,7 +170,8 @@ class Decoding:
         lm, draw = self._draws[slot]
         text = lm.vocabulary.decode(self.token_ids[slot])
         return ValueError(
-            f"site {draw.name!r}: the model's logits after {text!r} define no distribution: they "
+            f"site {draw.name!r}, token {len(self.token_ids[slot]) + 1}: the model's logits after "
+            f"{text!r} define no distribution: they "
             "contain NaN or +inf, or give every token probability zero. Check the model's "
             "weights, its dtype (float16 overflows), and any adapter that was trained"
         )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lmppl.lm.closing import Closing
+from lmppl.lm.memory import Memory
 from lmppl.lm.observed import encode_observed
 from lmppl.lm.requests import Draw, Drawn, Score, Scored
 from lmppl.lm.usage import Usage
@@ -36,6 +37,7 @@ class LM:
         model, tokenizer: the Hugging Face objects.
         vocabulary: the tokens: text to ids, ids to text, which of them end a text.
         usage: counters of tokens sampled and scored, shared with its adapters.
+        memory: what a batch may take (``lmppl.Memory``); adapters begin with their base's.
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, name: str | None = None) -> None:
@@ -52,6 +54,7 @@ class LM:
         size = int(head.weight.shape[0])
         self.vocabulary = Vocabulary(tokenizer, _eos_ids(model, tokenizer, size), size)
         self.usage = Usage()
+        self.memory = Memory()
         self._engine: Any = None  # built at first use by the rooms that run the model
         self._sampler: tuple[Any, LM] | None = None  # see ``sampler``
 

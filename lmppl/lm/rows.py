@@ -1,7 +1,7 @@
-"""Rows: a batch of sequences, their keys and values, and the next token's logits of each.
+"""Rows: a batch of sequences, their keys and values, and what the next token of each is drawn from.
 
 A batch is started once and then grows by a token a row; rows can be copied, dropped and reordered
-in between. What all of them have in common is held once and never copied.
+in between. What all of them, or groups of them, have in common is held once and never copied.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ from collections.abc import Sequence
 
 import torch
 
-from lmppl.lm.attention import BufferedCache, LayerKV, PrefixCache
-from lmppl.lm.runner import Prompt, Runner, Tokens, padded, without_grad
+from lmppl.lm.attention import BufferedCache, Group, LayerKV, PrefixCache
+from lmppl.lm.head import chunk_rows
+from lmppl.lm.inverse_cdf import invert
+from lmppl.lm.packing import group_by_prefix
+from lmppl.lm.runner import Runner, Tokens, padded, without_grad
 
 _FIRST_CAPACITY = 64  # slots that are allocated before they are needed
 
 
 class Rows(ABC):
-    """A batch of sequences.
+    """A batch of sequences."""
 
-    Attributes:
-        logits: (B, V) of the model's dtype: the next token's logits of every row.
-    """
-
-    logits: torch.Tensor
+    _runner: Runner
+    _states: torch.Tensor  # (B, hidden): what the next token's logits are made of
 
     @staticmethod
     def start(runner: Runner, prefixes: Sequence[Tokens], max_new: int) -> Rows:
@@ -46,12 +46,42 @@ class Rows(ABC):
         kind = CachedRows if runner.fast else PlainRows
         return kind(runner, prefixes, max_new)
 
+    @property
+    @without_grad
+    def logits(self) -> torch.Tensor:
+        """(B, V) of the model's dtype: the next token's logits of every row."""
+        return self._runner.logits(self._states)
+
+    @without_grad
+    def draw(
+        self, uniforms: torch.Tensor, temperatures: Sequence[float]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The next token of each row (B,), and its log-probability (B,) float32, in nats.
+
+        Logits are made for some rows at a time, so that memory does not grow with B. See
+        ``inverse_cdf.invert`` for what is returned where they define no distribution.
+
+        Args:
+            uniforms: (B,) float64 in [0, 1).
+            temperatures: B of them.
+        """
+        step = chunk_rows(self._runner.size, self._states.device)
+        parts = []
+        for at in range(0, len(self._states), step):
+            part = slice(at, at + step)
+            logits = self._runner.logits(self._states[part])
+            parts.append(invert(logits, uniforms[part], temperatures[part]))
+        if len(parts) == 1:
+            return parts[0]
+        tokens, log_probs = zip(*parts, strict=True)
+        return torch.cat(tokens), torch.cat(log_probs)
+
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
     def extend(self, tokens: torch.Tensor | Sequence[int]) -> None:
-        """Append one token to each row: (B,). Updates ``logits``."""
+        """Append one token to each row: (B,)."""
 
     @abstractmethod
     def select(self, index: torch.Tensor | Sequence[int]) -> None:
@@ -59,30 +89,60 @@ class Rows(ABC):
 
 
 class CachedRows(Rows):
-    """Rows whose keys and values are kept."""
+    """Rows whose keys and values are kept.
+
+    Rows of one group of prefixes lie side by side in the buffers, so a row's *place* there may
+    differ from its number.
+    """
 
     @without_grad
     def __init__(self, runner: Runner, prefixes: Sequence[Tokens], max_new: int) -> None:
         self._runner = runner
-        self._prompt: Prompt = runner.shared_prompt(prefixes)
-        known = len(self._prompt.tokens)
-        distinct: dict[Tokens, int] = {}
-        index = [distinct.setdefault(prefix[known:], len(distinct)) for prefix in prefixes]
-        rest = list(distinct)
-        tokens = padded(rest, runner.device)
+        device = runner.device
+        members = group_by_prefix(range(len(prefixes)), lambda row: prefixes[row][:-1])
+        self._prompts = [runner.shared_prompt([prefixes[row] for row in rows]) for rows in members]
+        rest: list[Tokens] = []
+        at: list[int] = []  # of each place, which of the remainders
+        counts: list[int] = []  # of each group, how many distinct remainders
+        for prompt, rows in zip(self._prompts, members, strict=True):
+            distinct: dict[Tokens, int] = {}
+            for row in rows:
+                remainder = prefixes[row][len(prompt.tokens) :]
+                at.append(distinct.setdefault(remainder, len(rest) + len(distinct)))
+            rest += distinct
+            counts.append(len(distinct))
+        tokens = padded(rest, device)
         width = tokens.shape[1]
         last = [n * width + len(r) - 1 for n, r in enumerate(rest)]
-        cache = PrefixCache(self._prompt.layers, known)
-        logits = runner.run_cached(tokens, cache, torch.tensor(last, device=tokens.device))
-        at = torch.tensor(index, device=tokens.device)
-        self.logits = logits.index_select(0, at)
-        self._lengths = [len(rest[i]) for i in index]  # filled slots
+        groups = [p.group(n) for p, n in zip(self._prompts, counts, strict=True)]
+        cache = PrefixCache(groups)
+        states = runner.run_cached(tokens, cache, torch.tensor(last, device=device))
+        self._group_of = [n for n, rows in enumerate(members) for _ in rows]  # of each place
+        self._set_places([row for rows in members for row in rows])
+        self._lengths = [len(rest[i]) for i in at]  # filled slots, of each place
         self._most = width + max_new
         self._capacity = min(self._most, width + _FIRST_CAPACITY)
+        index = torch.tensor(at, device=device)
         self._buffers: list[LayerKV] = [
-            (self._buffer(k, at, width), self._buffer(v, at, width)) for k, v in cache.suffix
+            (self._buffer(k, index, width), self._buffer(v, index, width)) for k, v in cache.suffix
         ]
-        self._cache = BufferedCache(self._prompt.layers, known, self._buffers)
+        self._keep(states.index_select(0, index))
+        self._cache = BufferedCache(self._groups(), self._buffers)
+
+    def _set_places(self, rows: list[int]) -> None:
+        """``rows``: the row at each place."""
+        self._rows = rows
+        self._places: torch.Tensor | None = None  # of each row; None: its own number
+        if any(row != place for place, row in enumerate(rows)):
+            self._places = torch.argsort(torch.tensor(rows, device=self._runner.device))
+
+    def _keep(self, states: torch.Tensor) -> None:
+        """``states``: in the order of the places."""
+        self._states = states if self._places is None else states.index_select(0, self._places)
+
+    def _groups(self) -> list[Group]:
+        groups = [p.group(self._group_of.count(n)) for n, p in enumerate(self._prompts)]
+        return [group for group in groups if group.num_rows]
 
     def _buffer(self, old: torch.Tensor, index: torch.Tensor, filled: int) -> torch.Tensor:
         """Rows ``index`` of the filled slots, with room for more: (B, H_kv, capacity, D)."""
@@ -100,44 +160,56 @@ class CachedRows(Rows):
         filled = max(self._lengths)
         if filled == self._capacity:
             self._gather(list(range(len(self))), min(max(self._most, filled + 1), 2 * filled))
-        self._cache.begin(self._lengths, device)
         tokens = torch.as_tensor(tokens, dtype=torch.long, device=device)
-        self.logits = self._runner.run_cached(tokens.unsqueeze(1), self._cache)
+        if self._places is not None:
+            tokens = tokens[torch.tensor(self._rows, device=device)]
+        self._cache.begin(self._lengths, device)
+        self._keep(self._runner.run_cached(tokens.unsqueeze(1), self._cache))
         self._lengths = [n + 1 for n in self._lengths]
 
     @without_grad
     def select(self, index: torch.Tensor | Sequence[int]) -> None:
-        rows = [int(i) for i in index]
-        moved = [(new, old) for new, old in enumerate(rows) if new != old]
+        index = [int(i) for i in index]
+        place_of = {row: place for place, row in enumerate(self._rows)}
+        sources = [place_of[i] for i in index]  # of each new row, the old place
+        order = sorted(range(len(index)), key=lambda row: self._group_of[sources[row]])
+        places = [sources[row] for row in order]  # of each new place, the old one
+        states = self._states.index_select(0, torch.tensor(index, device=self._states.device))
+        self._move(places)
+        self._group_of = [self._group_of[place] for place in places]
+        self._lengths = [self._lengths[place] for place in places]
+        self._set_places(order)
+        self._states = states
+        self._cache.groups = self._groups()
+
+    def _move(self, places: list[int]) -> None:
+        """The keys and values at place i become those of place ``places[i]``."""
+        moved = [(new, old) for new, old in enumerate(places) if new != old]
         # In place if no row is read after it was overwritten: then only what moves is copied.
         written = {new for new, _ in moved}
-        if len(rows) > len(self) or any(old in written for _, old in moved):
-            self._gather(rows, self._capacity)
+        if len(places) > len(self) or any(old in written for _, old in moved):
+            self._gather(places, self._capacity)
             return
         filled = max(self._lengths)
-        device = self.logits.device
         if moved:
+            device = self._runner.device
             new = torch.tensor([n for n, _ in moved], device=device)
             old = torch.tensor([o for _, o in moved], device=device)
-            self.logits = self.logits.index_copy(0, new, self.logits.index_select(0, old))
             for layer in self._buffers:
                 for buffer in layer:
                     part = buffer[:, :, :filled]
                     part.index_copy_(0, new, part.index_select(0, old))
-        if len(rows) < len(self):
-            self.logits = self.logits[: len(rows)]
-            self._buffers[:] = [(k[: len(rows)], v[: len(rows)]) for k, v in self._buffers]
-        self._lengths = [self._lengths[i] for i in rows]
+        if len(places) < len(self):
+            n = len(places)
+            self._buffers[:] = [(k[:n], v[:n]) for k, v in self._buffers]
 
-    def _gather(self, rows: list[int], capacity: int) -> None:
+    def _gather(self, places: list[int], capacity: int) -> None:
         self._capacity = capacity
         filled = max(self._lengths)
-        at = torch.tensor(rows, device=self.logits.device)
+        at = torch.tensor(places, device=self._runner.device)
         self._buffers[:] = [
             (self._buffer(k, at, filled), self._buffer(v, at, filled)) for k, v in self._buffers
         ]
-        self.logits = self.logits.index_select(0, at)
-        self._lengths = [self._lengths[i] for i in rows]
 
 
 class PlainRows(Rows):
@@ -156,8 +228,8 @@ class PlainRows(Rows):
         tokens = padded(list(distinct), self._runner.device)
         width = tokens.shape[1]
         last = [n * width + len(s) - 1 for n, s in enumerate(distinct)]
-        logits = self._runner.run_plain(tokens, torch.tensor(last, device=tokens.device))
-        self.logits = logits.index_select(0, torch.tensor(index, device=tokens.device))
+        states = self._runner.run_plain(tokens, torch.tensor(last, device=tokens.device))
+        self._states = states.index_select(0, torch.tensor(index, device=tokens.device))
 
     def __len__(self) -> int:
         return len(self._sequences)
@@ -170,4 +242,4 @@ class PlainRows(Rows):
     def select(self, index: torch.Tensor | Sequence[int]) -> None:
         rows = [int(i) for i in index]
         self._sequences = [self._sequences[i] for i in rows]
-        self.logits = self.logits.index_select(0, torch.tensor(rows, device=self.logits.device))
+        self._states = self._states.index_select(0, torch.tensor(rows, device=self._states.device))

@@ -17,14 +17,22 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
 from peft import PeftModel
+from transformers.pytorch_utils import Conv1D
 
 from lmppl.lm.adapter import clone
-from lmppl.lm.attention import ATTENTION, LayerKV, PrefixCache
+from lmppl.lm.attention import ATTENTION, Group, LayerKV, PrefixCache, Tree
+from lmppl.lm.checkpointing import Checkpointing
+from lmppl.lm.head import Head, OutputLayer
+from lmppl.lm.linear import InputLog, can_pack, pack
 
 if TYPE_CHECKING:
     from lmppl.lm.model import LM
 
 Tokens = tuple[int, ...]
+
+# What a score costs beside its two products: as many FLOPs of a matrix product would take as long.
+_SOFTMAX_FLOPS = 600.0
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -50,39 +58,16 @@ def without_grad(function: Callable[P, R]) -> Callable[P, R]:
     return wrapped
 
 
-class Head(torch.nn.Module):
-    """An output layer that projects only the positions asked for.
-
-    They go through it as a contiguous matrix: with three dimensions, and weights that need no
-    gradient, ``linear`` may copy the weights once a row.
-    """
-
-    def __init__(self, layer: torch.nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-        self.positions: torch.Tensor | None = None  # of the flattened (B * T), None for all
-        self.hidden: torch.Tensor | None = None  # what went into the layer last
-
-    @property
-    def weight(self) -> Any:
-        return self.layer.weight
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(B, T, hidden) to (N, V)."""
-        hidden = hidden.reshape(-1, hidden.shape[-1])
-        if self.positions is not None:
-            hidden = hidden.index_select(0, self.positions)
-        hidden = hidden.contiguous()
-        self.hidden = hidden.detach()
-        return self.layer(hidden)
-
-
 @dataclass(frozen=True, eq=False)
 class Prompt:
     """Keys and values of a prefix: per layer (H_kv, P, D)."""
 
     tokens: Tokens
     layers: Sequence[LayerKV]
+
+    def group(self, num_rows: int) -> Group:
+        """For so many rows of a pass."""
+        return Group(self.layers, len(self.tokens), num_rows)
 
     @property
     def num_bytes(self) -> int:
@@ -102,6 +87,25 @@ class Prompt:
 NO_PROMPT = Prompt((), ())
 
 
+@dataclass(frozen=True)
+class Costs:
+    """What a pass costs, in any unit.
+
+    Attributes:
+        token: of a token, without attention.
+        score: of one token's attention to one other.
+        prefix: length of the prefix that every token sees.
+    """
+
+    token: float
+    score: float
+    prefix: int
+
+    def of(self, num_rows: int, length: int) -> float:
+        """The cost of a batch of rows."""
+        return num_rows * length * (self.token + self.score * (self.prefix + length))
+
+
 class Runner:
     """Runs one model.
 
@@ -113,7 +117,10 @@ class Runner:
         fast: whether prefixes can be shared (found by a probe on first use).
         slow_reason: why not.
         size: width of the logits.
+        hidden: (N, hidden): what would have entered the output layer in the last pass.
     """
+
+    hidden: torch.Tensor
 
     def __init__(self, model: Any, *, max_prompt_bytes: int = 256 << 20) -> None:
         if isinstance(model, PeftModel):
@@ -129,6 +136,8 @@ class Runner:
             raise TypeError(f"{type(model).__name__} has no output layer: it is no causal LM")
         self._head = Head(output)
         self._model.set_output_embeddings(self._head)
+        self._output = OutputLayer(self._model, self._head)  # ready once ``fast`` is known
+        self._checkpointing = Checkpointing()
         self._fast_model: Any = None
         self._parameters = tuple(self._model.parameters())
         self._prompts: OrderedDict[Tokens, Prompt] = OrderedDict()
@@ -154,8 +163,44 @@ class Runner:
     def num_heads(self) -> int:
         return int(_text_config(self._model).num_attention_heads)
 
+    # What a pass costs.
+
+    @functools.cached_property
+    def _products(self) -> list[tuple[int, int]]:
+        """(out, in) of every matrix below the output layer."""
+        inside = {id(layer) for layer in self._head.modules()}
+        return [
+            (int(m.weight.shape[0]), int(m.weight.shape[1]))
+            for m in self._model.modules()
+            if isinstance(m, (torch.nn.Linear, Conv1D)) and id(m) not in inside
+        ]
+
+    @property
+    def activation_bytes(self) -> int:
+        """Of the widest activation of a token (two layers of that width may be one product)."""
+        widest = max((max(shape) for shape in self._products), default=self.size)
+        return 2 * widest * self._head.weight.element_size()
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of a token's keys and values."""
+        config = _text_config(self._model)
+        heads = getattr(config, "num_key_value_heads", None) or self.num_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // self.num_heads
+        return 2 * self.num_layers * int(heads) * int(width) * self._head.weight.element_size()
+
+    def costs(self, prefix: int) -> Costs:
+        """In FLOPs, of tokens that see a prefix of so many."""
+        token = 2.0 * sum(rows * columns for rows, columns in self._products)
+        config = _text_config(self._model)
+        width = getattr(config, "head_dim", None) or config.hidden_size // self.num_heads
+        score = 4.0 * int(width) + _SOFTMAX_FLOPS
+        return Costs(token, self.num_layers * self.num_heads * score, prefix)
+
     @functools.cached_property
     def fast(self) -> bool:
+        check = without_grad(self._output.check)
+        check(torch.tensor([[1, 0, 2]], device=self.device) % self.size)
         self.slow_reason = self._probe()
         if self.slow_reason is not None:
             warnings.warn(
@@ -165,25 +210,26 @@ class Runner:
             )
         return self.slow_reason is None
 
-    # Forward passes
+    # Forward passes. They end at what enters the output layer: most of its rows are never asked for.
 
     def run_plain(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Logits (N, V) at ``positions`` of the flattened right-padded ``tokens`` (B, T).
+        """States (N, hidden) at ``positions`` of the flattened right-padded ``tokens`` (B, T).
 
         The model as it is: its own attention, no cache. Differentiable.
         """
         self.computed_tokens += tokens.numel()
-        with self._asking_for(positions):
-            return self._model(input_ids=tokens, use_cache=False, return_dict=True).logits
+        with self._head.asking_for(positions):
+            out = self._model(input_ids=tokens, use_cache=False, return_dict=True)
+        return self._states(out)
 
     def run_cached(
         self, tokens: torch.Tensor, cache: PrefixCache, positions: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Logits (N, V) at ``positions`` of the flattened ``tokens`` (B, T) that continue
+        """States (N, hidden) at ``positions`` of the flattened ``tokens`` (B, T) that continue
         ``cache``; at all of them if None. The cache then holds the tokens' keys and values."""
         self.computed_tokens += tokens.numel()
-        with self._asking_for(positions):
-            return self._fast_model(
+        with self._head.asking_for(positions):
+            out = self._fast_model(
                 input_ids=tokens,
                 position_ids=cache.positions(tokens.shape[1], tokens.device).expand(
                     tokens.shape[0], -1
@@ -192,21 +238,31 @@ class Runner:
                 use_cache=True,
                 return_dict=True,
                 lmppl_cache=cache,
-            ).logits
+            )
+        return self._states(out)
+
+    def _states(self, out: Any) -> torch.Tensor:
+        self.hidden = self._head.take()
+        return out.logits if self._head.opaque else self.hidden
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """The next token's logits after states that a pass has returned: (N, hidden) to (N, V)."""
+        return self._output(states)
 
     @property
-    def hidden(self) -> torch.Tensor:
-        """(N, hidden): what the last forward pass fed to the output layer."""
-        assert self._head.hidden is not None
-        return self._head.hidden
+    def output(self) -> OutputLayer:
+        """From states to logits."""
+        return self._output
 
     @contextmanager
-    def _asking_for(self, positions: torch.Tensor | None) -> Iterator[None]:
-        self._head.positions = positions
+    def checkpointing(self, on: bool) -> Iterator[None]:
+        """Passes with gradients inside keep only what enters each layer, and compute the rest anew
+        in the backward pass."""
+        before, self._checkpointing.on = self._checkpointing.on, on
         try:
             yield
         finally:
-            self._head.positions = None
+            self._checkpointing.on = before
 
     # Prompts
 
@@ -249,9 +305,10 @@ class Runner:
     def extend_prompt(self, base: Prompt, tokens: Tokens) -> Prompt:
         """The keys and values of ``tokens``, which begin with those of ``base``. Differentiable."""
         known = len(base.tokens)
-        cache = PrefixCache(base.layers, known)
+        cache = PrefixCache([base.group(1)])
         new = torch.tensor([tokens[known:]], device=self.device)
-        self.run_cached(new, cache, torch.zeros(1, dtype=torch.long, device=self.device))
+        with self.checkpointing(False):  # its keys and values are wanted, not its output
+            self.run_cached(new, cache, torch.zeros(1, dtype=torch.long, device=self.device))
         layers: list[LayerKV] = [(k[0], v[0]) for k, v in cache.suffix]
         if known:
             layers = [
@@ -296,24 +353,38 @@ class Runner:
         if unknown:
             return f"it has layers of type {', '.join(sorted(unknown))}"
         try:
-            self._fast_model = clone(self._model)
-            self._fast_model.config._attn_implementation = ATTENTION
-            # One output layer serves both, so that asking it for positions reaches both.
-            self._fast_model.set_output_embeddings(self._head)
-            return self._compare(config)
+            self._fast_model = self._make_fast_model()
+            reason = self._compare(config)
+            if reason is None and self._remembers and can_pack(self._fast_model):
+                with InputLog(self._fast_model) as log:
+                    self.extend_prompt(NO_PROMPT, (0,))
+                pack(self._fast_model, log.groups())
+                if self._compare(config) is not None:
+                    self._fast_model = self._make_fast_model()
+            return reason
         except Exception as error:  # whatever the model's code raises: it isn't supported
             return f"its attention can't be reached ({type(error).__name__}: {error})"
+
+    def _make_fast_model(self) -> Any:
+        model = clone(self._model)
+        model.config._attn_implementation = ATTENTION
+        # One output layer serves both, so that asking it for positions reaches both.
+        model.set_output_embeddings(self._head)
+        self._checkpointing.wrap(model)
+        return model
 
     def _compare(self, config: Any) -> str | None:
         device = self.device
         prompt = self.extend_prompt(NO_PROMPT, tuple(i % self.size for i in (1, 2, 0)))
         ids = torch.tensor([[3, 1, 4, 1, 5], [2, 7, 1, 8, 2]], device=device) % self.size
-        cache = PrefixCache(prompt.layers, 3)
-        got = self.run_cached(ids, cache).float()
-        start = torch.tensor([prompt.tokens, prompt.tokens], device=device)
-        full = torch.cat([start, ids], 1)
-        at = torch.tensor([3, 4, 5, 6, 7, 11, 12, 13, 14, 15], device=device)
-        want = self.run_plain(full, at).float()
+        # The second row is a tree: 7 and 1 follow 2; 8 and then 2 follow that 1.
+        ends = torch.tensor([[5, 5, 5, 5, 5], [5, 2, 5, 5, 5]], device=device)
+        depths = torch.tensor([[0, 1, 2, 3, 4], [0, 1, 1, 2, 3]], device=device)
+        cache = PrefixCache([prompt.group(2)], tree=Tree(depths, ends))
+        got = self.logits(self.run_cached(ids, cache)).float()
+        other = [ids[1, [0, 1]], ids[1, [0, 2, 3, 4]]]
+        want = torch.cat([self._plain_logits(prompt.tokens, row) for row in (ids[0], *other)])
+        got = got[[0, 1, 2, 3, 4, 5, 6, 5, 7, 8, 9]]
         num_layers = self.num_layers
         if cache.calls != num_layers:
             return f"{cache.calls} of its {num_layers} layers have an attention that can be shared"
@@ -331,6 +402,14 @@ class Runner:
         if valid and not bool((got - want).abs().mean() <= tolerance):
             return "its logits are not those of the plain model"
         return None
+
+    def _plain_logits(self, prefix: Tokens, tokens: torch.Tensor) -> torch.Tensor:
+        """The model's own logits (T, V) of ``tokens`` after ``prefix``, float32."""
+        ids = torch.tensor([prefix], device=self.device)
+        full = torch.cat([ids, tokens.unsqueeze(0)], 1)
+        with self._head.as_it_is():
+            logits = self._model(input_ids=full, use_cache=False, return_dict=True).logits
+        return logits[0, len(prefix) :].float()
 
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}

@@ -1,20 +1,23 @@
 """Scoring: log-probabilities of given continuations, batched.
 
-Requests that share a prefix read it once; equal ones are scored once; only the positions that are
-asked for go through the output layer, and a bounded number of them at a time.
+Requests that share a prefix read it once, whether all of them do or only some; equal ones are
+scored once; only the positions that are asked for go through the output layer. Passes are as large
+as the machine likes, and no larger.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import groupby
-from typing import TYPE_CHECKING, TypeVar
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from lmppl.lm.attention import PrefixCache
-from lmppl.lm.inverse_cdf import tempered
+from lmppl.lm.memory import Memory, pass_tokens
+from lmppl.lm.packing import WORTH_A_PROMPT, Row, batch, group_by_prefix, pack_rows
 from lmppl.lm.requests import Score, Scored
 from lmppl.lm.runner import (
     NO_PROMPT,
@@ -30,36 +33,39 @@ from lmppl.lm.runner import (
 if TYPE_CHECKING:
     from lmppl.lm.model import LM
 
-T = TypeVar("T")
-_Keyed = tuple[Tokens, int]
-
-# A group of requests gets a forward pass of its own if what it shares saves this many tokens.
-_WORTH_A_PASS = 64
-_MAX_SCORE_BYTES = 1 << 30  # attention scores of a pass with gradients
-_MAX_DEPTH = 32  # of the tree of shared prefixes
-_LOG_SOFTMAX_ROWS = 256
+# Rows of different prompts go through one pass if padding adds no more than this share.
+_MAX_PADDING = 0.25
 
 
 @dataclass(eq=False)
-class _Row:
-    """One sequence to be read, and the requests that are about it."""
+class _Sequence:
+    """Tokens to be read, and the requests that are about them."""
 
     tokens: Tokens  # prefix + continuation without its last token
-    targets: Tokens  # the continuation
-    requests: list[Score]
+    start: int  # the position whose logits score the first target
+    requests: list[Score] = field(default_factory=list)
 
-    @property
-    def start(self) -> int:
-        """The position whose logits score the first target."""
-        return len(self.tokens) - len(self.targets)
+
+@dataclass(eq=False)
+class _Pass:
+    """One forward pass."""
+
+    sequences: list[_Sequence]
+    tokens: torch.Tensor  # (B, T)
+    cache: list[PrefixCache]  # at most one; none: the model runs plainly
+    positions: (
+        torch.Tensor
+    )  # (N,) of the flattened tokens: those of each sequence from its start on
+
+    def states(self, runner: Runner) -> torch.Tensor:
+        """(N, hidden)"""
+        if not self.cache:
+            return runner.run_plain(self.tokens, self.positions)
+        return runner.run_cached(self.tokens, self.cache[0], self.positions)
 
 
 def score(
-    lm: LM,
-    requests: Sequence[Score],
-    *,
-    grad: bool = False,
-    max_bytes: int = 512 << 20,
+    lm: LM, requests: Sequence[Score], *, grad: bool = False, memory: Memory | None = None
 ) -> list[Scored]:
     """The log-probability of every token of every continuation.
 
@@ -67,8 +73,7 @@ def score(
         lm: the language model.
         requests: what to score. Equal ones cost nothing.
         grad: differentiable with respect to the model's trainable parameters.
-        max_bytes: bound on the logits (float32) that are held at a time; a single request may
-            exceed it. With ``grad`` they are kept for the backward pass anyway.
+        memory: what a pass may take; by default ``lm.memory``.
 
     Returns:
         One ``Scored`` a request, (n,) float32, in nats; on the CPU, or with ``grad`` on the
@@ -78,17 +83,22 @@ def score(
         ValueError: an empty prefix, or logits that define no distribution (naming the site).
     """
     runner = runner_of(lm)
-    rows: dict[tuple[Tokens, Tokens], _Row] = {}
+    memory = lm.memory if memory is None else memory
+    sequences: dict[tuple[Tokens, int], _Sequence] = {}
+    scored = 0
     for request in dict.fromkeys(requests):
         if not request.prefix:
             raise ValueError(
                 f"site {request.name!r}: the prefix has no tokens, and this model has no BOS token "
                 "to start from; give a prefix"
             )
-        prefix, targets = request.prefix, request.continuation
-        if targets:
-            tokens = (*prefix, *targets[:-1])
-            rows.setdefault((prefix, targets), _Row(tokens, targets, [])).requests.append(request)
+        if request.continuation:
+            tokens = (*request.prefix, *request.continuation)
+            key = (tokens, len(request.prefix))
+            if key not in sequences:
+                sequences[key] = _Sequence(tokens[:-1], len(request.prefix) - 1)
+                scored += len(request.continuation)
+            sequences[key].requests.append(request)
     device = runner.device if grad else torch.device("cpu")
     empty = torch.zeros(0, device=device)
     found = {
@@ -96,9 +106,9 @@ def score(
         for r in requests
         if not r.continuation
     }
-    run = _score_rows if grad else without_grad(_score_rows)
-    run(runner, list(rows.values()), grad, max_bytes, found)
-    lm.usage.count(scored=sum(len(row.targets) for row in rows.values()))
+    run = _score if grad else without_grad(_score)
+    run(runner, list(sequences.values()), grad, memory, found)
+    lm.usage.count(scored=scored)
     return [found[request] for request in requests]
 
 
@@ -117,152 +127,158 @@ def hidden(lm: LM, prefixes: Sequence[Tokens]) -> torch.Tensor:
             "no prefix, or one without tokens (this model has no BOS token to start from)"
         )
     runner = runner_of(lm)
-    distinct = list(dict.fromkeys(prefixes))
+    distinct = [_Sequence(prefix, len(prefix) - 1) for prefix in dict.fromkeys(prefixes)]
     states: dict[Tokens, torch.Tensor] = {}
-    for group in _groups(distinct, lambda p: p[:-1]) if runner.fast else [distinct]:
-        _read(runner, group, [(len(p) - 1, len(p)) for p in group], grad=False)
-        states.update(zip(group, runner.hidden.float(), strict=True))
-    return torch.stack([states[p] for p in prefixes])
+    for each in _passes(runner, distinct, grad=False, most=pass_tokens(runner, lm.memory)):
+        each.states(runner)
+        names = (sequence.tokens for sequence in each.sequences)
+        states.update(zip(names, runner.hidden.float(), strict=True))
+    return torch.stack([states[prefix] for prefix in prefixes])
 
 
-def _score_rows(
+def _score(
     runner: Runner,
-    rows: list[_Row],
+    sequences: list[_Sequence],
     grad: bool,
-    max_bytes: int,
+    memory: Memory,
     found: dict[Score, Scored],
 ) -> None:
-    most = max(1, max_bytes // (4 * runner.size))
-    groups = _groups(rows, lambda row: row.tokens[: row.start]) if runner.fast else [rows]
-    for group in groups:
-        for chunk in _chunks(group, most):
-            spans = [(row.start, len(row.tokens)) for row in chunk]
-            logits = _read(runner, [row.tokens for row in chunk], spans, grad=grad)
-            _gather(logits, chunk, grad, found)
+    # The memory of a pass with gradients is in what is kept for the backward pass, whatever its
+    # size: unless it is asked to be computed anew there.
+    most = memory.training_tokens if grad else pass_tokens(runner, memory)
+    for each in _passes(runner, sequences, grad=grad, most=most):
+        run = functools.partial(_log_probs, runner, each, memory.gradient_checkpointing)
+        if grad and memory.training_tokens is not None:
+            both = checkpoint(run, use_reentrant=False, preserve_rng_state=False)
+        else:
+            both = run()
+        _hand_out(both if grad else both.cpu(), each, grad, found)
 
 
-def _read(
-    runner: Runner, sequences: list[Tokens], spans: list[tuple[int, int]], *, grad: bool
-) -> torch.Tensor:
-    """Logits (N, V) at positions ``start <= t < end`` of each sequence, one after another."""
-    limit = min(start for start, _ in spans)
+def _log_probs(runner: Runner, each: _Pass, checkpointing: bool) -> torch.Tensor:
+    """What the requests of a pass ask for, one after another: of tokens and closing tokens, (2, M).
+    Without a closing token, its numbers are those of token 0."""
+    with runner.checkpointing(checkpointing):
+        states = each.states(runner)
+    first = 0
+    rows: list[int] = []
+    picks: list[tuple[int, int]] = []
+    temperatures: list[float] = []
+    for sequence in each.sequences:
+        n = len(sequence.tokens) - sequence.start
+        for request in sequence.requests:
+            rows.extend(range(first, first + n))
+            closing = request.closing_token or 0
+            picks.extend((token, closing) for token in request.continuation)
+            temperatures.extend([request.temperature] * n)
+        first += n
+    if len(rows) != first:  # some are asked for more than once
+        states = states.index_select(0, torch.tensor(rows, device=states.device))
+    heat = None
+    if any(t != 1.0 for t in temperatures):
+        heat = torch.tensor(temperatures, device=states.device)
+    return runner.output.log_probs(states, torch.tensor(picks, device=states.device), heat).T
+
+
+def _hand_out(both: torch.Tensor, each: _Pass, grad: bool, found: dict[Score, Scored]) -> None:
+    at = 0
+    for sequence in each.sequences:
+        n = len(sequence.tokens) - sequence.start
+        for request in sequence.requests:
+            log_probs = both[0, at : at + n]
+            closing = both[1, at : at + n] if request.closing_token is not None else None
+            if not grad and bool(torch.isnan(log_probs).any()):
+                raise ValueError(
+                    f"site {request.name!r}: the model's logits define no distribution: they "
+                    "contain NaN or +inf, or give every token probability zero. Check the model's "
+                    "weights, its dtype (float16 overflows), and any adapter that was trained"
+                )
+            found[request] = Scored(log_probs, closing)
+            at += n
+
+
+def _passes(
+    runner: Runner, sequences: list[_Sequence], *, grad: bool, most: int | None
+) -> Iterator[_Pass]:
+    """The passes that read all sequences.
+
+    Args:
+        runner: of the model.
+        sequences: what is read.
+        grad: whether prompts are read with gradients.
+        most: tokens of a pass, padding included (one row may have more); None: no limit.
+    """
     if not runner.fast:
-        prompt = None
-    elif grad:
-        prompt = _prompt_with_grad(runner, sequences, limit)
-    else:
-        prompt = runner.shared_prompt(sequences, limit)
-    known = len(prompt.tokens) if prompt else 0
-    tokens = padded([s[known:] for s in sequences], runner.device)
-    width = tokens.shape[1]
-    at = [
-        row * width + t - known for row, (start, end) in enumerate(spans) for t in range(start, end)
-    ]
-    positions = torch.tensor(at, device=runner.device)
-    if prompt is None:
-        return runner.run_plain(tokens, positions)
-    return runner.run_cached(tokens, PrefixCache(prompt.layers, known), positions)
+        yield from _plain_passes(runner, sequences, most)
+        return
+    groups = group_by_prefix(sequences, lambda s: s.tokens[: s.start])
+    pending: list[tuple[Prompt, list[Row], list[_Sequence]]] = []
+    for members in groups:
+        prompt = _prompt(runner, members, grad)
+        known = len(prompt.tokens)
+        rows = pack_rows([s.tokens[known:] for s in members], runner.costs(known))
+        step = len(rows)
+        if most is not None:
+            step = max(1, most // max(len(row.tokens) for row in rows))
+        for at in range(0, len(rows), step):
+            part = (prompt, rows[at : at + step], members)
+            if pending and not _fits([*pending, part], most):
+                yield _packed_pass(runner, pending)
+                pending = []
+            pending.append(part)
+    if pending:
+        yield _packed_pass(runner, pending)
 
 
-def _prompt_with_grad(runner: Runner, sequences: list[Tokens], limit: int) -> Prompt | None:
-    """The common prefix with its graph, so that its gradient is computed once too; None where
-    the model had better run plainly, as its own attention keeps less for the backward pass."""
+def _prompt(runner: Runner, members: list[_Sequence], grad: bool) -> Prompt:
+    """What the sequences have in common, if it is worth reading by itself; with its graph, so that
+    its gradient is computed once too."""
+    sequences = [s.tokens for s in members]
+    limit = min(s.start for s in members)
+    if not grad:
+        return runner.shared_prompt(sequences, limit)
     common = common_length(min(sequences), max(sequences), limit)
-    longest = max(map(len, sequences))
-    scores = runner.num_layers * runner.num_heads * (longest - common) * longest * len(sequences)
-    if common * (len(sequences) - 1) < _WORTH_A_PASS or 8 * scores > _MAX_SCORE_BYTES:
-        return None
+    if common * (len(sequences) - 1) < WORTH_A_PROMPT:
+        return NO_PROMPT
     return runner.extend_prompt(NO_PROMPT, sequences[0][:common])
 
 
-def _gather(
-    logits: torch.Tensor, chunk: list[_Row], grad: bool, found: dict[Score, Scored]
-) -> None:
-    """Pick the numbers that the chunk's requests ask for. logits: (N, V)."""
+def _fits(parts: list[tuple[Prompt, list[Row], list[_Sequence]]], most: int | None) -> bool:
+    """Whether the parts make one pass."""
+    rows = [row for _, part, _ in parts for row in part]
+    padded_size = len(rows) * max(len(row.tokens) for row in rows)
+    size = sum(len(row.tokens) for row in rows)
+    return (most is None or padded_size <= most) and padded_size <= (1 + _MAX_PADDING) * size
+
+
+def _packed_pass(runner: Runner, parts: list[tuple[Prompt, list[Row], list[_Sequence]]]) -> _Pass:
+    rows = [row for _, part, _ in parts for row in part]
+    tokens, tree = batch(rows, runner.device)
+    groups = [prompt.group(len(part)) for prompt, part, _ in parts]
+    sequences: list[_Sequence] = []
+    positions: list[int] = []
     first = 0
-    asked: list[tuple[Score, int]] = []
-    rows: list[int] = []
-    targets: list[int] = []
-    closings: list[int] = []
-    temperatures: list[float] = []
-    for row in chunk:
-        n = len(row.targets)
-        for request in row.requests:
-            asked.append((request, n))
-            rows.extend(range(first, first + n))
-            targets.extend(row.targets)
-            closing = request.closing_token
-            closings.extend([0 if closing is None else closing] * n)
-            temperatures.extend([request.temperature] * n)
-        first += n
-    picks = torch.tensor([targets, closings], device=logits.device).T  # (M, 2)
-    same = rows == list(range(first))
-    parts = []
-    for m in range(0, len(rows), _LOG_SOFTMAX_ROWS):
-        part = slice(m, m + _LOG_SOFTMAX_ROWS)
-        some = logits[part] if same else logits[torch.tensor(rows[part], device=logits.device)]
-        some = tempered(some, temperatures[part])
-        picked = some.gather(1, picks[part]).float()
-        parts.append(picked - torch.logsumexp(some.float(), -1, keepdim=True))
-    both = torch.cat(parts).T  # (2, M)
-    if not grad:
-        both = both.cpu()
-    at = 0
-    for request, n in asked:
-        log_probs = both[0, at : at + n]
-        closing_log_probs = both[1, at : at + n] if request.closing_token is not None else None
-        if not grad and bool(torch.isnan(log_probs).any()):
-            raise ValueError(
-                f"site {request.name!r}: the model's logits define no distribution: they contain "
-                "NaN or +inf, or give every token probability zero. Check the model's weights, "
-                "its dtype (float16 overflows), and any adapter that was trained"
-            )
-        found[request] = Scored(log_probs, closing_log_probs)
-        at += n
+    for prompt, part, members in parts:
+        known = len(prompt.tokens)
+        for row in part:
+            for member, slots in zip(row.members, row.slots, strict=True):
+                sequences.append(members[member])
+                positions += [first + slot for slot in slots[members[member].start - known :]]
+            first += tokens.shape[1]
+    cache = PrefixCache(groups, tree=tree, keep=False)
+    return _Pass(sequences, tokens, [cache], torch.tensor(positions, device=runner.device))
 
 
-def _groups(items: Sequence[T], shared_of: Callable[[T], Tokens]) -> list[list[T]]:
-    """Groups to be read together, each of which shares what is worth reading once.
-
-    Args:
-        items: what is read.
-        shared_of: the tokens of an item that it may share with others.
-    """
-    keyed = sorted(((shared_of(item), n) for n, item in enumerate(items)), key=lambda k: k[0])
-    groups, rest = _split(keyed, 0, 0)
-    return [[items[n] for _, n in group] for group in (*groups, rest) if group]
-
-
-def _split(keyed: list[_Keyed], known: int, depth: int) -> tuple[list[list[_Keyed]], list[_Keyed]]:
-    """Split off groups whose common prefix saves a pass beyond the ``known`` first tokens."""
-    common = common_length(keyed[0][0], keyed[-1][0]) if keyed else 0
-    groups: list[list[_Keyed]] = []
-    rest: list[_Keyed] = []
-    most = (len(keyed) - 1) * (max((len(k) for k, _ in keyed), default=0) - common)
-    if most < _WORTH_A_PASS or depth == _MAX_DEPTH:
-        rest = keyed
-    else:
-        for goes_on, branch in groupby(keyed, key=lambda k: k[0][common : common + 1]):
-            left = list(branch)
-            if goes_on:
-                more, left = _split(left, common, depth + 1)
-                groups += more
-            rest += left
-    if len(rest) > 1:
-        saved = (len(rest) - 1) * (common_length(rest[0][0], rest[-1][0]) - known)
-        if saved >= _WORTH_A_PASS:
-            return [*groups, rest], []
-    return groups, rest
-
-
-def _chunks(rows: list[_Row], most: int) -> Iterator[list[_Row]]:
-    """Rows of similar length together, at most ``most`` positions with padding (or one row)."""
-    chunk: list[_Row] = []
-    for row in sorted(rows, key=lambda r: len(r.tokens)):
-        scored = sum(len(r.targets) for r in chunk) + len(row.targets)
-        if chunk and scored > most:
-            yield chunk
-            chunk = []
-        chunk.append(row)
-    if chunk:
-        yield chunk
+def _plain_passes(runner: Runner, sequences: list[_Sequence], most: int | None) -> Iterator[_Pass]:
+    """Rows of similar length together."""
+    order = sorted(sequences, key=lambda s: len(s.tokens))
+    while order:
+        count = len(order)
+        if most is not None:
+            fitting = (n for n in range(1, count + 1) if n * len(order[n - 1].tokens) > most)
+            count = max(1, next(fitting, count + 1) - 1)
+        chunk, order = order[:count], order[count:]
+        tokens = padded([s.tokens for s in chunk], runner.device)
+        width = tokens.shape[1]
+        at = [row * width + t for row, s in enumerate(chunk) for t in range(s.start, len(s.tokens))]
+        yield _Pass(chunk, tokens, [], torch.tensor(at, device=runner.device))

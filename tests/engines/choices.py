@@ -7,7 +7,7 @@ few, that expectation is a finite sum, and no test statistic is needed:
         with the sampler's random numbers taken from choices: run it
         total += choices.probability * estimate
 
-Tokens are drawn by ``lmppl.lm.decoding.invert``, a piecewise constant function of a uniform, so its
+Tokens are drawn by ``lmppl.lm.rows.invert``, a piecewise constant function of a uniform, so its
 cells are the tokens. A resampling scheme is a piecewise constant function of its uniforms, too: it
 is run as it is, on one point of every cell.
 """
@@ -24,7 +24,7 @@ import torch
 from lmppl import distributions
 from lmppl.engines import resampling
 from lmppl.engines.resampling import SCHEMES
-from lmppl.lm import decoding
+from lmppl.lm import rows
 from lmppl.lm.inverse_cdf import tempered
 
 
@@ -85,15 +85,15 @@ class Coin(dist.Bernoulli):
 def _route(patch, choices: Choices) -> None:
     def invert(logits, uniforms, temperature=1.0):
         log_probs = torch.log_softmax(tempered(logits, temperature).float(), -1)
-        rows = log_probs.double().exp().tolist()
-        tokens = torch.tensor([choices.pick([p / math.fsum(row) for p in row]) for row in rows])
+        table = log_probs.double().exp().tolist()
+        tokens = torch.tensor([choices.pick([p / math.fsum(row) for p in row]) for row in table])
         return tokens, log_probs.gather(1, tokens.unsqueeze(1)).squeeze(1)
 
     def inverse_cdf(log_probs, u):
         probs = log_probs.double().exp()
         return choices.pick((probs / probs.sum()).tolist())
 
-    patch.setattr(decoding, "invert", invert)
+    patch.setattr(rows, "invert", invert)
     patch.setattr(distributions, "_inverse_cdf", inverse_cdf)
     patch.setattr(Coin, "choices", choices, raising=False)
     for name in SCHEMES:

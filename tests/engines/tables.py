@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lmppl.lm import LM, decoding
+from lmppl.lm import LM, decoding, rows
 from lmppl.lm.rows import Rows
 from lmppl.lm.runner import runner_of
 
@@ -18,6 +18,9 @@ class TableRows:
     @property
     def logits(self):
         return torch.stack([self._of(ids) for ids in self._sequences])
+
+    def draw(self, uniforms, temperatures):
+        return rows.invert(self.logits, uniforms, temperatures)
 
     def _of(self, ids):
         key = (id(self._runner), ids)

@@ -74,7 +74,8 @@ def test_adapter_starts_as_the_base_and_leaves_it_alone():
     model, before, scores = base.model, state(base), log_probs(base)
     flags = [p.requires_grad for p in model.parameters()]
     adapter = base.adapter()
-    assert torch.equal(log_probs(adapter), scores)
+    # Not to the bit: frozen weights are laid out for other kernels.
+    torch.testing.assert_close(log_probs(adapter), scores, atol=1e-5, rtol=0)
     assert base.model is model and not isinstance(model, PeftModel)
     assert isinstance(adapter.model, PeftModel)
     assert [p.requires_grad for p in model.parameters()] == flags
@@ -98,7 +99,7 @@ def test_two_adapters_of_one_base():
     base = tiny_lm("ab.")
     one, two = base.adapter(), base.adapter()
     perturb(one)
-    assert torch.equal(log_probs(two), log_probs(base))
+    torch.testing.assert_close(log_probs(two), log_probs(base), atol=1e-5, rtol=0)
     assert not torch.allclose(log_probs(one), log_probs(base), atol=1e-2)
     pointers = {p.data_ptr() for p in base.model.parameters()}
     assert pointers <= {p.data_ptr() for p in one.model.parameters()}

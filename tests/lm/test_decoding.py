@@ -243,7 +243,9 @@ def test_invalid_logits_name_the_site():
     with torch.no_grad():
         lm.model.lm_head.weight.fill_(math.nan)
     decoding = Decoding([draw(lm)])
-    with pytest.raises(ValueError, match="site 'z': the model's logits after '' define no"):
+    with pytest.raises(
+        ValueError, match="site 'z', token 1: the model's logits after '' define no"
+    ):
         decoding.step()
 
 

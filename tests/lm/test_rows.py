@@ -7,7 +7,7 @@ import pytest
 import torch
 from architectures import FAST, SIZE, make_model, naive_log_probs
 
-from lmppl.lm.attention import ATTENTION
+from lmppl.lm.attention import ATTENTION, PrefixCache
 from lmppl.lm.rows import CachedRows, PlainRows, Rows
 from lmppl.lm.runner import NO_PROMPT, Runner, common_length, padded
 
@@ -47,6 +47,9 @@ PREFIXES = {
     "ragged suffixes": [LONG[:20] + random_tokens(n, n) for n in (3, 1, 7, 4, 4)],
     "one is the prefix of another": [LONG[:9], LONG[:20], LONG[:9], LONG[:21]],
     "equal suffixes, other prefixes": [random_tokens(4, s) + LONG[:6] for s in range(4)],
+    # two long prefixes in turn, each shared by several rows: two groups in one batch
+    "groups": [(s, *random_tokens(40 + 9 * s, s), 3 + n) for n in range(3) for s in (0, 1)],
+    "groups of one length": [(s, *random_tokens(50, s), n) for n in (3, 3, 5) for s in (0, 1)],
     "nothing shared": [random_tokens(n, 50 + n) for n in (1, 12, 5, 12)],
 }
 
@@ -77,6 +80,20 @@ def test_more_tokens_than_were_promised():
     model = make_model("llama")
     rows = Rows.start(Runner(model), [LONG], 2)
     grow(model, rows, [LONG], 5, {})
+
+
+def test_each_prefix_of_a_batch_is_held_once():
+    model = make_model("llama")
+    runner = Runner(model)
+    prefixes = PREFIXES["groups"]
+    rows = Rows.start(runner, prefixes, 4)
+    groups = rows._cache.groups
+    assert [group.num_rows for group in groups] == [3, 3]
+    assert [group.length for group in groups] == [41, 50]
+    assert rows._capacity <= 5  # of the last token and the new ones
+    rows.select([1, 3, 1])  # one group is gone
+    assert [(group.num_rows, group.length) for group in rows._cache.groups] == [(3, 50)]
+    assert_naive(model, rows, [prefixes[1], prefixes[3], prefixes[1]])
 
 
 def test_batch_size_changes_nothing():
@@ -262,10 +279,7 @@ def test_probe_refuses(change, reason):
 
 
 def test_probe_compares_logits(monkeypatch):
-    import lmppl.lm.attention as attention
-
-    real = attention._attend_block
-    monkeypatch.setattr(attention, "_attend_block", lambda *a: real(*a[:3], None, None, *a[5:]))
+    monkeypatch.setattr(PrefixCache, "_make_bias", lambda *_: None)
     with pytest.warns(UserWarning, match="not those of the plain model|can't be reached"):
         assert not Runner(make_model("llama")).fast
 

@@ -9,9 +9,10 @@ from architectures import FAST, SIZE, make_model, naive_log_probs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lmppl.lm.memory import Memory
 from lmppl.lm.requests import Score
 from lmppl.lm.runner import Runner
-from lmppl.lm.scoring import _chunks, _groups, _Row, hidden, score
+from lmppl.lm.scoring import hidden, score
 from lmppl.lm.usage import Usage
 from lmppl.testing.tiny import tiny_lm
 
@@ -23,6 +24,7 @@ class Bare:
         self.model = model
         self._engine = Runner(model)
         self.usage = Usage()
+        self.memory = Memory()
 
 
 def random_tokens(n, seed):
@@ -73,14 +75,21 @@ def mixed_requests():
     ]
 
 
+MEMORIES = {
+    "plenty": Memory(),
+    "small passes": Memory(batch_bytes=20_000, training_tokens=40, gradient_checkpointing=True),
+    "a row a pass": Memory(batch_bytes=1, training_tokens=1),
+}
+
+
 @pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("max_bytes", [512 << 20, 4 * SIZE * 20, 1])
+@pytest.mark.parametrize("memory", MEMORIES.values(), ids=MEMORIES)
 @pytest.mark.parametrize("name", [*FAST, "bloom"])
 @pytest.mark.filterwarnings("ignore:.*slow path")
-def test_equals_a_naive_forward_pass(name, max_bytes, grad):
+def test_equals_a_naive_forward_pass(name, memory, grad):
     model = make_model(name)
     requests = mixed_requests()
-    scored = score(Bare(model), requests, grad=grad, max_bytes=max_bytes)
+    scored = score(Bare(model), requests, grad=grad, memory=memory)
     assert_naive(model, requests, scored)
 
 
@@ -179,8 +188,9 @@ def test_without_grad_nothing_needs_one():
 
 
 @pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("memory", MEMORIES.values(), ids=MEMORIES)
 @pytest.mark.parametrize("shared", [True, False])
-def test_gradients_equal_those_of_a_naive_pass(name, shared):
+def test_gradients_equal_those_of_a_naive_pass(name, shared, memory):
     model = make_model(name, frozen=False).train()
     prefixes = [X] * 12 if shared else [X[:3], random_tokens(5, 3)]
     requests = [Score(p, random_tokens(3 + k % 4, k), 0.8, 2) for k, p in enumerate(prefixes)]
@@ -194,7 +204,7 @@ def test_gradients_equal_those_of_a_naive_pass(name, shared):
         grads = torch.autograd.grad(loss, list(model.parameters()))
         return loss.detach(), grads
 
-    loss, got = gradient(score(Bare(model), requests, grad=True))
+    loss, got = gradient(score(Bare(model), requests, grad=True, memory=memory))
     model.eval()
     naive_scored = []
     for r in requests:
@@ -263,27 +273,3 @@ def test_hidden_of_nothing():
     for prefixes in ([], [()], [(1,), ()]):
         with pytest.raises(ValueError, match="no prefix, or one without tokens"):
             hidden(BARE, prefixes)
-
-
-@given(st.lists(st.lists(st.integers(0, 2), max_size=150).map(tuple), max_size=15))
-@settings(max_examples=60, deadline=None)
-def test_groups_are_a_partition(items):
-    groups = _groups(items, lambda item: item)
-    assert sorted(item for group in groups for item in group) == sorted(items)
-    assert all(groups)
-
-
-def test_groups_split_what_shares_much():
-    x, y = (0,) + (1,) * 100, (0,) + (2,) * 100
-    assert sorted(map(len, _groups([x, y, x, y, x], lambda t: t))) == [2, 3]
-    assert len(_groups([x[:9], y[:9], x[:8]], lambda t: t)) == 1
-    deep = [(1,) * n for n in range(1, 2000)]  # every one the prefix of the next
-    assert sum(map(len, _groups(deep, lambda t: t))) == 1999
-
-
-def test_chunks_respect_the_bound():
-    rows = [_Row((0,) * (5 + n), (0,) * (n % 4 + 1), []) for n in range(20)]
-    chunks = list(_chunks(rows, 6))
-    assert sum(map(len, chunks)) == 20
-    assert all(sum(len(r.targets) for r in c) <= 6 for c in chunks)
-    assert len(list(_chunks(rows, 1))) == 20
