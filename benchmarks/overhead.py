@@ -98,7 +98,8 @@ def measure(bench: Bench, particles: int, length: int) -> Row:
         calls.wrapping(lmppl.LM, "draw", "score"),
         passes.wrapping(Runner, "run_cached", "run_plain"),
     ):
-        sides = bench.in_turns({"lmppl": work})
+        # Shares vary little, and a repetition is long.
+        sides = bench.in_turns({"lmppl": work}, repeats=max(1, bench.repeats // 2))
     measured = outside[1:]  # the first was the warm-up
     beyond_passes = median(share for _, share in measured)
     return Row.of(
