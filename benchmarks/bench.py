@@ -95,7 +95,9 @@ class Bench:
         if self.source is None:
             return copy.deepcopy(self.lm.model).requires_grad_(True)
         from transformers import AutoModelForCausalLM
+        from transformers.utils.logging import disable_progress_bar
 
+        disable_progress_bar()  # of the loading
         model = AutoModelForCausalLM.from_pretrained(self.source, dtype=self.lm.dtype)
         model.to(self.device).eval()
         _touch(model)

@@ -75,7 +75,7 @@ def _row(
     tokens = [sum(side.tokens) / len(side.tokens) for side in (ours, other)]
     note = (
         f"{tokens[0]:.0f} and {tokens[1]:.0f} tokens drawn a step; median seconds: lmppl "
-        f"{_words(own)} (mean of all together {fmean(ours.seconds):.2f}); gfn-lm-tuning "
+        f"{_words(own)} (a whole step, in the mean, {fmean(ours.seconds):.2f}); gfn-lm-tuning "
         f"{_words(peers)}"
     )
     figures = {"tokens": tokens[0], "peer_tokens": tokens[1]}

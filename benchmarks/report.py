@@ -43,7 +43,7 @@ def table(results: Sequence[Result]) -> str:
     notes = [f"- {row.case}, {result.dtype}: {row.note}." for result, row in rows if row.note]
     if notes:
         lines += ["", *notes]
-    lines += ["", *(f"{result.dtype}: {_when(result)}." for result in results)]
+    lines += [""] * (not notes) + [f"- {result.dtype}: {_when(result)}." for result in results]
     return "\n".join(lines).strip()
 
 
@@ -56,8 +56,9 @@ def machine_report(results: Sequence[Result], images: Sequence[tuple[str, str]])
     """
     facts = results[0].circumstances
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    threads = "1 thread" if facts["threads"] == 1 else f"{facts['threads']} threads"
     lines = [
-        f"{facts['machine']}. {facts['threads']} threads, Python {facts['python']}, {versions}. "
+        f"{facts['machine']}. {threads}, Python {facts['python']}, {versions}. "
         f"Model: `{facts['model']}`. Memory is {facts['memory']}.",
     ]
     engine = next((r.circumstances.get("engine_bytes") for r in results), None)
@@ -163,9 +164,8 @@ def _value(row: Row) -> str:
     if row.value is None:
         return "not measured" if row.unit else ""
     words = _number(row.value, row.unit)
-    if row.spread is None or row.spread[0] == row.spread[1]:
-        return words
-    return f"{words} ({_number(row.spread[0], row.unit)} to {_number(row.spread[1], row.unit)})"
+    low, high = (_number(value, row.unit) for value in row.spread or (row.value, row.value))
+    return words if low == high else f"{words} ({low} to {high})"
 
 
 def _number(value: float, unit: str) -> str:
@@ -191,13 +191,16 @@ def _when(result: Result) -> str:
     facts = result.circumstances
     load = facts.get("load")
     return (
-        f"{facts['mode']} run of {facts['date'][:10]}, {_times(facts['repeats'])}, revision "
+        f"{facts['mode']} run of {facts['date'][:10]}, {_repetitions(result)}, revision "
         f"{facts['revision'] or 'unknown'}" + (f", load {load:g} before it" if load else "")
     )
 
 
-def _times(repeats: int) -> str:
-    return "1 repetition" if repeats == 1 else f"{repeats} repetitions"
+def _repetitions(result: Result) -> str:
+    counts = {len(side.seconds) for row in result.rows for side in row.sides} or {0}
+    low, high = min(counts), max(counts)
+    words = f"{low} to {high}" if low < high else str(high)
+    return f"{words} repetition{'s' * (high != 1)}"
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import measuring, plots, report, smc, suite
+from benchmarks import measuring, plots, report, scoring, smc, suite
 from benchmarks.bench import Bench
 from benchmarks.measuring import Local, Timed, in_turns, ratios
 from benchmarks.overhead import Clock
@@ -18,6 +18,7 @@ from benchmarks.peers import gfn_lm_tuning
 from benchmarks.peers.process import PeerContender, PeerProcess
 from benchmarks.products import Products
 from benchmarks.results import LOCAL, Goal, Result, Row, Skipped, load_all, write
+from lmppl.lm.requests import Score
 from lmppl.testing import tiny_lm
 
 CPU = torch.device("cpu")
@@ -90,6 +91,18 @@ def test_both_sides_do_the_same_work(bench):
             assert row.sides[0].tokens[0] > 0
 
 
+def test_the_alternatives_score_the_same_at_each_batch_size(bench):
+    x, z, y = bench.tokens(6), bench.random_tokens(4, 2, 1), bench.random_tokens(4, 3, 2)
+    ids = torch.tensor([(*x, *a, *b) for a, b in zip(z, y, strict=True)])
+    requests = [Score(x, (*a, *b)) for a, b in zip(z, y, strict=True)]
+    expected = torch.stack([scored.log_probs for scored in bench.lm.score(requests)])
+    with torch.no_grad():
+        for log_probs in (scoring._plain(bench), scoring._careful(bench)):
+            torch.testing.assert_close(log_probs(ids, 6), expected, atol=1e-4, rtol=0)
+    rows = scoring.compare(bench, 4, 6, 2, 3, [1, 2])
+    assert all(row.sides[1].label[-1] in "12" for row in rows)
+
+
 def test_a_skipped_benchmark_is_reported():
     result = Result(
         "smc",
@@ -131,7 +144,7 @@ def test_the_table_shows_values_and_goals():
     assert "| 4.0 (3.0 to 5.0) | at least 3: met |" in text
     assert "1 s (64 tokens/s) | 5 MB | generate: 5 s (13 tokens/s) | not measured" in text
     assert "- 64 tokens, float32: a note." in text
-    assert "full run of 2025-06-01, 5 repetitions, revision abcdef123456, load 0.5" in text
+    assert "full run of 2025-06-01, 3 repetitions, revision abcdef123456, load 0.5" in text
     missed = Row("x", [Timed("lmppl", [1.0], [0])], 0.2, None, "%", Goal(0.1, at_least=False))
     text = report.table([Result("overhead", "Overhead", "share", FACTS, [missed])])
     assert "| 20% | at most 10%: **missed** |" in text
