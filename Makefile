@@ -10,6 +10,14 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 LOCK   := requirements.lock
 CPU_INDEX := https://download.pytorch.org/whl/cpu
+# Benchmarks leave their results in benchmarks/results/$(MACHINE). Git ignores "local"; the results
+# of machines with another name are published in docs/performance.md.
+MACHINE ?= local
+PEERS  := .venv-peers
+GENLM  := $(PEERS)/genlm-control
+GFN    := .peers/gfn-lm-tuning
+GFN_URL    := https://github.com/GFNOrg/gfn-lm-tuning
+GFN_COMMIT := 8604cffd165669788730c1ae5848856b12f196fa
 
 # The first of these that runs and is new enough; `make PYTHON=... test` overrides.
 NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
@@ -21,12 +29,17 @@ TORCH_VERSION := from importlib.metadata import version; print("    torch", vers
 say = @printf '==> %s\n'
 
 .PHONY: help setup demo test test-fast lint types docs format lock clean distclean
+.PHONY: bench bench-full bench-peers bench-report
 .DELETE_ON_ERROR:
 
 help:
-	@echo 'make demo       set up, then run the story-infilling example with every engine'
-	@echo 'make test       set up, then lint, types, all tests, docs'
-	@echo 'make test-fast  set up, then the tests that take seconds'
+	@echo 'make demo          set up, then run the story-infilling example with every engine'
+	@echo 'make test          set up, then lint, types, all tests, docs'
+	@echo 'make test-fast     set up, then the tests that take seconds'
+	@echo 'make bench         set up, then the benchmarks, in a few minutes'
+	@echo 'make bench-full    the benchmarks at all sizes (MACHINE=name publishes them in the docs)'
+	@echo 'make bench-peers   fetch the projects that two of the benchmarks compare with'
+	@echo 'make bench-report  remake docs/performance.md from the published results'
 	@echo 'make lint | types | docs | format | setup | lock | clean | distclean'
 
 # --- what people run -----------------------------------------------------------------------
@@ -61,6 +74,48 @@ format: setup
 	@$(BIN)/ruff format
 	@$(BIN)/ruff check --fix
 
+# --- benchmarks ----------------------------------------------------------------------------
+
+# They use all threads, so nothing else should run. A benchmark against a project that was not
+# fetched is skipped, and says so.
+bench: setup $(STAMPS)/bench
+	$(say) 'benchmarks, quick'
+	@$(BIN)/python -m benchmarks --quick --machine $(MACHINE)
+	@$(BIN)/python -m benchmarks.report --machine $(MACHINE)
+
+bench-full: setup $(STAMPS)/bench
+	$(say) 'benchmarks, full'
+	@$(BIN)/python -m benchmarks --full --machine $(MACHINE)
+	@$(BIN)/python -m benchmarks --full --machine $(MACHINE) --dtype float32 --only sampling decode
+	@$(BIN)/python -m benchmarks.report --machine $(MACHINE)
+
+bench-report: setup $(STAMPS)/bench
+	@$(BIN)/python -m benchmarks.report
+
+bench-peers: $(GENLM)/.stamp $(GFN)/.stamp
+
+$(STAMPS)/bench: $(STAMPS)/package
+	$(say) 'matplotlib, for plots'
+	@$(PIP) install -q -c $(LOCK) -e '.[bench]'
+	@touch $@
+
+# Other projects need other versions, so each has an environment of its own.
+$(GENLM)/.stamp: $(STAMPS)/venv $(LOCK)
+	$(say) 'genlm-control 0.4.1, in $(GENLM)'
+	@$(PYTHON) -m venv $(GENLM)
+	@$(call install_torch,$(GENLM)/bin/python)
+	@grep -E '^(torch|transformers|tokenizers)==' $(LOCK) >$(GENLM)/constraints.txt
+	@$(GENLM)/bin/python -m pip --disable-pip-version-check install -q \
+		-c $(GENLM)/constraints.txt genlm-control==0.4.1
+	@touch $@
+
+$(GFN)/.stamp:
+	$(say) 'gfn-lm-tuning at $(GFN_COMMIT), in $(GFN)'
+	@rm -rf $(GFN) && mkdir -p $(dir $(GFN))
+	@git clone -q $(GFN_URL) $(GFN)
+	@git -C $(GFN) checkout -q $(GFN_COMMIT)
+	@touch $@
+
 # --- set-up, one stamp a step --------------------------------------------------------------
 
 setup: $(STAMPS)/package $(STAMPS)/model
@@ -77,15 +132,20 @@ $(STAMPS)/venv:
 # torch alone first, because which build is right depends on the machine. PyPI's Linux build for
 # x86 carries several GB of CUDA libraries; where there is no GPU, PyTorch's own index of CPU
 # builds is asked first, if it can be reached. The user's pip settings apply throughout.
-$(STAMPS)/torch: $(STAMPS)/venv $(LOCK)
-	$(say) 'torch (the largest download; a few minutes)'
-	@if test "`uname -s`" = Linux && ! command -v nvidia-smi >/dev/null 2>&1 \
-		&& ! $(BIN)/python -c '$(TORCH_VERSION)' >/dev/null 2>&1 \
-		&& timeout 20 $(BIN)/python -c \
+define install_torch
+	if test "`uname -s`" = Linux && ! command -v nvidia-smi >/dev/null 2>&1 \
+		&& ! $(1) -c '$(TORCH_VERSION)' >/dev/null 2>&1 \
+		&& timeout 20 $(1) -c \
 			'from urllib.request import urlopen; urlopen("$(CPU_INDEX)/torch/", timeout=5)' \
 			2>/dev/null; \
-	then $(PIP) install -q --no-deps --index-url $(CPU_INDEX) -c $(LOCK) torch || true; fi
-	@$(PIP) install -q -c $(LOCK) torch
+	then $(1) -m pip --disable-pip-version-check install -q --no-deps \
+		--index-url $(CPU_INDEX) -c $(LOCK) torch || true; fi; \
+	$(1) -m pip --disable-pip-version-check install -q -c $(LOCK) torch
+endef
+
+$(STAMPS)/torch: $(STAMPS)/venv $(LOCK)
+	$(say) 'torch (the largest download; a few minutes)'
+	@$(call install_torch,$(BIN)/python)
 	@$(BIN)/python -c '$(TORCH_VERSION)'
 	@touch $@
 
@@ -108,7 +168,8 @@ $(STAMPS)/model: $(STAMPS)/venv
 lock: $(STAMPS)/venv
 	@$(PIP) install -q uv
 	@echo 'torch==2.13.0' | $(BIN)/uv pip compile -q --universal --python-version 3.11 \
-		--extra dev --no-header --no-annotate -c - -o $(LOCK).new --upgrade pyproject.toml >/dev/null
+		--extra dev --extra bench --no-header --no-annotate -c - -o $(LOCK).new --upgrade \
+		pyproject.toml >/dev/null
 	@{ echo '# Tested versions of everything that pip installs for lmppl (constraints; see the'; \
 	   echo '# Makefile). Written by `make lock`. No hashes and no local versions: torch comes in'; \
 	   echo '# several builds, and the Makefile chooses one that fits the machine.'; \
@@ -117,7 +178,8 @@ lock: $(STAMPS)/venv
 
 clean:
 	rm -rf build dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis
-	find lmppl tests examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+	find lmppl tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + \
+		2>/dev/null || true
 
 distclean: clean
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(PEERS) $(dir $(GFN))
