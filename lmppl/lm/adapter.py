@@ -17,6 +17,8 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers.pytorch_utils import Conv1D
 
+from lmppl.lm.lora import factors, plain_adapter
+
 if TYPE_CHECKING:
     from lmppl.lm.model import LM
 
@@ -148,12 +150,21 @@ def _merge_again(lm: LM, into: LM) -> bool:
     others = {id(p) for layer, _ in pairs for p in layer.parameters()}
     if any(p.requires_grad and id(p) not in others for p in lm.model.parameters()):
         return False
+    room: dict[torch.Size, torch.Tensor] = {}  # float32, used again by every layer of a shape
     with torch.no_grad(), torch.inference_mode(False):
         for layer, weight in pairs:
-            total = layer.get_base_layer().weight.float()
-            for adapter in layer.active_adapters:
-                if adapter in layer.lora_A:
-                    total = total + layer.get_delta_weight(adapter).float()
+            base = layer.get_base_layer().weight
+            if base.shape not in room:
+                room[base.shape] = torch.empty_like(base, dtype=torch.float32)
+            total = room[base.shape].copy_(base)
+            name = plain_adapter(layer)
+            if name is not None:
+                down, up, scale = factors(layer, name)
+                total.addmm_(up.float(), down.float(), alpha=scale)
+            else:
+                for adapter in layer.active_adapters:
+                    if adapter in layer.lora_A:
+                        total += layer.get_delta_weight(adapter).float()
             weight.copy_(total)  # counts its version up, so that kept prompts are dropped
     return True
 

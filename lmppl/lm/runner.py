@@ -24,6 +24,7 @@ from lmppl.lm.attention import ATTENTION, Group, LayerKV, PrefixCache, Tree
 from lmppl.lm.checkpointing import Checkpointing
 from lmppl.lm.head import Head, OutputLayer
 from lmppl.lm.linear import InputLog, can_pack, pack
+from lmppl.lm.lora import fuse
 
 if TYPE_CHECKING:
     from lmppl.lm.model import LM
@@ -370,6 +371,7 @@ class Runner:
         model.config._attn_implementation = ATTENTION
         # One output layer serves both, so that asking it for positions reaches both.
         model.set_output_embeddings(self._head)
+        fuse(model)
         self._checkpointing.wrap(model)
         return model
 

@@ -1,0 +1,102 @@
+"""LoRA layers as one operation: y = x W' + b + s (x A') B', with a backward pass of its own.
+
+peft computes the low-rank part with some twenty small operations a layer, most of them over the
+whole output, in float32. Here it is added to the frozen product in place, in the model's dtype
+(as under autocast), with the adapter's own parameters and their gradients in float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners import lora
+from torch import nn
+
+
+def plain_adapter(layer: Any) -> str | None:
+    """The adapter of a layer that computes exactly the formula above; None for any other (DoRA,
+    dropout, several adapters, trained biases, layers of other kinds)."""
+    if type(layer) is not lora.Linear or type(layer.get_base_layer()) is not nn.Linear:
+        return None
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    if len(names) != 1 or layer.disable_adapters or layer.merged or layer.fan_in_fan_out:
+        return None
+    (name,) = names
+    dropout = layer.lora_dropout[name]
+    special = name in getattr(layer, "lora_variant", {}) or layer.lora_bias.get(name, False)
+    if special or not (isinstance(dropout, nn.Identity) or dropout.p == 0.0):
+        return None
+    return name
+
+
+def factors(layer: Any, name: str) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """A (r, in), B (out, r) and s of a plain adapter."""
+    return layer.lora_A[name].weight, layer.lora_B[name].weight, float(layer.scaling[name])
+
+
+def fuse(model: nn.Module) -> None:
+    """Replace the plain LoRA layers of ``model``, a clone that nobody else uses."""
+    for name, layer in list(model.named_modules()):
+        adapter = plain_adapter(layer)
+        if adapter is not None and not layer.get_base_layer().weight.requires_grad:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, FusedLora(layer, adapter))
+
+
+class FusedLora(nn.Module):
+    """A plain LoRA layer in one operation. Its parameters are those of the layer.
+
+    Attributes:
+        layer: the layer that it stands for.
+    """
+
+    def __init__(self, layer: Any, adapter: str) -> None:
+        super().__init__()
+        self.layer, self._adapter = layer, adapter
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.layer.get_base_layer().weight
+
+    def forward(self, given: torch.Tensor) -> torch.Tensor:
+        base = self.layer.get_base_layer()
+        down, up, scale = factors(self.layer, self._adapter)
+        return _Lora.apply(given, base.weight, base.bias, down, up, scale)
+
+
+class _Lora(torch.autograd.Function):
+    """Gradients of x, A and B; W and b are frozen."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        given: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        down: torch.Tensor,
+        up: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        rows = given.reshape(-1, given.shape[-1])  # (M, in)
+        down_cast, up_cast = down.to(rows.dtype), up.to(rows.dtype)
+        out = F.linear(rows, weight, bias)
+        inner = rows @ down_cast.T  # (M, r)
+        out.addmm_(inner, up_cast.T, alpha=scale)
+        ctx.save_for_backward(rows, inner, weight, down_cast, up_cast)
+        ctx.scale, ctx.dtypes = scale, (down.dtype, up.dtype)
+        return out.view(*given.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        rows, inner, weight, down, up = ctx.saved_tensors
+        shape = grad.shape
+        grad = grad.reshape(-1, shape[-1])  # (M, out)
+        lifted = (grad @ up).mul_(ctx.scale)  # (M, r)
+        grad_given = None
+        if ctx.needs_input_grad[0]:
+            grad_given = torch.mm(grad, weight).addmm_(lifted, down).view(*shape[:-1], -1)
+        grad_down = (lifted.T @ rows).to(ctx.dtypes[0])
+        grad_up = (grad.T @ inner).mul_(ctx.scale).to(ctx.dtypes[1])
+        return grad_given, None, None, grad_down, grad_up, None
