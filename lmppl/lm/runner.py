@@ -20,6 +20,8 @@ from peft import PeftModel
 
 from lmppl.lm.adapter import clone
 from lmppl.lm.attention import ATTENTION, LayerKV, PrefixCache
+from lmppl.lm.roofline import Matrices
+from lmppl.lm.work import count_pass
 
 if TYPE_CHECKING:
     from lmppl.lm.model import LM
@@ -154,6 +156,16 @@ class Runner:
     def num_heads(self) -> int:
         return int(_text_config(self._model).num_attention_heads)
 
+    @property
+    def trains(self) -> bool:
+        """Whether any of its parameters needs a gradient."""
+        return any(p.requires_grad for p in self._parameters)
+
+    @functools.cached_property
+    def matrices(self) -> Matrices:
+        """What a forward pass multiplies by."""
+        return Matrices(self._model, self._head)
+
     @functools.cached_property
     def fast(self) -> bool:
         self.slow_reason = self._probe()
@@ -173,6 +185,7 @@ class Runner:
         The model as it is: its own attention, no cache. Differentiable.
         """
         self.computed_tokens += tokens.numel()
+        count_pass(self, tokens, positions)
         with self._asking_for(positions):
             return self._model(input_ids=tokens, use_cache=False, return_dict=True).logits
 
@@ -182,6 +195,7 @@ class Runner:
         """Logits (N, V) at ``positions`` of the flattened ``tokens`` (B, T) that continue
         ``cache``; at all of them if None. The cache then holds the tokens' keys and values."""
         self.computed_tokens += tokens.numel()
+        count_pass(self, tokens, positions)
         with self._asking_for(positions):
             return self._fast_model(
                 input_ids=tokens,
@@ -263,7 +277,7 @@ class Runner:
     @property
     def _remembers(self) -> bool:
         # An optimiser can change trainable weights at any time, and nothing need tell us.
-        return not any(p.requires_grad for p in self._parameters)
+        return not self.trains
 
     def _remembered(self) -> OrderedDict[Tokens, Prompt]:
         """Prompts by their tokens, all of them, from the least to the most recently used."""

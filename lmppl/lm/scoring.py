@@ -26,6 +26,7 @@ from lmppl.lm.runner import (
     runner_of,
     without_grad,
 )
+from lmppl.lm.work import Kind, region, timed
 
 if TYPE_CHECKING:
     from lmppl.lm.model import LM
@@ -97,11 +98,14 @@ def score(
         if not r.continuation
     }
     run = _score_rows if grad else without_grad(_score_rows)
-    run(runner, list(rows.values()), grad, max_bytes, found)
-    lm.usage.count(scored=sum(len(row.targets) for row in rows.values()))
+    kind: Kind = "trained" if grad and runner.trains else "scored"
+    with region(kind):
+        run(runner, list(rows.values()), grad, max_bytes, found)
+    lm.usage.count(**{kind: sum(len(row.targets) for row in rows.values())})
     return [found[request] for request in requests]
 
 
+@timed("read")
 @without_grad
 def hidden(lm: LM, prefixes: Sequence[Tokens]) -> torch.Tensor:
     """The last token's hidden state after each prefix, as it enters the output layer.
