@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 import time
 from collections import Counter
@@ -12,10 +14,12 @@ import torch
 import torch.nn.functional as F
 
 _SECONDS = 0.04  # of measuring one rate, about
-_MAX_OUTPUT_BYTES = 1 << 26
-# Of one product. Rates have long levelled off where a product takes so much.
-_MAX_FLOPS = {"cpu": 1 << 34}
+# A processor is measured on parts of large matrices, and anything on fewer rows where one product
+# would take more than this: rates have long levelled off there.
+_CPU_PART = 1 << 22  # parameters
+_MAX_FLOPS = {"cpu": 1 << 32}
 _MAX_FLOPS_ELSEWHERE = 1 << 38
+_MAX_OUTPUT_BYTES = 1 << 26
 
 
 class Matrices:
@@ -94,7 +98,9 @@ def gemm_rate(matrices: Sequence[torch.Tensor], rows: float) -> float:
     for matrix in matrices:
         sizes[matrix.device, matrix.dtype] += matrix.numel()
     device, dtype = sizes.most_common(1)[0][0]
-    matrices = [m for m in matrices if (m.device, m.dtype) == (device, dtype)]
+    matrices = [m.detach() for m in matrices if (m.device, m.dtype) == (device, dtype)]
+    if device.type == "cpu":
+        matrices = [part for m in matrices for part in _equal_parts(m)]
     num_rows = 2 ** max(0, round(math.log2(rows)))
     most = _MAX_FLOPS.get(device.type, _MAX_FLOPS_ELSEWHERE)
     width, size = max(m.shape[0] for m in matrices), max(m.numel() for m in matrices)
@@ -110,56 +116,67 @@ def gemm_rate(matrices: Sequence[torch.Tensor], rows: float) -> float:
     return _rates[key]
 
 
+def _equal_parts(matrix: torch.Tensor) -> list[torch.Tensor]:
+    """All of a matrix, but for a few rows if its parts would differ."""
+    num = -(-matrix.numel() // _CPU_PART)
+    size = max(1, matrix.shape[0] // num)
+    return [part for part in matrix.split(size) if len(part) == size]
+
+
 def _measure(matrices: Sequence[torch.Tensor], rows: int) -> float:
     device, dtype = matrices[0].device, matrices[0].dtype
     inputs = {
         n: torch.ones(rows, n, dtype=dtype, device=device) for n in {m.shape[1] for m in matrices}
     }
 
-    def multiply() -> int:
-        """All of them, or on a processor as many as there is time for. Returns the FLOPs."""
-        began, flops = time.perf_counter(), 0
-        for matrix in matrices:
+    def multiply(some: Iterable[torch.Tensor]) -> None:
+        for matrix in some:
             F.linear(inputs[matrix.shape[1]], matrix)
-            flops += 2 * rows * matrix.numel()
-            if device.type == "cpu" and time.perf_counter() - began > _SECONDS:
+
+    multiply({m.shape: m for m in matrices}.values())  # whatever is done once a shape
+    # The best of several, as whatever else the machine does can only slow it.
+    best: dict[Any, float] = {}
+    began = time.perf_counter()
+    if device.type == "cpu":
+        # One by one, as all of them may take long. They come in the model's order, so that each
+        # is read from memory.
+        shapes = {m.shape for m in matrices}
+        for matrix in itertools.cycle(matrices):
+            start = time.perf_counter()
+            multiply([matrix])
+            end = time.perf_counter()
+            best[matrix.shape] = min(end - start, best.get(matrix.shape, math.inf))
+            if end - began > _SECONDS and len(best) == len(shapes):
                 break
-        return flops
-
-    for matrix in {m.shape: m for m in matrices}.values():
-        F.linear(inputs[matrix.shape[1]], matrix)  # whatever is done once a shape
-    run = _as_graph(multiply, device) if device.type == "cuda" else multiply
-    best, began = 0.0, time.perf_counter()
-    while not best or time.perf_counter() - began < _SECONDS:
-        wait_for(device)
-        start = time.perf_counter()
-        flops = run()
-        wait_for(device)
-        # The best, as whatever else the machine does can only slow it.
-        best = max(best, flops / (time.perf_counter() - start))
-    return best
+        seconds = sum(best[m.shape] for m in matrices)
+    else:
+        whole = functools.partial(multiply, matrices)
+        run = _as_graph(whole, device) if device.type == "cuda" else whole
+        seconds = math.inf
+        while time.perf_counter() - began < _SECONDS or seconds == math.inf:
+            wait_for(device)
+            start = time.perf_counter()
+            run()
+            wait_for(device)
+            seconds = min(seconds, time.perf_counter() - start)
+    return 2 * rows * sum(m.numel() for m in matrices) / seconds
 
 
-def _as_graph(multiply: Callable[[], int], device: torch.device) -> Callable[[], int]:
+def _as_graph(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
     """The same on CUDA, launched at once; as it is where that can't be."""
     try:
         with torch.cuda.device(device):
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):  # capturing wants it to have run on another stream
-                flops = multiply()
+                run()
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                multiply()
+                run()
     except RuntimeError:
-        return multiply
-
-    def replay() -> int:
-        graph.replay()
-        return flops
-
-    return replay
+        return run
+    return graph.replay
 
 
 def wait_for(device: torch.device) -> None:

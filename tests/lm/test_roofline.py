@@ -66,12 +66,14 @@ def test_rates_are_measured_once(rates, monkeypatch):
 
 
 def test_huge_products_are_not_measured_whole(rates, monkeypatch):
-    monkeypatch.setattr(roofline, "_MAX_OUTPUT_BYTES", 4 * 100 * 64)
-    monkeypatch.setattr(roofline, "_measure", lambda matrices, rows: rows)
-    assert gemm_rate([torch.ones(64, 8)], 100_000) == 64
-    monkeypatch.setitem(roofline._MAX_FLOPS, "cpu", 2 * 64 * 8 * 16)
-    assert gemm_rate([torch.ones(64, 8)], 100_000) == 16
-    assert gemm_rate([torch.ones(64, 8)], 0.3) == 1
+    monkeypatch.setattr(roofline, "_measure", lambda matrices, rows: (rows, [*map(len, matrices)]))
+    monkeypatch.setattr(roofline, "_CPU_PART", 30 * 8)
+    assert gemm_rate([torch.ones(64, 8), torch.ones(6, 8)], 10) == (8, [21, 21, 21, 6])
+    monkeypatch.setitem(roofline._MAX_FLOPS, "cpu", 2 * 21 * 8 * 16)
+    assert gemm_rate([torch.ones(64, 8)], 100_000)[0] == 16
+    monkeypatch.setattr(roofline, "_MAX_OUTPUT_BYTES", 4 * 21 * 7)
+    assert gemm_rate([torch.ones(64, 8)], 100_000)[0] == 4
+    assert gemm_rate([torch.ones(64, 8)], 0.3)[0] == 1
 
 
 def test_seconds_are_those_of_the_average_pass(rates, monkeypatch):
