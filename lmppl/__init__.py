@@ -7,6 +7,7 @@ from lmppl.guides import LMGuide
 from lmppl.lm import LM
 from lmppl.posterior import Posterior, ZeroEvidenceError
 from lmppl.primitives import chat, lm_sample, require, tool, use
+from lmppl.profiling import Profile, profile
 from lmppl.runtime import ReplayError
 from lmppl.text import Text
 
@@ -22,12 +23,14 @@ __all__ = [
     "LMGuide",
     "LMText",
     "Posterior",
+    "Profile",
     "ReplayError",
     "Text",
     "ZeroEvidenceError",
     "chat",
     "infer",
     "lm_sample",
+    "profile",
     "register_engine",
     "require",
     "tool",

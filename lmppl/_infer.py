@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Any
 
+from lmppl import profiling
 from lmppl.engines import ENGINES, Engine
 from lmppl.lm import LM
-from lmppl.posterior import Posterior
+from lmppl.posterior import Posterior, ZeroEvidenceError
 from lmppl.primitives import use
 
 
@@ -24,6 +25,7 @@ def infer(
     seed: int | None = None,
     progress: bool | None = None,
     callback: Callable[[dict[str, Any]], None] | None = None,
+    profile: bool = False,
     **options: Any,
 ) -> Posterior:
     """The posterior of a program's latent sites.
@@ -46,6 +48,7 @@ def infer(
         seed: makes the run reproducible; None: taken from torch's random stream.
         progress: show a progress bar; None: on a terminal.
         callback: called with a dict of figures at every stage.
+        profile: measure where the time goes; the posterior's ``.profile`` says it.
         **options: the engine's, for example ``ess_threshold`` and ``twist`` for ``"smc"``.
 
     Returns:
@@ -63,16 +66,26 @@ def infer(
         raise ValueError(f"num_samples={num_samples!r}: it must be an int of at least 1")
     check_arguments(model, args)
     # Without lm=, sites fall back on lmppl.use, or name their own; one that cannot says so.
-    with nullcontext() if lm is None else use(lm):
-        return engine.run(
-            model,
-            *args,
-            num_samples=num_samples,
-            guide=guide,
-            seed=seed,
-            progress=progress,
-            callback=callback,
-        )
+    with (
+        nullcontext() if lm is None else use(lm),
+        profiling.profile() if profile else nullcontext() as measured,
+    ):
+        try:
+            posterior = engine.run(
+                model,
+                *args,
+                num_samples=num_samples,
+                guide=guide,
+                seed=seed,
+                progress=progress,
+                callback=callback,
+            )
+        except ZeroEvidenceError as error:
+            error.posterior.profile = measured
+            raise
+        if measured is not None:
+            posterior.profile = measured
+        return posterior
 
 
 def _engine(method: str | Engine, options: dict[str, Any]) -> Engine:
@@ -99,7 +112,7 @@ def _engine(method: str | Engine, options: dict[str, Any]) -> Engine:
     ]
     for name in options:
         if name not in allowed:
-            common = ["lm", "num_samples", "guide", "seed", "progress", "callback"]
+            common = ["lm", "num_samples", "guide", "seed", "progress", "callback", "profile"]
             raise TypeError(
                 f"method={method!r} has no option {name!r}{_nearest(name, [*allowed, *common])}. "
                 "(Keywords are the engine's; bind the program's with functools.partial.)"

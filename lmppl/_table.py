@@ -1,4 +1,4 @@
-"""A posterior's summary as a table: plain text for terminals, HTML for notebooks.
+"""Summaries of posteriors and profiles as tables: plain text for terminals, HTML for notebooks.
 
 What a model wrote is shown as Python would show the string, never interpreted: no line breaks,
 control characters, console markup or HTML of its making reach the screen.
@@ -25,17 +25,13 @@ _ABSENT = "-"  # a site that a branch of the program did not reach
 
 def text_table(summary: Mapping[str, Any], width: int | None = None) -> str:
     """``Posterior.summary()`` as text no wider than ``width`` columns (default: the terminal)."""
-    width = shutil.get_terminal_size((100, 24)).columns if width is None else width
     out = io.StringIO()
-    console = Console(
-        file=out, width=max(width, 40), color_system=None, force_terminal=False,
-        force_jupyter=False, legacy_windows=False,
-    )  # fmt: skip
+    console = _console(out, width)
     for line in header_lines(summary):
         console.print(RichText(line), soft_wrap=False)
     rows: Sequence[Mapping[str, Any]] = summary["rows"]
     if rows:
-        table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 2, 0, 0))
+        table = _table()
         table.add_column("weight", justify="right", width=6, no_wrap=True)
         table.add_column("", width=_BAR_WIDTH, no_wrap=True)
         for name in summary["sites"]:
@@ -46,6 +42,23 @@ def text_table(summary: Mapping[str, Any], width: int | None = None) -> str:
         console.print(table)
     for line in footer_lines(summary):
         console.print(RichText(line))
+    return _stripped(out)
+
+
+def _console(out: io.StringIO, width: int | None) -> Console:
+    """One that writes plain text, as wide as the terminal unless ``width`` is given."""
+    width = shutil.get_terminal_size((100, 24)).columns if width is None else width
+    return Console(
+        file=out, width=max(width, 40), color_system=None, force_terminal=False,
+        force_jupyter=False, legacy_windows=False,
+    )  # fmt: skip
+
+
+def _table(gap: int = 2) -> Table:
+    return Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, gap, 0, 0))
+
+
+def _stripped(out: io.StringIO) -> str:
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
 
@@ -99,6 +112,8 @@ def header_lines(summary: Mapping[str, Any]) -> list[str]:
         for key, verb in (("tokens_sampled", "drawn"), ("tokens_scored", "scored"))
         if summary[key] is not None
     ]
+    if summary["tokens_trained"]:  # by few runs
+        cost.append(f"{summary['tokens_trained']:,} tokens trained on")
     if summary["seconds"] is not None:
         cost.append(f"{summary['seconds']:.1f} s")
     return [first, second, *([", ".join(cost)] if cost else [])]
@@ -154,3 +169,70 @@ def show(value: Any, *, quote: bool = True) -> str:
         return f"[{', '.join(shown)}]"
     text = repr(value)
     return "".join(each if each.isprintable() else " " for each in text)
+
+
+# --- profiles ------------------------------------------------------------------------------------
+
+_PROFILE_COLUMNS = (
+    "", "tokens", "positions", "passes", "batch", "seconds", "share", "tokens/s", "roofline",
+)  # fmt: skip
+
+
+def profile_text(summary: Mapping[str, Any], width: int | None = None) -> str:
+    """``Profile.summary()`` as text no wider than ``width`` columns (default: the terminal)."""
+    out = io.StringIO()
+    console = _console(out, width)
+    console.print(RichText(profile_header(summary)))
+    table = _table(gap=1)  # many columns, and a terminal may have 80
+    for column in _PROFILE_COLUMNS:
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    for row in profile_rows(summary):
+        table.add_row(*row)
+    console.print(table)
+    return _stripped(out)
+
+
+def profile_html(summary: Mapping[str, Any]) -> str:
+    """``Profile.summary()`` as HTML."""
+    names = "".join(f"<th>{html.escape(name)}</th>" for name in _PROFILE_COLUMNS)
+    rows = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
+        for row in profile_rows(summary)
+    )
+    return (
+        f"<div><div>{html.escape(profile_header(summary))}</div><table><thead><tr>{names}</tr>"
+        f"</thead><tbody>{rows}</tbody></table></div>"
+    )
+
+
+def profile_header(summary: Mapping[str, Any]) -> str:
+    count = summary["passes"]
+    line = f"Profile: {_seconds(summary['seconds'])}, {count:,} forward pass{'es' * (count != 1)}"
+    if count:
+        line += f" of {summary['mean_batch']:.1f} sequences on average"
+    return line
+
+
+def profile_rows(summary: Mapping[str, Any]) -> list[list[str]]:
+    """One a kind of work, then what is outside the language models."""
+    total = summary["seconds"] or 1.0
+    rows = [
+        [
+            work["kind"],
+            f"{work['tokens']:,}" if work["tokens"] else _ABSENT,
+            f"{work['positions']:,}",
+            f"{work['passes']:,}",
+            _ABSENT if work["mean_batch"] is None else f"{work['mean_batch']:.1f}",
+            _seconds(work["seconds"]),
+            percent(work["seconds"] / total),
+            _ABSENT if work["tokens_per_second"] is None else f"{work['tokens_per_second']:,.0f}",
+            _ABSENT if work["roofline"] is None else percent(work["roofline"]),
+        ]
+        for work in summary["works"]
+    ]
+    outside = [_seconds(summary["seconds_outside"]), percent(summary["share_outside"])]
+    return [*rows, ["outside", *4 * [""], *outside, "", ""]]
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds >= 10 else f"{seconds:.3f} s"

@@ -11,13 +11,16 @@ import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pyro.poutine import Trace
 
 from lmppl._sites import has_value, is_continuous, is_latent, key_of, value_of, values_of
 from lmppl._table import html_table, text_table
+
+if TYPE_CHECKING:
+    from lmppl.profiling import Profile
 
 
 class ZeroEvidenceError(RuntimeError):
@@ -46,12 +49,16 @@ class Posterior:
             - ``engine``: its name;
             - ``iid``: whether the weights are independent and identically distributed, so that
               the evidence has the textbook standard error (SMC's and enumeration's are not);
-            - ``tokens_sampled``, ``tokens_scored``, ``seconds``: what it cost;
+            - ``tokens_sampled``, ``tokens_scored``, ``tokens_trained``, ``seconds``: what it cost;
             - ``killed``: a ``Counter``, name of a site to the samples to which it gave
               probability zero;
             - ``notes``: a list of sentences the reader must know ("the target is tempered").
         claims_evidence: False where the mean weight does not estimate the evidence (raw draws of
             an uncorrected guide): ``log_evidence`` is None.
+
+    Attributes:
+        profile: a ``Profile``, where the time went, if ``infer`` was called with
+            ``profile=True``; else None.
 
     Raises:
         ValueError: if the lengths differ, there are no traces, or a log-weight is NaN or +inf.
@@ -87,6 +94,7 @@ class Posterior:
         self.returns: list[Any] = list(returns)
         self.guide = guide
         self.info: dict[str, Any] = dict(info or {})
+        self.profile: Profile | None = None
         self._claims_evidence = claims_evidence
 
     # --- weights ------------------------------------------------------------------------------
@@ -281,7 +289,7 @@ class Posterior:
         picks = torch.searchsorted(cumulative, uniforms * cumulative[-1], right=True)
         picks = picks.clamp(max=int(torch.nonzero(self.weights > 0)[-1]))
         log_evidence = self.log_evidence
-        return Posterior(
+        drawn = Posterior(
             [self.traces[i] for i in picks.tolist()],
             torch.full((n,), 0.0 if log_evidence is None else log_evidence, dtype=torch.float64),
             [self.returns[i] for i in picks.tolist()],
@@ -293,6 +301,8 @@ class Posterior:
             },
             claims_evidence=self._claims_evidence,
         )
+        drawn.profile = self.profile
+        return drawn
 
     def __len__(self) -> int:
         return len(self.traces)
@@ -311,7 +321,8 @@ class Posterior:
         not reach is missing there. ``"numeric"`` has the mean and standard deviation of the
         continuous ones over the samples that reach them. The other entries are ``engine``,
         ``num_samples``, ``ess``, ``log_evidence``, ``log_evidence_stderr``, ``tokens_sampled``,
-        ``tokens_scored``, ``seconds``, ``killed`` and ``notes``. Never raises ZeroEvidenceError.
+        ``tokens_scored``, ``tokens_trained``, ``seconds``, ``killed`` and ``notes``. Never raises
+        ZeroEvidenceError.
         """
         numeric = [name for name in self.latents if self._is_numeric(name)]
         discrete = [name for name in self.latents if name not in numeric]
@@ -331,6 +342,7 @@ class Posterior:
             "log_evidence_stderr": self.log_evidence_stderr,
             "tokens_sampled": self.info.get("tokens_sampled"),
             "tokens_scored": self.info.get("tokens_scored"),
+            "tokens_trained": self.info.get("tokens_trained"),
             "seconds": self.info.get("seconds"),
             "killed": dict(self.killed.most_common()),
             "notes": list(self.info.get("notes", ())),

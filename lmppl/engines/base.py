@@ -74,6 +74,7 @@ class Meter:
         return {
             "tokens_sampled": usage.tokens_sampled,
             "tokens_scored": usage.tokens_scored,
+            "tokens_trained": usage.tokens_trained,
             "seconds": time.perf_counter() - self._began,
         }
 

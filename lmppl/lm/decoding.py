@@ -13,6 +13,7 @@ from lmppl.lm.memory import batch_rows
 from lmppl.lm.requests import Draw, Drawn
 from lmppl.lm.rows import Rows
 from lmppl.lm.runner import runner_of, without_grad
+from lmppl.lm.work import timed
 from lmppl.text import FinishReason
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class Decoding:
             temperature that is not positive, or with an empty prefix.
     """
 
+    @timed("sampled")
     def __init__(self, draws: Sequence[tuple[LM, Draw]]) -> None:
         self._draws = list(draws)
         self._uniforms: list[list[float]] = []
@@ -87,6 +89,7 @@ class Decoding:
         """What the slot's sequence is drawn from; its uniforms are the ancestor's."""
         return self._draws[slot]
 
+    @timed("sampled")
     @without_grad
     def step(self) -> None:
         """Draw one token for every open sequence.
@@ -119,6 +122,7 @@ class Decoding:
         self._batches = [batch for batch in self._batches if batch.slots]
         self.num_steps += 1
 
+    @timed("sampled")
     def select(self, ancestors: Sequence[int]) -> None:
         """Slot i becomes a copy of slot ``ancestors[i]``, and keeps its own uniforms.
 

@@ -9,11 +9,13 @@ import torch
 from lmppl.lm.closing import Closing, ClosingState
 from lmppl.lm.rows import Rows
 from lmppl.lm.runner import runner_of
+from lmppl.lm.work import timed
 
 if TYPE_CHECKING:
     from lmppl.lm.model import LM
 
 
+@timed("read")
 def enumerate_sequences(
     lm: LM,
     prefix: tuple[int, ...],

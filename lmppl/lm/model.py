@@ -15,6 +15,7 @@ from lmppl.lm.observed import encode_observed
 from lmppl.lm.requests import Draw, Drawn, Score, Scored
 from lmppl.lm.usage import Usage
 from lmppl.lm.vocabulary import Vocabulary
+from lmppl.lm.work import watch_backward
 from lmppl.text import Text
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class LM:
     Attributes:
         model, tokenizer: the Hugging Face objects.
         vocabulary: the tokens: text to ids, ids to text, which of them end a text.
-        usage: counters of tokens sampled and scored, shared with its adapters.
+        usage: counters of tokens sampled, scored and trained on, shared with its adapters.
         memory: what a batch may take (``lmppl.Memory``); adapters begin with their base's.
     """
 
@@ -121,8 +122,13 @@ class LM:
 
     @property
     def tokens_scored(self) -> int:
-        """Tokens scored so far, by this model and its adapters."""
+        """Tokens scored so far, by this model and its adapters; not those of training."""
         return self.usage.tokens_scored
+
+    @property
+    def tokens_trained(self) -> int:
+        """Tokens scored so far with a gradient to parameters of this model or its adapters."""
+        return self.usage.tokens_trained
 
     # Sampling and scoring of plain text.
 
@@ -303,7 +309,10 @@ class LM:
 
         for request in scores:
             self.check_context(len(request.prefix), len(request.continuation), request.name)
-        return score(self, scores, grad=grad)
+        scored = score(self, scores, grad=grad)
+        if grad:
+            watch_backward(scored)
+        return scored
 
     def hidden(self, prefixes: Sequence[tuple[int, ...]]) -> torch.Tensor:
         """The last layer's state at the last token of each prefix, (N, hidden_size) float32."""

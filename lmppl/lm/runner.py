@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
 from peft import PeftModel
-from transformers.pytorch_utils import Conv1D
 
 from lmppl.lm.adapter import clone
 from lmppl.lm.attention import ATTENTION, Group, LayerKV, PrefixCache, Tree
@@ -25,6 +24,8 @@ from lmppl.lm.checkpointing import Checkpointing
 from lmppl.lm.head import Head, OutputLayer
 from lmppl.lm.linear import InputLog, can_pack, pack
 from lmppl.lm.lora import fuse
+from lmppl.lm.roofline import Matrices
+from lmppl.lm.work import count_pass
 
 if TYPE_CHECKING:
     from lmppl.lm.model import LM
@@ -166,20 +167,20 @@ class Runner:
 
     # What a pass costs.
 
+    @property
+    def trains(self) -> bool:
+        """Whether any of its parameters needs a gradient."""
+        return any(p.requires_grad for p in self._parameters)
+
     @functools.cached_property
-    def _products(self) -> list[tuple[int, int]]:
-        """(out, in) of every matrix below the output layer."""
-        inside = {id(layer) for layer in self._head.modules()}
-        return [
-            (int(m.weight.shape[0]), int(m.weight.shape[1]))
-            for m in self._model.modules()
-            if isinstance(m, (torch.nn.Linear, Conv1D)) and id(m) not in inside
-        ]
+    def matrices(self) -> Matrices:
+        """What a forward pass multiplies by."""
+        return Matrices(self._model, self._head)
 
     @property
     def activation_bytes(self) -> int:
         """Of the widest activation of a token (two layers of that width may be one product)."""
-        widest = max((max(shape) for shape in self._products), default=self.size)
+        widest = max((max(m.shape) for m in self.matrices.body), default=self.size)
         return 2 * widest * self._head.weight.element_size()
 
     @property
@@ -192,7 +193,7 @@ class Runner:
 
     def costs(self, prefix: int) -> Costs:
         """In FLOPs, of tokens that see a prefix of so many."""
-        token = 2.0 * sum(rows * columns for rows, columns in self._products)
+        token = float(self.matrices.flops(1, 0)[0])
         config = _text_config(self._model)
         width = getattr(config, "head_dim", None) or config.hidden_size // self.num_heads
         score = 4.0 * int(width) + _SOFTMAX_FLOPS
@@ -219,6 +220,7 @@ class Runner:
         The model as it is: its own attention, no cache. Differentiable.
         """
         self.computed_tokens += tokens.numel()
+        count_pass(self, tokens, positions)
         with self._head.asking_for(positions):
             out = self._model(input_ids=tokens, use_cache=False, return_dict=True)
         return self._states(out)
@@ -229,6 +231,7 @@ class Runner:
         """States (N, hidden) at ``positions`` of the flattened ``tokens`` (B, T) that continue
         ``cache``; at all of them if None. The cache then holds the tokens' keys and values."""
         self.computed_tokens += tokens.numel()
+        count_pass(self, tokens, positions)
         with self._head.asking_for(positions):
             out = self._fast_model(
                 input_ids=tokens,
@@ -321,7 +324,7 @@ class Runner:
     @property
     def _remembers(self) -> bool:
         # An optimiser can change trainable weights at any time, and nothing need tell us.
-        return not any(p.requires_grad for p in self._parameters)
+        return not self.trains
 
     def _remembered(self) -> OrderedDict[Tokens, Prompt]:
         """Prompts by their tokens, all of them, from the least to the most recently used."""

@@ -29,6 +29,7 @@ from lmppl.lm.runner import (
     runner_of,
     without_grad,
 )
+from lmppl.lm.work import Kind, region, timed
 
 if TYPE_CHECKING:
     from lmppl.lm.model import LM
@@ -107,11 +108,14 @@ def score(
         if not r.continuation
     }
     run = _score if grad else without_grad(_score)
-    run(runner, list(sequences.values()), grad, memory, found)
-    lm.usage.count(scored=scored)
+    kind: Kind = "trained" if grad and runner.trains else "scored"
+    with region(kind):
+        run(runner, list(sequences.values()), grad, memory, found)
+    lm.usage.count(**{kind: scored})
     return [found[request] for request in requests]
 
 
+@timed("read")
 @without_grad
 def hidden(lm: LM, prefixes: Sequence[Tokens]) -> torch.Tensor:
     """The last token's hidden state after each prefix, as it enters the output layer.
