@@ -5,6 +5,7 @@ from lmppl.distributions import LMText
 from lmppl.engines import SMC, Engine, Exact, GFlowNet, Importance, register_engine
 from lmppl.guides import LMGuide
 from lmppl.lm import LM
+from lmppl.lm.memory import Memory
 from lmppl.posterior import Posterior, ZeroEvidenceError
 from lmppl.primitives import chat, lm_sample, require, tool, use
 from lmppl.profiling import Profile, profile
@@ -22,6 +23,7 @@ __all__ = [
     "Importance",
     "LMGuide",
     "LMText",
+    "Memory",
     "Posterior",
     "Profile",
     "ReplayError",

@@ -17,7 +17,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -27,6 +27,7 @@ from lmppl.guides.automatic import SiteScore
 from lmppl.guides.inputs import read_inputs
 from lmppl.guides.prompts import Observations
 from lmppl.guides.samples import ReplayBuffer, Sample, Truncation, truncate
+from lmppl.lm.memory import Memory
 from lmppl.primitives import use
 from lmppl.progress import progress_bar
 
@@ -67,6 +68,10 @@ class FitOptions:
         reward_temperature: first and last: the reward is ``R ** (1 / temperature)``. If the last
             is not 1, the guide's target is a *tempered* posterior.
         max_grad_norm: gradients are clipped to it.
+        gradient_checkpointing: keep only what enters each layer of the language model for the
+            backward pass, and compute the rest anew there (see ``lmppl.Memory``).
+        training_tokens: read at most so many tokens a pass, one pass after another: the gradient
+            of the whole batch in the memory of a pass. None: the batch at once.
     """
 
     batch_size: int = 32
@@ -81,6 +86,8 @@ class FitOptions:
     truncations: float = 1.0
     reward_temperature: tuple[float, float] = (1.0, 1.0)
     max_grad_norm: float = 1.0
+    gradient_checkpointing: bool = False
+    training_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if self.batch_size < 2:
@@ -99,6 +106,7 @@ class FitOptions:
             )
         if self.truncations < 0:
             raise ValueError(f"truncations={self.truncations}: it must not be negative")
+        self.memory(Memory())  # checks training_tokens
         if min(self.reward_temperature) < 1.0:
             raise ValueError(f"reward_temperature={self.reward_temperature}: at least 1 each")
 
@@ -107,6 +115,14 @@ class FitOptions:
         if self.learning_rate is not None:
             return self.learning_rate
         return 3e-3 * min(1.0, math.sqrt(64 / hidden_size))
+
+    def memory(self, usual: Memory) -> Memory:
+        """What a trained language model's passes may take."""
+        return replace(
+            usual,
+            gradient_checkpointing=self.gradient_checkpointing or usual.gradient_checkpointing,
+            training_tokens=self.training_tokens or usual.training_tokens,
+        )
 
     @property
     def tempered_target(self) -> float | None:
@@ -139,6 +155,8 @@ class Trainer:
         self._generator = torch.Generator().manual_seed(seed % 2**63)
         self._queue: list[int] = []
         guide.prepare(inputs[0].args)
+        for lm in guide.adapters():
+            lm.memory = options.memory(lm.memory)
         self._parameters = guide.parameters()
         self._rate = options.rate(guide.base.hidden_size)
         # Gradients of a variance shrink with it, so a memory of 1,000 steps of their size (0.999)

@@ -74,6 +74,7 @@ class PrefixCache(Cache):
         self.windows: list[int | None] = []  # sliding window of each call, for the probe
         self._keep = keep
         self._starts: int | torch.Tensor = 0
+        self._offsets: int | torch.Tensor | None = None  # positions of the first slots
         self._biases: dict[Any, torch.Tensor | None] = {}
 
     @property
@@ -82,12 +83,19 @@ class PrefixCache(Cache):
 
     def positions(self, num_tokens: int, device: torch.device) -> torch.Tensor:
         """Positions of the new tokens: (B or 1, T)."""
+        if self._offsets is None:
+            self.prepare(device)
+        assert self._offsets is not None
+        return self.slots(num_tokens, device) + self._offsets
+
+    def prepare(self, device: torch.device) -> None:
+        """Bring what depends on the groups alone to the device; again when they have changed."""
         lengths = [group.length for group in self.groups]
         if len(set(lengths)) == 1:
-            return self.slots(num_tokens, device) + lengths[0]
-        each = torch.tensor(lengths, device=device)
-        counts = torch.tensor([group.num_rows for group in self.groups], device=device)
-        return self.slots(num_tokens, device) + each.repeat_interleave(counts).unsqueeze(1)
+            self._offsets = lengths[0]
+        else:
+            each = [group.length for group in self.groups for _ in range(group.num_rows)]
+            self._offsets = torch.tensor(each, device=device).unsqueeze(1)  # (B, 1)
 
     def slots(self, num_tokens: int, device: torch.device) -> torch.Tensor:
         """How far behind their prefixes the new tokens stand: (B or 1, T)."""

@@ -16,8 +16,10 @@ from lmppl.lm.head import chunk_rows
 from lmppl.lm.inverse_cdf import invert
 from lmppl.lm.packing import group_by_prefix
 from lmppl.lm.runner import Runner, Tokens, padded, without_grad
+from lmppl.lm.static_step import StaticStep
 
 _FIRST_CAPACITY = 64  # slots that are allocated before they are needed
+_STATIC_DEVICES = {"cuda"}  # where a step of fixed shapes is worth its price
 
 
 class Rows(ABC):
@@ -92,7 +94,8 @@ class CachedRows(Rows):
     """Rows whose keys and values are kept.
 
     Rows of one group of prefixes lie side by side in the buffers, so a row's *place* there may
-    differ from its number.
+    differ from its number. Where steps are static, rows that were dropped keep their places until
+    half of them are empty, since fewer rows would be another shape.
     """
 
     @without_grad
@@ -128,13 +131,17 @@ class CachedRows(Rows):
         ]
         self._keep(states.index_select(0, index))
         self._cache = BufferedCache(self._groups(), self._buffers)
+        self._step: StaticStep | None = None
+        self._renewed = False  # whether the buffers are others than those of the step
 
     def _set_places(self, rows: list[int]) -> None:
-        """``rows``: the row at each place."""
+        """``rows``: the row at each place; -1: none."""
         self._rows = rows
+        self._place_of = {row: place for place, row in enumerate(rows) if row >= 0}
         self._places: torch.Tensor | None = None  # of each row; None: its own number
         if any(row != place for place, row in enumerate(rows)):
-            self._places = torch.argsort(torch.tensor(rows, device=self._runner.device))
+            places = [self._place_of[row] for row in range(len(self._place_of))]
+            self._places = torch.tensor(places, device=self._runner.device)
 
     def _keep(self, states: torch.Tensor) -> None:
         """``states``: in the order of the places."""
@@ -152,44 +159,68 @@ class CachedRows(Rows):
         return new
 
     def __len__(self) -> int:
-        return len(self._lengths)
+        return len(self._place_of)
 
     @without_grad
     def extend(self, tokens: torch.Tensor | Sequence[int]) -> None:
         device = self._runner.device
         filled = max(self._lengths)
         if filled == self._capacity:
-            self._gather(list(range(len(self))), min(max(self._most, filled + 1), 2 * filled))
+            places = [place for place, row in enumerate(self._rows) if row >= 0]
+            self._gather(places, min(max(self._most, filled + 1), 2 * filled))
+            self._arrange(places, [self._rows[place] for place in places])
         tokens = torch.as_tensor(tokens, dtype=torch.long, device=device)
         if self._places is not None:
-            tokens = tokens[torch.tensor(self._rows, device=device)]
-        self._cache.begin(self._lengths, device)
-        self._keep(self._runner.run_cached(tokens.unsqueeze(1), self._cache))
+            placed = torch.zeros(len(self._rows), dtype=torch.long, device=device)
+            tokens = placed.index_copy_(0, self._places, tokens)
+        if device.type in _STATIC_DEVICES:
+            if self._step is None:
+                self._step = StaticStep(self._runner, self._cache, self._lengths)
+            # (A copy, as a replay writes to the same place.)
+            self._keep(self._step.run(tokens).clone())
+        else:
+            self._cache.begin(self._lengths, device)
+            self._keep(self._runner.run_cached(tokens.unsqueeze(1), self._cache))
         self._lengths = [n + 1 for n in self._lengths]
 
     @without_grad
     def select(self, index: torch.Tensor | Sequence[int]) -> None:
         index = [int(i) for i in index]
-        place_of = {row: place for place, row in enumerate(self._rows)}
-        sources = [place_of[i] for i in index]  # of each new row, the old place
-        order = sorted(range(len(index)), key=lambda row: self._group_of[sources[row]])
-        places = [sources[row] for row in order]  # of each new place, the old one
+        sources = [self._place_of[i] for i in index]  # of each new row, the old place
         states = self._states.index_select(0, torch.tensor(index, device=self._states.device))
-        self._move(places)
-        self._group_of = [self._group_of[place] for place in places]
-        self._lengths = [self._lengths[place] for place in places]
-        self._set_places(order)
+        static = self._runner.device.type in _STATIC_DEVICES
+        if static and len(set(index)) == len(index) and 2 * len(index) >= len(self._rows):
+            rows = [-1] * len(self._rows)
+            for row, place in enumerate(sources):
+                rows[place] = row
+            self._set_places(rows)
+        else:
+            order = sorted(range(len(index)), key=lambda row: self._group_of[sources[row]])
+            places = [sources[row] for row in order]  # of each new place, the old one
+            self._move(places)
+            self._arrange(places, order)
         self._states = states
+
+    def _arrange(self, places: list[int], rows: list[int]) -> None:
+        """Place i now holds what place ``places[i]`` held, and is that of row ``rows[i]``."""
+        groups = [self._group_of[place] for place in places]
+        same = groups == self._group_of and self._step is not None
+        self._group_of = groups
+        self._lengths = [self._lengths[place] for place in places]
+        self._set_places(rows)
         self._cache.groups = self._groups()
+        self._cache.prepare(self._runner.device)
+        if self._step is not None:
+            # Recorded steps know where each row stands, and the memory that they read.
+            self._step = self._step.moved(self._lengths) if same and not self._renewed else None
+        self._renewed = False
 
     def _move(self, places: list[int]) -> None:
         """The keys and values at place i become those of place ``places[i]``."""
-        moved = [(new, old) for new, old in enumerate(places) if new != old]
-        # In place if no row is read after it was overwritten: then only what moves is copied.
-        written = {new for new, _ in moved}
-        if len(places) > len(self) or any(old in written for _, old in moved):
+        if len(places) > len(self._rows):
             self._gather(places, self._capacity)
             return
+        moved = [(new, old) for new, old in enumerate(places) if new != old]
         filled = max(self._lengths)
         if moved:
             device = self._runner.device
@@ -199,12 +230,14 @@ class CachedRows(Rows):
                 for buffer in layer:
                     part = buffer[:, :, :filled]
                     part.index_copy_(0, new, part.index_select(0, old))
-        if len(places) < len(self):
+        if len(places) < len(self._rows):
             n = len(places)
             self._buffers[:] = [(k[:n], v[:n]) for k, v in self._buffers]
+            self._renewed = True
 
     def _gather(self, places: list[int], capacity: int) -> None:
         self._capacity = capacity
+        self._renewed = True
         filled = max(self._lengths)
         at = torch.tensor(places, device=self._runner.device)
         self._buffers[:] = [

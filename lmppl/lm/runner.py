@@ -225,8 +225,7 @@ class Runner:
 
         The model as it is: its own attention, no cache. Differentiable.
         """
-        self.computed_tokens += tokens.numel()
-        count_pass(self, tokens, positions)
+        self.count(tokens, positions)
         with self._head.asking_for(positions):
             out = self._model(input_ids=tokens, use_cache=False, return_dict=True)
         return self._states(out)
@@ -236,8 +235,7 @@ class Runner:
     ) -> torch.Tensor:
         """States (N, hidden) at ``positions`` of the flattened ``tokens`` (B, T) that continue
         ``cache``; at all of them if None. The cache then holds the tokens' keys and values."""
-        self.computed_tokens += tokens.numel()
-        count_pass(self, tokens, positions)
+        self.count(tokens, positions)
         with self._head.asking_for(positions):
             out = self._fast_model(
                 input_ids=tokens,
@@ -250,6 +248,11 @@ class Runner:
                 lmppl_cache=cache,
             )
         return self._states(out)
+
+    def count(self, tokens: torch.Tensor, positions: torch.Tensor | None) -> None:
+        """A pass of ``tokens`` (B, T) is made, of which ``positions`` are asked for (None: all)."""
+        self.computed_tokens += tokens.numel()
+        count_pass(self, tokens, positions)
 
     def _states(self, out: Any) -> torch.Tensor:
         self.hidden = self._head.take()

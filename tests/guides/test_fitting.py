@@ -317,3 +317,16 @@ def test_an_exception_of_the_program_names_its_site():
 
     with pytest.raises(ValueError, match="site 'y'"):
         lmppl.LMGuide(program, lm=tiny_lm("ab.", seed=0)).fit([("ab",)], steps=1, seed=0)
+
+
+@pytest.mark.parametrize("options", [dict(training_tokens=8), dict(gradient_checkpointing=True)])
+def test_saving_memory_changes_no_step(options):
+    case = CASES["observed text"]
+    histories = []
+    for each in ({}, options):
+        guide = lmppl.LMGuide(case.program, lm=case.lm)
+        guide.fit([case.args], steps=3, seed=0, **each)
+        histories.append([row["loss"] for row in guide.history])
+        for lm in guide.adapters():
+            assert lm.memory.training_tokens == each.get("training_tokens")
+    assert histories[0] == pytest.approx(histories[1], rel=1e-3)

@@ -8,11 +8,14 @@ import torch
 from transformers import (
     BloomConfig,
     Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
     GPT2Config,
     LlamaConfig,
     MistralConfig,
     PretrainedConfig,
     Qwen2Config,
+    Qwen3Config,
 )
 from transformers.models.auto import AutoModelForCausalLM
 
@@ -57,6 +60,18 @@ def _config(name: str) -> PretrainedConfig:
             attn_logit_softcapping=2.0,
             final_logit_softcapping=4.0,
         )
+    if name == "qwen3":  # normalised queries and keys
+        return Qwen3Config(**_LLAMA, head_dim=8)
+    if name == "gemma":  # one key and value head for all queries
+        return GemmaConfig(**{**_LLAMA, "num_key_value_heads": 1}, head_dim=8)
+    if name == "gemma3":  # windows in all layers but the last, another rotation in them
+        return Gemma3TextConfig(
+            **_LLAMA,
+            head_dim=8,
+            sliding_window=6,
+            query_pre_attn_scalar=8,
+            layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+        )
     if name == "bloom":  # its attention can't be reached: the slow path
         return BloomConfig(
             vocab_size=SIZE,
@@ -69,7 +84,7 @@ def _config(name: str) -> PretrainedConfig:
     raise ValueError(name)
 
 
-FAST = ["llama", "gpt2", "qwen2", "mistral", "gemma2"]
+FAST = ["llama", "gpt2", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3"]
 
 
 def make_model(name: str, *, frozen: bool = True) -> Any:

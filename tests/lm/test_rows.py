@@ -68,8 +68,44 @@ def test_equals_a_naive_forward_pass(name, prefixes):
     grow(model, rows, prefixes, 12, {3: gather, 5: shrink, 8: [0], 9: [0, 0, 0]})
 
 
+@pytest.mark.parametrize("prefixes", PREFIXES.values(), ids=PREFIXES)
+@pytest.mark.parametrize("name", FAST)
+def test_static_steps_equal_a_naive_forward_pass(name, prefixes, monkeypatch):
+    """What CUDA records, step by step on the CPU."""
+    monkeypatch.setattr("lmppl.lm.rows._STATIC_DEVICES", {"cpu"})
+    model = make_model(name)
+    rows = Rows.start(Runner(model), prefixes, 14)
+    n = len(prefixes)
+    gather = [n - 1, 0, n - 1, *range(n)]  # more rows than before
+    drop = [i for i in range(n + 3) if i != 1]  # their places stay
+    again = [0, 0, *range(2, n + 2)]  # as many rows as before, one of them twice
+    swap = [1, 0, *range(2, n + 2)]
+    selections = {3: gather, 4: drop, 6: again, 7: swap, 9: [1, 0], 10: [1], 12: [0, 0]}
+    grow(model, rows, prefixes, 14, selections)
+
+
+def test_static_steps_go_on_in_the_same_memory_while_few_rows_are_dropped(monkeypatch):
+    monkeypatch.setattr("lmppl.lm.rows._STATIC_DEVICES", {"cpu"})
+    rows = Rows.start(Runner(make_model("llama")), [LONG] * 8, 10)
+    rows.extend([1] * 8)
+    step, keys = rows._step, rows._buffers[0][0]
+    rows.select([7, 1, 2, 3, 5])  # drops and reorders
+    rows.extend([2] * 5)
+    assert rows._step is step and rows._buffers[0][0] is keys and len(rows) == 5
+    rows.select([0, 1])
+    rows.extend([3] * 2)
+    assert rows._step is not step and rows._buffers[0][0].shape[0] == 2
+    step, keys = rows._step, rows._buffers[0][0]
+    rows.select([1, 1])  # resampled
+    rows.extend([4] * 2)
+    assert rows._step is step and rows._buffers[0][0] is keys
+
+
+@pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
-def test_buffers_grow(name):
+def test_buffers_grow(name, static, monkeypatch):
+    if static:
+        monkeypatch.setattr("lmppl.lm.rows._STATIC_DEVICES", {"cpu"})
     model = make_model(name)
     prefixes = [LONG, LONG[:25] + (1, 2)]
     rows = Rows.start(Runner(model), prefixes, 150)
