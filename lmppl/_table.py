@@ -209,7 +209,7 @@ def profile_header(summary: Mapping[str, Any]) -> str:
     count = summary["passes"]
     line = f"Profile: {_seconds(summary['seconds'])}, {count:,} forward pass{'es' * (count != 1)}"
     if count:
-        line += f" of {summary['mean_batch']:.1f} sequences on average"
+        line += f" of {summary['mean_batch']:.1f} rows on average"
     return line
 
 

@@ -25,7 +25,7 @@ class Work:
             computed once and count once.
         seconds: that the work took, its bookkeeping included.
         passes: forward passes through a model.
-        sequences: rows of their batches, all passes together.
+        rows: of their batches, all passes together; a row may hold several texts.
         positions: computed in the forward passes, with prompts and padding (and the probe of a
             model that is met for the first time).
         outputs: positions that went through the output layer.
@@ -43,7 +43,7 @@ class Work:
     tokens: int
     seconds: float
     passes: int
-    sequences: int
+    rows: int
     positions: int
     outputs: int
     flops: int
@@ -56,8 +56,8 @@ class Work:
 
     @property
     def mean_batch(self) -> float | None:
-        """Sequences in a forward pass, on average; None if there were no passes."""
-        return self.sequences / self.passes if self.passes else None
+        """Rows of a forward pass, on average; None if there were no passes."""
+        return self.rows / self.passes if self.passes else None
 
     @property
     def roofline(self) -> float | None:
@@ -143,8 +143,8 @@ class Profile:
 
     @property
     def mean_batch(self) -> float | None:
-        """Sequences in a forward pass, on average; None if there were no passes."""
-        return sum(work.sequences for work in self.works) / self.passes if self.passes else None
+        """Rows of a forward pass, on average; None if there were no passes."""
+        return sum(work.rows for work in self.works) / self.passes if self.passes else None
 
     def summary(self) -> dict[str, Any]:
         """The profile in plain Python values, as the table shows it.
@@ -226,7 +226,7 @@ def _work(kind: Kind, record: Record) -> Work:
         getattr(record.usage, f"tokens_{kind}", 0),
         record.kinds[kind],
         sum(group.passes for group in groups),
-        sum(group.sequences for group in groups),
+        sum(group.rows for group in groups),
         sum(group.positions for group in groups),
         sum(group.outputs for group in groups),
         flops,

@@ -40,10 +40,10 @@ def check(p):
     assert p.passes == sum(w.passes for w in p.works)
     for w in p.works:
         # A token that several sequences share is computed once, and asked for by each.
-        assert w.outputs > 0 and w.positions >= w.sequences >= w.passes > 0
+        assert w.outputs > 0 and w.positions >= w.rows >= w.passes > 0
         assert w.seconds > 0 and w.flops > 0 and w.roofline > 0
         assert w.roofline == pytest.approx(w.gemm_seconds / w.seconds)
-        assert w.mean_batch == w.sequences / w.passes
+        assert w.mean_batch == w.rows / w.passes
         if w.tokens:
             assert w.tokens_per_second == pytest.approx(w.tokens / w.seconds)
     assert pickle.loads(pickle.dumps(p)).summary() == p.summary()
@@ -257,7 +257,7 @@ SUMMARY = {
 
 def test_the_table_has_a_row_a_kind():
     lines = profile_text(SUMMARY, width=80).splitlines()
-    assert lines[0] == "Profile: 20.0 s, 1,234 forward passes of 31.3 sequences on average"
+    assert lines[0] == "Profile: 20.0 s, 1,234 forward passes of 31.3 rows on average"
     assert lines[1].split() == [
         "tokens", "positions", "passes", "batch", "seconds", "share", "tokens/s", "roofline",
     ]  # fmt: skip

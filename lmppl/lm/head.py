@@ -114,6 +114,11 @@ class OutputLayer:
     def size(self) -> int:
         return int(self._head.weight.shape[0])
 
+    @property
+    def packed(self) -> PackedLinear | None:
+        """What logits are computed by, if it is packed."""
+        return self._packed
+
     def check(self, tokens: torch.Tensor) -> None:
         """Find out how to get logits, by comparison with the model's own after ``tokens`` (1, T)."""
         with self._head.as_it_is():

@@ -12,7 +12,7 @@ The packed weights are a second copy. They are made for a clone of the model, ne
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -125,14 +125,20 @@ class _Product:
 
     def __call__(self, given: torch.Tensor, index: int) -> torch.Tensor:
         if self._input is not given:
-            self._outputs = self._multiply(given).split(self._sizes, -1)
+            self._outputs = self.multiply(given).split(self._sizes, -1)
             self._input = given
         output = self._outputs[index]
         if index == len(self._sizes) - 1:
             self._input, self._outputs = None, ()
         return output
 
-    def _multiply(self, given: torch.Tensor) -> torch.Tensor:
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in), of all layers together."""
+        return sum(self._sizes), _out_in(self.layers[0])[1]
+
+    def multiply(self, given: torch.Tensor) -> torch.Tensor:
+        """All layers' outputs, side by side."""
         versions = [_version(p) for p in self._parameters]
         if versions != self._versions:
             self._pack()
@@ -192,6 +198,12 @@ class PackedLinear(nn.Module):
         if given.requires_grad or not self._product.is_frozen():
             return self.layer(given)
         return self._product(given, self._index)
+
+
+def packed_products(modules: Iterable[nn.Module]) -> list[_Product]:
+    """Those that packed layers among the modules are computed by."""
+    found = {id(m._product): m._product for m in modules if isinstance(m, PackedLinear)}
+    return list(found.values())
 
 
 def _version(parameter: torch.Tensor) -> int:

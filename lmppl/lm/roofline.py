@@ -9,12 +9,12 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 
-_SECONDS = 0.04  # of measuring one rate, about
+_SECONDS = 0.025  # of measuring one rate, about
 # A processor is measured on parts of large matrices, and anything on fewer rows where one product
 # would take more than this: rates have long levelled off there.
 _CPU_PART = 1 << 22  # parameters
@@ -29,18 +29,30 @@ class Matrices:
     Embeddings are looked up, not multiplied by. Expert matrices (of a mixture, of which a token
     meets a few) are left out, as are those of attention, which depend on the context's length.
 
+    Args:
+        model: a causal language model.
+        output_layer: of it.
+        packed: gives the products that the model has laid out for this machine: outside the output
+            layer, and in it.
+
     Attributes:
         body: outside the output layer.
         output: of the output layer, which only some positions go through.
         key: equal for models of the same shapes, dtypes and device.
     """
 
-    def __init__(self, model: torch.nn.Module, output_layer: torch.nn.Module) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        output_layer: torch.nn.Module,
+        packed: Callable[[], tuple[Sequence[Product], Sequence[Product]]] = lambda: ((), ()),
+    ) -> None:
         self.output = list(_matrices_of(output_layer.modules()))
         own = {id(module) for module in output_layer.modules()}
         self.body = list(_matrices_of(m for m in model.modules() if id(m) not in own))
         everything = [*self.body, *self.output]
         self.key = tuple((m.device, m.dtype, m.shape) for m in everything)
+        self._packed = packed
         self._num = (sum(m.numel() for m in self.body), sum(m.numel() for m in self.output))
 
     def flops(self, positions: int, outputs: int) -> tuple[int, int]:
@@ -58,14 +70,15 @@ class Matrices:
             passes: among which the positions are divided evenly.
         """
         total = 0.0
-        for flops, matrices, rows in zip(
+        for flops, matrices, rows, packed in zip(
             self.flops(positions, outputs),
             (self.body, self.output),
             (positions, outputs),
+            self._packed(),
             strict=True,
         ):
             if flops:
-                total += flops / gemm_rate(matrices, rows / passes)
+                total += flops / gemm_rate(matrices, rows / passes, packed)
         return total or None
 
 
@@ -86,7 +99,9 @@ _cpu_clock = time.perf_counter if sys.platform == "win32" else time.thread_time
 _rates: dict[tuple[Any, ...], float] = {}
 
 
-def gemm_rate(matrices: Sequence[torch.Tensor], rows: float) -> float:
+def gemm_rate(
+    matrices: Sequence[torch.Tensor], rows: float, packed: Sequence[Product] = ()
+) -> float:
     """FLOP/s of ``F.linear`` on matrices, one after another, as a forward pass meets them.
 
     Measured when it is first asked for, in less than 0.1 s, and remembered by device, dtype, shapes,
@@ -97,27 +112,49 @@ def gemm_rate(matrices: Sequence[torch.Tensor], rows: float) -> float:
         matrices: not empty. Only those of the most common device and dtype are measured: an
             adapter in float32 on a model in bfloat16 is work of that model, and small.
         rows: of what they are multiplied with; the nearest power of two is taken.
+        packed: the same, laid out for this machine: the faster of the two counts.
     """
     sizes: Counter[tuple[torch.device, torch.dtype]] = Counter()
     for matrix in matrices:
         sizes[matrix.device, matrix.dtype] += matrix.numel()
     device, dtype = sizes.most_common(1)[0][0]
     matrices = [m.detach() for m in matrices if (m.device, m.dtype) == (device, dtype)]
-    if device.type == "cpu":
-        matrices = [part for m in matrices for part in _equal_parts(m)]
-    num_rows = 2 ** max(0, round(math.log2(rows)))
-    most = _MAX_FLOPS.get(device.type, _MAX_FLOPS_ELSEWHERE)
-    width, size = max(m.shape[0] for m in matrices), max(m.numel() for m in matrices)
-    while num_rows > 1 and (
-        num_rows * width * dtype.itemsize > _MAX_OUTPUT_BYTES or 2 * num_rows * size > most
-    ):
-        num_rows //= 2
     shapes = tuple(m.shape for m in matrices)
-    key = (device, dtype, torch.get_num_threads(), num_rows, shapes)
+    wanted = 2 ** max(0, round(math.log2(rows)))
+    key = (device, dtype, torch.get_num_threads(), wanted, shapes, len(packed))
     if key not in _rates:
+        if device.type == "cpu":
+            matrices = [part for m in matrices for part in _equal_parts(m)]
+        kinds: list[Sequence[Product]] = [[_Linear(m) for m in matrices], packed]
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            _rates[key] = _measure(matrices, num_rows)
+            _rates[key] = max(
+                _measure(products, _measured_rows(products, wanted, device, dtype), device, dtype)
+                for products in kinds
+                if products
+            )
     return _rates[key]
+
+
+class Product(Protocol):
+    """A matrix product."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+
+    def multiply(self, given: torch.Tensor) -> torch.Tensor:
+        """(M, in) to (M, out)."""
+
+
+class _Linear:
+    """The product with one matrix."""
+
+    def __init__(self, matrix: torch.Tensor) -> None:
+        self._matrix = matrix
+        self.shape: tuple[int, int] = (int(matrix.shape[0]), int(matrix.shape[1]))
+
+    def multiply(self, given: torch.Tensor) -> torch.Tensor:
+        return F.linear(given, self._matrix)
 
 
 def _equal_parts(matrix: torch.Tensor) -> list[torch.Tensor]:
@@ -127,33 +164,49 @@ def _equal_parts(matrix: torch.Tensor) -> list[torch.Tensor]:
     return [part for part in matrix.split(size) if len(part) == size]
 
 
-def _measure(matrices: Sequence[torch.Tensor], rows: int) -> float:
-    device, dtype = matrices[0].device, matrices[0].dtype
+def _measured_rows(
+    products: Sequence[Product], rows: int, device: torch.device, dtype: torch.dtype
+) -> int:
+    """As many as are wanted, or as many as keep each product within bounds."""
+    most = _MAX_FLOPS.get(device.type, _MAX_FLOPS_ELSEWHERE)
+    width, size = max(p.shape[0] for p in products), max(math.prod(p.shape) for p in products)
+    while rows > 1 and (
+        rows * width * dtype.itemsize > _MAX_OUTPUT_BYTES or 2 * rows * size > most
+    ):
+        rows //= 2
+    return rows
+
+
+def _measure(
+    products: Sequence[Product], rows: int, device: torch.device, dtype: torch.dtype
+) -> float:
+    """FLOP/s."""
     inputs = {
-        n: torch.ones(rows, n, dtype=dtype, device=device) for n in {m.shape[1] for m in matrices}
+        n: torch.ones(rows, n, dtype=dtype, device=device) for n in {p.shape[1] for p in products}
     }
 
-    def multiply(some: Iterable[torch.Tensor]) -> None:
-        for matrix in some:
-            F.linear(inputs[matrix.shape[1]], matrix)
+    def multiply(some: Iterable[Product]) -> None:
+        for product in some:
+            product.multiply(inputs[product.shape[1]])
 
-    multiply({m.shape: m for m in matrices}.values())  # whatever is done once a shape
+    multiply({p.shape: p for p in products}.values())  # whatever is done once a shape
     # The best of several, as whatever else the machine does can only slow it.
-    best: dict[Any, float] = {}
+    best: dict[tuple[int, int], float] = {}
     began = time.perf_counter()
     if device.type == "cpu":
         # One by one, as all of them may take long. They come in the model's order, so that each
         # is read from memory.
-        shapes = {m.shape for m in matrices}
-        for matrix in itertools.cycle(matrices):
+        shapes = {p.shape for p in products}
+        for product in itertools.cycle(products):
             start = _cpu_clock()
-            multiply([matrix])
-            best[matrix.shape] = min(_cpu_clock() - start, best.get(matrix.shape, math.inf))
+            multiply([product])
+            seconds = _cpu_clock() - start
+            best[product.shape] = min(seconds, best.get(product.shape, math.inf))
             if time.perf_counter() - began > _SECONDS and len(best) == len(shapes):
                 break
-        seconds = sum(best[m.shape] for m in matrices)
+        seconds = sum(best[p.shape] for p in products)
     else:
-        whole = functools.partial(multiply, matrices)
+        whole = functools.partial(multiply, products)
         run = _as_graph(whole, device) if device.type == "cuda" else whole
         seconds = math.inf
         while time.perf_counter() - began < _SECONDS or seconds == math.inf:
@@ -162,7 +215,7 @@ def _measure(matrices: Sequence[torch.Tensor], rows: int) -> float:
             run()
             wait_for(device)
             seconds = min(seconds, time.perf_counter() - start)
-    return 2 * rows * sum(m.numel() for m in matrices) / seconds
+    return 2 * rows * sum(math.prod(p.shape) for p in products) / seconds
 
 
 def _as_graph(run: Callable[[], None], device: torch.device) -> Callable[[], None]:

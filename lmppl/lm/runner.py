@@ -22,9 +22,9 @@ from lmppl.lm.adapter import clone
 from lmppl.lm.attention import ATTENTION, Group, LayerKV, PrefixCache, Tree
 from lmppl.lm.checkpointing import Checkpointing
 from lmppl.lm.head import Head, OutputLayer
-from lmppl.lm.linear import InputLog, can_pack, pack
+from lmppl.lm.linear import InputLog, can_pack, pack, packed_products
 from lmppl.lm.lora import fuse
-from lmppl.lm.roofline import Matrices
+from lmppl.lm.roofline import Matrices, Product
 from lmppl.lm.work import count_pass
 
 if TYPE_CHECKING:
@@ -175,7 +175,13 @@ class Runner:
     @functools.cached_property
     def matrices(self) -> Matrices:
         """What a forward pass multiplies by."""
-        return Matrices(self._model, self._head)
+        return Matrices(self._model, self._head, self._packed)
+
+    def _packed(self) -> tuple[list[Product], list[Product]]:
+        """What it multiplies by instead where it can: outside the output layer, and in it."""
+        fast = () if self._fast_model is None else self._fast_model.modules()
+        output = self._output.packed
+        return [*packed_products(fast)], [*packed_products([output] if output else [])]
 
     @property
     def activation_bytes(self) -> int:

@@ -46,7 +46,7 @@ class Passes:
 
     Attributes:
         passes: how many.
-        sequences: rows of their batches, summed.
+        rows: of their batches, summed.
         positions: rows times length, summed: padding included.
         outputs: positions that went through the output layer.
         matrices: of one of the models.
@@ -54,7 +54,7 @@ class Passes:
 
     matrices: Matrices
     passes: int = 0
-    sequences: int = 0
+    rows: int = 0
     positions: int = 0
     outputs: int = 0
 
@@ -62,7 +62,7 @@ class Passes:
         return Passes(
             other.matrices,
             self.passes + other.passes,
-            self.sequences + other.sequences,
+            self.rows + other.rows,
             self.positions + other.positions,
             self.outputs + other.outputs,
         )
@@ -71,7 +71,7 @@ class Passes:
         return Passes(
             self.matrices,
             self.passes - other.passes,
-            self.sequences - other.sequences,
+            self.rows - other.rows,
             self.positions - other.positions,
             self.outputs - other.outputs,
         )

@@ -7,6 +7,7 @@ import torch
 from architectures import SIZE, make_model
 
 from lmppl.lm import roofline
+from lmppl.lm.linear import can_pack
 from lmppl.lm.roofline import gemm_rate
 from lmppl.lm.runner import Runner, runner_of
 from lmppl.testing.tiny import tiny_lm
@@ -66,20 +67,55 @@ def test_rates_are_measured_once(rates, monkeypatch):
 
 
 def test_huge_products_are_not_measured_whole(rates, monkeypatch):
-    monkeypatch.setattr(roofline, "_measure", lambda matrices, rows: (rows, [*map(len, matrices)]))
+    monkeypatch.setattr(roofline, "_measure", lambda products, rows, *_: asked.append(rows) or 1.0)
     monkeypatch.setattr(roofline, "_CPU_PART", 30 * 8)
-    assert gemm_rate([torch.ones(64, 8), torch.ones(6, 8)], 10) == (8, [21, 21, 21, 6])
+    asked = []
+    gemm_rate([torch.ones(64, 8), torch.ones(6, 8)], 10)
     monkeypatch.setitem(roofline._MAX_FLOPS, "cpu", 2 * 21 * 8 * 16)
-    assert gemm_rate([torch.ones(64, 8)], 100_000)[0] == 16
+    gemm_rate([torch.ones(64, 8)], 100_000)
     monkeypatch.setattr(roofline, "_MAX_OUTPUT_BYTES", 4 * 21 * 7)
-    assert gemm_rate([torch.ones(64, 8)], 100_000)[0] == 4
-    assert gemm_rate([torch.ones(64, 8)], 0.3)[0] == 1
+    rates.clear()
+    gemm_rate([torch.ones(64, 8)], 100_000)
+    gemm_rate([torch.ones(64, 8)], 0.3)
+    assert asked == [8, 16, 4, 1]
+
+
+def test_large_matrices_are_measured_in_parts(monkeypatch):
+    monkeypatch.setattr(roofline, "_CPU_PART", 30 * 8)
+    sizes = [len(part) for m in (64, 6) for part in roofline._equal_parts(torch.ones(m, 8))]
+    assert sizes == [21, 21, 21, 6]
+
+
+def test_the_faster_of_plain_and_packed_products_counts(rates, monkeypatch):
+    monkeypatch.setattr(
+        roofline, "_measure", lambda products, *_: 2.0 if isinstance(products[0], Packed) else 1.0
+    )
+
+    class Packed:
+        shape = (8, 8)
+
+    matrices = [torch.ones(8, 8)]
+    assert [gemm_rate(matrices, 4, packed) for packed in ([], [Packed()])] == [1.0, 2.0]
+
+
+@pytest.mark.skipif(not can_pack(torch.nn.Linear(4, 4).requires_grad_(False)), reason="no kernels")
+def test_packed_products_are_those_of_the_model(rates):
+    lm = tiny_lm("ab.", seed=0)
+    lm.model.requires_grad_(False)
+    runner = runner_of(lm)
+    assert runner.fast
+    body, output = runner._packed()
+    size = sum(rows * columns for rows, columns in (p.shape for p in body))
+    assert 2 * size == runner.matrices.flops(1, 0)[0] and len(output) == 1
+    assert runner.matrices.seconds(8, 4, 2) > 0
+    assert {key[-1] for key in rates} == {len(body), 1}
+    assert runner_of(lm.adapter())._packed()[0] == []
 
 
 def test_seconds_are_those_of_the_average_pass(rates, monkeypatch):
     asked = []
 
-    def rate(matrices, rows):
+    def rate(matrices, rows, packed):
         asked.append(rows)
         return 1e3
 

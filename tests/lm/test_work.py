@@ -169,7 +169,7 @@ def test_passes_are_counted_by_kind_and_model():
         assert sum(p.positions for (_, its), p in record.passes.items() if its == key) == positions
     assert record.passes["scored", small].outputs == 9
     assert record.passes["scored", small].passes == 1
-    assert record.passes["read", base].outputs == record.passes["read", base].sequences == 2
+    assert record.passes["read", base].outputs == record.passes["read", base].rows == 2
     assert (record.usage.tokens_scored, record.usage.tokens_trained) == (4 * 9, 9)
 
 
