@@ -15,7 +15,9 @@ from lmppl.testing.programs import CASES
 pytestmark = pytest.mark.slow
 
 _CASES = [case for name, case in CASES.items() if name != "beta mixture"]
-_STEPS = 400
+# On the chain, the hardest, 400 steps end at a TV of .004 to .014, depending on the seed (and, with
+# one seed, on how numbers are rounded); 700 end at .003 to .004.
+_STEPS = 700
 
 
 @pytest.mark.parametrize("case", _CASES, ids=str)
