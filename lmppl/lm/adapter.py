@@ -146,6 +146,11 @@ def _merge_again(lm: LM, into: LM) -> bool:
         bias = any(getattr(layer, "lora_bias", {}).values())
         if not plain or bias or target is None or not hasattr(layer, "get_delta_weight"):
             return False
+        base_bias = getattr(layer.get_base_layer(), "bias", None)
+        if getattr(layer, "lora_embedding_A", None) or (
+            base_bias is not None and base_bias.requires_grad
+        ):
+            return False
         pairs.append((layer, target.weight))
     others = {id(p) for layer, _ in pairs for p in layer.parameters()}
     if any(p.requires_grad and id(p) not in others for p in lm.model.parameters()):

@@ -67,7 +67,8 @@ class Decoding:
             by_model.setdefault(id(lm), []).append(slot)
         for slots in by_model.values():
             lm = self._draws[slots[0]][0]
-            longest = max(len(draw.prefix) + _longest(draw) for _, draw in self._draws)
+            own = [self._draws[slot][1] for slot in slots]
+            longest = max(len(draw.prefix) + _longest(draw) for draw in own)
             size = batch_rows(runner_of(lm.sampler), lm.memory, longest)
             # Slots whose prefixes are alike stand together, so that a part shares them as well.
             slots = sorted(slots, key=lambda slot: self._draws[slot][1].prefix)

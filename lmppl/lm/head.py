@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -235,6 +236,7 @@ class _FrozenLogProbs(torch.autograd.Function):
         return torch.cat(found)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         means, picks, temperatures, weight = ctx.saved_tensors
         if temperatures is not None:

@@ -51,8 +51,14 @@ def _is_packable(layer: Any) -> bool:
     return (
         weight.device.type == "cpu"
         and weight.dtype in (torch.float32, torch.bfloat16)
+        and (weight.dtype == torch.float32 or _multiplies_bfloat16())
         and not weight.requires_grad
     )
+
+
+def _multiplies_bfloat16() -> bool:
+    """Whether oneDNN packs bfloat16 weights here (else it raises)."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 class InputLog:
@@ -120,13 +126,14 @@ class _Product:
         self._packed: torch.Tensor | None = None
         self._bias: torch.Tensor | None = None
         self._versions: list[int] = []
-        self._input: torch.Tensor | None = None
+        self._input: torch.Tensor | None = None  # what the outputs at hand were made of
+        self._version = 0
         self._outputs: tuple[torch.Tensor, ...] = ()
 
     def __call__(self, given: torch.Tensor, index: int) -> torch.Tensor:
-        if self._input is not given:
+        if index == 0 or self._input is not given or self._version != _version(given):
             self._outputs = self.multiply(given).split(self._sizes, -1)
-            self._input = given
+            self._input, self._version = given, _version(given)
         output = self._outputs[index]
         if index == len(self._sizes) - 1:
             self._input, self._outputs = None, ()
@@ -195,7 +202,8 @@ class PackedLinear(nn.Module):
         return self.layer.bias
 
     def forward(self, given: torch.Tensor) -> torch.Tensor:
-        if given.requires_grad or not self._product.is_frozen():
+        # In this order: it must be known of every pass whether parameters could have changed.
+        if not self._product.is_frozen() or given.requires_grad:
             return self.layer(given)
         return self._product(given, self._index)
 

@@ -2,7 +2,7 @@
 
 peft computes the low-rank part with some twenty small operations a layer, most of them over the
 whole output, in float32. Here it is added to the frozen product in place, in the model's dtype
-(as under autocast), with the adapter's own parameters and their gradients in float32.
+(as under autocast), and so are the gradients of the adapter's parameters, which stay float32.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from peft.tuners import lora
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 
 def plain_adapter(layer: Any) -> str | None:
@@ -40,7 +41,7 @@ def fuse(model: nn.Module) -> None:
     """Replace the plain LoRA layers of ``model``, a clone that nobody else uses."""
     for name, layer in list(model.named_modules()):
         adapter = plain_adapter(layer)
-        if adapter is not None and not layer.get_base_layer().weight.requires_grad:
+        if adapter is not None:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, FusedLora(layer, adapter))
 
@@ -62,6 +63,8 @@ class FusedLora(nn.Module):
 
     def forward(self, given: torch.Tensor) -> torch.Tensor:
         base = self.layer.get_base_layer()
+        if any(p.requires_grad for p in base.parameters()):
+            return self.layer(given)  # its own gradients are wanted too
         down, up, scale = factors(self.layer, self._adapter)
         return _Lora.apply(given, base.weight, base.bias, down, up, scale)
 
@@ -89,6 +92,7 @@ class _Lora(torch.autograd.Function):
         return out.view(*given.shape[:-1], -1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         rows, inner, weight, down, up = ctx.saved_tensors
         shape = grad.shape

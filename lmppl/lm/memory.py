@@ -22,7 +22,8 @@ class Memory:
 
     Args:
         batch_bytes: bound on the memory of one batch: caches, activations, logits. Larger ones are
-            split. (A single sequence may exceed it.) None: half of what is free.
+            split. (A single sequence may exceed it, and so may a part whose sequences are
+            resampled in place of another part's.) None: half of what is free.
         gradient_checkpointing: in training, keep only what enters each layer, and compute the
             rest anew in the backward pass: about a third more time, for memory that no longer
             grows with all of a layer's activations.

@@ -161,6 +161,10 @@ class CachedRows(Rows):
     def __len__(self) -> int:
         return len(self._place_of)
 
+    @property
+    def _is_static(self) -> bool:
+        return self._runner.device.type in _STATIC_DEVICES and self._runner.can_record
+
     @without_grad
     def extend(self, tokens: torch.Tensor | Sequence[int]) -> None:
         device = self._runner.device
@@ -173,7 +177,7 @@ class CachedRows(Rows):
         if self._places is not None:
             placed = torch.zeros(len(self._rows), dtype=torch.long, device=device)
             tokens = placed.index_copy_(0, self._places, tokens)
-        if device.type in _STATIC_DEVICES:
+        if self._is_static:
             if self._step is None:
                 self._step = StaticStep(self._runner, self._cache, self._lengths)
             # (A copy, as a replay writes to the same place.)
@@ -188,8 +192,7 @@ class CachedRows(Rows):
         index = [int(i) for i in index]
         sources = [self._place_of[i] for i in index]  # of each new row, the old place
         states = self._states.index_select(0, torch.tensor(index, device=self._states.device))
-        static = self._runner.device.type in _STATIC_DEVICES
-        if static and len(set(index)) == len(index) and 2 * len(index) >= len(self._rows):
+        if self._is_static and len(set(index)) == len(index) and 2 * len(index) >= len(self._rows):
             rows = [-1] * len(self._rows)
             for row, place in enumerate(sources):
                 rows[place] = row
@@ -204,14 +207,15 @@ class CachedRows(Rows):
     def _arrange(self, places: list[int], rows: list[int]) -> None:
         """Place i now holds what place ``places[i]`` held, and is that of row ``rows[i]``."""
         groups = [self._group_of[place] for place in places]
-        same = groups == self._group_of and self._step is not None
+        same = groups == self._group_of
         self._group_of = groups
         self._lengths = [self._lengths[place] for place in places]
         self._set_places(rows)
-        self._cache.groups = self._groups()
-        self._cache.prepare(self._runner.device)
+        if not same:
+            self._cache.groups = self._groups()
+            self._cache.prepare(self._runner.device)
         if self._step is not None:
-            # Recorded steps know where each row stands, and the memory that they read.
+            # A recorded step knows which groups there are, and the memory that it reads.
             self._step = self._step.moved(self._lengths) if same and not self._renewed else None
         self._renewed = False
 

@@ -39,12 +39,27 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
+    """Run a function outside the caller's autocast: log-probabilities must not depend on who asks."""
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        with ExitStack() as stack:
+            for kind in ("cpu", "cuda", "mps"):
+                if torch.is_autocast_enabled(kind):
+                    stack.enter_context(torch.autocast(kind, enabled=False))
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
 def without_grad(function: Callable[P, R]) -> Callable[P, R]:
     """Run a function in ``no_grad``, and outside the caller's inference mode and autocast.
 
     Not in inference mode: its tensors could not be used in a later backward pass, and caches
-    outlive the call. Not under autocast: log-probabilities must not depend on who asks.
+    outlive the call.
     """
+    alone = without_autocast(function)
 
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -52,10 +67,7 @@ def without_grad(function: Callable[P, R]) -> Callable[P, R]:
             if torch.is_inference_mode_enabled():
                 stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.no_grad())
-            for kind in ("cpu", "cuda", "mps"):
-                if torch.is_autocast_enabled(kind):
-                    stack.enter_context(torch.autocast(kind, enabled=False))
-            return function(*args, **kwargs)
+            return alone(*args, **kwargs)
 
     return wrapped
 
@@ -147,6 +159,8 @@ class Runner:
         self._max_prompt_bytes = max_prompt_bytes
         self._versions: tuple[int, ...] = ()
         self.slow_reason: str | None = None
+        devices = {p.device for p in self._parameters}
+        self.can_record = len(devices) == 1  # decoding steps, on CUDA
         self.computed_tokens = 0  # positions that went through the model, padding included
 
     @property
@@ -231,17 +245,24 @@ class Runner:
         return self._states(out)
 
     def run_cached(
-        self, tokens: torch.Tensor, cache: PrefixCache, positions: torch.Tensor | None = None
+        self,
+        tokens: torch.Tensor,
+        cache: PrefixCache,
+        positions: torch.Tensor | None = None,
+        *,
+        counted: bool = True,
     ) -> torch.Tensor:
         """States (N, hidden) at ``positions`` of the flattened ``tokens`` (B, T) that continue
         ``cache``; at all of them if None. The cache then holds the tokens' keys and values."""
-        self.count(tokens, positions)
+        if counted:
+            self.count(tokens, positions)
+        at = cache.positions(tokens.shape[1], tokens.device).expand(tokens.shape[0], -1)
+        if self._last_position is not None:  # padding may stand behind it, nothing else does
+            at = at.clamp(max=self._last_position)
         with self._head.asking_for(positions):
             out = self._fast_model(
                 input_ids=tokens,
-                position_ids=cache.positions(tokens.shape[1], tokens.device).expand(
-                    tokens.shape[0], -1
-                ),
+                position_ids=at,
                 past_key_values=cache,
                 use_cache=True,
                 return_dict=True,
@@ -249,14 +270,21 @@ class Runner:
             )
         return self._states(out)
 
+    @functools.cached_property
+    def _last_position(self) -> int | None:
+        config = _text_config(self._model)
+        length = getattr(config, "max_position_embeddings", None)
+        return length - 1 if isinstance(length, int) and length > 0 else None
+
     def count(self, tokens: torch.Tensor, positions: torch.Tensor | None) -> None:
         """A pass of ``tokens`` (B, T) is made, of which ``positions`` are asked for (None: all)."""
         self.computed_tokens += tokens.numel()
         count_pass(self, tokens, positions)
 
     def _states(self, out: Any) -> torch.Tensor:
-        self.hidden = self._head.take()
-        return out.logits if self._head.opaque else self.hidden
+        states = self._head.take()
+        self.hidden = states.detach()
+        return out.logits if self._head.opaque else states
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """The next token's logits after states that a pass has returned: (N, hidden) to (N, V)."""
@@ -318,6 +346,8 @@ class Runner:
     def extend_prompt(self, base: Prompt, tokens: Tokens) -> Prompt:
         """The keys and values of ``tokens``, which begin with those of ``base``. Differentiable."""
         known = len(base.tokens)
+        if self.trains:
+            self.forget()
         cache = PrefixCache([base.group(1)])
         new = torch.tensor([tokens[known:]], device=self.device)
         with self.checkpointing(False):  # its keys and values are wanted, not its output
@@ -369,21 +399,32 @@ class Runner:
             self._fast_model = self._make_fast_model()
             reason = self._compare(config)
             if reason is None and self._remembers and can_pack(self._fast_model):
-                with InputLog(self._fast_model) as log:
-                    self.extend_prompt(NO_PROMPT, (0,))
-                pack(self._fast_model, log.groups())
-                if self._compare(config) is not None:
-                    self._fast_model = self._make_fast_model()
+                self._try_to_pack(config)
             return reason
         except Exception as error:  # whatever the model's code raises: it isn't supported
             return f"its attention can't be reached ({type(error).__name__}: {error})"
 
+    def _try_to_pack(self, config: Any) -> None:
+        """Pack the layers below the output layer, if the logits stay the same."""
+        try:
+            with InputLog(self._fast_model) as log:
+                self.extend_prompt(NO_PROMPT, (0,))
+            outside = {id(layer) for layer in self._head.modules()}
+            names = {n for n, m in self._fast_model.named_modules() if id(m) in outside}
+            pack(self._fast_model, [g for g in log.groups() if not names.intersection(g)])
+            good = self._compare(config) is None
+        except RuntimeError:  # kernels that this machine turns out not to have
+            good = False
+        if not good:
+            self._fast_model = self._make_fast_model()
+
     def _make_fast_model(self) -> Any:
         model = clone(self._model)
+        model.set_output_embeddings(torch.nn.Identity())  # what follows is for the layers below it
+        fuse(model)
         model.config._attn_implementation = ATTENTION
         # One output layer serves both, so that asking it for positions reaches both.
         model.set_output_embeddings(self._head)
-        fuse(model)
         self._checkpointing.wrap(model)
         return model
 

@@ -27,6 +27,7 @@ from lmppl.lm.runner import (
     common_length,
     padded,
     runner_of,
+    without_autocast,
     without_grad,
 )
 from lmppl.lm.work import Kind, region, timed
@@ -107,7 +108,7 @@ def score(
         for r in requests
         if not r.continuation
     }
-    run = _score if grad else without_grad(_score)
+    run = without_autocast(_score) if grad else without_grad(_score)
     kind: Kind = "trained" if grad and runner.trains else "scored"
     with region(kind):
         run(runner, list(sequences.values()), grad, memory, found)
@@ -150,7 +151,8 @@ def _score(
     # The memory of a pass with gradients is in what is kept for the backward pass, whatever its
     # size: unless it is asked to be computed anew there.
     most = memory.training_tokens if grad else pass_tokens(runner, memory)
-    for each in _passes(runner, sequences, grad=grad, most=most):
+    again = memory.gradient_checkpointing or memory.training_tokens is not None
+    for each in _passes(runner, sequences, grad=grad, most=most, again=again):
         run = functools.partial(_log_probs, runner, each, memory.gradient_checkpointing)
         if grad and memory.training_tokens is not None:
             both = checkpoint(run, use_reentrant=False, preserve_rng_state=False)
@@ -202,7 +204,12 @@ def _hand_out(both: torch.Tensor, each: _Pass, grad: bool, found: dict[Score, Sc
 
 
 def _passes(
-    runner: Runner, sequences: list[_Sequence], *, grad: bool, most: int | None
+    runner: Runner,
+    sequences: list[_Sequence],
+    *,
+    grad: bool,
+    most: int | None,
+    again: bool = False,
 ) -> Iterator[_Pass]:
     """The passes that read all sequences.
 
@@ -211,6 +218,7 @@ def _passes(
         sequences: what is read.
         grad: whether prompts are read with gradients.
         most: tokens of a pass, padding included (one row may have more); None: no limit.
+        again: whether prompts with gradients are read anew in the backward pass.
     """
     if not runner.fast:
         yield from _plain_passes(runner, sequences, most)
@@ -218,7 +226,7 @@ def _passes(
     groups = group_by_prefix(sequences, lambda s: s.tokens[: s.start])
     pending: list[tuple[Prompt, list[Row], list[_Sequence]]] = []
     for members in groups:
-        prompt = _prompt(runner, members, grad)
+        prompt = _prompt(runner, members, grad, again)
         known = len(prompt.tokens)
         rows = pack_rows([s.tokens[known:] for s in members], runner.costs(known))
         step = len(rows)
@@ -234,7 +242,7 @@ def _passes(
         yield _packed_pass(runner, pending)
 
 
-def _prompt(runner: Runner, members: list[_Sequence], grad: bool) -> Prompt:
+def _prompt(runner: Runner, members: list[_Sequence], grad: bool, again: bool) -> Prompt:
     """What the sequences have in common, if it is worth reading by itself; with its graph, so that
     its gradient is computed once too."""
     sequences = [s.tokens for s in members]
@@ -244,7 +252,10 @@ def _prompt(runner: Runner, members: list[_Sequence], grad: bool) -> Prompt:
     common = common_length(min(sequences), max(sequences), limit)
     if common * (len(sequences) - 1) < WORTH_A_PROMPT:
         return NO_PROMPT
-    return runner.extend_prompt(NO_PROMPT, sequences[0][:common])
+    read = functools.partial(runner.extend_prompt, NO_PROMPT, sequences[0][:common])
+    if again:
+        return checkpoint(read, use_reentrant=False, preserve_rng_state=False)
+    return read()
 
 
 def _fits(parts: list[tuple[Prompt, list[Row], list[_Sequence]]], most: int | None) -> bool:

@@ -42,9 +42,9 @@ class StaticStep:
         self._tokens.copy_(tokens.unsqueeze(1))
         if self._graph is None and self._tokens.device.type == "cuda":
             self._graph = self._record()
+        self._runner.count(self._tokens, None)
         if not self._graph:
             return self._compute()
-        self._runner.count(self._tokens, None)
         self._graph.replay()
         assert self._states is not None
         return self._states
@@ -56,31 +56,32 @@ class StaticStep:
 
     def _compute(self) -> torch.Tensor:
         self._cache.begin_at(self._starts, self._capacity)
-        states = self._runner.run_cached(self._tokens, self._cache)
-        # Rows that nobody reads any more run on, and must not run out of their buffers.
-        self._starts.add_(1).clamp_(max=self._capacity - 1)
+        states = self._runner.run_cached(self._tokens, self._cache, counted=False)
+        self._starts.add_(1)
         return states
 
     def _record(self) -> Any:
         """The graph, or False if the model does something that can't be recorded."""
+        device = self._tokens.device
         before = self._starts.clone()
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # what is done once (handles, workspaces) must be done before
-            for _ in range(2):
-                self._compute()
-                self._starts.copy_(before)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph):
-                self._states = self._compute()
-        except RuntimeError as error:
-            warnings.warn(
-                f"decoding runs without CUDA graphs, which launch a step at once: {error}",
-                stacklevel=2,
-            )
+        with torch.cuda.device(device):  # the model's, whichever is the current one
+            side = torch.cuda.Stream(device)
+            side.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(side):  # what is done once (handles, workspaces) comes first
+                for _ in range(2):
+                    self._compute()
+                    self._starts.copy_(before)
+            torch.cuda.current_stream(device).wait_stream(side)
+            graph: Any = torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(graph, stream=side):
+                    self._states = self._compute()
+            except RuntimeError as error:
+                warnings.warn(
+                    f"decoding runs without CUDA graphs, which launch a step at once: {error}",
+                    stacklevel=2,
+                )
+                self._runner.can_record = False
+                graph = False
             self._starts.copy_(before)
-            return False
-        self._starts.copy_(before)
         return graph

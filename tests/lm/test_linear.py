@@ -63,7 +63,7 @@ def test_an_input_that_is_changed_in_place_is_another_input():
     block, _ = packed()
     x = torch.randn(3, 8)
     block.a(x)
-    x = x * 2
+    x.mul_(2)
     torch.testing.assert_close(block.b(x), Block(True).b(x), atol=1e-6, rtol=1e-5)
 
 
@@ -84,6 +84,18 @@ def test_trainable_weights_are_not_packed():
     block.b.weight.data.mul_(-1.0)  # leaves no trace in the version
     block.b.weight.requires_grad_(False)
     torch.testing.assert_close(block.b(x), block.b.layer(x), atol=1e-6, rtol=1e-5)
+
+
+def test_weights_that_were_trained_and_frozen_again_are_packed_anew():
+    block, _ = packed()
+    x = torch.randn(3, 8)
+    block.d(torch.randn(2, 17))
+    block.a(x)
+    block.a.weight.requires_grad_(True)
+    block.a(x.clone().requires_grad_())
+    block.a.weight.data.add_(1.0)  # as fused optimisers do: no trace in the version
+    block.a.weight.requires_grad_(False)
+    torch.testing.assert_close(block.a(x), block.a.layer(x), atol=1e-5, rtol=1e-5)
 
 
 def test_gradients_pass_through_to_the_input():

@@ -85,9 +85,9 @@ def test_layers_that_are_trained_themselves_are_left_alone():
     lm = adapted()
     for layer in lora_layers(lm):
         layer.get_base_layer().weight.requires_grad_(True)
-    runner = Runner(lm.model)
-    assert runner.fast
-    assert not any(isinstance(m, FusedLora) for m in runner._fast_model.modules())
+    scored = lm.score(REQUESTS, grad=True)
+    sum(s.log_probs.sum() for s in scored).backward()
+    assert all(layer.get_base_layer().weight.grad.abs().max() > 0 for layer in lora_layers(lm))
 
 
 def test_conv1d_layers_are_left_to_peft():
@@ -96,6 +96,51 @@ def test_conv1d_layers_are_left_to_peft():
     lm.model = model
     adapter = lm.adapter()
     assert all(plain_adapter(layer) is None for layer in lora_layers(adapter))
+
+
+def test_trained_biases_get_their_gradients_and_are_merged():
+    lm = tiny_lm("ab.")
+    lm.model = make_model("qwen2")  # has biases
+    options = dict(r=2, bias="lora_only", target_modules=["q_proj"], task_type="CAUSAL_LM")
+    lm = lm.adapter(LoraConfig(**options))
+    _ = sampler(lm)
+    sum(s.log_probs.sum() for s in lm.score(REQUESTS, grad=True)).backward()
+    biases = [p for n, p in lm.model.named_parameters() if n.endswith("bias") and p.requires_grad]
+    assert biases and all(p.grad is not None for p in biases)
+    with torch.no_grad():
+        for bias in biases:
+            bias.add_(1.0)
+    for got, want in zip(sampler(lm).score(REQUESTS), lm.score(REQUESTS), strict=True):
+        torch.testing.assert_close(got.log_probs, want.log_probs, atol=1e-4, rtol=0)
+
+
+def test_embeddings_with_lora_are_merged():
+    lm = adapted(target_modules=["embed_tokens", "q_proj"])
+    _ = sampler(lm)
+    with torch.no_grad():
+        for parameter in lm.model.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(1.5)
+    for got, want in zip(sampler(lm).score(REQUESTS), lm.score(REQUESTS), strict=True):
+        torch.testing.assert_close(got.log_probs, want.log_probs, atol=1e-4, rtol=0)
+
+
+def test_autocast_changes_nothing():
+    lm = adapted()
+    want = lm.score(REQUESTS, grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = lm.score(REQUESTS, grad=True)
+    for one, other in zip(got, want, strict=True):
+        assert torch.equal(one.log_probs, other.log_probs)
+
+
+def test_second_derivatives_are_refused():
+    lm = adapted()
+    loss = lm.score(REQUESTS, grad=True)[0].log_probs.sum()
+    parameter = next(p for p in lm.model.parameters() if p.requires_grad)
+    (gradient,) = torch.autograd.grad(loss, parameter, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
 
 
 @pytest.mark.parametrize("changes", [{}, dict(use_rslora=True)])

@@ -118,6 +118,29 @@ def test_more_tokens_than_were_promised():
     grow(model, rows, [LONG], 5, {})
 
 
+@pytest.mark.parametrize("static", [False, True])
+def test_padding_never_leaves_the_models_positions(static, monkeypatch):
+    """A long prompt beside short ones, and rows that run on after they were dropped."""
+    if static:
+        monkeypatch.setattr("lmppl.lm.rows._STATIC_DEVICES", {"cpu"})
+    model = make_model("gpt2")  # a table of 256 positions
+    long = random_tokens(250, 1)
+    prefixes = [*[(*long, k) for k in range(3)], *[random_tokens(100, 9 + k) for k in range(3)]]
+    rows = Rows.start(Runner(model), prefixes, 20)
+    grow(model, rows, prefixes, 20, {4: [3, 4, 5]})
+
+
+def test_steps_go_on_after_rows_of_several_prompts_are_resampled(monkeypatch):
+    monkeypatch.setattr("lmppl.lm.rows._STATIC_DEVICES", {"cpu"})
+    rows = Rows.start(Runner(make_model("llama")), PREFIXES["groups"], 4)
+    rows.extend([1] * 6)
+    step, offsets = rows._step, rows._cache._offsets
+    rows.select([0, 1, 0, 1, 2, 3])
+    rows.extend([1] * 6)
+    # What a recorded step reads must stay where it is.
+    assert rows._step is step and rows._cache._offsets is offsets
+
+
 def test_each_prefix_of_a_batch_is_held_once():
     model = make_model("llama")
     runner = Runner(model)
