@@ -232,8 +232,8 @@ def ppo(
     nearly all mass is on the most probable trace, which is often the shortest.
 
     A dead trace gets the reward of the worst live one of the batch, less 1 nat: worse than
-    whatever lives, and near enough that it does not set the scale of the advantages. So it needs no
-    ``alive``.
+    whatever lives, but not by so much that the scaled advantages of the live become all alike. So
+    it needs no ``alive``.
 
     Args:
         log_r: (N,), N >= 2, of samples drawn from the guide as it was; ``-inf`` if R = 0.
