@@ -372,6 +372,11 @@ def test_conditions_that_are_never_met_are_an_error_after_so_many_runs():
     assert len(calls) == 7
 
 
+def test_a_rejected_run_is_drawn_again_from_other_random_numbers():
+    for seed in range(8):  # of which some are rejected at first
+        run(constrained, ("ab.",), 1, seed=seed, observed=["y"], max_attempts=60)
+
+
 @pytest.mark.parametrize("name", ["no such site", "rare"])
 def test_every_run_must_have_the_named_sites(name):
     def model(x):
@@ -451,6 +456,11 @@ def test_a_stream_goes_round_the_inputs_each_time_in_another_order():
     assert all(sorted(each) == sorted(INPUTS) for each in rounds)
     assert len(set(rounds)) > 3
     assert len({str(row) for _, row in found}) > 10  # an input is simulated anew every time
+
+
+def test_every_block_is_simulated_anew():
+    found = take(Stream(infill, INPUTS[:1], seed=0, block=8), 16)
+    assert found[:8] != found[8:]
 
 
 def test_a_restored_stream_goes_on_bit_by_bit():
