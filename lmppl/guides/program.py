@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from pyro.poutine.trace_struct import Trace
 
 from lmppl.distributions import LMText
@@ -102,6 +103,11 @@ class PriorProposer:
 
     def propose(self, site: Any, trace: Trace) -> None:
         return None
+
+    def recall(
+        self, site: Any, trace: Trace, value: torch.Tensor, features: torch.Tensor | None
+    ) -> None:
+        """Nothing to note: all is read off the trace when it ends."""
 
     def finish(self, trace: Trace) -> None:
         self.draws = {

@@ -150,6 +150,10 @@ class Stream(Iterator[tuple[tuple[Any, ...], Simulated]]):
         self._position += 1
         return self._simulated[1][within]
 
+    def skip(self, num: int) -> None:
+        """Leave out the next ``num``, without simulating them."""
+        self._position += num
+
     def state(self) -> dict[str, int]:
         """Where it stands, for ``restore``."""
         return {
