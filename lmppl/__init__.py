@@ -1,6 +1,7 @@
 """lmppl: probabilistic programming with language models, on Pyro."""
 
 from lmppl._infer import infer
+from lmppl.diagnostics import Diagnosis, diagnose
 from lmppl.distributions import LMText
 from lmppl.engines import SMC, Engine, Exact, GFlowNet, Importance, register_engine
 from lmppl.guides import LMGuide
@@ -17,6 +18,7 @@ __version__ = "0.1.0"
 __all__ = [
     "LM",
     "SMC",
+    "Diagnosis",
     "Engine",
     "Exact",
     "GFlowNet",
@@ -30,6 +32,7 @@ __all__ = [
     "Text",
     "ZeroEvidenceError",
     "chat",
+    "diagnose",
     "infer",
     "lm_sample",
     "profile",
