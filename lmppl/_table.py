@@ -1,4 +1,4 @@
-"""Summaries of posteriors, profiles and diagnoses as tables: text for terminals, HTML for notebooks.
+"""Posteriors, profiles, diagnoses and training runs as tables: text for terminals, HTML for notebooks.
 
 What a model wrote is shown as Python would show the string, never interpreted: no line breaks,
 control characters, console markup or HTML of its making reach the screen.
@@ -20,7 +20,7 @@ from rich.text import Text as RichText
 
 MAX_ROWS = 10
 _BAR_WIDTH = 10
-_ABSENT = "-"  # a site that a branch of the program did not reach
+ABSENT = "-"  # such as a site that a branch of the program did not reach
 
 
 def text_table(summary: Mapping[str, Any], width: int | None = None) -> str:
@@ -151,7 +151,7 @@ def bar(weight: float, largest: float) -> str:
 
 def show_in(row: Mapping[str, Any], name: str) -> str:
     value = row["values"].get(name)
-    return _ABSENT if value is None else show(value)
+    return ABSENT if value is None else show(value)
 
 
 def show(value: Any, *, quote: bool = True) -> str:
@@ -171,31 +171,54 @@ def show(value: Any, *, quote: bool = True) -> str:
     return "".join(each if each.isprintable() else " " for each in text)
 
 
-# --- profiles ------------------------------------------------------------------------------------
-
-_PROFILE_COLUMNS = (
-    "", "tokens", "positions", "passes", "batch", "seconds", "share", "tokens/s", "roofline",
-)  # fmt: skip
+# --- figures -------------------------------------------------------------------------------------
 
 
-def profile_text(summary: Mapping[str, Any], width: int | None = None) -> str:
-    """``Profile.summary()`` as text no wider than ``width`` columns (default: the terminal)."""
+def grid_text(
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    above: str,
+    below: str = "",
+    width: int | None = None,
+) -> str:
+    """Figures as text no wider than ``width`` columns (default: the terminal).
+
+    Args:
+        columns: their headings; one without a heading holds the names of the rows. A line break
+            in a heading keeps its column narrow.
+        rows: their cells.
+        above: a line above the table.
+        below: a line below it, or nothing.
+        width: of a line at most.
+    """
     out = io.StringIO()
     console = _console(out, width)
-    console.print(RichText(profile_header(summary)))
-    table = _table(gap=1)  # many columns, and a terminal may have 80
-    for column in _PROFILE_COLUMNS:
-        table.add_column(column, justify="right" if column else "left", no_wrap=True)
-    for row in profile_rows(summary):
-        table.add_row(*row)
+    console.print(RichText(above))
+    # Many columns, and a terminal may have 80. (Rich puts a blank of its own between them.)
+    table = _table(gap=1 if len(columns) < 10 else 0)
+    for column in columns:
+        table.add_column(
+            RichText(column),
+            justify="right" if column else "left",
+            vertical="bottom",
+            no_wrap=True,
+        )
+    for row in rows:
+        table.add_row(*(RichText(cell) for cell in row))
     console.print(table)
+    if below:
+        console.print(RichText(below))
     return _stripped(out)
 
 
-def profile_html(summary: Mapping[str, Any]) -> str:
-    """``Profile.summary()`` as HTML."""
-    table = _html_rows(_PROFILE_COLUMNS, profile_rows(summary))
-    return f"<div><div>{html.escape(profile_header(summary))}</div>{table}</div>"
+def grid_html(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], *, above: str, below: str = ""
+) -> str:
+    """The same as HTML."""
+    last = f"<div>{html.escape(below)}</div>" if below else ""
+    table = _html_rows([name.replace("\n", " ") for name in columns], rows)
+    return f"<div><div>{html.escape(above)}</div>{table}{last}</div>"
 
 
 def _html_rows(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -206,9 +229,27 @@ def _html_rows(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
+# --- profiles ------------------------------------------------------------------------------------
+
+_PROFILE_COLUMNS = (
+    "", "tokens", "positions", "passes", "batch", "seconds", "share", "tokens/s", "roofline",
+)  # fmt: skip
+
+
+def profile_text(summary: Mapping[str, Any], width: int | None = None) -> str:
+    """``Profile.summary()`` as text no wider than ``width`` columns (default: the terminal)."""
+    rows = profile_rows(summary)
+    return grid_text(_PROFILE_COLUMNS, rows, above=profile_header(summary), width=width)
+
+
+def profile_html(summary: Mapping[str, Any]) -> str:
+    """``Profile.summary()`` as HTML."""
+    return grid_html(_PROFILE_COLUMNS, profile_rows(summary), above=profile_header(summary))
+
+
 def profile_header(summary: Mapping[str, Any]) -> str:
     count = summary["passes"]
-    line = f"Profile: {_seconds(summary['seconds'])}, {count:,} forward pass{'es' * (count != 1)}"
+    line = f"Profile: {duration(summary['seconds'])}, {count:,} forward pass{'es' * (count != 1)}"
     if count:
         line += f" of {summary['mean_batch']:.1f} rows on average"
     return line
@@ -220,22 +261,22 @@ def profile_rows(summary: Mapping[str, Any]) -> list[list[str]]:
     rows = [
         [
             work["kind"],
-            f"{work['tokens']:,}" if work["tokens"] else _ABSENT,
+            f"{work['tokens']:,}" if work["tokens"] else ABSENT,
             f"{work['positions']:,}",
             f"{work['passes']:,}",
-            _ABSENT if work["mean_batch"] is None else f"{work['mean_batch']:.1f}",
-            _seconds(work["seconds"]),
+            ABSENT if work["mean_batch"] is None else f"{work['mean_batch']:.1f}",
+            duration(work["seconds"]),
             percent(work["seconds"] / total),
-            _ABSENT if work["tokens_per_second"] is None else f"{work['tokens_per_second']:,.0f}",
-            _ABSENT if work["roofline"] is None else percent(work["roofline"]),
+            ABSENT if work["tokens_per_second"] is None else f"{work['tokens_per_second']:,.0f}",
+            ABSENT if work["roofline"] is None else percent(work["roofline"]),
         ]
         for work in summary["works"]
     ]
-    outside = [_seconds(summary["seconds_outside"]), percent(summary["share_outside"])]
+    outside = [duration(summary["seconds_outside"]), percent(summary["share_outside"])]
     return [*rows, ["outside", *4 * [""], *outside, "", ""]]
 
 
-def _seconds(seconds: float) -> str:
+def duration(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds >= 10 else f"{seconds:.3f} s"
 
 
@@ -340,11 +381,11 @@ def diagnosis_rows(summary: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _number(value: float | None, digits: int) -> str:
-    return _ABSENT if value is None else f"{value:.{digits}f}"
+    return ABSENT if value is None else f"{value:.{digits}f}"
 
 
 def _error(stderr: float | None) -> str:
-    return _ABSENT if stderr is None else "exact" if stderr == 0 else f"{stderr:.2g}"
+    return ABSENT if stderr is None else "exact" if stderr == 0 else f"{stderr:.2g}"
 
 
 def _bracket(bracket: tuple[float, float]) -> str:
