@@ -29,8 +29,8 @@ _PANELS = (
     (_RATE,),
 )
 _FRACTIONS = ("ess", "alive")
-_COLOURS = {"elbo": "#c8452c"}
-_COLOUR = "#1b6ca8"
+_COLOURS = {"elbo": ("#c8452c", "#eec2b8")}  # of lines and of points
+_BLUE = ("#1b6ca8", "#b3cde1")
 
 
 class History(list[dict[str, Any]]):
@@ -216,16 +216,17 @@ class History(list[dict[str, Any]]):
 
     def _draw(self, axis: Any, names: Sequence[str]) -> None:
         steps = self._steps()
-        window = max(1, min(len(self) // 20, 100))
+        window = min(math.isqrt(len(self)), 100)
         for name in names:
-            colour = _COLOURS.get(name.removeprefix(_HELD_OUT), _COLOUR)
+            colour, faint = _COLOURS.get(name.removeprefix(_HELD_OUT), _BLUE)
             values = self.column(name)
             there = [i for i, value in enumerate(values) if math.isfinite(value)]
             at, points = [steps[i] for i in there], [values[i] for i in there]
             if name.startswith(_HELD_OUT):
                 axis.plot(at, points, "o--", c=colour, mfc="white", ms=5, lw=1, label=_label(name))
                 continue
-            axis.plot(at, points, ".", c=colour, ms=4, mew=0, alpha=0.35)
+            # A tint: where points are many, transparent ones would add up and hide the line.
+            axis.plot(at, points, ".", c=faint, ms=4, mew=0, zorder=1.5)
             smooth = self.smoothed(name, window)
             axis.plot(at, [smooth[i] for i in there], c=colour, lw=1.5, label=_label(name))
         first = names[0].removeprefix(_HELD_OUT)

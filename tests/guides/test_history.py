@@ -185,14 +185,15 @@ def test_the_panels():
     assert list(lines(ess)["eval ESS"].get_xdata()) == [9, 19, 29]
     assert list(lines(ess)["eval ESS"].get_ydata()) == [0.25] * 3
     points = loss.lines[0]
-    assert list(points.get_ydata()) == history.column("loss") and points.get_alpha() < 0.5
+    assert list(points.get_ydata()) == history.column("loss")
+    assert points.get_zorder() < loss.lines[1].get_zorder()
     assert list(rate.lines[0].get_ydata()) == [2.0] * 30
 
 
 def test_lines_are_running_means():
     history = run(100)
     (_, line) = history.plot(columns=["loss"]).axes[0].lines
-    assert list(line.get_ydata()) == history.smoothed("loss", 5)
+    assert list(line.get_ydata()) == history.smoothed("loss", 10)
 
 
 def test_a_loss_that_is_not_positive_has_a_linear_scale():
