@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,12 +29,13 @@ from lmppl import _estimates as estimates
 from lmppl import runtime
 from lmppl._diversity import TextDiversity, text_diversity
 from lmppl._estimates import Bracket
-from lmppl._given_latents import score_under
 from lmppl._infer import infer
 from lmppl._table import diagnosis_html, diagnosis_text
 from lmppl.guides import LMGuide
+from lmppl.guides.scoring import LatentScores, score_latents
 from lmppl.lm import LM
 from lmppl.posterior import Posterior, ZeroEvidenceError
+from lmppl.primitives import use
 
 __all__ = ["Diagnosis", "TextDiversity", "diagnose"]
 
@@ -310,7 +312,8 @@ def _exact_draws(
 ) -> torch.Tensor | None:
     """u of the latents, or of every live trace of the exact posterior, (K,) float64."""
     if latents is not None:
-        log_joint, log_q = score_under(guide, model, args, latents, lm)
+        scores = _score(guide, model, args, latents, lm, "latents")
+        log_joint, log_q = scores.log_joint, scores.log_q
         dead = torch.nonzero(log_joint == -math.inf).flatten().tolist()
         if dead:
             raise ValueError(
@@ -329,7 +332,8 @@ def _exact_draws(
         }
         for i in live
     ]
-    log_joint, log_q = score_under(guide, model, args, values, lm, "the posterior's trace ")
+    scores = _score(guide, model, args, values, lm, "the posterior's trace ")
+    log_joint, log_q = scores.log_joint, scores.log_q
     recorded = posterior.log_weights[live] - math.log(len(posterior))
     if bool(((log_joint - recorded).abs() > _SAME_DENSITY).any()):
         raise ValueError(
@@ -338,3 +342,15 @@ def _exact_draws(
             "infer(model, *args, method='exact') with the same model, args and lm"
         )
     return log_joint - log_q
+
+
+def _score(
+    guide: Any,
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    latents: Sequence[Mapping[str, Any]],
+    lm: LM | None,
+    what: str,
+) -> LatentScores:
+    with nullcontext() if lm is None else use(lm):
+        return score_latents(guide, model, args, latents, what=what)

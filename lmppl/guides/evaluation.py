@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from lmppl import runtime
 from lmppl.guides.inputs import Input
+from lmppl.guides.scoring import score_latents
+from lmppl.runtime import Proposer
 
 if TYPE_CHECKING:
     from lmppl.guides.guide import LMGuide
@@ -18,48 +20,61 @@ _MOST_PARTICLES = 512
 
 
 def evaluate(
-    guide: LMGuide, inputs: Sequence[Input], num_samples: int, *, seed: int
+    guide: LMGuide | None, inputs: Sequence[Input], num_samples: int, *, seed: int
 ) -> dict[str, float]:
-    """Figures of the guide as a proposal, each the mean over the inputs.
+    """Figures of a guide as a proposal, each the mean over the inputs.
 
     Args:
-        guide: the guide.
+        guide: the guide; None: the program's prior.
         inputs: held out from training.
         num_samples: draws for each input.
         seed: the same seed compares the same uniforms, so that differences are less noisy.
 
     Returns:
         ``eval_ess`` (the effective sample size as a fraction of ``num_samples``; upward biased
-        where it is below a few samples), ``eval_elbo`` of live draws (nats), ``eval_log_z`` (nats),
-        ``eval_alive``.
+        where it is below a few samples), ``eval_elbo`` of live draws (nats), ``eval_log_z`` (log of
+        the mean weight: a lower bound, nats), ``eval_alive``. Of simulated inputs also
+        ``eval_eubo``, the mean of log R - log q over their exact posterior draws: an upper bound, so
+        that KL(q || p) is below ``eval_eubo - eval_elbo`` and above ``eval_log_z - eval_elbo``.
     """
     seeds = runtime.slot_seeds(seed, len(inputs))
     at_once = max(1, _MOST_PARTICLES // num_samples)
-    ess, elbo, log_z, alive = [], [], [], []
+    rows = []
     for begin in range(0, len(inputs), at_once):
         members = inputs[begin : begin + at_once]
-        with runtime.closing([]) as particles:
-            for k, each in enumerate(members):
-                if each.observations is None:
-                    each.observations = guide.observations(each.args, each.program)
-                factory = guide.proposer_factory(each.args, observations=each.observations)
+        with torch.no_grad(), runtime.closing([]) as particles:
+            for each, own in zip(members, seeds[begin:], strict=False):
                 particles += runtime.start(
-                    each.program, each.args, num_samples, seed=seeds[begin + k], proposer=factory
+                    each.program, each.args, num_samples, seed=own, proposer=_proposer(guide, each)
                 )
             runtime.complete(particles)
-            weights = torch.tensor(
-                [particle.take_log_weight() for particle in particles], dtype=torch.float64
-            ).reshape(len(members), num_samples)
-        for row in weights:
-            live = row > -math.inf
-            ess.append(runtime.ess(row) / num_samples)
-            alive.append(float(live.double().mean()))
-            if bool(live.any()):
-                elbo.append(float(row[live].mean()))
-                log_z.append(runtime.log_mean_exp(row))
-    return {
-        "eval_ess": sum(ess) / len(ess),
-        "eval_elbo": sum(elbo) / len(elbo) if elbo else math.nan,
-        "eval_log_z": sum(log_z) / len(log_z) if log_z else math.nan,
-        "eval_alive": sum(alive) / len(alive),
+            weights = [particle.take_log_weight() for particle in particles]
+        rows += list(torch.tensor(weights, dtype=torch.float64).reshape(len(members), num_samples))
+    live = [row[row > -math.inf] for row in rows]
+    figures = {
+        "eval_ess": _mean([runtime.ess(row) / num_samples for row in rows]),
+        "eval_elbo": _mean([float(u.mean()) for u in live if len(u)]),
+        "eval_log_z": _mean([runtime.log_mean_exp(u) for u in rows if bool((u > -math.inf).any())]),
+        "eval_alive": _mean([len(u) / num_samples for u in live]),
     }
+    if all(each.exact for each in inputs):
+        figures["eval_eubo"] = _mean([_exact_u(guide, each) for each in inputs])
+    return figures
+
+
+def _proposer(guide: LMGuide | None, each: Input) -> Callable[[int, int], Proposer] | None:
+    if guide is None:
+        return None
+    if each.observations is None:
+        each.observations = guide.observations(each.args, each.program)
+    return guide.proposer_factory(each.args, observations=each.observations)
+
+
+def _exact_u(guide: LMGuide | None, each: Input) -> float:
+    """Mean of log R - log q over the exact posterior draws of a simulated input."""
+    scores = score_latents(guide, each.program, each.args, [record.values for record in each.given])
+    return float((scores.log_joint - scores.log_q).mean())
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan

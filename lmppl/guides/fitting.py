@@ -5,11 +5,10 @@ What happens within a step is in ``trainer.py``, what can be set in ``options.py
 
 from __future__ import annotations
 
-import itertools
 import math
+import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,17 +16,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lmppl import runtime
-from lmppl.guides import checkpoints, simulation
+from lmppl.guides import checkpoints
+from lmppl.guides.data import read_data
 from lmppl.guides.evaluation import evaluate
-from lmppl.guides.inputs import Args, Input, check_data, read_inputs
+from lmppl.guides.history import History
+from lmppl.guides.inputs import Input
 from lmppl.guides.options import FitOptions
-from lmppl.guides.records import Record
-from lmppl.guides.simulation import Simulated
-from lmppl.guides.sources import Collection, Source, Stream, read_stream
 from lmppl.guides.tracking import tracker
 from lmppl.guides.trainer import Trainer
 from lmppl.guides.watching import DivergenceGuard, EarlyStopping
-from lmppl.posterior import Posterior
 from lmppl.primitives import use
 from lmppl.progress import progress_bar
 
@@ -35,7 +32,6 @@ if TYPE_CHECKING:
     from lmppl.guides.guide import LMGuide
 
 _SHOWN = ("loss", "log_z", "elbo", "ess", "length")
-_MOST_DISTILLED = 64
 
 
 @dataclass(frozen=True)
@@ -146,7 +142,7 @@ def fit(
     )
     generator = torch.Generator().manual_seed(run.seed % 2**63)
     with use(guide.base):
-        source, held_out, example = _inputs(
+        source, held_out, example = read_data(
             guide, data, simulate, demonstrations, eval_data, settings, run.seed, generator
         )
         if patience is not None and not held_out:
@@ -188,11 +184,7 @@ class _Loop:
         config = {"steps": run.steps, "seed": run.seed, "loss": trainer.options.loss}
         with (
             progress_bar("training the guide", run.steps, show=progress) as bar,
-            nullcontext()
-            if run.log_with is None
-            else tracker(
-                run.log_with, directory=run.logging_dir, name="lmppl", config=config
-            ) as track,
+            tracker(run.log_with, directory=run.logging_dir, name="lmppl", config=config) as track,
         ):
             bar.advance(done)
             for number in range(done, run.steps):
@@ -208,8 +200,7 @@ class _Loop:
                 stop = self._evaluate(number, figures)
                 self._guide.history.append(figures)
                 bar.advance(**_shown(figures))
-                if track is not None:
-                    track.log(figures, figures["step"])
+                track.log(figures, figures["step"])
                 if self._callback is not None:
                     self._callback(figures)
                 self._guard.watch(number, figures["elbo"], self._guide.named_parameters())
@@ -231,8 +222,10 @@ class _Loop:
         due = (number + 1) % run.eval_every == 0 or number == run.steps - 1
         if not self._held_out or not due:
             return False
+        began = time.perf_counter()
         found = evaluate(self._guide, self._held_out, run.eval_samples, seed=run.seed)
         figures |= found
+        figures["seconds_evaluation"] = time.perf_counter() - began
         return self._stopping.should_stop(number, found["eval_ess"], self._guide.named_parameters())
 
     def _save(self, done: int) -> None:
@@ -256,137 +249,6 @@ class _Loop:
 
 
 def _shown(figures: Mapping[str, Any]) -> dict[str, Any]:
-    seconds = sum(value for name, value in figures.items() if name.startswith("seconds_"))
+    (rate,) = History([dict(figures)]).column("samples_per_second")
     shown = {name: figures[name] for name in _SHOWN if math.isfinite(figures[name])}
-    return {**shown, "samples/s": figures["samples"] / max(seconds, 1e-9)}
-
-
-# --- where the inputs come from ------------------------------------------------------------------
-
-
-def _inputs(
-    guide: LMGuide,
-    data: Iterable[Any] | None,
-    number: int | float | None,
-    demonstrations: Sequence[Any] | None,
-    eval_data: Iterable[Any] | int | None,
-    options: FitOptions,
-    seed: int,
-    generator: torch.Generator,
-) -> tuple[Source, list[Input], Input]:
-    """The inputs of training, the held-out ones, and one of them."""
-    if number is not None:
-        if demonstrations is not None:
-            raise ValueError("simulate= has latents of its own: leave out demonstrations=")
-        return _simulated_inputs(guide, data, number, eval_data, options, seed, generator)
-    if data is None:
-        raise ValueError("fit needs inputs: data=[(x, y), ...], or simulate=N")
-    if isinstance(eval_data, int):
-        raise ValueError(
-            f"eval_data={eval_data}: a number is for simulate=; give a list of held-out inputs"
-        )
-    held_out = _held_out(guide, eval_data, options)
-    check_data(data)
-    if not hasattr(data, "__len__"):
-        if demonstrations is not None:
-            raise ValueError("demonstrations= needs data that is a list, in the same order")
-        _check_loss(options, has_latents=False)
-        stream = read_stream(guide.model, data, options)
-        first = next(stream, None)
-        if first is None:
-            raise ValueError("data holds no input: give at least one, [(x, y)]")
-        return Stream(itertools.chain([first], stream)), held_out, first
-    args_of = read_inputs(guide.model, data)
-    given = _demonstrations(demonstrations, len(args_of), seed)
-    _check_loss(options, has_latents=any(given))
-    inputs = [
-        Input(guide.model, args, i, options, records)
-        for i, (args, records) in enumerate(zip(args_of, given, strict=True))
-    ]
-    if options.kind.draws == "given":
-        inputs = [each for each in inputs if each.given]
-    return Collection(inputs, generator), held_out, inputs[0]
-
-
-def _check_loss(options: FitOptions, *, has_latents: bool) -> None:
-    if options.kind.draws == "given" and not has_latents:
-        raise ValueError(
-            f"loss={options.loss!r} is maximum likelihood on latents that are known: give "
-            "demonstrations=[{'z': text}, ...] or simulate=N. Without, 'vargrad' (the default), "
-            "'tb', 'subtb', 'elbo', 'wake' and 'ppo' learn from the program alone"
-        )
-
-
-def _simulated_inputs(
-    guide: LMGuide,
-    data: Iterable[Any] | None,
-    number: int | float,
-    eval_data: Iterable[Any] | int | None,
-    options: FitOptions,
-    seed: int,
-    generator: torch.Generator,
-) -> tuple[Source, list[Input], Input]:
-    if not (number == math.inf or (isinstance(number, int) and number >= 1)):
-        raise ValueError(f"simulate={number!r}: it must be an int of at least 1, or math.inf")
-    args_of = read_inputs(guide.model, [()] if data is None else data)
-    observed = None if guide.condition_on == "all" else guide.condition_on
-    seeds = runtime.slot_seeds(seed, 2)
-
-    def stream(seed: int) -> simulation.Stream:
-        return simulation.Stream(guide.model, args_of, seed=seed, observed=observed)
-
-    def take(pairs: Iterable[tuple[Args, Simulated]], first: int = 0) -> Iterator[Input]:
-        for index, (args, one) in enumerate(pairs, first):
-            # A tuple of its own: samples are told apart by it.
-            given = [Record(one.latents)]
-            yield Input(one.program(guide.model), (*args,), index, options, given)
-
-    if isinstance(eval_data, int):
-        held_out = list(take(itertools.islice(stream(seeds[1]), eval_data)))
-    else:
-        held_out = _held_out(guide, eval_data, options)
-    pairs = stream(seeds[0])
-    if number == math.inf:
-        example = next(take(stream(seeds[0])))
-        return Stream(take(pairs), skip=pairs.skip), held_out, example
-    inputs = list(take(itertools.islice(pairs, int(number))))
-    return Collection(inputs, generator), held_out, inputs[0]
-
-
-def _held_out(guide: LMGuide, data: Iterable[Any] | None, options: FitOptions) -> list[Input]:
-    if data is None:
-        return []
-    args_of = read_inputs(guide.model, data)
-    return [Input(guide.model, args, i, options) for i, args in enumerate(args_of)]
-
-
-def _demonstrations(given: Sequence[Any] | None, num: int, seed: int) -> list[list[Record]]:
-    if given is None:
-        return [[] for _ in range(num)]
-    if isinstance(given, (str, Mapping, Posterior)) or len(given) != num:
-        size = "one" if isinstance(given, (str, Mapping, Posterior)) else str(len(given))
-        raise ValueError(
-            f"demonstrations must be a list as long as the data, one entry an input ({num}), given "
-            f"{size}"
-        )
-    return [_records(each, i, seed) for i, each in enumerate(given)]
-
-
-def _records(given: Any, index: int, seed: int) -> list[Record]:
-    if given is None:
-        return []
-    if isinstance(given, Posterior):
-        drawn = given.resample(_MOST_DISTILLED, seed=seed % 2**31)
-        records: dict[Any, Record] = {}
-        for trace in drawn.traces:
-            latents = {n: trace.nodes[n]["value"] for n in drawn.latents if n in trace.nodes}
-            record = Record(latents)
-            records.setdefault(record.discrete_key, record)
-        return list(records.values())
-    items = [given] if isinstance(given, Mapping) else given
-    if isinstance(items, str) or not all(isinstance(item, Mapping) for item in items):
-        raise TypeError(
-            f"demonstration {index} is a {type(given).__name__}: give a dict of latent site to text "
-            "or number, a list of such dicts, a Posterior, or None"
-        )
-    return [Record(dict(item)) for item in items]
+    return {**shown, "samples/s": rate}

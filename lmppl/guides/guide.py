@@ -13,13 +13,13 @@ from torch import nn
 from lmppl import runtime
 from lmppl.guides.automatic import AutomaticProposer, SiteScore, score_draws
 from lmppl.guides.history import History
-from lmppl.guides.program import PriorProposer, ProgramProposer
+from lmppl.guides.program import PriorProposer, ProgramProposer, score_program
 from lmppl.guides.prompts import Observations, find_observations
 from lmppl.guides.records import Recaller
 from lmppl.guides.trainables import Trainables, trainable
 from lmppl.lm import LM
 from lmppl.primitives import default_lm, use
-from lmppl.runtime import Given, Particle, Proposer
+from lmppl.runtime import Proposer
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -171,29 +171,7 @@ class LMGuide:
         """
         if self.program is None:
             return score_draws(self, list(proposers), grad=grad)
-        runs = []
-        for slot, proposer in enumerate(proposers):
-            values = {name: Given(node["value"]) for name, node in proposer.draws.items()}
-            run = Particle(
-                self.program,
-                proposer.args,
-                seed=slot,
-                given=values,
-                closing=True,
-                grad=grad,
-                slot=slot,
-            )
-            run.resume()
-            runs.append(run)
-        with runtime.closing(runs):
-            runtime.settle(runs, grad=grad)
-            return [
-                {
-                    name: (node["unscaled_log_prob"].sum(), node.get("scored"))
-                    for name, node in run.latents.items()
-                }
-                for run in runs
-            ]
+        return score_program(self.program, proposers, grad=grad)
 
     # --- parameters ------------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ class Input:
         index: its number in the data.
         options: of the training.
         given: latents that the user gave, or that were simulated.
+        exact: whether those are exact draws of the posterior, as simulated ones are.
 
     Attributes:
         buffer: the best traces seen.
@@ -39,9 +40,11 @@ class Input:
         index: int,
         options: FitOptions,
         given: Sequence[Record] = (),
+        *,
+        exact: bool = False,
     ) -> None:
         self.program, self.args, self.index = program, args, index
-        self.given = list(given)
+        self.given, self.exact = list(given), exact
         self.buffer = ReplayBuffer(options.replay_capacity, options.near_duplicates)
         self.stock: list[Record] = []
         self.observations: Observations | None = None

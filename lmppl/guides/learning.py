@@ -131,7 +131,7 @@ def _dreams(
         drawn = simulate(guide.model, args, options.batch_size, seed=seed + number)
         for one in drawn:
             given = [Record(one.latents)]
-            yield Input(one.program(guide.model), (*args,), number, options, given)
+            yield Input(one.program(guide.model), (*args,), number, options, given, exact=True)
         number += 1
 
 

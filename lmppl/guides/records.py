@@ -18,7 +18,7 @@ from pyro.poutine.trace_struct import Trace
 
 from lmppl.distributions import LMText, ToolCall
 from lmppl.lm.requests import Scored
-from lmppl.runtime import Given, Particle, Proposer
+from lmppl.runtime import Given, Particle, Proposer, is_latent
 
 Value = torch.Tensor | str | float
 """What a user may give for a latent site: a text (kept as its tokens) or numbers."""
@@ -101,25 +101,60 @@ class Recaller(Proposer, Protocol):
 
 
 class Recalled:
-    """Proposes the values of a record, and lets a proposer remember them as its own draws."""
+    """Proposes the values of a record, and lets a proposer remember them as its own draws.
 
-    def __init__(self, inner: Recaller, record: Record) -> None:
+    Args:
+        inner: the proposer.
+        record: the values.
+        what: they are, for messages.
+        complete: whether a latent site without a value is an error; else the proposer draws it.
+    """
+
+    def __init__(self, inner: Recaller, record: Record, what: str, *, complete: bool) -> None:
         self.inner, self._record = inner, record
+        self._what, self._complete = what, complete
 
     def propose(self, site: Any, trace: Trace) -> Given | None:
-        name = site["name"]
-        if name not in self._record.values:
+        name, values = site["name"], self._record.values
+        if name not in values:
+            if self._complete:
+                raise ValueError(
+                    f"{self._what} has no value for latent site '{name}', to which the program "
+                    f"comes; it has: {', '.join(values) or 'none'}"
+                )
             return self.inner.propose(site, trace)
-        value = _tensor(site, self._record.values[name])
+        value = self._tensor(site, values[name])
         self.inner.recall(site, trace, value, self._record.features.get(name))
         return Given(value)
 
-    def finish(self, trace: Trace) -> None:
-        missing = [name for name in self._record.values if name not in trace.nodes]
-        if missing:
+    def _tensor(self, site: Any, value: Value) -> torch.Tensor:
+        """A value as its site's distribution has it."""
+        name, fn = site["name"], site["fn"]
+        if isinstance(value, str):
+            if not isinstance(fn, LMText):
+                raise ValueError(
+                    f"{self._what}: site '{name}' is no text but a {type(fn).__name__}, given "
+                    f"{str(value)!r}: give a number or a tensor"
+                )
+            try:
+                return fn.encode(value)
+            except ValueError as error:
+                raise ValueError(f"{self._what}: site '{name}': {error}") from None
+        tensor = torch.as_tensor(value)
+        if tensor.shape != fn.shape():
             raise ValueError(
-                f"site '{missing[0]}' is given a value, but the program did not come to it (its "
-                f"sites: {', '.join(n for n, s in trace.nodes.items() if s['type'] == 'sample')})"
+                f"{self._what}: site '{name}' has shape {tuple(fn.shape())}, given "
+                f"{tuple(tensor.shape)}"
+            )
+        return tensor
+
+    def finish(self, trace: Trace) -> None:
+        latents = [n for n, s in trace.nodes.items() if s["type"] == "sample" and is_latent(s)]
+        extra = [name for name in self._record.values if name not in latents]
+        if extra:
+            raise ValueError(
+                f"{self._what} has a value for '{extra[0]}', which is no latent site of the program "
+                f"on this input and branch; its latents: {', '.join(latents) or 'none'}"
             )
         self.inner.finish(trace)
 
@@ -136,18 +171,33 @@ def revive(
     args: tuple[Any, ...],
     proposer: Recaller,
     *,
+    what: str = "a record",
+    complete: bool = False,
     seed: int = 0,
     slot: int = 0,
 ) -> Particle:
     """A run of the program on the latents of a record, at its first wait.
 
-    It needs no language model if all is known. ``seed`` is of latents that the record lacks.
+    It needs no language model if all is known.
+
+    Args:
+        record: the latents.
+        program: the program.
+        args: its positional arguments.
+        proposer: whose draws they are to be.
+        what: the record is, for messages.
+        complete: whether it must have all latents; else ``proposer`` draws the others.
+        seed: of what is drawn.
+        slot: number of the run, for messages.
+
+    Raises:
+        ValueError: if a site cannot have its value, or there is no such site; says which.
     """
     particle = Particle(
         program,
         args,
         seed=seed,
-        proposer=Recalled(proposer, record),
+        proposer=Recalled(proposer, record, what, complete=complete),
         given={name: Given(value) for name, value in record.tools.items()},
         known=record.known,
         closing=True,
@@ -155,34 +205,3 @@ def revive(
     )
     particle.resume()
     return particle
-
-
-def _tensor(site: Any, value: Value) -> torch.Tensor:
-    """A value as its site's distribution has it.
-
-    Raises:
-        ValueError: if the site cannot have it; says which site.
-    """
-    name, fn = site["name"], site["fn"]
-    if isinstance(value, str):
-        if not isinstance(fn, LMText):
-            raise ValueError(
-                f"site '{name}' is given the text {value!r}, but it is a {type(fn).__name__}: give "
-                "a number or a tensor"
-            )
-        try:
-            return fn.encode(value)
-        except ValueError as error:
-            raise ValueError(
-                f"site '{name}' is given a text that it cannot have: {error}"
-            ) from None
-    tensor = torch.as_tensor(value)
-    shape = fn.shape()
-    if isinstance(fn, LMText) and tensor.dim() == 1 and tensor.shape != shape:
-        tensor = fn.value(tensor[tensor >= 0].tolist())
-    if tensor.shape != shape:
-        raise ValueError(
-            f"site '{name}' is given a value of shape {tuple(tensor.shape)}, its shape is "
-            f"{tuple(shape)}"
-        )
-    return tensor

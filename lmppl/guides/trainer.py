@@ -236,7 +236,10 @@ class Trainer:
     def _revive(self, each: Input, record: Record, slot: int) -> runtime.Particle:
         assert each.observations is not None
         recaller = self.guide.recaller(each.args, each.observations)
-        return revive(record, each.program, each.args, recaller, seed=self.seed, slot=slot)
+        what = f"a demonstration of input {each.index}"
+        return revive(
+            record, each.program, each.args, recaller, what=what, seed=self.seed, slot=slot
+        )
 
     def _truncate(self, batches: Sequence[Sequence[Sample]], number: int) -> list[Truncation]:
         if not self._cuts:

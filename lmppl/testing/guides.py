@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 
-from lmppl import runtime
 from lmppl.guides import LMGuide
-from lmppl.guides.records import Record, revive
+from lmppl.guides.scoring import score_latents
 from lmppl.lm import LM
 from lmppl.primitives import use
 from lmppl.runtime import Particle
@@ -100,26 +99,12 @@ def guide_log_probs(
             their mass under an automatic guide.
         lm: the language model.
     """
-    args = tuple(args)
-    with use(lm), torch.no_grad():
-        observations = guide.observations(args)
-        guide.proposer_factory(args)  # a loaded guide program finds its parameters
-        proposers = [guide.recaller(args, observations) for _ in traces]
-        runs = [
-            revive(Record(trace.data), program, args, proposer, slot=i)
-            for i, (trace, proposer) in enumerate(zip(traces, proposers, strict=True))
-        ]
-        with runtime.closing(runs):
-            runtime.settle(runs)
-        scores = guide.score(proposers, grad=False)
-    totals = []
-    for run, trace, score in zip(runs, traces, scores, strict=True):
-        log_p = {name: float(node["unscaled_log_prob"].sum()) for name, node in run.latents.items()}
-        log_q = [float(score[name][0]) if name in score else log_p[name] for name in log_p]
-        # Of a quadrature node, the prior's weight over its density there; else nothing.
-        node = trace.log_prior - math.fsum(log_p.values())
-        totals.append(math.fsum(log_q) + (node if _is_continuous(run) else 0.0))
-    return torch.tensor(totals, dtype=torch.float64)
+    with use(lm):
+        scores = score_latents(guide, program, tuple(args), [trace.data for trace in traces])
+    # Of a quadrature node, the prior's weight over its density there; else nothing.
+    nodes = torch.tensor([trace.log_prior for trace in traces], dtype=torch.float64)
+    continuous = torch.tensor([_is_continuous(run) for run in scores.runs], dtype=torch.bool)
+    return torch.where(continuous, scores.log_q + nodes - scores.log_prior, scores.log_q)
 
 
 def _is_continuous(run: Particle) -> bool:

@@ -201,7 +201,7 @@ def test_smc_particles_can_be_distilled():
     [
         ({"z": "a"}, "a list as long as the data, one entry an input .1., given one"),
         ([{"z": "a"}, None], "given 2"),
-        ([{"w": "a"}], "site 'w' is given a value, but the program did not come to it"),
+        ([{"w": "a"}], "a demonstration of input 0 has a value for 'w'"),
     ],
 )
 def test_bad_demonstrations(given, message):

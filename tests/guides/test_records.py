@@ -127,11 +127,11 @@ def test_what_a_user_does_not_give_is_drawn():
 @pytest.mark.parametrize(
     "values, message",
     [
-        ({"z": "a.b"}, "site 'z' is given a text that it cannot have"),
-        ({"theta": "a"}, "site 'theta' is given the text 'a', but it is a Beta"),
-        ({"theta": torch.ones(3)}, r"site 'theta' is given a value of shape \(3,\)"),
-        ({"w": "a"}, "site 'w' is given a value, but the program did not come to it"),
-        ({"k": "a"}, "site 'k' is given a text that it cannot have: 'a' is none of the choices"),
+        ({"z": "a.b"}, "a record: site 'z': the observed text 'a.b' runs past its close"),
+        ({"theta": "a"}, "site 'theta' is no text but a Beta, given 'a'"),
+        ({"theta": torch.ones(3)}, r"site 'theta' has shape \(\), given \(3,\)"),
+        ({"w": "a"}, "a record has a value for 'w', which is no latent site of the program"),
+        ({"k": "a"}, "site 'k': 'a' is none of the choices"),
     ],
 )
 def test_values_that_a_site_cannot_have(values, message):
