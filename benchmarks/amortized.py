@@ -13,8 +13,8 @@ posterior are bracketed:
     log Z - ELBO <= KL(q || p) <= EUBO - ELBO        KL(p || q) <= EUBO - log Z
 
 with log Z the importance-weighted lower bound. ``sft`` needs far fewer tokens a step: it stops early
-when the ESS on 24 further simulations on the training openings grows no more. An hour on two CPU cores; rows that are in the file
-already are kept.
+when the ESS on 24 further simulations on the training openings grows no more. An hour on two CPU
+cores; rows that are in the file already are kept.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ SEED_OF_OPENINGS = "Here is a sentence from the news:"
 CALIBRATION_STEPS = 3
 
 
-def infill(opening: str, ending: str | None = None, *, middle: int = 8, length: int = 24) -> Any:
-    z = lm_sample("z", opening, max_tokens=middle, stop=".")
-    lm_sample("ending", [opening, z], max_tokens=length, obs=ending)
+def infill(opening: str, ending: str | None = None) -> lmppl.Text:
+    z = lm_sample("z", opening, max_tokens=8, stop=".")
+    lm_sample("ending", [opening, z], max_tokens=24, obs=ending)
     return z
 
 
@@ -69,10 +69,10 @@ def main() -> None:
     parser.add_argument("--dtype", default=None)
     parser.add_argument("--pairs", type=int, default=500)
     parser.add_argument("--held-out", type=int, default=50)
-    parser.add_argument("--samples", type=int, default=64, help="for each held-out input")
-    parser.add_argument("--tokens", type=int, default=400_000, help="for each loss")
+    parser.add_argument("--samples", type=int, default=128, help="for each held-out input")
+    parser.add_argument("--tokens", type=int, default=300_000, help="for each loss")
     parser.add_argument("--losses", nargs="+", default=["vargrad", "sft", "wake", "elbo", "ppo"])
-    parser.add_argument("--most-steps", type=int, default=400, help="of any loss")
+    parser.add_argument("--most-steps", type=int, default=300, help="of any loss")
     parser.add_argument("--save", type=Path, help="a folder for the default loss's guide")
     parser.add_argument("--out", type=Path, help="JSON file of rows; those in it are kept")
     args = parser.parse_args()
