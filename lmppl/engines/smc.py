@@ -30,18 +30,16 @@ from typing import Any, Literal
 import torch
 
 from lmppl import runtime
-from lmppl.distributions import LMText, draw_request
+from lmppl.distributions import draw_request
+from lmppl.engines import twists
 from lmppl.engines.base import Meter, finish, proposer_factory
 from lmppl.engines.resampling import SCHEMES, settle_in_place
+from lmppl.engines.twists import Twist
 from lmppl.lm import LM
 from lmppl.lm.decoding import Decoding
 from lmppl.lm.requests import Draw
 from lmppl.posterior import Posterior
-from lmppl.runtime import Given, Particle, Proposer, Wait, ess, log_mean_exp
-from lmppl.text import Text
-
-Twist = Callable[[Text], float]
-"""log psi (nats) of a site's text so far; finite wherever a completion has mass."""
+from lmppl.runtime import Particle, Wait, ess, log_mean_exp
 
 
 @dataclass(frozen=True)
@@ -122,7 +120,7 @@ class SMC:
                         log_weights.zero_()
                         resamplings += 1
                     ahead = self.twist == "lookahead"
-                    aside = _aside(particles[0], proposer, generator) if ahead else None
+                    aside = twists.aside_of(particles[0], proposer, generator) if ahead else None
                     resamplings += self._draw(particles, log_weights, generator, aside)
                     barrier += 1
             return finish(
@@ -152,7 +150,7 @@ class SMC:
             if particle.waiting is not None
             and particle.waiting.kind == "draw"
             and particle.waiting.fn.closing.max_tokens is not None  # else it is drawn as a whole
-            and self._twist_of(particle.waiting.name) is not None
+            and twists.twist_of(self.twist, particle.waiting.name) is not None
         ]
         chosen = set(twisted)
         # First: a fork of one of these still waits at its draw, which the others have behind them.
@@ -179,7 +177,7 @@ class SMC:
         while not decoding.done:
             decoding.step()
             previous = log_psi
-            log_psi = self._log_psi(particles, programs, decoding, previous, aside)
+            log_psi = twists.log_psi(self.twist, particles, programs, decoding, previous, aside)
             log_weights[index] += log_psi - previous
             part = log_weights[index]
             if not decoding.done and ess(part) < self.ess_threshold * len(members):
@@ -205,60 +203,6 @@ class SMC:
             particles[slot].resume((wait.fn.value(drawn.token_ids), drawn.log_probs.sum()))
         return resamplings
 
-    def _twist_of(self, name: str) -> Any:
-        return self.twist.get(name) if isinstance(self.twist, Mapping) else self.twist
-
-    def _log_psi(
-        self,
-        particles: Sequence[Particle],
-        programs: Sequence[int],
-        decoding: Decoding,
-        previous: torch.Tensor,
-        aside: Particle | None,
-    ) -> torch.Tensor:
-        """log psi of every slot's text so far, (M,).
-
-        A text that has closed keeps its psi until all have: its neighbours carry theirs, and
-        against them one that had laid its psi down would seem the better the less likely its end is.
-        """
-        log_psi = previous.clone()
-        # Texts grow together, so the shorter ones closed before this step.
-        grown = [k for k, ids in enumerate(decoding.token_ids) if len(ids) == decoding.num_steps]
-        waits = [particles[programs[k]].waiting for k in grown]
-        tokens = [decoding.token_ids[k] for k in grown]
-        if aside is not None:
-            values = _lookahead([particles[programs[k]] for k in grown], tokens, aside)
-        else:
-            values = [
-                float(self._twist_of(w.name)(w.fn.closing.text(ids)))  # type: ignore[union-attr]
-                for w, ids in zip(waits, tokens, strict=True)
-            ]
-        for k, value, wait in zip(grown, values, waits, strict=True):
-            if math.isnan(value) or value == math.inf:
-                raise ValueError(
-                    f"site '{wait.name}': twist gave log psi = {value}; it must be a number "  # type: ignore
-                    "of nats, finite wherever a completion has mass"
-                )
-            # A text that could not end here may still end well: it keeps its last finite value.
-            log_psi[k] = value if value > -math.inf else previous[k]
-        return log_psi
-
-
-def _aside(
-    particle: Particle,
-    proposer: Callable[[int, int], Proposer] | None,
-    generator: torch.Generator,
-) -> Particle:
-    """A run that lends its random streams to lookaheads, and is never started.
-
-    What a lookahead draws at Pyro's own sites must not be what its particle draws when it gets
-    there: slots would be chosen by numbers that they have yet to draw, and the estimate be biased.
-    One stream for all, so that texts are compared under the same numbers.
-    """
-    seed, its = (int(torch.randint(2**62, (), generator=generator)) for _ in range(2))
-    own = None if proposer is None else proposer(particle.slot, its)
-    return Particle(particle.program, particle.args, seed=seed, proposer=own, slot=particle.slot)
-
 
 def _requests(waits: Sequence[Wait | None], generator: torch.Generator) -> list[tuple[LM, Draw]]:
     """What to draw. A slot may take over a text with a larger ``max_tokens``, on another branch of
@@ -272,30 +216,6 @@ def _requests(waits: Sequence[Wait | None], generator: torch.Generator) -> list[
         uniforms = torch.cat([wait.uniforms, more])
         requests.append((wait.fn.lm, draw_request(wait.fn, uniforms, wait.name)))
     return requests
-
-
-def _lookahead(
-    particles: Sequence[Particle], tokens: Sequence[Sequence[int]], aside: Particle
-) -> list[float]:
-    """log-likelihood of what follows, up to the next latent site, were each text closed here."""
-    forks = []
-    for particle, ids in zip(particles, tokens, strict=True):
-        wait = particle.waiting
-        assert wait is not None and isinstance(wait.fn, LMText)
-        c = wait.fn.closing.closing_token
-        is_closed = wait.fn.closing.scan(ids) is not None
-        if c is None and not is_closed:
-            raise ValueError(
-                f"site '{wait.name}': twist='lookahead' closes the text early, but its model has "
-                "no EOS token and no stop string that is one token: give stop=, or another twist"
-            )
-        closed = wait.fn.value(ids if c is None or is_closed else [*ids, c])
-        # Its own density is the proposal's business, so it is given as 1 here.
-        given = Given(closed, log_prob=torch.zeros(()), proposal_log_prob=torch.zeros(()))
-        forks.append(particle.fork(streams=aside, given={wait.name: given}))
-    with runtime.closing(forks):
-        runtime.settle(forks)
-        return [fork.take_log_weight() for fork in forks]
 
 
 def _fork(particles: Sequence[Particle], ancestors: torch.Tensor) -> list[Particle]:

@@ -9,7 +9,7 @@ from test_resampling import check_expected_copies
 from test_smc import check_lookaheads_draw_apart
 
 from lmppl import distributions
-from lmppl.engines import resampling, smc
+from lmppl.engines import resampling, smc, twists
 from lmppl.runtime import particle, serving
 
 pytestmark = pytest.mark.usefixtures("remembered")
@@ -168,14 +168,14 @@ def test_wrong_copies_are_found_in_every_scheme(monkeypatch, mutate, name):
 
 def forget_the_twist_of_the_last_token(patch):
     """Twists that don't telescope: weights are multiplied by psi_t, not by psi_t / psi_{t-1}."""
-    log_psi = smc.SMC._log_psi
+    log_psi = twists.log_psi
 
-    def mutant(self, particles, programs, decoding, previous, *rest):
-        new = log_psi(self, particles, programs, decoding, previous, *rest)
+    def mutant(twist, particles, programs, decoding, previous, *rest):
+        new = log_psi(twist, particles, programs, decoding, previous, *rest)
         previous.zero_()
         return new
 
-    patch.setattr(smc.SMC, "_log_psi", mutant)
+    patch.setattr(twists, "log_psi", mutant)
 
 
 def test_a_twist_that_does_not_telescope_is_found(monkeypatch):
@@ -183,13 +183,13 @@ def test_a_twist_that_does_not_telescope_is_found(monkeypatch):
 
 
 def lend_lookaheads_the_particles_own_streams(patch):
-    lookahead = smc._lookahead
+    lookahead = twists.lookahead
 
     def mutant(particles, tokens, aside):
         pairs = zip(particles, tokens, strict=True)
         return [lookahead([particle], [ids], particle)[0] for particle, ids in pairs]
 
-    patch.setattr(smc, "_lookahead", mutant)
+    patch.setattr(twists, "lookahead", mutant)
 
 
 def test_a_lookahead_that_uses_up_numbers_to_come_is_found(monkeypatch):
