@@ -14,10 +14,11 @@
 observation with one that has not would favour whoever pays late.
 
 *Within* a site nothing distinguishes one partial text from another unless a twist does (twisted
-SMC; Zhao et al., 2024, arXiv 2404.17546): with log psi of the text so far, the weights inside the
-site are multiplied by psi_t / psi_{t-1}, and by 1 / psi when the site's last text has closed, so
-that twists telescope and change no expectation. Without a twist and with the prior as proposal, SMC
-on a program with one latent site *is* importance sampling with resampling.
+SMC; Zhao et al., 2024, arXiv 2404.17546): with psi of the text so far, particles inside the site
+are compared by w psi, and one that is copied gets weight mean(w psi) / psi. So psi is gone when the
+site's last text has closed, and changes no expectation (``twists.py``). Without a twist and with
+the prior as proposal, SMC on a program with one latent site *is* importance sampling with
+resampling.
 """
 
 from __future__ import annotations
@@ -30,18 +31,16 @@ from typing import Any, Literal
 import torch
 
 from lmppl import runtime
-from lmppl.distributions import LMText, draw_request
+from lmppl.distributions import draw_request
+from lmppl.engines import twists
 from lmppl.engines.base import Meter, finish, proposer_factory
 from lmppl.engines.resampling import SCHEMES, settle_in_place
+from lmppl.engines.twists import Twist
 from lmppl.lm import LM
 from lmppl.lm.decoding import Decoding
 from lmppl.lm.requests import Draw
 from lmppl.posterior import Posterior
-from lmppl.runtime import Given, Particle, Proposer, Wait, ess, log_mean_exp
-from lmppl.text import Text
-
-Twist = Callable[[Text], float]
-"""log psi (nats) of a site's text so far; finite wherever a completion has mass."""
+from lmppl.runtime import Particle, Wait, ess, log_mean_exp
 
 
 @dataclass(frozen=True)
@@ -54,13 +53,18 @@ class SMC:
         resampling: ``"systematic"``, ``"stratified"``, ``"multinomial"`` or ``"residual"``.
         twist: how texts are compared within a site. None: not at all. ``"lookahead"``: by the
             likelihood of what follows in the program, up to the next latent site, were the
-            text closed here. A callable ``twist(text) -> float`` gives log psi of a site's text so
-            far; a dict gives callables by site name.
+            text closed here. ``"flow"``: by what the ``guide=`` knows: R / q of the program's
+            run on the text closed here, which is the same for all texts if the guide is perfect;
+            for the last text of a program. A callable ``twist(text) -> float`` gives log psi of a
+            site's text so far; a dict gives callables by site name.
+        twist_every: texts are compared each time they have grown by so many tokens. A
+            comparison by ``"lookahead"`` or ``"flow"`` scores what follows for every text.
     """
 
     ess_threshold: float = 0.5
     resampling: Literal["systematic", "stratified", "multinomial", "residual"] = "systematic"
-    twist: Literal["lookahead"] | Twist | Mapping[str, Twist] | None = None
+    twist: Literal["lookahead", "flow"] | Twist | Mapping[str, Twist] | None = None
+    twist_every: int = 1
 
     name = "smc"
 
@@ -72,10 +76,14 @@ class SMC:
             )
         if self.resampling not in SCHEMES:
             raise ValueError(f"resampling={self.resampling!r}, allowed: {sorted(SCHEMES)}")
-        if isinstance(self.twist, str) and self.twist != "lookahead":
+        if isinstance(self.twist, str) and self.twist not in ("lookahead", "flow"):
             raise ValueError(
-                f"twist={self.twist!r}, allowed: None, 'lookahead', a callable that gives log psi "
-                "of a text, or a dict of callables by site name"
+                f"twist={self.twist!r}, allowed: None, 'lookahead', 'flow', a callable that gives "
+                "log psi of a text, or a dict of callables by site name"
+            )
+        if not isinstance(self.twist_every, int) or self.twist_every < 1:
+            raise ValueError(
+                f"twist_every={self.twist_every!r}: it is a number of tokens, 1 or more"
             )
 
     def run(
@@ -91,9 +99,15 @@ class SMC:
         """The posterior of ``model(*args)`` as ``num_samples`` weighted traces.
 
         Raises:
+            ValueError: for ``twist="flow"`` without a guide.
             ZeroEvidenceError: if at some barrier every particle has weight zero; it carries the
                 posterior.
         """
+        if self.twist == "flow" and guide is None:
+            raise ValueError(
+                "twist='flow' compares texts by what a guide knows: give guide=, an LMGuide or a "
+                "guide program, or take twist='lookahead'"
+            )
         seed = runtime.fresh_seed(seed)
         generator = torch.Generator().manual_seed(seed % 2**63)
         proposer = proposer_factory(guide, args)
@@ -121,9 +135,8 @@ class SMC:
                         particles[:] = _fork(particles, ancestors)
                         log_weights.zero_()
                         resamplings += 1
-                    ahead = self.twist == "lookahead"
-                    aside = _aside(particles[0], proposer, generator) if ahead else None
-                    resamplings += self._draw(particles, log_weights, generator, aside)
+                    guess = twists.guess_of(self.twist, particles[0], proposer, generator)
+                    resamplings += self._draw(particles, log_weights, generator, guess)
                     barrier += 1
             return finish(
                 self.name,
@@ -143,22 +156,23 @@ class SMC:
         particles: list[Particle],
         log_weights: torch.Tensor,
         generator: torch.Generator,
-        aside: Particle | None,
+        guess: twists.Guess | None,
     ) -> int:
         """Every waiting particle draws its site. Returns the number of resamplings within it."""
         twisted = [
             i
             for i, particle in enumerate(particles)
-            if particle.waiting is not None
+            if guess is not None
+            and particle.waiting is not None
             and particle.waiting.kind == "draw"
             and particle.waiting.fn.closing.max_tokens is not None  # else it is drawn as a whole
-            and self._twist_of(particle.waiting.name) is not None
+            and guess.takes(particle)
         ]
         chosen = set(twisted)
         # First: a fork of one of these still waits at its draw, which the others have behind them.
         resamplings = 0
-        if twisted:
-            resamplings = self._draw_twisted(particles, twisted, log_weights, generator, aside)
+        if guess is not None and twisted:
+            resamplings = self._draw_twisted(particles, twisted, log_weights, generator, guess)
         runtime.draw([p for i, p in enumerate(particles) if i not in chosen])
         return resamplings
 
@@ -168,29 +182,27 @@ class SMC:
         members: Sequence[int],
         log_weights: torch.Tensor,
         generator: torch.Generator,
-        aside: Particle | None,
+        guess: twists.Guess,
     ) -> int:
         """Draw token by token, resampling among ``members`` under the twisted target."""
         decoding = Decoding(_requests([particles[i].waiting for i in members], generator))
-        programs = list(members)  # whose program each slot carries
-        log_psi = torch.zeros(len(members), dtype=torch.float64)
+        texts = twists.Texts(guess, particles, members, decoding)
         index = torch.tensor(members)
         resamplings = 0
         while not decoding.done:
             decoding.step()
-            previous = log_psi
-            log_psi = self._log_psi(particles, programs, decoding, previous, aside)
-            log_weights[index] += log_psi - previous
-            part = log_weights[index]
-            if not decoding.done and ess(part) < self.ess_threshold * len(members):
-                ancestors = self._ancestors(part, generator)
-                log_weights[index] = log_mean_exp(part)
-                decoding.select(ancestors.tolist())
-                programs = [programs[a] for a in ancestors.tolist()]
-                log_psi = log_psi[ancestors]
+            if decoding.done or decoding.num_steps % self.twist_every:
+                continue
+            if not texts.update(log_weights[index]):
+                continue  # the same weights as before
+            twisted = log_weights[index] + texts.log_psi
+            if ess(twisted) < self.ess_threshold * len(members):
+                ancestors = self._ancestors(twisted, generator).tolist()
+                decoding.select(ancestors)
+                texts.select(ancestors)
+                log_weights[index] = log_mean_exp(twisted) - texts.log_psi
                 resamplings += 1
-        # Here and not at the last step: a resampling may leave only texts that have closed.
-        log_weights[index] -= log_psi
+        programs = texts.programs
         before = list(particles)
         # Forks first: they replay particles that still wait at this draw.
         for slot, program in zip(members, programs, strict=True):
@@ -205,60 +217,6 @@ class SMC:
             particles[slot].resume((wait.fn.value(drawn.token_ids), drawn.log_probs.sum()))
         return resamplings
 
-    def _twist_of(self, name: str) -> Any:
-        return self.twist.get(name) if isinstance(self.twist, Mapping) else self.twist
-
-    def _log_psi(
-        self,
-        particles: Sequence[Particle],
-        programs: Sequence[int],
-        decoding: Decoding,
-        previous: torch.Tensor,
-        aside: Particle | None,
-    ) -> torch.Tensor:
-        """log psi of every slot's text so far, (M,).
-
-        A text that has closed keeps its psi until all have: its neighbours carry theirs, and
-        against them one that had laid its psi down would seem the better the less likely its end is.
-        """
-        log_psi = previous.clone()
-        # Texts grow together, so the shorter ones closed before this step.
-        grown = [k for k, ids in enumerate(decoding.token_ids) if len(ids) == decoding.num_steps]
-        waits = [particles[programs[k]].waiting for k in grown]
-        tokens = [decoding.token_ids[k] for k in grown]
-        if aside is not None:
-            values = _lookahead([particles[programs[k]] for k in grown], tokens, aside)
-        else:
-            values = [
-                float(self._twist_of(w.name)(w.fn.closing.text(ids)))  # type: ignore[union-attr]
-                for w, ids in zip(waits, tokens, strict=True)
-            ]
-        for k, value, wait in zip(grown, values, waits, strict=True):
-            if math.isnan(value) or value == math.inf:
-                raise ValueError(
-                    f"site '{wait.name}': twist gave log psi = {value}; it must be a number "  # type: ignore
-                    "of nats, finite wherever a completion has mass"
-                )
-            # A text that could not end here may still end well: it keeps its last finite value.
-            log_psi[k] = value if value > -math.inf else previous[k]
-        return log_psi
-
-
-def _aside(
-    particle: Particle,
-    proposer: Callable[[int, int], Proposer] | None,
-    generator: torch.Generator,
-) -> Particle:
-    """A run that lends its random streams to lookaheads, and is never started.
-
-    What a lookahead draws at Pyro's own sites must not be what its particle draws when it gets
-    there: slots would be chosen by numbers that they have yet to draw, and the estimate be biased.
-    One stream for all, so that texts are compared under the same numbers.
-    """
-    seed, its = (int(torch.randint(2**62, (), generator=generator)) for _ in range(2))
-    own = None if proposer is None else proposer(particle.slot, its)
-    return Particle(particle.program, particle.args, seed=seed, proposer=own, slot=particle.slot)
-
 
 def _requests(waits: Sequence[Wait | None], generator: torch.Generator) -> list[tuple[LM, Draw]]:
     """What to draw. A slot may take over a text with a larger ``max_tokens``, on another branch of
@@ -272,30 +230,6 @@ def _requests(waits: Sequence[Wait | None], generator: torch.Generator) -> list[
         uniforms = torch.cat([wait.uniforms, more])
         requests.append((wait.fn.lm, draw_request(wait.fn, uniforms, wait.name)))
     return requests
-
-
-def _lookahead(
-    particles: Sequence[Particle], tokens: Sequence[Sequence[int]], aside: Particle
-) -> list[float]:
-    """log-likelihood of what follows, up to the next latent site, were each text closed here."""
-    forks = []
-    for particle, ids in zip(particles, tokens, strict=True):
-        wait = particle.waiting
-        assert wait is not None and isinstance(wait.fn, LMText)
-        c = wait.fn.closing.closing_token
-        is_closed = wait.fn.closing.scan(ids) is not None
-        if c is None and not is_closed:
-            raise ValueError(
-                f"site '{wait.name}': twist='lookahead' closes the text early, but its model has "
-                "no EOS token and no stop string that is one token: give stop=, or another twist"
-            )
-        closed = wait.fn.value(ids if c is None or is_closed else [*ids, c])
-        # Its own density is the proposal's business, so it is given as 1 here.
-        given = Given(closed, log_prob=torch.zeros(()), proposal_log_prob=torch.zeros(()))
-        forks.append(particle.fork(streams=aside, given={wait.name: given}))
-    with runtime.closing(forks):
-        runtime.settle(forks)
-        return [fork.take_log_weight() for fork in forks]
 
 
 def _fork(particles: Sequence[Particle], ancestors: torch.Tensor) -> list[Particle]:

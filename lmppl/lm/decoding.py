@@ -124,6 +124,32 @@ class Decoding:
         self.num_steps += 1
 
     @timed("sampled")
+    @without_grad
+    def closing_log_probs(self) -> list[float]:
+        """The log-probability (nats) that the next token of each open sequence is its closing
+        token; ``-inf`` where it has none, NaN of a sequence that has closed.
+
+        It costs the next step nothing, which needs the same passes through the model.
+
+        Raises:
+            ValueError: the model's logits define no distribution; the message names the site.
+        """
+        found = [math.nan] * len(self)
+        for batch in self._batches:
+            slots = batch.slots
+            batch.advance([self.token_ids[slot] for slot in slots])
+            draws = [self._draws[slot][1] for slot in slots]
+            tokens = [draw.closing.closing_token for draw in draws]
+            log_probs = batch.rows.log_probs(
+                [token or 0 for token in tokens], [draw.temperature for draw in draws]
+            )
+            for slot, token, log_prob in zip(slots, tokens, log_probs.tolist(), strict=True):
+                if math.isnan(log_prob):
+                    raise self._invalid(slot)
+                found[slot] = -math.inf if token is None else log_prob
+        return found
+
+    @timed("sampled")
     def select(self, ancestors: Sequence[int]) -> None:
         """Slot i becomes a copy of slot ``ancestors[i]``, and keeps its own uniforms.
 

@@ -7,13 +7,13 @@ in between. What all of them, or groups of them, have in common is held once and
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from lmppl.lm.attention import BufferedCache, Group, LayerKV, PrefixCache
 from lmppl.lm.head import chunk_rows
-from lmppl.lm.inverse_cdf import invert
+from lmppl.lm.inverse_cdf import invert, tempered
 from lmppl.lm.packing import group_by_prefix
 from lmppl.lm.runner import Runner, Tokens, padded, without_grad
 from lmppl.lm.static_step import StaticStep
@@ -67,16 +67,30 @@ class Rows(ABC):
             uniforms: (B,) float64 in [0, 1).
             temperatures: B of them.
         """
-        step = chunk_rows(self._runner.size, self._states.device)
-        parts = []
-        for at in range(0, len(self._states), step):
-            part = slice(at, at + step)
-            logits = self._runner.logits(self._states[part])
-            parts.append(invert(logits, uniforms[part], temperatures[part]))
+        parts = [
+            invert(logits, uniforms[part], temperatures[part]) for part, logits in self._parts()
+        ]
         if len(parts) == 1:
             return parts[0]
         tokens, log_probs = zip(*parts, strict=True)
         return torch.cat(tokens), torch.cat(log_probs)
+
+    @without_grad
+    def log_probs(self, tokens: Sequence[int], temperatures: Sequence[float]) -> torch.Tensor:
+        """The log-probability of a given next token of each row, (B,) float32, in nats."""
+        index = torch.tensor(tokens, device=self._states.device).unsqueeze(1)
+        found = []
+        for part, logits in self._parts():
+            log_probs = torch.log_softmax(tempered(logits, temperatures[part]).float(), -1)
+            found.append(log_probs.gather(1, index[part]).squeeze(1))
+        return torch.cat(found)
+
+    def _parts(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Some rows at a time, and their logits."""
+        step = chunk_rows(self._runner.size, self._states.device)
+        for at in range(0, len(self._states), step):
+            part = slice(at, at + step)
+            yield part, self._runner.logits(self._states[part])
 
     @abstractmethod
     def __len__(self) -> int: ...

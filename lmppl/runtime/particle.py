@@ -153,6 +153,15 @@ class Particle:
     def finished(self) -> bool:
         return self.coroutine.finished
 
+    @property
+    def site(self) -> tuple[str, Any] | None:
+        """The program's site whose value is being found, with its distribution; None: no site.
+
+        What the run waits for may be something else: a draw of the guide, which has a
+        distribution of its own, may draw another site first, and may go on after the program.
+        """
+        return None if self._at is None or self._at[0] in self.trace.nodes else self._at
+
     def resume(self, answer: Any = None) -> None:
         """Run to the next wait or to the end."""
         self.waiting = None

@@ -22,6 +22,10 @@ class TableRows:
     def draw(self, uniforms, temperatures):
         return rows.invert(self.logits, uniforms, temperatures)
 
+    def log_probs(self, tokens, temperatures):
+        log_probs = torch.log_softmax(rows.tempered(self.logits, temperatures).float(), -1)
+        return log_probs.gather(1, torch.tensor(tokens).unsqueeze(1)).squeeze(1)
+
     def _of(self, ids):
         key = (id(self._runner), ids)
         if key not in self._table:

@@ -9,7 +9,7 @@ from test_resampling import check_expected_copies
 from test_smc import check_lookaheads_draw_apart
 
 from lmppl import distributions
-from lmppl.engines import resampling, smc
+from lmppl.engines import resampling, smc, twists
 from lmppl.runtime import particle, serving
 
 pytestmark = pytest.mark.usefixtures("remembered")
@@ -166,30 +166,41 @@ def test_wrong_copies_are_found_in_every_scheme(monkeypatch, mutate, name):
 # --- mistakes in twists --------------------------------------------------------------------------
 
 
-def forget_the_twist_of_the_last_token(patch):
-    """Twists that don't telescope: weights are multiplied by psi_t, not by psi_t / psi_{t-1}."""
-    log_psi = smc.SMC._log_psi
+def forget_whose_twist_was_paid_for(patch):
+    """Twists that don't telescope: a copy is divided by the psi of the text that was there."""
+    select = twists.Texts.select
 
-    def mutant(self, particles, programs, decoding, previous, *rest):
-        new = log_psi(self, particles, programs, decoding, previous, *rest)
-        previous.zero_()
-        return new
+    def mutant(self, ancestors):
+        before = self.log_psi
+        select(self, ancestors)
+        self.log_psi = before
 
-    patch.setattr(smc.SMC, "_log_psi", mutant)
+    patch.setattr(twists.Texts, "select", mutant)
 
 
-def test_a_twist_that_does_not_telescope_is_found(monkeypatch):
-    assert_found(monkeypatch, forget_the_twist_of_the_last_token, small.longer, **TWISTED)
+def forget_to_divide_by_the_twist(patch):
+    """A copy keeps the psi that it was chosen for."""
+    select = twists.Texts.select
+
+    def mutant(self, ancestors):
+        select(self, ancestors)
+        self.log_psi = torch.zeros_like(self.log_psi)
+
+    patch.setattr(twists.Texts, "select", mutant)
+
+
+@pytest.mark.parametrize("mutate", [forget_whose_twist_was_paid_for, forget_to_divide_by_the_twist])
+def test_a_twist_that_does_not_telescope_is_found(monkeypatch, mutate):
+    assert_found(monkeypatch, mutate, small.longer, **TWISTED)
 
 
 def lend_lookaheads_the_particles_own_streams(patch):
-    lookahead = smc._lookahead
+    def mutant(self, particles, decoding, slots):
+        pairs = zip(particles, slots, strict=True)
+        return [lookahead(twists.Lookahead(p), [p], decoding, [slot])[0] for p, slot in pairs]
 
-    def mutant(particles, tokens, aside):
-        pairs = zip(particles, tokens, strict=True)
-        return [lookahead([particle], [ids], particle)[0] for particle, ids in pairs]
-
-    patch.setattr(smc, "_lookahead", mutant)
+    lookahead = twists.Lookahead.__call__
+    patch.setattr(twists.Lookahead, "__call__", mutant)
 
 
 def test_a_lookahead_that_uses_up_numbers_to_come_is_found(monkeypatch):

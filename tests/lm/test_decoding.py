@@ -255,3 +255,46 @@ def test_compact(rows):
     order = _compact(rows)
     assert sorted(order) == rows
     assert all(order[row] == row for row in rows if row < len(rows))
+
+
+def test_closing_log_probs_are_those_of_a_bare_forward_and_change_no_draw():
+    def requests():
+        return [
+            draw(seed=0),
+            draw(seed=1, temperature=1.7, stop=None),
+            draw(prefix=(2,), seed=2, max_tokens=2),
+            draw(tiny_lm("ab", seed=2, eos=False), (0, 1), seed=3, stop=None),
+        ]
+
+    expected = finish(Decoding(requests()))
+    decoding, compared = Decoding(requests()), 0
+    while not decoding.done:
+        decoding.step()
+        found = decoding.closing_log_probs()
+        assert found == decoding.closing_log_probs()
+        for slot, (lm, request) in enumerate(requests()):
+            if decoding.reasons[slot] is not None:
+                assert math.isnan(found[slot])
+            elif slot == 3:
+                assert found[slot] == -math.inf
+            else:
+                tokens = torch.tensor([[*request.prefix, *decoding.token_ids[slot]]])
+                with torch.no_grad():
+                    logits = lm.model(tokens, use_cache=False).logits[0, -1].double()
+                log_probs = torch.log_softmax(logits / request.temperature, -1)
+                c = request.closing.closing_token
+                assert found[slot] == pytest.approx(float(log_probs[c]), abs=1e-4)
+                compared += 1
+    assert compared > 2
+    assert [d.token_ids for d in decoding.results()] == [d.token_ids for d in expected]
+
+
+def test_closing_log_probs_follow_a_selection():
+    decoding = Decoding([draw(seed=seed, stop=None) for seed in range(6)])
+    decoding.step()
+    before = decoding.closing_log_probs()
+    ancestors = [3, 3, 0, 1, 1, 5]
+    decoding.select(ancestors)
+    assert decoding.closing_log_probs() == pytest.approx(
+        [before[a] for a in ancestors], abs=1e-5, nan_ok=True
+    )

@@ -1,0 +1,304 @@
+"""Twists: guesses of how well a text that is under way will end, by which SMC compares texts.
+
+Inside a site, SMC compares its slots by w psi: w is what a slot's particle weighs without a twist,
+and psi what the twist says of its text so far. A slot that is copied takes ancestor a with weight
+mean(w psi) / psi_a, so the expectation of any function of the texts is the same as before, whatever
+the numbers psi are and whatever they depend on. Nothing has to be undone when the texts have closed.
+
+For some texts a twist has no number. What is psi then? Of size 1 it must not be: psi is about the
+evidence that is still to come, e^-30 before a sentence, and a text at 1 beside such neighbours
+would take all slots. Nor may it be 0, as the text may still end well. It *keeps its share* of the
+weight of all slots: its psi grows by the factor by which the weight of the others has grown. So
+resampling neither favours nor kills it; at the first token, its target is the proposal's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import torch
+
+from lmppl.distributions import LMText
+from lmppl.lm.decoding import Decoding
+from lmppl.runtime import Given, Particle, Proposer, closing, is_latent, settle
+from lmppl.text import Text
+
+Twist = Callable[[Text], float]
+"""log psi (nats) of a site's text so far; finite wherever a completion has mass."""
+
+
+class Guess(Protocol):
+    """How well texts under way will end."""
+
+    def takes(self, particle: Particle) -> bool:
+        """Whether it has anything to say of the text that the particle waits to draw."""
+
+    def __call__(
+        self, particles: Sequence[Particle], decoding: Decoding, slots: Sequence[int]
+    ) -> list[float | None]:
+        """log psi (nats) of the texts of some slots.
+
+        Args:
+            particles: for each of the slots, one that waits to draw its text.
+            decoding: holds the texts so far; some may have closed.
+            slots: which texts are wanted.
+
+        Returns:
+            A number for each; None: nothing is known of it; ``-inf``: it is certain to end badly.
+        """
+
+
+class Texts:
+    """The texts that some slots draw side by side, with log psi of each.
+
+    Args:
+        guess: the twist.
+        particles: all particles.
+        members: those that wait to draw, one a slot.
+        decoding: draws their texts.
+
+    Attributes:
+        programs: the particle whose program each slot carries.
+        log_psi: (M,) float64, nats.
+    """
+
+    def __init__(
+        self,
+        guess: Guess,
+        particles: Sequence[Particle],
+        members: Sequence[int],
+        decoding: Decoding,
+    ) -> None:
+        self._guess, self._particles, self._decoding = guess, particles, decoding
+        self.programs = list(members)
+        self.log_psi = torch.zeros(len(members), dtype=torch.float64)
+        self._known = torch.zeros(len(members), dtype=torch.bool)  # whether psi is of the twist
+        self._judged = [0] * len(members)  # tokens of the text that the twist has seen
+
+    def update(self, log_weights: torch.Tensor) -> bool:
+        """Judge the texts as they are now. Returns whether anything is known of any that is new.
+
+        A text that has closed keeps its psi until all have: its neighbours carry theirs, and
+        against them one that had laid its psi down would seem the better the less likely its end
+        is.
+
+        Args:
+            log_weights: (M,), without twist.
+        """
+        lengths = [len(ids) for ids in self._decoding.token_ids]
+        slots = [k for k, length in enumerate(lengths) if length > self._judged[k]]
+        particles = [self._particles[self.programs[k]] for k in slots]
+        values = self._guess(particles, self._decoding, slots)
+        log_psi = self.log_psi.clone()
+        for k, particle, value in zip(slots, particles, values, strict=True):
+            if value is not None and (math.isnan(value) or value == math.inf):
+                assert particle.waiting is not None
+                raise ValueError(
+                    f"site '{particle.waiting.name}': twist gave log psi = {value}; it must be a "
+                    "number of nats, finite wherever a completion has mass"
+                )
+            self._judged[k] = lengths[k]
+            self._known[k] = value is not None
+            if value is not None:
+                log_psi[k] = value
+        others = self._known & (log_psi > -math.inf)
+        if bool(others.any()):
+            after, before = (log_weights + log_psi)[others], (log_weights + self.log_psi)[others]
+            log_psi[~self._known] += after.logsumexp(0) - before.logsumexp(0)
+        self.log_psi = log_psi
+        return any(value is not None for value in values)
+
+    def select(self, ancestors: Sequence[int]) -> None:
+        """Slot i becomes a copy of slot ``ancestors[i]``."""
+        index = torch.tensor(ancestors)
+        self.programs = [self.programs[a] for a in ancestors]
+        self._judged = [self._judged[a] for a in ancestors]
+        self.log_psi, self._known = self.log_psi[index], self._known[index]
+
+
+def guess_of(
+    twist: str | Twist | Mapping[str, Twist] | None,
+    particle: Particle,
+    proposer: Callable[[int, int], Proposer] | None,
+    generator: torch.Generator,
+) -> Guess | None:
+    """The twist of one barrier. ``particle``: any of them."""
+    if twist is None:
+        return None
+    if not isinstance(twist, str):
+        return OfText(twist)
+    aside = _aside(particle, proposer, generator)
+    return Lookahead(aside) if twist == "lookahead" else Flow(aside)
+
+
+class OfText:
+    """What a function says of the text, or one of several by the site's name."""
+
+    def __init__(self, twist: Twist | Mapping[str, Twist]) -> None:
+        self._twist = twist
+
+    def _of(self, name: str) -> Twist | None:
+        return self._twist.get(name) if isinstance(self._twist, Mapping) else self._twist
+
+    def takes(self, particle: Particle) -> bool:
+        return particle.waiting is not None and self._of(particle.waiting.name) is not None
+
+    def __call__(
+        self, particles: Sequence[Particle], decoding: Decoding, slots: Sequence[int]
+    ) -> list[float | None]:
+        values: list[float | None] = []
+        for particle, slot in zip(particles, slots, strict=True):
+            wait = particle.waiting
+            assert wait is not None
+            twist = self._of(wait.name)
+            assert twist is not None
+            value = float(twist(wait.fn.closing.text(decoding.token_ids[slot])))
+            values.append(None if value == -math.inf else value)
+        return values
+
+
+class Lookahead:
+    """The likelihood of what follows, up to the next latent site, were the text closed here.
+
+    Args:
+        aside: whose random streams it uses.
+    """
+
+    def __init__(self, aside: Particle) -> None:
+        self._aside = aside
+
+    def takes(self, particle: Particle) -> bool:
+        return True
+
+    def __call__(
+        self, particles: Sequence[Particle], decoding: Decoding, slots: Sequence[int]
+    ) -> list[float | None]:
+        forks = []
+        for particle, slot in zip(particles, slots, strict=True):
+            wait = particle.waiting
+            assert wait is not None and isinstance(wait.fn, LMText)
+            ids = _closed(decoding, slot)
+            if ids is None:
+                raise ValueError(
+                    f"site '{wait.name}': twist='lookahead' closes the text early, but its model "
+                    "has no EOS token and no stop string that is one token: give stop=, or another "
+                    "twist"
+                )
+            # Its own density is the proposal's business, so it is given as 1 here.
+            one = torch.zeros(())
+            given = Given(wait.fn.value(ids), log_prob=one, proposal_log_prob=one)
+            forks.append(particle.fork(streams=self._aside, given={wait.name: given}))
+        with closing(forks):
+            settle(forks)
+            weights = [fork.take_log_weight() for fork in forks]
+        return [None if weight == -math.inf else weight for weight in weights]
+
+
+class Flow:
+    """The flow of a guide over the prefixes of its texts (Hu et al., 2024, arXiv 2310.04363).
+
+    A guide q that equals the posterior draws any complete text, also one cut short at t by the
+    closing token c, with probability R / Z. So ``F_t = R(z_<=t c) / q(c | z_<=t)`` is then the
+    unnormalised posterior of the prefix z_<=t: the optimal target. The proposal has paid q(z_<=t)
+    of it, which leaves ``log psi = log R(z_<=t c) - log q(z_<=t c)``, the log R / q of a
+    truncated text. R begins at this site; what was drawn before it is in the particle's weight. If
+    the text has closed, psi is its own R / q.
+
+    Nothing is known where R(z_<=t c) = 0, where c is illegal or has no probability, and where the
+    program comes to another latent site after it. A text that has itself closed with R = 0 is lost,
+    unless chance (a tool, a subsample) has a say in that.
+
+    Args:
+        aside: whose random streams it uses.
+    """
+
+    def __init__(self, aside: Particle) -> None:
+        self._aside = aside
+        self._ending: set[str] = set()  # sites after which some run came to no other latent
+        self._followed: set[str] = set()  # sites after which all runs did
+
+    def takes(self, particle: Particle) -> bool:
+        """Not what is left to the model; nor a draw of a guide program that is at another site."""
+        wait, site = particle.waiting, particle.site
+        if wait is None or site is None:
+            return False
+        name, fn = site
+        return (
+            name == wait.name
+            and wait.fn is not fn
+            and isinstance(fn, LMText)
+            and wait.fn.closing.closing_token is not None
+        )
+
+    def __call__(
+        self, particles: Sequence[Particle], decoding: Decoding, slots: Sequence[int]
+    ) -> list[float | None]:
+        values: list[float | None] = [None] * len(slots)
+        sites = [particle.site for particle in particles]
+        if all(site is not None and site[0] in self._followed for site in sites):
+            return values
+        close_log_probs = decoding.closing_log_probs()
+        at: list[int] = []
+        forks: list[Particle] = []
+        for k, (particle, slot) in enumerate(zip(particles, slots, strict=True)):
+            assert particle.site is not None
+            name, fn = particle.site
+            ids = _closed(decoding, slot)
+            log_q = math.fsum(decoding.log_probs[slot])
+            if decoding.reasons[slot] is None:
+                log_q += close_log_probs[slot]
+            if ids is None or name in self._followed or log_q == -math.inf:
+                continue
+            value = fn.value(ids)
+            if not fn.supports(value):
+                continue
+            given = Given(value, proposal_log_prob=torch.tensor(log_q, dtype=torch.float64))
+            at.append(k)
+            forks.append(particle.fork(streams=self._aside, given={name: given}))
+        names: set[str] = set()
+        with closing(forks):
+            settle(forks)
+            for k, fork in zip(at, forks, strict=True):
+                name = sites[k][0]  # type: ignore[index]
+                before = particles[k].trace.nodes
+                chance = [
+                    node
+                    for other, node in fork.sites.items()
+                    if other != name and other not in before and not node["is_observed"]
+                ]
+                names.add(name)
+                if fork.site is not None or any(map(is_latent, chance)):
+                    continue
+                self._ending.add(name)
+                weight = fork.take_log_weight()
+                is_lost = decoding.reasons[slots[k]] is not None and not chance
+                values[k] = weight if weight > -math.inf or is_lost else None
+        self._followed |= names - self._ending
+        return values
+
+
+def _closed(decoding: Decoding, slot: int) -> list[int] | None:
+    """The tokens of a slot's text, closed here if it is open; None if no one token can do that."""
+    ids = decoding.token_ids[slot]
+    if decoding.reasons[slot] is not None:
+        return ids
+    c = decoding.draw_of(slot)[1].closing.closing_token
+    return None if c is None else [*ids, c]
+
+
+def _aside(
+    particle: Particle,
+    proposer: Callable[[int, int], Proposer] | None,
+    generator: torch.Generator,
+) -> Particle:
+    """A run that lends its random streams to runs ahead, and is never started.
+
+    What a run ahead draws at Pyro's own sites must not be what its particle draws when it gets
+    there: slots would be chosen by numbers that they have yet to draw, and the estimate be biased.
+    One stream for all, so that texts are compared under the same numbers.
+    """
+    seed, its = (int(torch.randint(2**62, (), generator=generator)) for _ in range(2))
+    own = None if proposer is None else proposer(particle.slot, its)
+    return Particle(particle.program, particle.args, seed=seed, proposer=own, slot=particle.slot)
