@@ -25,8 +25,10 @@ from benchmarks.measuring import Timed
 from benchmarks.peers import gfn_lm_tuning
 from benchmarks.results import Goal, Row, Skipped
 from lmppl import lm_sample, use
-from lmppl.guides.fitting import FitOptions, Input, Trainer
-from lmppl.guides.inputs import read_inputs
+from lmppl.guides.inputs import Input
+from lmppl.guides.options import FitOptions
+from lmppl.guides.sources import Collection
+from lmppl.guides.trainer import Trainer
 
 GOAL = 5.0
 ON_POLICY: dict[str, Any] = {
@@ -107,12 +109,13 @@ def ours(
         with use(bench.lm):
             if trainer is None:
                 guide = lmppl.LMGuide(program, lm=bench.lm)
-                inputs = [
-                    Input(args, i) for i, args in enumerate(read_inputs(program, [(prompt,)]))
-                ]
                 settings = FitOptions(batch_size=batch_size, **options)
-                trainer = Trainer(guide, inputs, STEPS, settings, seed=0)
+                generator = torch.Generator().manual_seed(0)
+                source = Collection([Input(program, (prompt,), 0, settings)], generator)
+                guide.prepare((prompt,))
+                trainer = Trainer(guide, source, STEPS, settings, 0, generator)
             figures = trainer.step(number)
+        assert figures is not None  # the data come again and again
         kinds = ("sampling", "truncations", "gradient")
         splits.append({kind: figures[f"seconds_{kind}"] for kind in kinds})
         return bench.lm.tokens_sampled - before

@@ -29,18 +29,20 @@ def test_a_trained_guide_is_the_posterior(case):
         f"{case.name}: TV {report.tv:.4f}, log Z - E_q[u] {report.gap:.4f}, "
         f"dead mass {report.dead_mass:.5f}"
     )
-    assert report.tv < 0.01
-    assert -1e-4 <= report.gap < 0.02  # it is a divergence, up to float32
+    assert report.tv < 0.005
+    assert -1e-4 <= report.gap < 0.01  # it is a divergence, up to float32
 
 
-@pytest.mark.parametrize("loss", ["tb", "subtb"])
+@pytest.mark.parametrize("loss", ["tb", "subtb", "elbo", "wake"])
 def test_the_other_losses_have_the_same_optimum(loss):
+    """On every program and with three seeds: docs/performance.md, ``benchmarks.guide_oracle``."""
     case = CASES["one site"]
     guide = lmppl.LMGuide(case.program, lm=case.lm)
     guide.fit([case.args], steps=200, seed=0, loss=loss, batch_size=16)
     report = guide_report(guide, case.program, case.args, case.lm)
     print(f"{loss}: TV {report.tv:.4f}, log Z - E_q[u] {report.gap:.4f}")
     assert report.tv < 0.01
+    assert -1e-4 <= report.gap < 0.01
 
 
 def infill(x, y):
