@@ -1,6 +1,7 @@
 """lmppl: probabilistic programming with language models, on Pyro."""
 
 from lmppl._infer import infer
+from lmppl._infer_batch import infer_batch
 from lmppl.distributions import LMText
 from lmppl.engines import SMC, Engine, Exact, GFlowNet, Importance, register_engine
 from lmppl.guides import LMGuide
@@ -31,6 +32,7 @@ __all__ = [
     "ZeroEvidenceError",
     "chat",
     "infer",
+    "infer_batch",
     "lm_sample",
     "profile",
     "register_engine",
