@@ -2,6 +2,7 @@
 
 from lmppl._infer import infer
 from lmppl._infer_batch import infer_batch
+from lmppl.diagnostics import Diagnosis, diagnose
 from lmppl.distributions import LMText
 from lmppl.engines import SMC, Engine, Exact, GFlowNet, Importance, register_engine
 from lmppl.guides import LMGuide
@@ -18,6 +19,7 @@ __version__ = "0.1.0"
 __all__ = [
     "LM",
     "SMC",
+    "Diagnosis",
     "Engine",
     "Exact",
     "GFlowNet",
@@ -31,6 +33,7 @@ __all__ = [
     "Text",
     "ZeroEvidenceError",
     "chat",
+    "diagnose",
     "infer",
     "infer_batch",
     "lm_sample",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -11,7 +12,7 @@ import torch
 from lmppl import runtime
 from lmppl._infer import infer, prepare
 from lmppl.engines import Engine, GFlowNet
-from lmppl.guides.inputs import read_inputs
+from lmppl.guides.inputs import check_data, positional
 from lmppl.lm import LM
 from lmppl.posterior import Posterior
 from lmppl.primitives import default_lm
@@ -94,12 +95,9 @@ def infer_batch(
             "method='gflownet' without guide= would train a guide for every single input: train "
             "one on many, guide = lmppl.LMGuide(model, lm=lm).fit(inputs), and give it as guide="
         )
-    if isinstance(inputs, (str, Mapping)):
-        raise TypeError(
-            f"inputs is one {type(inputs).__name__}: put it in a list, [(x, y)] or "
-            "[{'x': x, 'y': y}]"
-        )
+    check_data(inputs)
     source = enumerate(inputs)
+    signature = _signature(model)
     if on_error not in ("raise", "return"):
         raise ValueError(f"on_error={on_error!r}, allowed: 'raise', 'return'")
     if at_once is None:
@@ -119,7 +117,7 @@ def infer_batch(
         try:
             posterior = infer(
                 model,
-                *_arguments(model, item, index),
+                *positional(signature, item, index),
                 method=engine,
                 lm=lm,
                 num_samples=num_samples,
@@ -193,11 +191,3 @@ def _signature(model: Callable[..., Any]) -> inspect.Signature:
             if each.kind is not each.KEYWORD_ONLY or each.default is each.empty
         ]
     )
-
-
-def _arguments(model: Callable[..., Any], item: Any, index: int) -> tuple[Any, ...]:
-    try:
-        return read_inputs(model, [item])[0]
-    except TypeError as error:
-        message = str(error).replace("item 0 of the data", f"item {index} of the inputs", 1)
-        raise TypeError(message) from None

@@ -1,4 +1,4 @@
-"""Summaries of posteriors and profiles as tables: plain text for terminals, HTML for notebooks.
+"""Posteriors, profiles, diagnoses and training runs as tables: text for terminals, HTML for notebooks.
 
 What a model wrote is shown as Python would show the string, never interpreted: no line breaks,
 control characters, console markup or HTML of its making reach the screen.
@@ -20,7 +20,7 @@ from rich.text import Text as RichText
 
 MAX_ROWS = 10
 _BAR_WIDTH = 10
-_ABSENT = "-"  # a site that a branch of the program did not reach
+ABSENT = "-"  # such as a site that a branch of the program did not reach
 
 
 def text_table(summary: Mapping[str, Any], width: int | None = None) -> str:
@@ -151,7 +151,7 @@ def bar(weight: float, largest: float) -> str:
 
 def show_in(row: Mapping[str, Any], name: str) -> str:
     value = row["values"].get(name)
-    return _ABSENT if value is None else show(value)
+    return ABSENT if value is None else show(value)
 
 
 def show(value: Any, *, quote: bool = True) -> str:
@@ -171,6 +171,64 @@ def show(value: Any, *, quote: bool = True) -> str:
     return "".join(each if each.isprintable() else " " for each in text)
 
 
+# --- figures -------------------------------------------------------------------------------------
+
+
+def grid_text(
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    above: str,
+    below: str = "",
+    width: int | None = None,
+) -> str:
+    """Figures as text no wider than ``width`` columns (default: the terminal).
+
+    Args:
+        columns: their headings; one without a heading holds the names of the rows. A line break
+            in a heading keeps its column narrow.
+        rows: their cells.
+        above: a line above the table.
+        below: a line below it, or nothing.
+        width: of a line at most.
+    """
+    out = io.StringIO()
+    console = _console(out, width)
+    console.print(RichText(above))
+    # Many columns, and a terminal may have 80. (Rich puts a blank of its own between them.)
+    table = _table(gap=1 if len(columns) < 10 else 0)
+    for column in columns:
+        table.add_column(
+            RichText(column),
+            justify="right" if column else "left",
+            vertical="bottom",
+            no_wrap=True,
+        )
+    for row in rows:
+        table.add_row(*(RichText(cell) for cell in row))
+    console.print(table)
+    if below:
+        console.print(RichText(below))
+    return _stripped(out)
+
+
+def grid_html(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], *, above: str, below: str = ""
+) -> str:
+    """The same as HTML."""
+    last = f"<div>{html.escape(below)}</div>" if below else ""
+    table = _html_rows([name.replace("\n", " ") for name in columns], rows)
+    return f"<div><div>{html.escape(above)}</div>{table}{last}</div>"
+
+
+def _html_rows(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
+    )
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
 # --- profiles ------------------------------------------------------------------------------------
 
 _PROFILE_COLUMNS = (
@@ -180,34 +238,18 @@ _PROFILE_COLUMNS = (
 
 def profile_text(summary: Mapping[str, Any], width: int | None = None) -> str:
     """``Profile.summary()`` as text no wider than ``width`` columns (default: the terminal)."""
-    out = io.StringIO()
-    console = _console(out, width)
-    console.print(RichText(profile_header(summary)))
-    table = _table(gap=1)  # many columns, and a terminal may have 80
-    for column in _PROFILE_COLUMNS:
-        table.add_column(column, justify="right" if column else "left", no_wrap=True)
-    for row in profile_rows(summary):
-        table.add_row(*row)
-    console.print(table)
-    return _stripped(out)
+    rows = profile_rows(summary)
+    return grid_text(_PROFILE_COLUMNS, rows, above=profile_header(summary), width=width)
 
 
 def profile_html(summary: Mapping[str, Any]) -> str:
     """``Profile.summary()`` as HTML."""
-    names = "".join(f"<th>{html.escape(name)}</th>" for name in _PROFILE_COLUMNS)
-    rows = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
-        for row in profile_rows(summary)
-    )
-    return (
-        f"<div><div>{html.escape(profile_header(summary))}</div><table><thead><tr>{names}</tr>"
-        f"</thead><tbody>{rows}</tbody></table></div>"
-    )
+    return grid_html(_PROFILE_COLUMNS, profile_rows(summary), above=profile_header(summary))
 
 
 def profile_header(summary: Mapping[str, Any]) -> str:
     count = summary["passes"]
-    line = f"Profile: {_seconds(summary['seconds'])}, {count:,} forward pass{'es' * (count != 1)}"
+    line = f"Profile: {duration(summary['seconds'])}, {count:,} forward pass{'es' * (count != 1)}"
     if count:
         line += f" of {summary['mean_batch']:.1f} rows on average"
     return line
@@ -219,20 +261,136 @@ def profile_rows(summary: Mapping[str, Any]) -> list[list[str]]:
     rows = [
         [
             work["kind"],
-            f"{work['tokens']:,}" if work["tokens"] else _ABSENT,
+            f"{work['tokens']:,}" if work["tokens"] else ABSENT,
             f"{work['positions']:,}",
             f"{work['passes']:,}",
-            _ABSENT if work["mean_batch"] is None else f"{work['mean_batch']:.1f}",
-            _seconds(work["seconds"]),
+            ABSENT if work["mean_batch"] is None else f"{work['mean_batch']:.1f}",
+            duration(work["seconds"]),
             percent(work["seconds"] / total),
-            _ABSENT if work["tokens_per_second"] is None else f"{work['tokens_per_second']:,.0f}",
-            _ABSENT if work["roofline"] is None else percent(work["roofline"]),
+            ABSENT if work["tokens_per_second"] is None else f"{work['tokens_per_second']:,.0f}",
+            ABSENT if work["roofline"] is None else percent(work["roofline"]),
         ]
         for work in summary["works"]
     ]
-    outside = [_seconds(summary["seconds_outside"]), percent(summary["share_outside"])]
+    outside = [duration(summary["seconds_outside"]), percent(summary["share_outside"])]
     return [*rows, ["outside", *4 * [""], *outside, "", ""]]
 
 
-def _seconds(seconds: float) -> str:
+def duration(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds >= 10 else f"{seconds:.3f} s"
+
+
+# --- diagnoses -----------------------------------------------------------------------------------
+
+_FIGURE_COLUMNS = ("", "nats", "std. error")
+_DIVERSITY_COLUMNS = (
+    "site", "draws", "distinct", "dist-1", "dist-2", "edits", "edits|w", "tokens", "tokens|w",
+)  # fmt: skip
+
+
+def diagnosis_text(summary: Mapping[str, Any], width: int | None = None) -> str:
+    """``Diagnosis.summary()`` as text no wider than ``width`` columns (default: the terminal)."""
+    out = io.StringIO()
+    console = _console(out, width)
+    console.print(RichText(diagnosis_header(summary)))
+    for columns, rows in _diagnosis_tables(summary):
+        console.print()
+        table = _table()
+        for i, column in enumerate(columns):
+            table.add_column(column, justify="right" if i else "left", no_wrap=True)
+        for row in rows:
+            table.add_row(*map(_cell, row))
+        console.print(table)
+    for note in summary["notes"]:
+        console.print(RichText(f"note: {show(note, quote=False)}"))
+    return _stripped(out)
+
+
+def diagnosis_html(summary: Mapping[str, Any]) -> str:
+    """``Diagnosis.summary()`` as HTML."""
+    tables = [_html_rows(columns, rows) for columns, rows in _diagnosis_tables(summary)]
+    notes = [
+        f"<div>{html.escape(show(f'note: {note}', quote=False))}</div>" for note in summary["notes"]
+    ]
+    header = f"<div>{html.escape(diagnosis_header(summary))}</div>"
+    return "".join(["<div>", header, *tables, *notes, "</div>"])
+
+
+def diagnosis_header(summary: Mapping[str, Any]) -> str:
+    line = f"Diagnosis of {show(summary['guide'], quote=False)}: {summary['num_samples']:,} draws"
+    if summary["dead_fraction"]:
+        line += f", {percent(summary['dead_fraction'])} with probability zero"
+        if summary["killed"]:
+            line += f" (by {', '.join(show(name, quote=False) for name in summary['killed'])})"
+    return line
+
+
+def _diagnosis_tables(
+    summary: Mapping[str, Any],
+) -> list[tuple[Sequence[str], list[list[str]]]]:
+    tables: list[tuple[Sequence[str], list[list[str]]]] = [
+        (_FIGURE_COLUMNS, diagnosis_rows(summary))
+    ]
+    if summary["texts"]:
+        rows = [
+            [show(name, quote=False), f"{text['num_draws']:,}", f"{text['num_distinct']:,}"]
+            + [_number(text[key], 2) for key in (
+                "distinct_1", "distinct_2", "edit_distance", "weighted_edit_distance",
+            )]
+            + [_number(text[key], 1) for key in ("mean_length", "weighted_mean_length")]
+            for name, text in summary["texts"].items()
+        ]  # fmt: skip
+        tables.append((_DIVERSITY_COLUMNS, rows))
+    return tables
+
+
+def diagnosis_rows(summary: Mapping[str, Any]) -> list[list[str]]:
+    """Bounds of log Z from below to above, divergences, then the weights' figures."""
+
+    def row(label: str, key: str) -> list[str]:
+        return [label, _number(summary[key], 3), _error(summary[key + "_stderr"])]
+
+    def kl(label: str, key: str) -> list[str]:
+        return [label, _bracket(summary[key]), _error(summary[key + "_stderr"])]
+
+    dead = summary["dead_fraction"] > 0
+    rows = [row("ELBO", "elbo")]
+    if dead:
+        rows.append(row("ELBO of the live part", "elbo_alive"))
+    rows.append(row("log Z >=, log mean weight", "iw_bound"))
+    if summary["log_z"] is not None:
+        by = "exact" if summary["log_z_source"] == "exact" else "by the prior's draws"
+        rows.append(row(f"log Z, {by}", "log_z"))
+    if summary["eubo"] is not None:
+        if summary["log_z_source"] != "exact":
+            rows.append(row("log Z <=, with an exact draw", "iw_upper_bound"))
+        rows.append(row("EUBO", "eubo"))
+    rows.append(kl("KL(guide || posterior)", "kl_guide_posterior"))
+    if dead:
+        rows.append(kl("  of the live part", "kl_alive_posterior"))
+    if summary["kl_posterior_guide"] is not None:
+        rows.append(kl("KL(posterior || guide)", "kl_posterior_guide"))
+    if summary["z_score"] is not None:
+        agree = "disagree" if abs(summary["z_score"]) > 3 else "agree"
+        rows.append([f"log Z's two estimates {agree}", f"z = {summary['z_score']:.1f}", ""])
+    rows.append(["effective sample size", percent(summary["ess_fraction"]), ""])
+    if summary["pareto_k"] is not None:
+        good = f"good below {summary['pareto_k_threshold']:.2f}"
+        rows.append(["Pareto k", _number(summary["pareto_k"], 2), good])
+    return rows
+
+
+def _number(value: float | None, digits: int) -> str:
+    return ABSENT if value is None else f"{value:.{digits}f}"
+
+
+def _error(stderr: float | None) -> str:
+    return ABSENT if stderr is None else "exact" if stderr == 0 else f"{stderr:.2g}"
+
+
+def _bracket(bracket: tuple[float, float]) -> str:
+    """One number where the ends agree."""
+    lower, upper = (_number(end, 3) for end in bracket)
+    if lower == upper:
+        return lower
+    return f">= {lower}" if upper == "inf" else f"{lower} to {upper}"

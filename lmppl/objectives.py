@@ -3,10 +3,26 @@
 Notation, for samples of *one* input: ``log_r`` is the log joint of a complete trace (the reward R,
 up to the evidence the posterior), ``log_q`` the guide's log-density of its latents (with gradient),
 ``u = log_r - log_q``. At the optimum ``q`` is the posterior and ``u = log Z`` for every trace.
-All are in nats.
+All are in nats, and every loss is 0-d.
+
+    loss       samples drawn by          traces with R = 0    value
+    vargrad    anyone                    stay out: alive      zero at the optimum
+    tb         anyone                    stay out: alive      zero at the optimum
+    subtb      anyone                    stay out: alive      zero at the optimum
+    alive      q itself                  are driven down      means nothing
+    elbo       q itself                  stay out: alive      means nothing
+    wake       q itself                  are driven down      means nothing
+    sft        the posterior             cannot occur         cross-entropy
+    ppo        q of some steps before    are driven down      means nothing
+
+The optimum is the posterior, but not that of ``ppo``. There ``vargrad``, ``tb``, ``subtb``, ``elbo``
+and ``wake`` have no gradient on any samples, so training ends without noise; ``sft`` has none only
+in expectation.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 
@@ -62,29 +78,53 @@ def tb(log_r: torch.Tensor, log_q: torch.Tensor, log_z: torch.Tensor) -> torch.T
     return ((log_z + log_q[live] - log_r[live]) ** 2).mean()
 
 
-def subtb(log_r: torch.Tensor, log_q: torch.Tensor, lam: float = 1.0) -> torch.Tensor:
+def subtb(
+    log_r: torch.Tensor,
+    log_q: torch.Tensor,
+    lam: float = 1.0,
+    positions: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Sub-trajectory balance between all pairs of truncations of one sample.
 
-    ``log_r[t]`` and ``log_q[t]`` are those of the sample truncated after t tokens, so that
-    ``log_r[t] - log_q[t]`` estimates log Z from every t, and the pair (i, j) of them has the weight
-    ``lam ** (j - i)`` (Madan et al., 2022, arXiv 2209.12782; the modified form for language models
-    is Hu et al., 2024, section 3). At ``lam = 1`` it is the variance over truncations, in O(n).
+    The modified form for language models of Hu et al. (2024, arXiv 2310.04363, section 3), after
+    Madan et al. (2022, arXiv 2209.12782). For a text z and a closing token c it is the mean over
+    pairs i < j, with weights ``lam ** (j - i)``, of the square of
+
+        log [R(z_<=i c) q(z_i+1 .. z_j | z_<=i) q(c | z_<=j)] - log [R(z_<=j c) q(c | z_<=i)].
+
+    With ``log_r[t]`` and ``log_q[t]`` those of the truncation ``z_<=t c`` this is ``u_i - u_j``:
+    every truncation estimates log Z. (The paper writes a sum. A weighted mean has the same scale
+    for short and long texts, and if only some truncations were rewarded.) At ``lam = 1`` it is
+    twice the variance over truncations, in O(n); else O(n^2), which is faster than a scan of n
+    small steps up to thousands of tokens.
 
     Args:
-        log_r: (n,); ``-inf`` entries stay out.
+        log_r: (n,), of truncations of one sample, itself among them; ``-inf`` entries stay out.
         log_q: (n,), with gradient.
-        lam: the weight of a pair decays with its distance.
+        lam: the weight of a pair decays with its distance; positive.
+        positions: (n,), how many tokens each truncation keeps, in any order. None: 0, 1, .. n - 1.
+
+    Returns:
+        0-d; zero if fewer than two entries are finite.
+
+    Raises:
+        ValueError: if ``lam`` is not positive.
     """
+    if not lam > 0.0:
+        raise ValueError(f"lam={lam}: the weight of a pair of truncations must be positive")
     live = log_r > -torch.inf
     if int(live.sum()) < 2:
         return log_q.sum() * 0.0
     u = log_r[live] - log_q[live]
     if lam == 1.0:
         return 2.0 * ((u - u.mean()) ** 2).sum() / (len(u) - 1)
-    at = torch.nonzero(live).flatten().to(u.dtype)
-    distance = (at[None, :] - at[:, None]).abs()
-    weight = torch.triu(lam**distance, diagonal=1)
-    return (weight * (u[None, :] - u[:, None]) ** 2).sum() / weight.sum()
+    if positions is None:
+        positions = torch.arange(len(log_r), device=u.device)
+    at = positions.to(u)[live]
+    i, j = torch.triu_indices(len(u), len(u), offset=1, device=u.device)
+    # In logs, as powers of a small lam underflow where truncations are far apart.
+    weight = torch.softmax((at[j] - at[i]).abs() * math.log(lam), dim=0)
+    return (weight * (u[j] - u[i]) ** 2).sum()
 
 
 def alive(log_r: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
@@ -107,3 +147,120 @@ def alive(log_r: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
     if float(fraction) in (0.0, 1.0):
         return log_q.sum() * 0.0
     return -((live - fraction) / fraction * log_q).mean()
+
+
+def elbo(log_r: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    """Score-function estimate of the reverse KL: the ELBO of variational inference.
+
+    The value of this surrogate has no meaning. Its gradient, with the mean of the *other* samples
+    as the baseline of each (Kool et al., 2019), is in expectation that of ``-E_q[log R - log q]``.
+    It is half the gradient of ``vargrad`` on the same samples (Richter et al., 2020, arXiv
+    2010.10436), which needs no on-policy samples.
+
+    Where q gives mass to traces with R = 0 the ELBO is ``-inf``. They stay out, and the gradient
+    is that of ``-E_qA[log R - log qA]`` times the probability of at least two live samples, where
+    ``qA`` is q renormalised to live traces: how q ranks them. Their mass is left to ``alive``.
+
+    Args:
+        log_r: (N,), N >= 2, of samples drawn from q itself; ``-inf`` entries stay out.
+        log_q: (N,), with gradient.
+
+    Returns:
+        0-d; zero if fewer than two entries are finite.
+    """
+    live = log_r > -torch.inf
+    if int(live.sum()) < 2:
+        return log_q.sum() * 0.0
+    u = (log_r - log_q)[live].detach()
+    # u_i - mean of the others = (u_i - mean of all) n / (n - 1), and the estimate is a mean over n.
+    return -((u - u.mean()) * log_q[live]).sum() / (len(u) - 1)
+
+
+def wake(log_weights: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    """Self-normalised estimate of the forward KL: the wake phase of reweighted wake-sleep.
+
+    Bornschein & Bengio (2015, arXiv 1406.2751); Le et al. (2019, arXiv 1805.10469). With
+    ``w = softmax(log_weights)`` it is ``-sum_i (w_i - 1/N) log q_i``. The 1/N is a control variate,
+    as E_q[grad log q] = 0: at the optimum, where all weights are equal, the gradient is zero on
+    every set of samples. The value of this surrogate has no meaning; its gradient tends to that of
+    ``-E_posterior[log q]``, with a bias of order 1/N from normalising. Dead samples weigh nothing,
+    but have the control variate: that drives their mass down, without ``alive``.
+
+    Args:
+        log_weights: (N,), N >= 2, log R - log q of samples drawn from q itself; ``-inf`` if R = 0.
+            Their gradient is not used.
+        log_q: (N,), with gradient.
+
+    Returns:
+        0-d; zero if all samples are dead.
+    """
+    if not bool((log_weights > -torch.inf).any()):
+        return log_q.sum() * 0.0
+    weights = torch.softmax(log_weights.detach(), dim=0)
+    return -((weights - 1.0 / len(weights)) * log_q).sum()
+
+
+def sft(log_q: torch.Tensor) -> torch.Tensor:
+    """Maximum likelihood on given latents (supervised fine-tuning): minus the mean of log q.
+
+    On draws from the posterior it estimates the forward KL up to a constant; on demonstrations, q
+    learns what is in them.
+
+    Args:
+        log_q: (N,), of the given latents, with gradient.
+    """
+    return -log_q.mean()
+
+
+def ppo(
+    log_r: torch.Tensor,
+    log_q: torch.Tensor,
+    log_q_old: torch.Tensor,
+    log_q_ref: torch.Tensor,
+    *,
+    clip: float = 0.2,
+    kl: float = 0.02,
+) -> torch.Tensor:
+    """Clipped policy gradient on log R (Schulman et al., 2017, arXiv 1707.06347), for comparison.
+
+    A whole trace is one action. The reward is ``log_r - kl * (log_q_old - log_q_ref)``, with the KL
+    penalty of Ziegler et al. (2019, arXiv 1909.08593) and its usual size (Ouyang et al., 2022,
+    arXiv 2203.02155); the advantage is the reward, centred and divided by its standard deviation.
+    The value of this surrogate has no meaning.
+
+    Its optimum is *not* the posterior but ``q_ref * R ** (1 / kl)``, normalised: for a small ``kl``
+    nearly all mass is on the most probable trace, which is often the shortest.
+
+    A dead trace gets the reward of the worst live one of the batch, less 1 nat: worse than
+    whatever lives, but not by so much that the scaled advantages of the live become all alike. So
+    it needs no ``alive``.
+
+    Args:
+        log_r: (N,), N >= 2, of samples drawn from the guide as it was; ``-inf`` if R = 0.
+        log_q: (N,), of the guide now, with gradient.
+        log_q_old: (N,), of the guide that drew the samples.
+        log_q_ref: (N,), of the untrained guide.
+        clip: a ratio q / q_old has no gradient further than this from 1 on the side to which its
+            advantage pushes it; between 0 and 1.
+        kl: nats of reward for a nat of divergence from the untrained guide.
+
+    Returns:
+        0-d; zero for a single sample, or if all are dead.
+
+    Raises:
+        ValueError: if ``clip`` is not between 0 and 1.
+    """
+    if not 0.0 < clip < 1.0:
+        raise ValueError(f"clip={clip}: the ratio's largest change must be between 0 and 1")
+    live = log_r > -torch.inf
+    if len(log_r) < 2 or not bool(live.any()):
+        return log_q.sum() * 0.0
+    reward = (log_r - kl * (log_q_old - log_q_ref)).detach()
+    reward = torch.where(live, reward, reward[live].min() - 1.0)
+    # Differences below 1e-4 nats are rounding: they must not be scaled up.
+    advantage = (reward - reward.mean()) / (reward.std() + 1e-4)
+    # The smaller of the plain and the clipped term, in logs: the ratio of long texts overflows.
+    log_ratio = log_q - log_q_old.detach()
+    above, below = math.log1p(clip), math.log1p(-clip)
+    bounded = torch.where(advantage > 0.0, log_ratio.clamp(max=above), log_ratio.clamp(min=below))
+    return -(bounded.exp() * advantage).mean()

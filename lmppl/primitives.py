@@ -331,6 +331,7 @@ def _warn_of_retokenisation(name: str, prefix: str | Sequence[str]) -> None:
             if (
                 node["type"] != "sample"
                 or node["is_observed"]
+                or node["infer"].get("was_observed")  # data in the program, drawn in a simulation
                 or not isinstance(node["fn"], LMText)
             ):
                 continue

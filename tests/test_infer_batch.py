@@ -224,6 +224,8 @@ def test_inputs_by_name_and_bound_arguments():
     found = list(infer_batch(bound, [["ab."], {"x": "b"}], seed=0, **options))
     assert_same(found[1], lmppl.infer(infill, "b", "ab", seed=found[1].info["seed"], **options))
     assert list(infer_batch(infill, [], seed=0, **options)) == []
+    with pytest.raises(TypeError, match="unexpected keyword argument 'y'"):
+        next(infer_batch(bound, [{"x": "b", "y": "b"}], seed=0, **options))
 
 
 def test_the_default_model_is_that_of_the_call():
@@ -274,8 +276,8 @@ def test_a_bad_input_is_answered_by_its_exception(particles):
         else:
             alone = lmppl.infer(fussy, *BAD[i], seed=each.info["seed"], **options)
             assert_same(each, alone)
-    assert "item 1 of the inputs" in str(found[1]) and "it is a str" in str(found[1])
-    assert "item 5 of the inputs" in str(found[5]) and "'w'" in str(found[5])
+    assert "item 1 of the data" in str(found[1]) and "it is a str" in str(found[1])
+    assert "item 5 of the data" in str(found[5]) and "'w'" in str(found[5])
     assert found[3].posterior.killed == {"no end": 4} and "context" in str(found[4])
     assert all(particle.finished for particle in particles)
 
@@ -342,8 +344,8 @@ def test_leaving_early_ends_what_is_suspended(how, particles):
 @pytest.mark.parametrize(
     ("wrong", "error", "message"),
     [
-        ({"inputs": "ab."}, TypeError, "inputs is one str: put it in a list"),
-        ({"inputs": {"x": "a", "y": "b"}}, TypeError, "inputs is one dict"),
+        ({"inputs": "ab."}, TypeError, "one str: put it in a list"),
+        ({"inputs": {"x": "a", "y": "b"}}, TypeError, "given one dict"),
         ({"inputs": 3}, TypeError, "int"),
         ({"method": "gflownet"}, ValueError, "train one on many"),
         ({"method": lmppl.GFlowNet(correct=False)}, ValueError, "guide="),

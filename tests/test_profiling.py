@@ -101,7 +101,7 @@ def test_of_training():
     assert p.trained.tokens == LM.tokens_trained - before
     assert p.trained.tokens % 3 == 0 and 0 < p.trained.tokens <= 2 * 8 * 3  # equal ones once
     # Forward and backward, on the adapter's own parameters.
-    matrices = runner_of(guide.adapted).matrices
+    matrices = runner_of(guide.adapters()[0]).matrices
     assert p.trained.flops == 2 * sum(matrices.flops(p.trained.positions, p.trained.outputs))
 
 

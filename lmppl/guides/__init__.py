@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from lmppl.guides.fitting import FitOptions
 from lmppl.guides.guide import LMGuide
+from lmppl.guides.options import FitOptions
 from lmppl.guides.program import ProgramProposer
 from lmppl.runtime import Proposer
 

@@ -8,7 +8,7 @@ sites get a head (``heads.py``). What neither can stand for is left to the model
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -32,8 +32,7 @@ class _Networks(Protocol):
     @property
     def base(self) -> LM: ...
 
-    @property
-    def adapted(self) -> LM: ...
+    def adapter_for(self, name: str) -> LM: ...
 
     @property
     def heads(self) -> nn.ModuleDict: ...
@@ -76,16 +75,15 @@ class AutomaticProposer:
     def propose(self, site: Any, trace: Trace) -> Given | None:
         name, fn = site["name"], site["fn"]
         if isinstance(fn, LMText):
-            if fn.lm is not self._networks.base or fn.batch_shape:
+            q = self._text_guide(site, trace)
+            if q is None:
                 return None
-            prompt = guide_prompt(site, trace, self._observations)
-            q = fn.with_prefix_ids(prompt, self._networks.adapted, fn.temperature)
             behaviour = q
             if self._temperature == math.inf:
                 behaviour = fn
             elif self._temperature != 1.0:
                 heat = fn.temperature * self._temperature
-                behaviour = q.with_prefix_ids(prompt, self._networks.adapted, heat)
+                behaviour = q.with_prefix_ids(q.prefix_ids, q.lm, heat)
             uniforms = torch.rand(q.num_uniforms, dtype=torch.float64, device="cpu")
             value, log_q = suspend(Wait("draw", name, behaviour, uniforms=uniforms))
             self.draws[name] = TextDraw(q, value)
@@ -93,22 +91,70 @@ class AutomaticProposer:
         moves = num_moves(fn)
         if moves is None:
             return None
-        features, key = self._features(name, trace)
-        head = head_for(self._networks.heads, key, len(features), moves)
+        draw = self._head_draw(site, trace, moves, None)
+        head = self._networks.heads[draw.key]
         with torch.no_grad():
-            q_fn = fn if self._temperature == math.inf else moved(fn, head(features))
+            q_fn = fn if self._temperature == math.inf else moved(fn, head(draw.features))
             value = q_fn.sample()
             log_q = q_fn.log_prob(value).sum()
-        self.draws[name] = HeadDraw(key, features, fn, value)
+        self.draws[name] = replace(draw, value=value)
         return Given(value, proposal_log_prob=log_q)
 
-    def _features(self, name: str, trace: Trace) -> tuple[torch.Tensor, str]:
+    def recall(
+        self, site: Any, trace: Trace, value: torch.Tensor, features: torch.Tensor | None
+    ) -> None:
+        """Remember ``value`` as what was drawn at a site, if it is one that the guide draws.
+
+        Args:
+            site: the latent site's Pyro message.
+            trace: the run so far.
+            value: of the site.
+            features: what the head reads there; None: to be found out.
+        """
+        name, fn = site["name"], site["fn"]
+        if isinstance(fn, LMText):
+            q = self._text_guide(site, trace)
+            if q is not None:
+                self.draws[name] = TextDraw(q, value)
+            return
+        moves = num_moves(fn)
+        if moves is not None:
+            self.draws[name] = replace(self._head_draw(site, trace, moves, features), value=value)
+
+    def _text_guide(self, site: Any, trace: Trace) -> LMText | None:
+        """What the guide draws a text from; None: it leaves the site to the model."""
+        fn: LMText = site["fn"]
+        # An adapter of the base, as of a program that learns, has the base's own vocabulary.
+        if fn.lm.vocabulary is not self._networks.base.vocabulary or fn.batch_shape:
+            return None
+        prompt = guide_prompt(site, trace, self._observations)
+        return fn.with_prefix_ids(prompt, self._networks.adapter_for(site["name"]), fn.temperature)
+
+    def _head_draw(
+        self, site: Any, trace: Trace, moves: int, features: torch.Tensor | None
+    ) -> HeadDraw:
+        """A draw from a site's head, its value not yet known."""
+        key = self._head_key(site["name"], trace)
+        if features is None:
+            features = self._features(site["name"], trace)
+        head_for(self._networks.heads, key, len(features), moves)
+        return HeadDraw(key, features, site["fn"], torch.empty(0))
+
+    def _head_key(self, name: str, trace: Trace) -> str:
+        """The head of a site after these other latents that are no texts."""
+        others = [
+            other
+            for other, node in trace.nodes.items()
+            if node["type"] == "sample" and is_latent(node) and not isinstance(node["fn"], LMText)
+        ]
+        return "-".join([name, *others]).replace(".", "_")
+
+    def _features(self, name: str, trace: Trace) -> torch.Tensor:
         """What a head sees: the LM's state after the texts so far, and the other latents."""
         base = self._networks.base
         tokens: tuple[int, ...] = ()
         numbers: list[torch.Tensor] = []
-        others: list[str] = []
-        for other, node in trace.nodes.items():
+        for node in trace.nodes.values():
             if node["type"] != "sample" or not is_latent(node):
                 continue
             fn, value = node["fn"], node["value"]
@@ -119,16 +165,13 @@ class AutomaticProposer:
                     tokens = guide_prompt(node, Trace(), self._observations)
                 tokens += fn.token_ids(value)
             else:
-                others.append(other)
                 numbers.append(value.detach().float().reshape(-1))
         if not tokens:
             tokens = base.vocabulary.bos_ids + sum(self._observations.values(), ())
         parts = [*numbers]
         if tokens:
             parts.append(suspend(Wait("hidden", name, base, prefix=tokens)).float())
-        features = torch.cat(parts) if parts else torch.zeros(1)
-        key = "-".join([name, *others]).replace(".", "_")
-        return features, key
+        return torch.cat(parts) if parts else torch.zeros(1)
 
     def finish(self, trace: Trace) -> None:
         """An automatic guide follows the model, so nothing can be left over."""

@@ -1,14 +1,6 @@
-"""Training a guide: the program's joint density is the reward.
+"""The life of a run of training: its inputs, evaluations, checkpoints and end.
 
-    for every step, for some inputs:
-        traces ~ guide (on policy), guide at a random temperature, and the replay buffer
-        log R  = log joint of each trace           (the model, no gradient)
-        log R' = the same of a random few truncations
-        log q  = one teacher-forced pass           (the guide, with gradient)
-        loss   = variance of log R - log q over all of them, plus the term for dead traces
-        one AdamW step
-
-After Hu et al. (2024, arXiv 2310.04363), with the loss of Richter et al. (2020, arXiv 2010.10436).
+What happens within a step is in ``trainer.py``, what can be set in ``options.py``.
 """
 
 from __future__ import annotations
@@ -16,375 +8,87 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lmppl import objectives, runtime
-from lmppl.guides.automatic import SiteScore
-from lmppl.guides.inputs import read_inputs
-from lmppl.guides.prompts import Observations
-from lmppl.guides.samples import ReplayBuffer, Sample, Truncation, truncate
-from lmppl.lm.memory import Memory
+from lmppl import runtime
+from lmppl.guides import checkpoints
+from lmppl.guides.data import read_data
+from lmppl.guides.evaluation import evaluate
+from lmppl.guides.history import History
+from lmppl.guides.inputs import Input
+from lmppl.guides.options import FitOptions
+from lmppl.guides.tracking import tracker
+from lmppl.guides.trainer import Trainer
+from lmppl.guides.watching import DivergenceGuard, EarlyStopping
 from lmppl.primitives import use
 from lmppl.progress import progress_bar
 
 if TYPE_CHECKING:
     from lmppl.guides.guide import LMGuide
 
-TEMPERATURES = (0.5, 2.0)
-"""Range of the tempered behaviour policy."""
-
-_HEAD_RATE = 4.0
-"""Learning rate of heads, small and new networks, in units of the adapter's."""
-
-_PRIOR_STOCK = 8
-"""For how many steps traces of the program itself are drawn at a time."""
-
-_LOSSES = ("vargrad", "tb", "subtb")
+_SHOWN = ("loss", "log_z", "elbo", "ess", "length")
 
 
 @dataclass(frozen=True)
-class FitOptions:
-    """How to train; the defaults are meant for every program.
+class Run:
+    """What surrounds the steps of a run.
 
     Args:
-        batch_size: complete traces a step, over all its inputs.
-        inputs_per_step: how many inputs share a step (at most).
-        learning_rate: AdamW's; it warms up over 5% of the steps and decays along a cosine. None:
-            3e-3 for a hidden size of 64 or less, and falling with the square root of the size
-            (1e-3 at 576, 4e-4 at 4096).
-        loss: ``"vargrad"``, ``"tb"`` or ``"subtb"`` (see ``lmppl.objectives``).
-        subtb_lambda: weight of a pair of truncations decays as ``lambda ** distance``.
-        tempered_fraction: of the traces, drawn from the guide at a temperature in [0.5, 2].
-        prior_fraction: of the traces, drawn from the program itself. Its support holds every mode
-            of the posterior, also one that the guide has lost.
-        replay_fraction: of the traces, drawn again from the best seen.
-        huber: beyond this distance from log Z (nats) a trace counts linearly in ``"vargrad"``.
-        truncations: how many tokens the rewards of truncations may cost, as a multiple of the
-            complete traces'; 0: none.
-        reward_temperature: first and last: the reward is ``R ** (1 / temperature)``. If the last
-            is not 1, the guide's target is a *tempered* posterior.
-        max_grad_norm: gradients are clipped to it.
-        gradient_checkpointing: keep only what enters each layer of the language model for the
-            backward pass, and compute the rest anew there (see ``lmppl.Memory``).
-        training_tokens: read at most so many tokens a pass, one pass after another: the gradient
-            of the whole batch in the memory of a pass. None: the batch at once.
+        steps: optimiser steps.
+        seed: of all random choices.
+        eval_every: steps between evaluations on held-out inputs.
+        eval_samples: draws of the guide for each held-out input.
+        patience: evaluations without a better ESS fraction after which training stops, with the
+            parameters of the best; None: it never stops early.
+        checkpoint: a folder for checkpoints, or None.
+        checkpoint_every: steps between them. (One more is written at the end.)
+        resume: go on from the checkpoint, if there is one.
+        log_with: trackers of figures: a name that accelerate knows ("tensorboard", "wandb", ...),
+            a tracker object, or a list of those.
+        logging_dir: where they write.
     """
 
-    batch_size: int = 32
-    inputs_per_step: int = 4
-    learning_rate: float | None = None
-    loss: Literal["vargrad", "tb", "subtb"] = "vargrad"
-    subtb_lambda: float = 1.0
-    tempered_fraction: float = 0.125
-    prior_fraction: float = 0.125
-    replay_fraction: float = 0.25
-    huber: float = 3.0
-    truncations: float = 1.0
-    reward_temperature: tuple[float, float] = (1.0, 1.0)
-    max_grad_norm: float = 1.0
-    gradient_checkpointing: bool = False
-    training_tokens: int | None = None
+    steps: int
+    seed: int
+    eval_every: int
+    eval_samples: int
+    patience: int | None
+    checkpoint: Path | None
+    checkpoint_every: int
+    resume: bool
+    log_with: Any
+    logging_dir: str | Path
 
     def __post_init__(self) -> None:
-        if self.batch_size < 2:
-            raise ValueError(f"batch_size={self.batch_size}: the variance needs at least 2 traces")
-        if self.inputs_per_step < 1:
-            raise ValueError(f"inputs_per_step={self.inputs_per_step}: it must be at least 1")
-        if self.learning_rate is not None and not self.learning_rate > 0:
-            raise ValueError(f"learning_rate={self.learning_rate}: it must be positive")
-        if self.loss not in _LOSSES:
-            raise ValueError(f"loss={self.loss!r}, allowed: {', '.join(_LOSSES)}")
-        fractions = (self.tempered_fraction, self.prior_fraction, self.replay_fraction)
-        if min(fractions) < 0 or sum(fractions) > 1:
-            raise ValueError(
-                f"tempered_fraction, prior_fraction and replay_fraction are {fractions}: they must "
-                "not be negative, and together at most 1"
-            )
-        if self.truncations < 0:
-            raise ValueError(f"truncations={self.truncations}: it must not be negative")
-        self.memory(Memory())  # checks training_tokens
-        if min(self.reward_temperature) < 1.0:
-            raise ValueError(f"reward_temperature={self.reward_temperature}: at least 1 each")
-
-    def rate(self, hidden_size: int) -> float:
-        """The learning rate for a language model of this width."""
-        if self.learning_rate is not None:
-            return self.learning_rate
-        return 3e-3 * min(1.0, math.sqrt(64 / hidden_size))
-
-    def memory(self, usual: Memory) -> Memory:
-        """What a trained language model's passes may take."""
-        return replace(
-            usual,
-            gradient_checkpointing=self.gradient_checkpointing or usual.gradient_checkpointing,
-            training_tokens=self.training_tokens or usual.training_tokens,
-        )
-
-    @property
-    def tempered_target(self) -> float | None:
-        """The temperature of the posterior that the guide ends at, or None if it is untempered."""
-        last = self.reward_temperature[1]
-        return None if last == 1.0 else last
-
-
-class Input:
-    """One input, and what training keeps of it."""
-
-    def __init__(self, args: tuple[Any, ...], index: int) -> None:
-        self.args, self.index = args, index
-        self.buffer = ReplayBuffer()
-        self.prior: list[Sample] = []  # traces of the program itself, not used yet
-        self.log_z: torch.Tensor = torch.zeros((), requires_grad=True)  # learned by "tb" only
-        self.observations: Observations | None = None
-        self.visits = 0
-        self.ever_alive = False
-
-
-class Trainer:
-    """The state of one call of ``fit``."""
-
-    def __init__(
-        self, guide: LMGuide, inputs: Sequence[Input], steps: int, options: FitOptions, seed: int
-    ) -> None:
-        self.guide, self.inputs, self.steps, self.options = guide, inputs, steps, options
-        self._seed = seed
-        self._generator = torch.Generator().manual_seed(seed % 2**63)
-        self._queue: list[int] = []
-        guide.prepare(inputs[0].args)
-        for lm in guide.adapters():
-            lm.memory = options.memory(lm.memory)
-        self._parameters = guide.parameters()
-        self._rate = options.rate(guide.base.hidden_size)
-        # Gradients of a variance shrink with it, so a memory of 1,000 steps of their size (0.999)
-        # would hold the last steps back.
-        heads = list(guide.heads.parameters())
-        own = {id(parameter) for parameter in heads}
-        adapter = [parameter for parameter in self._parameters if id(parameter) not in own]
-        groups: list[dict[str, Any]] = [{"params": adapter}] if adapter else []
-        if heads:
-            groups.append({"params": heads, "lr": _HEAD_RATE * self._rate})
-        self._optimizer = torch.optim.AdamW(
-            groups, lr=self._rate, betas=(0.9, 0.98), weight_decay=0.0
-        )
-        if options.loss == "tb":
-            # log Z is far from its start and has few gradients, so it learns faster.
-            group = {"params": [each.log_z for each in inputs], "lr": 25 * self._rate}
-            self._optimizer.add_param_group(group)
-        self._rates = [group["lr"] for group in self._optimizer.param_groups]
-
-    def step(self, number: int) -> dict[str, Any]:
-        """One optimiser step. Returns its figures."""
-        began = time.perf_counter()
-        members = self._next_inputs()
-        with torch.no_grad():
-            batches = self._sample(members, number)
-            sampled = time.perf_counter()
-            truncations = self._truncate(batches)
-        rewarded = time.perf_counter()
-        samples = [sample for batch in batches for sample in batch]
-        scores = self.guide.score([sample.proposer for sample in samples])
-        by_sample = {id(sample): score for sample, score in zip(samples, scores, strict=True)}
-        losses: list[torch.Tensor] = []
-        figures: list[dict[str, float]] = []
-        beta = self._inverse_temperature(number)
-        for each, batch in zip(members, batches, strict=True):
-            own = [t for t in truncations if t.sample.particle.args is each.args]
-            loss, figure = self._loss(each, batch, own, by_sample, beta)
-            figures.append(figure)
-            if loss is not None:
-                losses.append(loss)
-        if losses:
-            self._update(torch.stack(losses).mean(), number)
-        return {
-            "step": len(self.guide.history),
-            **{key: _mean([figure[key] for figure in figures]) for key in figures[0]},
-            "inputs": len(members),
-            "samples": len(samples),
-            "truncations": len(truncations),
-            "seconds_sampling": sampled - began,
-            "seconds_truncations": rewarded - sampled,
-            "seconds_gradient": time.perf_counter() - rewarded,
-        }
-
-    # --- its parts -------------------------------------------------------------------------------
-
-    def _next_inputs(self) -> list[Input]:
-        num = min(self.options.inputs_per_step, len(self.inputs), self.options.batch_size // 2)
-        if len(self._queue) < num:
-            order = torch.randperm(len(self.inputs), generator=self._generator).tolist()
-            # All of them once more; those that still wait come last, so that no step has one twice.
-            self._queue += sorted(order, key=lambda i: i in self._queue)
-        chosen, self._queue = self._queue[:num], self._queue[num:]
-        return [self.inputs[i] for i in chosen]
-
-    def _sample(self, members: Sequence[Input], number: int) -> list[list[Sample]]:
-        """Complete traces of each input by the mixed behaviour policy."""
-        options = self.options
-        share = options.batch_size // len(members)
-        low, high = (math.log(t) for t in TEMPERATURES)
-        heat = math.exp(low + (high - low) * float(torch.rand((), generator=self._generator)))
-        seeds = runtime.slot_seeds(self._seed + 1 + number, 3 * len(members))
-        batches: list[list[Sample]] = []
-        runs: list[tuple[int, float, runtime.Particle]] = []
-        started: list[runtime.Particle] = []
-        with runtime.closing(started):
-            for k, each in enumerate(members):
-                each.visits += 1
-                if each.observations is None:
-                    each.observations = self.guide.observations(each.args)
-                replayed = each.buffer.draw(round(share * options.replay_fraction), self._generator)
-                tempered = round(share * options.tempered_fraction)
-                prior = round(share * options.prior_fraction)
-                policy = max(1, share - len(replayed) - tempered - prior)
-                # They do not depend on the guide, and a model decodes many for the price of few.
-                stock = _PRIOR_STOCK * prior if len(each.prior) < prior else 0
-                for num, temperature, seed in (
-                    (policy, 1.0, seeds[3 * k]),
-                    (tempered, heat, seeds[3 * k + 1]),
-                    (stock, math.inf, seeds[3 * k + 2]),
-                ):
-                    if num < 1:
-                        continue
-                    factory = self.guide.proposer_factory(
-                        each.args, temperature=temperature, observations=each.observations
-                    )
-                    fresh = runtime.start(
-                        self.guide.model,
-                        each.args,
-                        num,
-                        seed=seed,
-                        proposer=factory,
-                        closing=True,
-                    )
-                    started += fresh
-                    runs += [(k, temperature, particle) for particle in fresh]
-                batches.append([Sample(s.particle, s.proposer, s.log_r, False) for s in replayed])
-            runtime.complete(started)
-        for k, temperature, particle in runs:
-            sample = Sample(particle, particle.proposer, particle.log_joint, temperature == 1.0)
-            (members[k].prior if temperature == math.inf else batches[k]).append(sample)
-            members[k].buffer.add(sample)
-        for each, batch in zip(members, batches, strict=True):
-            for _ in range(min(len(each.prior), round(share * options.prior_fraction))):
-                batch.append(each.prior.pop())
-        return batches
-
-    def _truncate(self, batches: Sequence[Sequence[Sample]]) -> list[Truncation]:
-        if self.options.truncations == 0:
-            return []
-        samples = [sample for batch in batches for sample in batch]
-        budget = round(self.options.truncations * sum(sample.num_tokens for sample in samples))
-        return truncate(samples, token_budget=budget, generator=self._generator)
-
-    def _loss(
-        self,
-        each: Input,
-        batch: Sequence[Sample],
-        truncations: Sequence[Truncation],
-        scores: dict[int, dict[str, SiteScore]],
-        beta: float,
-    ) -> tuple[torch.Tensor | None, dict[str, float]]:
-        """The loss of one input's samples (None if all are dead), and its figures."""
-        complete_q = torch.stack([_total(scores[id(sample)]) for sample in batch])
-        complete_r = complete_q.new_tensor([sample.log_r for sample in batch])
-        on_policy = torch.tensor([sample.on_policy for sample in batch])
-        policy_r, policy_q = complete_r[on_policy], complete_q[on_policy]
-        live = policy_r > -math.inf
-        u = (policy_r - policy_q.detach())[live]
-        n = len(u)
-        figures = {
-            "loss": math.nan,
-            "log_z": float(torch.logsumexp(u, 0)) - math.log(len(live)) if n else -math.inf,
-            "elbo": float(u.mean()) if n else math.nan,
-            "ess": runtime.ess(u) / len(live),
-            "alive": n / len(live),
-            "length": _mean([float(sample.num_tokens) for sample in batch]),
-        }
-        if not bool((complete_r > -math.inf).any()):
-            return None, figures
-        each.ever_alive = True
-        cut_q = [t.log_q(scores[id(t.sample)]) for t in truncations]
-        cut_r = complete_q.new_tensor([t.log_r for t in truncations])
-        log_q = torch.cat([complete_q, torch.stack(cut_q).to(complete_q)]) if cut_q else complete_q
-        log_r = torch.cat([complete_r, cut_r]) * beta
-        # A row of weight zero times -inf is no number, so dead rows stay -inf.
-        log_r = torch.where(torch.cat([complete_r, cut_r]) == -math.inf, -math.inf, log_r)
-        loss = self._objective(each, batch, truncations, log_r, log_q)
-        if len(policy_q) > 1:
-            loss = loss + objectives.alive(policy_r, policy_q)
-        figures["loss"] = float(loss.detach())
-        return loss, figures
-
-    def _objective(
-        self,
-        each: Input,
-        batch: Sequence[Sample],
-        truncations: Sequence[Truncation],
-        log_r: torch.Tensor,
-        log_q: torch.Tensor,
-    ) -> torch.Tensor:
-        if self.options.loss == "vargrad":
-            return objectives.vargrad(log_r, log_q, huber=self.options.huber)
-        if self.options.loss == "tb":
-            return objectives.tb(log_r, log_q, each.log_z.to(log_q.device))
-        # Pairs within each sample: its truncations by length, and the complete trace last.
-        terms = []
-        cuts: dict[int, list[int]] = {}
-        order = sorted(range(len(truncations)), key=lambda k: truncations[k].length)
-        for k in order:
-            cuts.setdefault(id(truncations[k].sample), []).append(len(batch) + k)
-        for i, sample in enumerate(batch):
-            rows = [*cuts.get(id(sample), []), i]
-            terms.append(objectives.subtb(log_r[rows], log_q[rows], self.options.subtb_lambda))
-        # Within samples u is tied together, and between them by the variance of complete traces.
-        complete = objectives.vargrad(log_r[: len(batch)], log_q[: len(batch)])
-        return torch.stack(terms).mean() + complete
-
-    def _update(self, loss: torch.Tensor, number: int) -> None:
-        if not bool(torch.isfinite(loss)):
-            raise FloatingPointError(
-                f"the loss of step {number} is {float(loss.detach())}: the parameters of the step "
-                "before are kept. Lower learning_rate, or look at the program's factors for values "
-                "that are not finite"
-            )
-        self._optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        gradients = [p for group in self._optimizer.param_groups for p in group["params"]]
-        norm = torch.nn.utils.clip_grad_norm_(gradients, self.options.max_grad_norm)
-        if not bool(torch.isfinite(norm)):
-            raise FloatingPointError(
-                f"the gradient of step {number} is not finite: the parameters of the step before are "
-                "kept. Lower learning_rate, or use float32 (dtype=torch.float32)"
-            )
-        rate = _schedule(number, self.steps)
-        for group, base in zip(self._optimizer.param_groups, self._rates, strict=True):
-            group["lr"] = base * rate
-        self._optimizer.step()
-        self._adopt_new_heads()
-
-    def _adopt_new_heads(self) -> None:
-        """Sites that were met for the first time have parameters that are to be trained."""
-        known = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
-        new = [p for p in self.guide.heads.parameters() if id(p) not in known]
-        if new:
-            self._optimizer.add_param_group({"params": new, "lr": _HEAD_RATE * self._rate})
-            self._rates.append(_HEAD_RATE * self._rate)
-
-    def _inverse_temperature(self, number: int) -> float:
-        first, last = self.options.reward_temperature
-        done = min(1.0, number / max(1, self.steps // 2))
-        return 1.0 / (first + (last - first) * done)
+        for name in ("steps", "eval_every", "eval_samples", "checkpoint_every"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r}: it must be an int of at least 1")
+        if self.resume and self.checkpoint is None:
+            raise ValueError("resume=True needs checkpoint=: the folder of the run to go on with")
 
 
 def fit(
     guide: LMGuide,
-    data: Iterable[Any],
+    data: Iterable[Any] | None,
     steps: int,
     *,
+    simulate: int | float | None = None,
+    demonstrations: Sequence[Any] | None = None,
+    eval_data: Iterable[Any] | int | None = None,
+    eval_every: int = 50,
+    eval_samples: int = 64,
+    patience: int | None = None,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int = 100,
+    resume: bool = False,
+    log_with: Any = None,
+    logging_dir: str | Path = "runs",
     seed: int | None = None,
     progress: bool | None = None,
     callback: Callable[[dict[str, Any]], None] | None = None,
@@ -394,8 +98,20 @@ def fit(
 
     Args:
         guide: the guide.
-        data: inputs: tuples of the program's positional arguments, or dicts of them by name.
+        data: inputs: tuples of the program's positional arguments, or dicts of them by name. A
+            collection is gone through in rounds; an iterator is read as training needs it, each of
+            its inputs is used once, and training ends when it does.
         steps: optimiser steps.
+        simulate: train on so many simulated inputs instead: the program is run forward on the
+            arguments in ``data`` (in turn; on none, if ``data`` is None), observed sites are drawn
+            as well, and the latents drawn with them are exact posterior draws.
+            ``math.inf``: an endless stream, each input used once. Not for programs with factors.
+        demonstrations: latents known for each input of ``data``, in its order: None, a dict of
+            latent site to text or number, a list of such dicts, or a ``Posterior``, whose particles
+            are distilled by weight. They seed the replay buffer, and ``loss="sft"`` is made of them.
+        eval_data: held-out inputs (with ``simulate``: how many to simulate for this).
+        eval_every, eval_samples, patience, checkpoint, checkpoint_every, resume, log_with,
+            logging_dir: see ``Run``.
         seed: makes the run reproducible.
         progress: show a progress bar; None: on a terminal.
         callback: called with each step's dict of figures (kept in ``guide.history``).
@@ -403,61 +119,136 @@ def fit(
 
     Raises:
         TypeError: an input that is no tuple or dict, or does not fit the program; says which one.
-        ValueError: for options out of range, or if no trace of any input was ever alive.
-        FloatingPointError: if the loss is not finite; the last good parameters are kept.
-        KeyboardInterrupt: is passed on; the guide so far is kept and usable.
+        ValueError: for options out of range, a loss that the data do not allow, a checkpoint of
+            another run, or if no trace of any input was ever alive.
+        FloatingPointError: if the loss is not finite, or training diverges; the last good
+            parameters are kept.
+        KeyboardInterrupt: is passed on; the guide so far is kept and usable, as is the checkpoint.
     """
-    if not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps={steps!r}: it must be an int of at least 1")
-    settings = FitOptions(**options)
-    inputs = [Input(args, i) for i, args in enumerate(read_inputs(guide.model, data))]
-    guide.strict_prompts = len(inputs) > 1
-    guide.tempered_target = settings.tempered_target
-    with use(guide.base), progress_bar("training the guide", steps, show=progress) as bar:
-        trainer = Trainer(guide, inputs, steps, settings, runtime.fresh_seed(seed))
-        for number in range(steps):
-            figures = trainer.step(number)
-            guide.history.append(figures)
-            bar.advance(loss=figures["loss"], log_z=figures["log_z"], ess=figures["ess"])
-            if callback is not None:
-                callback(figures)
-    _report_dead(inputs)
-
-
-def _report_dead(inputs: Sequence[Input]) -> None:
-    visited = [each for each in inputs if each.visits]
-    dead = [each.index for each in visited if not each.ever_alive]
-    if dead and len(dead) == len(visited):
-        raise ValueError(
-            "no trace of any input had a positive probability, so the guide learned nothing: the "
-            "program's hard conditions (require, tools that reject) are never met by what the model "
-            "draws. Loosen them, or raise batch_size"
+    settings = FitOptions.of(options)
+    if resume and seed is None:
+        raise ValueError("resume=True needs seed=: the seed that the run was begun with")
+    run = Run(
+        steps,
+        runtime.fresh_seed(seed),
+        eval_every,
+        eval_samples,
+        patience,
+        None if checkpoint is None else Path(checkpoint),
+        checkpoint_every,
+        resume,
+        log_with,
+        logging_dir,
+    )
+    generator = torch.Generator().manual_seed(run.seed % 2**63)
+    with use(guide.base):
+        source, held_out, example = read_data(
+            guide, data, simulate, demonstrations, eval_data, settings, run.seed, generator
         )
-    if dead:
-        warnings.warn(
-            f"inputs {dead[:10]} of the data were skipped: none of their traces had a positive "
-            "probability",
-            stacklevel=3,
-        )
+        if patience is not None and not held_out:
+            raise ValueError(f"patience={patience} needs eval_data=, held-out inputs")
+        guide.strict_prompts = source.num_inputs != 1
+        guide.tempered_target = settings.tempered_target
+        guide.prepare(example.args, example.program)
+        trainer = Trainer(guide, source, steps, settings, run.seed, generator)
+        _Loop(trainer, held_out, run, callback).run(progress)
 
 
-def _total(scores: dict[str, SiteScore]) -> torch.Tensor:
-    """log q of a whole trace (0-d, nats)."""
-    if not scores:
-        raise ValueError("the guide has proposed no latent site of the program")
-    terms = [score for score, _ in scores.values()]
-    return torch.stack([term.to(terms[0].device) for term in terms]).sum()
+class _Loop:
+    """The steps of a run, and what happens between them."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        held_out: Sequence[Input],
+        run: Run,
+        callback: Callable[[dict[str, Any]], None] | None,
+    ) -> None:
+        self._trainer, self._held_out, self._run = trainer, held_out, run
+        self._callback = callback
+        self._guide = trainer.guide
+        self._guard, self._stopping = DivergenceGuard(), EarlyStopping(run.patience)
+        self._visited: dict[int, Input] = {}
+
+    def run(self, progress: bool | None) -> None:
+        run, trainer = self._run, self._trainer
+        done = 0
+        if run.checkpoint is not None and run.resume and run.checkpoint.exists():
+            done = checkpoints.read(run.checkpoint, trainer, self._guard, self._stopping)
+            self._forget()
+        elif run.checkpoint is not None and run.checkpoint.exists() and not run.resume:
+            raise FileExistsError(
+                f"{run.checkpoint} exists: resume=True goes on with the run in it; for a new run "
+                "give another folder"
+            )
+        config = {"steps": run.steps, "seed": run.seed, "loss": trainer.options.loss}
+        with (
+            progress_bar("training the guide", run.steps, show=progress) as bar,
+            tracker(run.log_with, directory=run.logging_dir, name="lmppl", config=config) as track,
+        ):
+            bar.advance(done)
+            for number in range(done, run.steps):
+                figures = trainer.step(number)
+                if figures is None:
+                    warnings.warn(
+                        f"the data ended after {number} of {run.steps} steps: training ends here, "
+                        "with a learning rate that has not come to its end",
+                        stacklevel=4,
+                    )
+                    break
+                figures = {"step": len(self._guide.history), **figures}
+                stop = self._evaluate(number, figures)
+                self._guide.history.append(figures)
+                bar.advance(**_shown(figures))
+                track.log(figures, figures["step"])
+                if self._callback is not None:
+                    self._callback(figures)
+                self._guard.watch(number, figures["elbo"], self._guide.named_parameters())
+                last = stop or number == run.steps - 1
+                if last or (number + 1) % run.checkpoint_every == 0:
+                    self._save(number + 1)
+                if stop:
+                    self._guide.notes.append(
+                        f"stopped after {number + 1} steps: no better held-out ESS since step "
+                        f"{self._stopping.best_step}"
+                    )
+                    break
+        self._stopping.finish(self._guide.named_parameters())
+        trainer.report_dead()
+
+    def _evaluate(self, number: int, figures: dict[str, Any]) -> bool:
+        """Adds held-out figures to a step's, when it is time. Returns whether to stop."""
+        run = self._run
+        due = (number + 1) % run.eval_every == 0 or number == run.steps - 1
+        if not self._held_out or not due:
+            return False
+        began = time.perf_counter()
+        found = evaluate(self._guide, self._held_out, run.eval_samples, seed=run.seed)
+        figures |= found
+        figures["seconds_evaluation"] = time.perf_counter() - began
+        return self._stopping.should_stop(number, found["eval_ess"], self._guide.named_parameters())
+
+    def _save(self, done: int) -> None:
+        if self._run.checkpoint is None:
+            return
+        try:
+            checkpoints.write(
+                self._run.checkpoint, self._trainer, done, self._guard, self._stopping
+            )
+        except OSError as error:
+            warnings.warn(
+                f"the checkpoint of step {done} could not be written ({error}); the one before is "
+                "kept, and training goes on",
+                stacklevel=4,
+            )
+        self._forget()
+
+    def _forget(self) -> None:
+        for lm in (self._guide.base, *self._guide.adapters()):
+            lm.forget()
 
 
-def _schedule(number: int, steps: int) -> float:
-    """Warm-up over 5% of the steps, then a cosine down to 2% of the rate."""
-    warmup = max(1, steps // 20)
-    if number < warmup:
-        return (number + 1) / warmup
-    done = (number - warmup) / max(1, steps - warmup)
-    return 0.02 + 0.98 * 0.5 * (1.0 + math.cos(math.pi * done))
-
-
-def _mean(values: Sequence[float]) -> float:
-    finite = [value for value in values if math.isfinite(value)]
-    return sum(finite) / len(finite) if finite else math.nan
+def _shown(figures: Mapping[str, Any]) -> dict[str, Any]:
+    (rate,) = History([dict(figures)]).column("samples_per_second")
+    shown = {name: figures[name] for name in _SHOWN if math.isfinite(figures[name])}
+    return {**shown, "samples/s": rate}

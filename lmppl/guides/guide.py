@@ -7,18 +7,19 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import pyro
 import torch
 from torch import nn
 
 from lmppl import runtime
-from lmppl.distributions import LMText
 from lmppl.guides.automatic import AutomaticProposer, SiteScore, score_draws
-from lmppl.guides.program import PriorProposer, ProgramProposer
+from lmppl.guides.history import History
+from lmppl.guides.program import PriorProposer, ProgramProposer, score_program
 from lmppl.guides.prompts import Observations, find_observations
+from lmppl.guides.records import Recaller
+from lmppl.guides.trainables import Trainables, trainable
 from lmppl.lm import LM
 from lmppl.primitives import default_lm, use
-from lmppl.runtime import Given, Particle, Proposer
+from lmppl.runtime import Proposer
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -46,9 +47,12 @@ class LMGuide:
         lora: peft's configuration of the adapter.
         condition_on: names of the observed sites that the automatic guide may see; ``"all"``, or for
             instance all but a label that is not known when the guide is used.
+        adapter_per_site: give each latent text site an adapter of its own, instead of one that all
+            share. (A site in a loop, ``f"step_{i}"``, has as many as it has names.)
 
     Attributes:
         history: one dict a training step: loss, log_z, elbo, ess, alive, length, seconds, ...
+        notes: what training has to say of itself ("complete traces only: ...").
     """
 
     def __init__(
@@ -58,6 +62,7 @@ class LMGuide:
         program: Callable[..., Any] | None = None,
         lora: LoraConfig | None = None,
         condition_on: Literal["all"] | Collection[str] = "all",
+        adapter_per_site: bool = False,
     ) -> None:
         lm = lm if lm is not None else default_lm()
         if lm is None:
@@ -68,27 +73,37 @@ class LMGuide:
             raise ValueError(
                 f"condition_on={condition_on!r}: give 'all' or a list of names, [{condition_on!r}]"
             )
-        if program is not None and lora is not None:
+        if program is not None and (lora is not None or adapter_per_site):
             raise ValueError(
-                "lora= is for the automatic guide; a guide program makes its own adapter, "
-                "q = lm.adapter(LoraConfig(...))"
+                "lora= and adapter_per_site= are for the automatic guide; a guide program makes its "
+                "own adapters, q = lm.adapter(LoraConfig(...))"
             )
         self.model, self.base, self.program = model, lm, program
         self.condition_on = condition_on
-        self.history: list[dict[str, Any]] = []
+        self.adapter_per_site = adapter_per_site
+        self.history = History()
+        self.notes: list[str] = []
         self.heads = nn.ModuleDict()
-        self._adapted = None if program is not None else _adapter(lm, lora)
-        self.param_names: list[str] = []  # of a guide program
-        self._program_adapters: list[LM] = []
+        self._lora = lora
+        self._adapters: dict[str, LM] = {}  # of sites; under "" the one that all share
+        if program is None and not adapter_per_site:
+            self._adapters[""] = _adapter(lm, lora)
+        self._trainables = Trainables(lm)  # of a guide program
         self._pending: dict[str, Any] | None = None  # loaded state of a program not yet run
         self.strict_prompts = False  # set by fit: several inputs must be told apart
         self.tempered_target: float | None = None
 
+    def adapter_for(self, name: str) -> LM:
+        """The language model from which the automatic guide draws a latent text site."""
+        key = name if self.adapter_per_site else ""
+        if key not in self._adapters:
+            self._adapters[key] = _adapter(self.base, self._lora)
+        return self._adapters[key]
+
     @property
-    def adapted(self) -> LM:
-        """The automatic guide's own language model."""
-        assert self._adapted is not None
-        return self._adapted
+    def adapted_sites(self) -> list[str]:
+        """Of ``adapters()``, the sites that they are for; ``""`` for all."""
+        return list(self._adapters)
 
     # --- drawing -------------------------------------------------------------------------------
 
@@ -109,7 +124,7 @@ class LMGuide:
         """
         with use(self.base):
             if self.program is not None:
-                self._restore_pending(args)
+                self.restore_pending(args)
                 program = self.program
                 if temperature == math.inf:
                     return lambda slot, seed: PriorProposer(program, args)
@@ -117,12 +132,30 @@ class LMGuide:
             seen = self.observations(args) if observations is None else observations
             return lambda slot, seed: AutomaticProposer(self, seen, temperature)
 
-    def observations(self, args: tuple[Any, ...]) -> Observations:
-        """What the automatic guide reads of an input."""
+    def recaller(self, args: tuple[Any, ...], observations: Observations) -> Recaller:
+        """A proposer for traces whose latents are known, which remembers them as its own draws.
+
+        Args:
+            args: the program's arguments.
+            observations: what ``observations(args)`` found.
+        """
+        if self.program is not None:
+            return PriorProposer(self.program, args)
+        return AutomaticProposer(self, observations)
+
+    def observations(
+        self, args: tuple[Any, ...], model: Callable[..., Any] | None = None
+    ) -> Observations:
+        """What the automatic guide reads of an input.
+
+        Args:
+            args: the program's arguments.
+            model: the program, where it observes more than ``self.model`` (a simulated input).
+        """
         if self.program is not None:
             return {}
         return find_observations(
-            self.model,
+            model or self.model,
             args,
             self.base.vocabulary,
             self.condition_on,
@@ -138,73 +171,52 @@ class LMGuide:
         """
         if self.program is None:
             return score_draws(self, list(proposers), grad=grad)
-        runs = []
-        for slot, proposer in enumerate(proposers):
-            values = {name: Given(node["value"]) for name, node in proposer.draws.items()}
-            run = Particle(
-                self.program,
-                proposer.args,
-                seed=slot,
-                given=values,
-                closing=True,
-                grad=grad,
-                slot=slot,
-            )
-            run.resume()
-            runs.append(run)
-        with runtime.closing(runs):
-            runtime.settle(runs, grad=grad)
-            return [
-                {
-                    name: (node["unscaled_log_prob"].sum(), node.get("scored"))
-                    for name, node in run.latents.items()
-                }
-                for run in runs
-            ]
+        return score_program(self.program, proposers, grad=grad)
 
     # --- parameters ------------------------------------------------------------------------------
 
-    def prepare(self, args: tuple[Any, ...]) -> None:
-        """Run the guide on an input, so that all its parameters exist and are known."""
-        if self.program is not None:
-            self._find_trainables(args)
-        factory = self.proposer_factory(args)
+    def prepare(self, args: tuple[Any, ...], model: Callable[..., Any] | None = None) -> None:
+        """Run the guide on an input, so that all its parameters exist and are known.
+
+        Args:
+            args: the program's arguments.
+            model: the program, where it observes more than ``self.model`` (a simulated input).
+        """
+        model = model or self.model
         with use(self.base):
-            particles = runtime.start(self.model, args, 2, seed=0, proposer=factory)
+            if self.program is not None:
+                self._find_trainables(args)
+            observations = self.observations(args, model)
+            factory = self.proposer_factory(args, observations=observations)
+            particles = runtime.start(model, args, 2, seed=0, proposer=factory)
             with runtime.closing(particles):
                 runtime.complete(particles)
 
     def adapters(self) -> list[LM]:
         """The language models with trainable parameters, in the order in which it uses them."""
-        return [self._adapted] if self._adapted is not None else list(self._program_adapters)
+        return [*self._trainables.adapters, *self._adapters.values()]
+
+    @property
+    def param_names(self) -> list[str]:
+        """The ``pyro.param``s of a guide program."""
+        return self._trainables.param_names
 
     def parameters(self) -> list[nn.Parameter]:
         """The trainable parameters (of a guide program: those that it used when prepared)."""
-        if self._adapted is not None:
-            return [*_trainable(self._adapted), *self.heads.parameters()]
-        store = pyro.get_param_store()
-        own: list[Any] = [store._params[name] for name in self.param_names]  # unconstrained
-        known = {id(each) for each in own}
-        for adapter in self._program_adapters:
-            own += [p for p in _trainable(adapter) if id(p) not in known]
-        return own
+        return list(self.named_parameters().values())
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """The same by name."""
+        named = self._trainables.named_parameters()
+        for i, adapter in enumerate(self._adapters.values()):
+            named |= {f"adapter-{i}.{name}": p for name, p in trainable(adapter).items()}
+        return named | {f"heads.{name}": p for name, p in self.heads.named_parameters()}
 
     def _find_trainables(self, args: tuple[Any, ...]) -> None:
-        """The adapters and ``pyro.param``s that the guide program uses, by two runs of it."""
         assert self.program is not None
-        adapters, names = self._program_adapters, self.param_names
         with use(self.base):
-            runs = runtime.start(self.program, args, 2, seed=0)
-            with runtime.closing(runs):
-                runtime.complete(runs)
-        for run in runs:
-            for name, node in run.trace.nodes.items():
-                if node["type"] == "param" and name not in names:
-                    names.append(name)
-                fn = node.get("fn")
-                if isinstance(fn, LMText) and fn.lm not in adapters and _trainable(fn.lm):
-                    adapters.append(fn.lm)
-        if not adapters and not names:
+            self._trainables.find(self.program, args)
+        if not self._trainables.named_parameters():
             raise ValueError(
                 "the guide program has nothing to train: draw its texts from an adapter, "
                 "lm_sample(..., lm=q) with q = lm.adapter(), or use pyro.param"
@@ -212,12 +224,13 @@ class LMGuide:
 
     # --- training, saving ------------------------------------------------------------------------
 
-    def fit(self, data: Iterable[Any], steps: int = 500, **options: Any) -> LMGuide:
+    def fit(self, data: Iterable[Any] | None = None, steps: int = 500, **options: Any) -> LMGuide:
         """Train on inputs; see ``lmppl.guides.fitting.fit`` for the options.
 
         Args:
             data: the inputs: each a tuple of positional arguments of the program, or a dict of
-                its arguments by name.
+                its arguments by name. A list or a ``datasets.Dataset``; an iterator is read as it
+                is needed. None: inputs are simulated, ``simulate=N``.
             steps: optimiser steps.
 
         Returns:
@@ -265,12 +278,14 @@ class LMGuide:
         """Loaded parameters of a guide program, which are not known before it is run."""
         self._pending = state
 
-    def _restore_pending(self, args: tuple[Any, ...]) -> None:
+    def restore_pending(self, args: tuple[Any, ...] | None) -> None:
+        """Put them in, by a run on an input (None: it was run before)."""
         if self._pending is not None:
             from lmppl.guides.storage import restore_program
 
-            self._find_trainables(args)
-            restore_program(self._program_adapters, self.param_names, self._pending)
+            if args is not None:
+                self._find_trainables(args)
+            restore_program(self.adapters(), self.param_names, self._pending)
             self._pending = None
 
     def __repr__(self) -> str:
@@ -286,7 +301,3 @@ def _adapter(lm: LM, lora: LoraConfig | None) -> LM:
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(0)
         return lm.adapter(lora)
-
-
-def _trainable(lm: LM) -> list[nn.Parameter]:
-    return [parameter for parameter in lm.model.parameters() if parameter.requires_grad]

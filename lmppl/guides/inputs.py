@@ -1,13 +1,64 @@
-"""The inputs that a guide is trained on, checked against the program's signature."""
+"""The inputs that a guide is trained on: checked against the program's signature, one by one."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from lmppl.guides.options import FitOptions
+from lmppl.guides.prompts import Observations
+from lmppl.guides.records import Record
+from lmppl.guides.replay import ReplayBuffer
 
-def read_inputs(program: Callable[..., Any], data: Iterable[Any]) -> list[tuple[Any, ...]]:
+Args = tuple[Any, ...]
+
+
+class Input:
+    """One input, and what training keeps of it.
+
+    Args:
+        program: the model; of a simulated input, the model that observes what was simulated.
+        args: its positional arguments.
+        index: its number in the data.
+        options: of the training.
+        given: latents that the user gave, or that were simulated.
+        exact: whether those are exact draws of the posterior, as simulated ones are.
+
+    Attributes:
+        buffer: the best traces seen.
+        stock: traces of the program itself, drawn ahead and not used yet.
+        observations: what the guide reads of it, once that was found.
+        features: what the network of a learned log Z reads of it, once that was found.
+        visits: how many steps have used it.
+    """
+
+    def __init__(
+        self,
+        program: Callable[..., Any],
+        args: Args,
+        index: int,
+        options: FitOptions,
+        given: Sequence[Record] = (),
+        *,
+        exact: bool = False,
+    ) -> None:
+        self.program, self.args, self.index = program, args, index
+        self.given, self.exact = list(given), exact
+        self.buffer = ReplayBuffer(options.replay_capacity, options.near_duplicates)
+        self.stock: list[Record] = []
+        self.observations: Observations | None = None
+        self.features: Any = None
+        self.visits = 0
+
+    def rescore(self) -> None:
+        """The model has changed: forget what was found out about stored traces."""
+        self.buffer.records = [record.forgotten() for record in self.buffer.records]
+        self.given = [record.forgotten() for record in self.given]
+        self.stock.clear()  # drawn from the model as it was
+
+
+def read_inputs(program: Callable[..., Any], data: Iterable[Any]) -> list[Args]:
     """Inputs as tuples of positional arguments.
 
     Args:
@@ -18,19 +69,29 @@ def read_inputs(program: Callable[..., Any], data: Iterable[Any]) -> list[tuple[
         TypeError: an item of another type, or one that does not fit the program; says which.
         ValueError: if there is no item.
     """
-    if isinstance(data, (str, Mapping)):
-        raise TypeError(
-            f"data must be a list of inputs, given one {type(data).__name__}: put it in a list, "
-            "[(x, y)] or [{'x': x, 'y': y}]"
-        )
+    check_data(data)
     signature = inspect.signature(program)
-    inputs = [_positional(signature, item, i) for i, item in enumerate(data)]
+    inputs = [positional(signature, item, i) for i, item in enumerate(data)]
     if not inputs:
         raise ValueError("data holds no input: give at least one, [(x, y)]")
     return inputs
 
 
-def _positional(signature: inspect.Signature, item: Any, index: int) -> tuple[Any, ...]:
+def check_data(data: Any) -> None:
+    """Raises ``TypeError`` for what is one input and not a collection of them."""
+    if isinstance(data, (str, bytes, Mapping)) or not isinstance(data, Iterable):
+        raise TypeError(
+            f"data must be a list of inputs, given one {type(data).__name__}: put it in a list, "
+            "[(x, y)] or [{'x': x, 'y': y}]"
+        )
+
+
+def positional(signature: inspect.Signature, item: Any, index: int) -> Args:
+    """One item of the data as positional arguments.
+
+    Raises:
+        TypeError: if it does not fit the program; says which item.
+    """
     try:
         if isinstance(item, Mapping):
             bound = signature.bind(**item)

@@ -7,12 +7,15 @@ sampling, whatever the order of its sites.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from pyro.poutine.trace_struct import Trace
 
+from lmppl import runtime
 from lmppl.distributions import LMText
+from lmppl.guides.automatic import SiteScore
 from lmppl.runtime import Given, Particle, Proposer, is_latent, suspend
 
 
@@ -103,6 +106,11 @@ class PriorProposer:
     def propose(self, site: Any, trace: Trace) -> None:
         return None
 
+    def recall(
+        self, site: Any, trace: Trace, value: torch.Tensor, features: torch.Tensor | None
+    ) -> None:
+        """Nothing to note: all is read off the trace when it ends."""
+
     def finish(self, trace: Trace) -> None:
         self.draws = {
             name: node
@@ -115,6 +123,42 @@ class PriorProposer:
 
     def close(self) -> None:
         """Nothing of it is suspended on its own."""
+
+
+def score_program(
+    program: Callable[..., Any], proposers: Sequence[Any], *, grad: bool
+) -> list[dict[str, SiteScore]]:
+    """log q of what the proposers drew, under a guide program: per proposer, by site.
+
+    Raises:
+        ValueError: if the guide draws a site that the trace has not.
+    """
+    runs = []
+    for slot, proposer in enumerate(proposers):
+        values = {name: Given(node["value"]) for name, node in proposer.draws.items()}
+        run = Particle(
+            program, proposer.args, seed=slot, given=values, closing=True, grad=grad, slot=slot
+        )
+        run.resume()
+        runs.append(run)
+    with runtime.closing(runs):
+        runtime.settle(runs, grad=grad)
+        for run, proposer in zip(runs, proposers, strict=True):
+            waiting = [] if run.waiting is None else [run.waiting.name]
+            extra = [name for name in [*run.latents, *waiting] if name not in proposer.draws]
+            if extra:
+                raise ValueError(
+                    f"the guide draws site '{extra[0]}', which a trace that it is to score has not "
+                    f"(its latents: {', '.join(proposer.draws)}): they must be the model's, on the "
+                    "same branch"
+                )
+        return [
+            {
+                name: (node["unscaled_log_prob"].sum(), node.get("scored"))
+                for name, node in run.latents.items()
+            }
+            for run in runs
+        ]
 
 
 def _text_value(name: str, model_fn: Any, guide_fn: Any, value: Any) -> Any:

@@ -53,7 +53,7 @@ def find_observations(
     differs: str | None = None
     for particle in particles:
         for name, node in particle.sites.items():
-            if not _is_observation(node):
+            if not is_observation(node):
                 continue
             if name in found and not _same_value(found[name], node):
                 differs = differs or name
@@ -100,7 +100,8 @@ def _is_prompted(particle: runtime.Particle) -> bool:
     )
 
 
-def _is_observation(node: Any) -> bool:
+def is_observation(node: Any) -> bool:
+    """Whether a site is data: observed, and no factor, tool or deterministic value."""
     return (
         node["is_observed"]
         and not site_is_factor(node)

@@ -1,4 +1,4 @@
-"""Samples that a guide learns from: complete traces, their truncations, and a replay buffer.
+"""Samples that a guide learns from: complete traces and their truncations.
 
 A *truncation* of a complete trace is the trace in which the last latent text is cut after t tokens
 and closed by one token c. It is a complete trace of the same program, so at the optimum its
@@ -11,18 +11,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from lmppl import runtime
 from lmppl.distributions import LMText, ToolCall
 from lmppl.guides.automatic import SiteScore
+from lmppl.guides.records import Recalled, Record, record_of
 from lmppl.lm.requests import Scored
 from lmppl.runtime import Given, Particle, is_latent
 
+Origin = Literal["guide", "tempered", "prior", "replay", "given"]
 
-@dataclass(eq=False)
+
+@dataclass(frozen=True, eq=False)
 class Sample:
     """One complete trace of one input.
 
@@ -30,28 +33,32 @@ class Sample:
         particle: the finished run of the model.
         proposer: what drew its latents.
         log_r: log R, the trace's log joint (untempered, nats); ``-inf`` for a dead trace.
-        on_policy: whether it was drawn from the guide itself (not tempered, not replayed).
+        origin: where its latents come from: drawn from the guide itself; from the guide at another
+            temperature; from the program's prior; from the replay buffer; or given: by the user,
+            or simulated together with the observations.
     """
 
     particle: Particle
     proposer: Any
     log_r: float
-    on_policy: bool
+    origin: Origin
+
+    @classmethod
+    def of(cls, particle: Particle, origin: Origin) -> Sample:
+        """The sample of a finished run."""
+        proposer = particle.proposer
+        inner = proposer.inner if isinstance(proposer, Recalled) else proposer
+        return cls(particle, inner, particle.log_joint, origin)
+
+    @property
+    def record(self) -> Record:
+        """What is kept of it."""
+        return record_of(self.particle, self.proposer.draws)
 
     @property
     def key(self) -> tuple[Any, ...]:
         """Equal for traces with the same latents."""
         return tuple((name, _numbers(node)) for name, node in self.particle.latents.items())
-
-    @property
-    def discrete_key(self) -> tuple[Any, ...]:
-        """Equal for traces with the same texts and other discrete latents (if there are any)."""
-        discrete = tuple(
-            (name, _numbers(node))
-            for name, node in self.particle.latents.items()
-            if not node["value"].is_floating_point()
-        )
-        return discrete or self.key
 
     @property
     def num_tokens(self) -> int:
@@ -67,6 +74,11 @@ class Truncation:
     name: str
     length: int
     log_r: float
+
+    @property
+    def full_length(self) -> int:
+        """Tokens of the whole text, without c where it ends with it."""
+        return _cuts(self.sample.particle.sites[self.name]).stop
 
     def log_q(self, scores: dict[str, SiteScore]) -> torch.Tensor:
         """log q of the truncated trace (0-d, nats), from the scores of the complete one."""
@@ -143,7 +155,9 @@ def _cut_key(sample: Sample, name: str, length: int) -> tuple[Any, ...]:
         elif isinstance(node["fn"], ToolCall):
             before.append((other, id(node["value"])))  # a tool may answer differently each time
     node = sample.particle.sites[name]
-    return id(sample.particle.args), *before, name, node["fn"].token_ids(node["value"])[:length]
+    tokens = node["fn"].token_ids(node["value"])[:length]
+    # A simulated input is a program of its own.
+    return id(sample.particle.program), id(sample.particle.args), *before, name, tokens
 
 
 def _last_text(sample: Sample) -> str | None:
@@ -207,40 +221,3 @@ def _rerun(sample: Sample, name: str, length: int) -> Particle:
 def _is_legal(run: Particle, name: str) -> bool:
     """It has ended, by itself or by a hard condition, and no latent followed."""
     return run.finished and list(run.latents)[-1:] == [name]
-
-
-class ReplayBuffer:
-    """The best distinct traces of one input, drawn again by rank.
-
-    Rewards are stored as they are; nothing in here depends on the guide.
-
-    Args:
-        capacity: how many it keeps.
-    """
-
-    def __init__(self, capacity: int = 64) -> None:
-        self._capacity = capacity
-        self._samples: dict[tuple[Any, ...], Sample] = {}
-
-    def __len__(self) -> int:
-        return len(self._samples)
-
-    def add(self, sample: Sample) -> None:
-        """Keep a live trace, unless it is kept already or the worst of a full buffer."""
-        if sample.log_r == -math.inf:
-            return
-        # Continuous values never repeat: by them the most probable text would crowd out the others.
-        self._samples.setdefault(sample.discrete_key, sample)
-        if len(self._samples) > self._capacity:
-            worst = min(self._samples, key=lambda key: self._samples[key].log_r)
-            del self._samples[worst]
-
-    def draw(self, num: int, generator: torch.Generator) -> list[Sample]:
-        """``num`` distinct traces (or all there are); the r-th best with weight 1 / r."""
-        ranked = sorted(self._samples.values(), key=lambda sample: -sample.log_r)
-        num = min(num, len(ranked))
-        if not num:
-            return []
-        weights = 1.0 / torch.arange(1, len(ranked) + 1, dtype=torch.float64)
-        picks = torch.multinomial(weights, num, replacement=False, generator=generator)
-        return [ranked[k] for k in picks.tolist()]

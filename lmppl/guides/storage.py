@@ -24,12 +24,13 @@ from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from lmppl.guides.heads import Head
+from lmppl.guides.history import History
 from lmppl.lm import LM
 
 if TYPE_CHECKING:
     from lmppl.guides.guide import LMGuide
 
-FORMAT = 1
+FORMAT = 2
 
 
 def save(guide: LMGuide, path: Path) -> None:
@@ -39,20 +40,35 @@ def save(guide: LMGuide, path: Path) -> None:
         FileExistsError: if ``path`` exists and is no guide.
         ValueError: if a guide program has not been run yet, so that its parameters are unknown.
     """
-    if path.exists() and not (path / "guide.json").is_file():
-        raise FileExistsError(f"{path} exists and is no guide: choose another name")
     if guide.program is not None and not guide.adapters() and not guide.param_names:
         raise ValueError(
             "the guide program has not been run yet, so its parameters are not known: fit it, or "
             "draw from it, before it is saved"
         )
+    replace_folder(path, "guide", lambda folder: write_guide(guide, folder))
+
+
+def replace_folder(path: Path, kind: str, write: Callable[[Path], None]) -> None:
+    """Write a folder under a temporary name, and rename it: it is there whole or not at all.
+
+    Args:
+        path: of the folder. A folder that holds ``{kind}.json`` is replaced, nothing else is.
+        kind: what it is.
+        write: writes it.
+
+    Raises:
+        FileExistsError: if ``path`` exists and is of no such kind.
+        OSError: if it cannot be written; what was there before is kept.
+    """
+    if path.exists() and not (path / f"{kind}.json").is_file():
+        raise FileExistsError(f"{path} exists and is no {kind}: choose another name")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
-        _write(guide, temporary)
+        write(temporary)
         if path.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{path.name}-old-", dir=path.parent))
-            os.replace(path, old / "guide")
+            os.replace(path, old / kind)
             os.replace(temporary, path)
             shutil.rmtree(old)
         else:
@@ -62,7 +78,8 @@ def save(guide: LMGuide, path: Path) -> None:
         raise
 
 
-def _write(guide: LMGuide, folder: Path) -> None:
+def write_guide(guide: LMGuide, folder: Path) -> None:
+    """The files of a guide."""
     tensors: dict[str, torch.Tensor] = {}
     heads: dict[str, list[int]] = {}
     for key, head in guide.heads.items():
@@ -84,7 +101,9 @@ def _write(guide: LMGuide, folder: Path) -> None:
         "condition_on": "all" if guide.condition_on == "all" else sorted(guide.condition_on),
         "heads": heads,
         "num_adapters": len(guide.adapters()),
+        "adapted_sites": guide.adapted_sites if guide.adapter_per_site else None,
         "tempered_target": guide.tempered_target,
+        "notes": guide.notes,
         "history": guide.history,
     }
     (folder / "guide.json").write_text(json.dumps(description, indent=1))
@@ -112,19 +131,32 @@ def load(
         needed = "give program=" if description["kind"] == "program" else "leave out program="
         raise ValueError(f"{path} holds a guide of kind {description['kind']!r}: {needed}")
     lora = None
-    if program is None:
+    if program is None and description["num_adapters"]:
         lora = LoraConfig.from_pretrained(path / "adapter-0")
         lora.inference_mode = False
+    sites = description["adapted_sites"]
     guide = LMGuide(
-        model, lm=lm, program=program, lora=lora, condition_on=description["condition_on"]
+        model,
+        lm=lm,
+        program=program,
+        lora=lora,
+        condition_on=description["condition_on"],
+        adapter_per_site=sites is not None,
     )
     if fingerprint(guide.base) != description["base"]["fingerprint"]:
         raise ValueError(
             f"{path} was trained on the base model {description['base']['name']!r}, given "
             f"{guide.base.name!r}, whose weights are others: load that model, or train anew"
         )
-    guide.history = description["history"]
+    guide.history = History(description["history"])
+    guide.notes = list(description["notes"])
     guide.tempered_target = description["tempered_target"]
+    read_parameters(guide, path, description)
+    return guide
+
+
+def read_parameters(guide: LMGuide, path: Path, description: dict[str, Any]) -> None:
+    """The parameters of a saved guide, into one of the same making."""
     tensors = load_file(path / "tensors.safetensors")
     state: dict[str, Any] = {
         "adapters": [
@@ -133,18 +165,19 @@ def load(
         ],
         "params": {n.removeprefix("params."): t for n, t in tensors.items() if "params." in n[:7]},
     }
-    if program is not None:
+    if guide.program is not None:
         guide.restore_later(state)
-        return guide
-    _set_adapter(guide.adapted, state["adapters"][0])
+        return
+    sites = description["adapted_sites"] or [""]
+    for site, adapter in zip(sites, state["adapters"], strict=True):
+        _set_adapter(guide.adapter_for(site), adapter)
     for key, (num_features, num_moves) in description["heads"].items():
-        head = Head(num_features, num_moves)
+        if key not in guide.heads:
+            guide.heads[key] = Head(num_features, num_moves)
         prefix = f"heads.{key}."
-        head.load_state_dict(
+        guide.heads[key].load_state_dict(
             {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
         )
-        guide.heads[key] = head
-    return guide
 
 
 def restore_program(adapters: list[LM], names: list[str], state: dict[str, Any]) -> None:

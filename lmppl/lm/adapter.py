@@ -123,10 +123,12 @@ def sampler(lm: LM) -> LM:
             digests = [*torch._foreach_norm(trained), *(p.sum() for p in trained)]
             version = tuple(torch.stack(digests).tolist())
     kept = lm._sampler
-    if kept is None:
-        kept = (version, merged(lm))
-    elif kept[0] != version:
-        kept = (version, kept[1] if _merge_again(lm, kept[1]) else merged(lm))
+    if kept is None or kept[0] != version:
+        model = merged(lm) if kept is None else kept[1]
+        # Also after the first merge, whose numbers may differ in their last bits.
+        if not _merge_again(lm, model) and kept is not None:
+            model = merged(lm)
+        kept = (version, model)
     lm._sampler = kept
     return kept[1]
 

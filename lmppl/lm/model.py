@@ -342,6 +342,14 @@ class LM:
 
         return sampler(self)
 
+    def forget(self) -> None:
+        """Drop what is remembered of prompts and merged weights. It is made again when needed."""
+        if self._sampler is not None:
+            self._sampler[1].forget()
+        self._sampler = None
+        if self._engine is not None:
+            self._engine.forget()
+
     def adapter(self, config: LoraConfig | None = None) -> LM:
         """A new model: this one's weights, shared, and a trainable LoRA adapter."""
         from lmppl.lm.adapter import add_lora

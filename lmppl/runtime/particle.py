@@ -93,7 +93,8 @@ class Particle:
         kwargs: its keyword arguments.
         seed: of the run's own random streams.
         proposer: where latent values come from; None: the model.
-        given: values for latent sites, by name; they come before the proposer.
+        given: values for latent sites and tools, by name; they come before the proposer.
+        known: what scoring a site would find, by name: ``(log_prob, scored)``, unscaled.
         replay: sites of an earlier run to repeat before anything new happens.
         enumerate_latents: suspend at every latent site with ``"choose"`` or ``"draw"``.
         closing: ask for closing-token log-probabilities when scoring latent sites.
@@ -117,6 +118,7 @@ class Particle:
         seed: int,
         proposer: Proposer | None = None,
         given: Mapping[str, Given] | None = None,
+        known: Mapping[str, tuple[torch.Tensor, Any]] | None = None,
         replay: Mapping[str, Any] | None = None,
         enumerate_latents: bool = False,
         closing: bool = False,
@@ -126,6 +128,7 @@ class Particle:
         self.program, self.args, self.kwargs = program, args, dict(kwargs or {})
         self.proposer = proposer
         self.given = dict(given or {})
+        self._known = dict(known or {})
         self.slot = slot
         self.waiting: Wait | None = None
         self.rejected_by: str | None = None
@@ -192,6 +195,7 @@ class Particle:
             seed=0,
             proposer=proposer,
             given={**self.given, **(given or {})},
+            known=self._known,
             replay=self.sites,
             enumerate_latents=self._enumerate,
             closing=self._closing,
@@ -294,7 +298,10 @@ class Particle:
             self._draw(site)
         else:
             if site["value"] is None:  # a tool or subsample indices
-                site["value"] = fn(*site["args"], **site["kwargs"])
+                given = self.given.get(site["name"])
+                site["value"] = (
+                    fn(*site["args"], **site["kwargs"]) if given is None else given.value
+                )
             self._record(site, self._score(site))
 
     def _check_expected(self, site: Site) -> None:
@@ -336,6 +343,9 @@ class Particle:
 
     def _score(self, site: Site) -> torch.Tensor:
         fn, value = site["fn"], site["value"]
+        if site["name"] in self._known:
+            log_prob, site["scored"] = self._known[site["name"]]
+            return log_prob
         if not _is_lm_site(fn):
             return fn.log_prob(value, *site["args"], **site["kwargs"])
         closing = self._closing and not site["is_observed"]

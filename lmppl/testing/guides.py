@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,13 +9,11 @@ from typing import Any
 
 import torch
 
-from lmppl import runtime
 from lmppl.guides import LMGuide
-from lmppl.guides.automatic import AutomaticProposer
-from lmppl.guides.program import PriorProposer
+from lmppl.guides.scoring import score_latents
 from lmppl.lm import LM
 from lmppl.primitives import use
-from lmppl.runtime import Given, Particle
+from lmppl.runtime import Particle
 from lmppl.testing.oracle import Enumeration, ExactTrace, enumerate_program
 
 
@@ -102,69 +99,12 @@ def guide_log_probs(
             their mass under an automatic guide.
         lm: the language model.
     """
-    args = tuple(args)
-    with use(lm), torch.no_grad():
-        if guide.program is None:
-            observations = guide.observations(args)
-            proposers: list[Any] = [
-                _Forced(AutomaticProposer(guide, observations), trace.data) for trace in traces
-            ]
-        else:
-            guide.proposer_factory(args)  # a loaded guide finds its parameters
-            proposers = [
-                _Forced(PriorProposer(guide.program, args), trace.data) for trace in traces
-            ]
-        runs = [
-            Particle(program, args, seed=i, proposer=proposer, slot=i)
-            for i, proposer in enumerate(proposers)
-        ]
-        with runtime.closing(runs):
-            for run, trace in zip(runs, traces, strict=True):
-                run.resume()
-                _force(run, trace)
-            while any(not run.finished for run in runs):
-                runtime.settle(runs)
-                for run, trace in zip(runs, traces, strict=True):
-                    _force(run, trace)
-        scores = guide.score([proposer.inner for proposer in proposers], grad=False)
-    totals = []
-    for run, trace, score in zip(runs, traces, scores, strict=True):
-        log_p = {name: float(node["unscaled_log_prob"].sum()) for name, node in run.latents.items()}
-        log_q = [float(score[name][0]) if name in score else log_p[name] for name in log_p]
-        # Of a quadrature node, the prior's weight over its density there; else nothing.
-        node = trace.log_prior - math.fsum(log_p.values())
-        totals.append(math.fsum(log_q) + (node if _is_continuous(run) else 0.0))
-    return torch.tensor(totals, dtype=torch.float64)
-
-
-class _Forced:
-    """A proposer that draws what it is told to, and remembers it as its own draw."""
-
-    def __init__(self, inner: Any, data: dict[str, torch.Tensor]) -> None:
-        self.inner, self._data = inner, data
-
-    def propose(self, site: Any, trace: Any) -> Given:
-        name = site["name"]
-        self.inner.propose(site, trace)
-        value = self._data[name]
-        if name in self.inner.draws:
-            self.inner.draws[name] = dataclasses.replace(self.inner.draws[name], value=value)
-        return Given(value)
-
-    def finish(self, trace: Any) -> None:
-        self.inner.finish(trace)
-
-    def fork(self, streams: Any) -> Any:
-        raise NotImplementedError
-
-    def close(self) -> None:
-        self.inner.close()
-
-
-def _force(run: Particle, trace: ExactTrace) -> None:
-    """Answer what the run would draw by what the trace holds."""
-    while run.waiting is not None and run.waiting.kind == "draw":
-        run.resume((trace.data[run.waiting.name], torch.zeros(())))
+    with use(lm):
+        scores = score_latents(guide, program, tuple(args), [trace.data for trace in traces])
+    # Of a quadrature node, the prior's weight over its density there; else nothing.
+    nodes = torch.tensor([trace.log_prior for trace in traces], dtype=torch.float64)
+    continuous = torch.tensor([_is_continuous(run) for run in scores.runs], dtype=torch.bool)
+    return torch.where(continuous, scores.log_q + nodes - scores.log_prior, scores.log_q)
 
 
 def _is_continuous(run: Particle) -> bool:

@@ -29,7 +29,7 @@ def draw_samples(guide, program, args, num, seed=0, **options):
         )
         with runtime.closing(particles):
             runtime.complete(particles)
-    return [Sample(p, p.proposer, p.log_joint, True) for p in particles]
+    return [Sample.of(p, "guide") for p in particles]
 
 
 def latent_ids(particle):

@@ -134,7 +134,7 @@ def test_the_behaviour_policy():
         node = sample.particle.latents["z"]
         ids = latent_ids(sample.particle)["z"]
         assert float(node["proposal_log_prob"]) == pytest.approx(prior[ids], abs=1e-4)
-        assert sample.proposer.draws["z"].fn.lm is guide.adapted
+        assert sample.proposer.draws["z"].fn.lm is guide.adapter_for("z")
     plain = draw_samples(guide, case.program, case.args, 8, seed=3)
     same = draw_samples(guide, case.program, case.args, 8, seed=3, temperature=1.0)
     assert [s.key for s in plain] == [s.key for s in same]
@@ -215,7 +215,7 @@ def test_bad_arguments():
         lmppl.LMGuide(program)
     with pytest.raises(TypeError, match="model must be a function, given str"):
         lmppl.LMGuide("program", lm=LM)
-    with pytest.raises(ValueError, match="lora= is for the automatic guide"):
+    with pytest.raises(ValueError, match="lora= and adapter_per_site= are for the automatic guide"):
         lmppl.LMGuide(program, lm=LM, program=program, lora=object())
     with pytest.raises(TypeError, match="a lmppl.LMGuide or a guide program"):
         lmppl.infer(program, "a", lm=LM, method="importance", guide=3)

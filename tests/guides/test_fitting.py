@@ -1,6 +1,7 @@
 """Training: what it reports, what interrupts it, what it refuses."""
 
 import math
+from collections import Counter
 
 import pyro
 import pytest
@@ -9,7 +10,10 @@ from guide_helpers import draw_samples
 
 import lmppl
 from lmppl import lm_sample, require
-from lmppl.guides.fitting import FitOptions, Input, Trainer
+from lmppl.guides.inputs import Input
+from lmppl.guides.options import FitOptions
+from lmppl.guides.sources import Collection
+from lmppl.guides.trainer import Trainer
 from lmppl.testing import guide_report, tiny_lm
 from lmppl.testing.programs import CASES
 
@@ -24,6 +28,16 @@ def weights(guide):
 
 def equal(one, two):
     return len(one) == len(two) and all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def trainer_on(guide, args_of, steps=10, **options):
+    """A trainer before its first step, and its inputs."""
+    options = FitOptions(**options)
+    inputs = [Input(guide.model, args, i, options) for i, args in enumerate(args_of)]
+    generator = torch.Generator().manual_seed(0)
+    guide.prepare(args_of[0])
+    source = Collection(inputs, generator)
+    return Trainer(guide, source, steps, options, 0, generator), inputs
 
 
 def fitted(seed, steps=3, case=CASE, **options):
@@ -69,7 +83,8 @@ def test_the_history():
     for figures in seen:
         assert set(figures) == {
             "step", "loss", "log_z", "elbo", "ess", "alive", "length", "inputs", "samples",
-            "truncations", "seconds_sampling", "seconds_truncations", "seconds_gradient",
+            "truncations", "grad_norm", "learning_rate", "seconds_sampling",
+            "seconds_truncations", "seconds_gradient",
         }  # fmt: skip
         assert figures["alive"] == 1.0 and figures["inputs"] == 1 and 0 < figures["ess"] <= 1
         assert figures["samples"] == 8 and figures["elbo"] <= figures["log_z"] + 1e-6
@@ -94,24 +109,21 @@ def test_dead_traces_are_unlearned(monkeypatch):
 
 def test_the_batch_is_a_mixture_of_policies():
     guide = lmppl.LMGuide(CASE.program, lm=LM)
-    one = Input(CASE.args, 0)
-    options = FitOptions(batch_size=16)
     with lmppl.use(LM), torch.no_grad():
-        trainer = Trainer(guide, [one], 10, options, seed=0)
+        trainer, (one,) = trainer_on(guide, [CASE.args], batch_size=16)
         (first,) = trainer._sample([one], 0)
         (second,) = trainer._sample([one], 1)
     assert len(first) == len(second) == 16
-    assert sum(sample.on_policy for sample in first) == 12  # nothing to replay as yet
-    assert sum(sample.on_policy for sample in second) == 8
+    origins = [Counter(sample.origin for sample in batch) for batch in (first, second)]
+    assert origins[0] == {"guide": 12, "tempered": 2, "prior": 2}  # nothing to replay as yet
+    assert origins[1] == {"guide": 8, "tempered": 2, "prior": 2, "replay": 4}
     # Two of the program's own traces a step, drawn for eight steps at a time.
-    assert len(one.prior) == 8 * 2 - 4
+    assert len(one.stock) == 8 * 2 - 4
 
 
 def test_reward_temperature_is_annealed():
-    guide = lmppl.LMGuide(CASE.program, lm=LM)
     options = FitOptions(reward_temperature=(3.0, 1.0))
-    trainer = Trainer(guide, [Input(CASE.args, 0)], 10, options, seed=0)
-    betas = [trainer._inverse_temperature(number) for number in range(10)]
+    betas = [options.inverse_temperature(number, 10) for number in range(10)]
     assert betas[0] == pytest.approx(1 / 3) and betas[5:] == [1.0] * 5
     assert betas == sorted(betas)
     assert options.tempered_target is None
@@ -121,30 +133,30 @@ def test_reward_temperature_is_annealed():
 def test_log_z_of_tb_is_learned_also_from_zero():
     """Its start is 0, and ``log_z or ...`` would replace it there."""
     guide = lmppl.LMGuide(CASE.program, lm=LM)
-    one = Input(CASE.args, 0)
-    assert one.log_z.item() == 0.0
     with lmppl.use(LM):
-        trainer = Trainer(guide, [one], 10, FitOptions(loss="tb", batch_size=8), seed=0)
+        trainer, (one,) = trainer_on(guide, [CASE.args], loss="tb", batch_size=8)
+        assert trainer.log_z.own.item() == 0.0
         trainer.step(0)
-    assert one.log_z.item() < 0.0  # the evidence is below 1
+        assert trainer.log_z(one.features, 0).item() < 0.0  # the evidence is below 1
 
 
 def test_every_input_has_its_own_log_z():
     guide = lmppl.LMGuide(CASE.program, lm=LM)
-    inputs = [Input(("ab.", "aba"), 0), Input(("ab.", "b"), 1)]
+    args_of = [("ab.", "aba"), ("ab.", "b")]
     with lmppl.use(LM):
-        trainer = Trainer(guide, inputs, 10, FitOptions(loss="tb", batch_size=8), seed=0)
+        trainer, inputs = trainer_on(guide, args_of, loss="tb", batch_size=8)
         for number in range(3):
             trainer.step(number)
-    assert inputs[0].log_z.item() != inputs[1].log_z.item()
+        values = [trainer.log_z(each.features, each.index).item() for each in inputs]
+    assert values[0] != values[1]
+    assert not torch.equal(inputs[0].features, inputs[1].features)  # the prompts differ
 
 
 def test_inputs_take_turns():
     guide = lmppl.LMGuide(CASE.program, lm=LM)
-    inputs = [Input(("ab.", y), i) for i, y in enumerate(["a", "b", "ab"])]
-    options = FitOptions(batch_size=8, inputs_per_step=2)
+    args_of = [("ab.", y) for y in ["a", "b", "ab"]]
     with lmppl.use(LM):
-        trainer = Trainer(guide, inputs, 6, options, seed=0)
+        trainer, inputs = trainer_on(guide, args_of, 6, batch_size=8, inputs_per_step=2)
         for number in range(6):
             assert trainer.step(number)["inputs"] == 2
     assert [each.visits for each in inputs] == [4, 4, 4]
@@ -197,7 +209,7 @@ def test_ctrl_c_in_the_middle_of_a_step(monkeypatch):
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lmppl.guides.fitting.truncate", stop)
+    monkeypatch.setattr("lmppl.guides.trainer.truncate", stop)
     with pytest.raises(KeyboardInterrupt):
         guide.fit([CASE.args], steps=50, seed=0, **QUICK)
     assert equal(weights(guide), kept) and len(guide.history) == 3
@@ -296,7 +308,7 @@ def test_keyword_only_arguments_are_bound_otherwise():
         ({"inputs_per_step": 0}, "inputs_per_step=0"),
         ({"learning_rate": 0.0}, "learning_rate=0.0: it must be positive"),
         ({"learning_rate": math.nan}, "learning_rate=nan: it must be positive"),
-        ({"loss": "mse"}, "loss='mse', allowed: vargrad, tb, subtb"),
+        ({"loss": "mse"}, "loss='mse', allowed: vargrad, tb, subtb, elbo, wake, sft, ppo"),
         ({"replay_fraction": 0.9}, "together at most 1"),
         ({"prior_fraction": -0.1}, "must not be negative"),
         ({"truncations": -1.0}, "truncations=-1.0"),

@@ -9,7 +9,7 @@ from guide_helpers import draw_samples, latent_ids, shaken
 
 import lmppl
 from lmppl import lm_sample, require
-from lmppl.guides.samples import ReplayBuffer, Sample, truncate
+from lmppl.guides.samples import truncate
 from lmppl.testing import enumerate_program, guide_log_probs, tiny_lm
 from lmppl.testing.programs import CASES
 
@@ -171,40 +171,3 @@ def test_equal_truncations_are_run_once():
     distinct = {cut_values(t)["z"] for t in truncations}
     assert len(distinct) < len(truncations)
     assert case.lm.usage.tokens_scored - scored <= 3 * len(distinct)
-
-
-# --- the replay buffer ---------------------------------------------------------------------------
-
-
-def sample_of(log_r, ids):
-    class Particle:
-        latents = {"z": {"value": torch.tensor(ids)}}
-        sites = latents
-
-    return Sample(Particle(), None, log_r, True)
-
-
-def test_the_buffer_keeps_the_best_distinct_live_traces():
-    buffer = ReplayBuffer(capacity=3)
-    for log_r, ids in [(-5.0, [1]), (-math.inf, [2]), (-1.0, [3]), (-1.0, [3]), (-9.0, [4])]:
-        buffer.add(sample_of(log_r, ids))
-    assert len(buffer) == 3
-    buffer.add(sample_of(-2.0, [5]))
-    buffer.add(sample_of(-20.0, [6]))
-    drawn = buffer.draw(10, torch.Generator().manual_seed(0))
-    assert sorted(sample.log_r for sample in drawn) == [-5.0, -2.0, -1.0]
-
-
-def test_the_buffer_draws_by_rank():
-    buffer = ReplayBuffer()
-    generator = torch.Generator().manual_seed(0)
-    assert buffer.draw(2, generator) == []
-    for k in range(4):
-        buffer.add(sample_of(-100.0 * k, [k]))
-    counts = [0, 0, 0, 0]
-    for _ in range(3000):
-        (sample,) = buffer.draw(1, generator)
-        counts[round(-sample.log_r / 100)] += 1
-    total = sum(1 / rank for rank in range(1, 5))
-    for k, count in enumerate(counts):
-        assert count / 3000 == pytest.approx(1 / (k + 1) / total, abs=0.03)

@@ -80,7 +80,7 @@ def test_the_adapter_is_a_standard_one(tmp_path):
     adapted = PeftModel.from_pretrained(base, tmp_path / "guide" / "adapter-0").eval()
     assert adapted.peft_config["default"].r == 3
     tokens = torch.tensor([[0, 1, 2, 1]])
-    expected = guide.adapted.model(input_ids=tokens).logits
+    expected = guide.adapter_for("z").model(input_ids=tokens).logits
     torch.testing.assert_close(adapted(input_ids=tokens).logits, expected)
     loaded = lmppl.LMGuide.load(tmp_path / "guide", CHAIN.program, lm=CHAIN.lm)
     assert torch.equal(log_q(loaded, CHAIN), log_q(guide, CHAIN))
@@ -138,7 +138,7 @@ def test_what_cannot_be_loaded(tmp_path):
     lmppl.LMGuide.load(path, CHAIN.program, lm=tiny_lm("ab.", seed=0))  # an equal base is that base
     description = json.loads((path / "guide.json").read_text())
     (path / "guide.json").write_text(json.dumps(description | {"format": 99}))
-    with pytest.raises(ValueError, match="has format 99; this version of lmppl reads 1"):
+    with pytest.raises(ValueError, match="has format 99; this version of lmppl reads 2"):
         lmppl.LMGuide.load(path, CHAIN.program, lm=CHAIN.lm)
 
 

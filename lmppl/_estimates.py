@@ -1,0 +1,90 @@
+"""Estimates from log-weights u = log R - log q (nats), each with its standard error.
+
+A standard error is None where the sample does not tell it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+# Nats by which log-weights of equal traces may differ: batches of other shapes round differently.
+ROUNDING = 1e-3
+
+Bracket = tuple[float, float]
+"""Lower and upper end, nats. Estimates: noise may cross them, or put them below zero."""
+
+
+def mean_of(u: torch.Tensor) -> tuple[float, float | None]:
+    """Mean and its standard error, if it has one."""
+    mean = float(u.mean())
+    if len(u) < 2 or not math.isfinite(mean):
+        return mean, None
+    return mean, float(u.std()) / math.sqrt(len(u))
+
+
+def elbo_alive(u: torch.Tensor) -> tuple[float, float | None]:
+    """E_q[u | alive] + log q(alive), by the draws' u."""
+    alive = u[u > -math.inf]
+    if not len(alive):
+        return -math.inf, None
+    share = len(alive) / len(u)
+    mean, stderr = mean_of(alive)
+    if stderr is not None:
+        stderr = math.hypot(stderr, math.sqrt((1 - share) / (share * len(u))))
+    return mean + math.log(share), stderr
+
+
+def iw_upper_bound(
+    exact: torch.Tensor, u: torch.Tensor, iw_stderr: float | None
+) -> tuple[float, float | None]:
+    """log of the mean weight of the guide's draws and one exact draw, over the exact draws.
+
+    Its expectation is log Z + KL(p(z_1) q(z_2) ... || their mixture over which is exact) >= log Z.
+    """
+    terms = torch.logaddexp(exact, torch.logsumexp(u, 0)) - math.log(len(u) + 1)
+    mean, stderr = mean_of(terms)
+    # All terms share the guide's draws: their mean varies at most as ``iw_bound`` does.
+    return mean, None if stderr is None else math.hypot(stderr, iw_stderr or 0.0)
+
+
+def less(lower: float, upper: float, value: float) -> Bracket:
+    """[lower, upper] - value, where a value of -inf is infinitely far from any bound."""
+    return (math.inf, math.inf) if value == -math.inf else (lower - value, upper - value)
+
+
+def combined(*stderrs: float | None) -> float | None:
+    """Standard error of a sum or difference of independent estimates."""
+    known = [each for each in stderrs if each is not None]
+    return math.hypot(*known) if len(known) == len(stderrs) else None
+
+
+def z_score(
+    first: float, first_stderr: float | None, second: float | None, second_stderr: float | None
+) -> float | None:
+    """Their difference in standard errors; None where one of them has none."""
+    error = combined(first_stderr, second_stderr, ROUNDING)
+    return None if second is None or error is None else (first - second) / error
+
+
+def pareto_k(u: np.ndarray) -> tuple[float | None, str | None]:
+    """Shape of the upper tail of exp(u), or why there is none; u finite, (N,)."""
+    if len(u) < 25:  # a fifth is the tail, and the fit takes five
+        return None, f"{len(u)} live draws, it takes 25"
+    try:
+        from arviz_stats.base import array_stats
+    except ImportError:
+        return None, "it needs arviz-stats, pip install 'lmppl[diagnostics]'"
+    # The fit divides by the tail's first quartile, counted from the largest weight below the tail.
+    u = np.sort(u - u.max())
+    tail = int(3 * math.sqrt(len(u))) if len(u) > 225 else len(u) // 5
+    quartile, cutoff = u[-tail + int(tail / 4 + 0.5) - 1], u[-tail - 1]
+    if quartile - cutoff < ROUNDING:
+        return None, "many of the largest weights are equal, so they have no continuous tail"
+    if quartile < -600.0:
+        return math.inf, None  # the ratio is no floating-point number
+    with np.errstate(all="ignore"):  # it also smooths the weights, which may overflow
+        _, pareto_k = array_stats.psislw(-u)
+    return float(pareto_k), None

@@ -1,0 +1,279 @@
+"""A run of training on disk, so that it can go on as if it had not been interrupted.
+
+    checkpoint.json     which run it is, where it is, and what the tensors are of
+    state.safetensors   optimiser, random generator, records of the buffers, best parameters
+    guide/              the guide so far, as ``LMGuide.save`` writes it
+
+Whoever writes a checkpoint forgets what it remembered of prompts and merged weights, as whoever
+reads one does. So both go on from the same numbers, bit by bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import inspect
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from lmppl.distributions import ToolResult
+from lmppl.guides.history import History
+from lmppl.guides.inputs import Input
+from lmppl.guides.records import Record
+from lmppl.guides.storage import fingerprint, read_parameters, replace_folder, write_guide
+from lmppl.lm.requests import Scored
+
+if TYPE_CHECKING:
+    from lmppl.guides.trainer import Trainer
+    from lmppl.guides.watching import DivergenceGuard, EarlyStopping
+
+FORMAT = 1
+
+
+def write(
+    path: Path,
+    trainer: Trainer,
+    done: int,
+    guard: DivergenceGuard,
+    stopping: EarlyStopping,
+) -> None:
+    """Write the state of a run after ``done`` steps; replaces the checkpoint that is there.
+
+    Raises:
+        OSError: if it cannot be written; the checkpoint before is kept.
+        FileExistsError: if ``path`` is something else.
+    """
+    packed = _Packer()
+    description = {
+        "format": FORMAT,
+        "run": identity(trainer),
+        "done": done,
+        "source": trainer.source.state(),
+        "inputs": [_pack_input(each, packed) for each in trainer.source.kept],
+        "trainer": trainer.state(),
+        "guard": guard.state(),
+        "stopping": stopping.state(),
+    }
+    tensors = packed.tensors()
+    tensors["generator"] = trainer.generator.get_state()
+    for name, state in trainer.optimizer_state().items():
+        tensors |= {f"optimizer.{name}.{key}": value for key, value in state.items()}
+    if trainer.log_z is not None:
+        tensors |= {f"log_z.{k}": v for k, v in trainer.log_z.state_dict().items()}
+    tensors |= {f"guard.{name}": t for name, t in guard.snapshot.tensors.items()}
+    tensors |= {f"stopping.{name}": t for name, t in stopping.snapshot.tensors.items()}
+
+    def write_files(folder: Path) -> None:
+        (folder / "guide").mkdir()
+        write_guide(trainer.guide, folder / "guide")
+        save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "state.safetensors")
+        (folder / "checkpoint.json").write_text(json.dumps(description))
+
+    replace_folder(path, "checkpoint", write_files)
+
+
+def read(path: Path, trainer: Trainer, guard: DivergenceGuard, stopping: EarlyStopping) -> int:
+    """Bring a new trainer to where the run on disk was. Returns how many steps are done.
+
+    Raises:
+        ValueError: if it is another run's: of another program, model, data or options, or of
+            another version of lmppl; says which.
+    """
+    description = json.loads((path / "checkpoint.json").read_text())
+    if description.get("format") != FORMAT:
+        raise ValueError(
+            f"the checkpoint {path} has format {description.get('format')!r}; this version of lmppl "
+            f"reads {FORMAT}: train anew, in another folder"
+        )
+    for what, value in identity(trainer).items():
+        saved = description["run"].get(what)
+        if saved != value:
+            raise ValueError(
+                f"the checkpoint {path} belongs to another run, its {what} differs: it has "
+                f"{saved!r}, this run {value!r}. Resume with what it was begun with, or train anew "
+                "in another folder"
+            )
+    guide = trainer.guide
+    saved_guide = json.loads((path / "guide" / "guide.json").read_text())
+    read_parameters(guide, path / "guide", saved_guide)
+    guide.restore_pending(None)
+    guide.history = History(saved_guide["history"])
+    guide.notes = list(saved_guide["notes"])
+    tensors = load_file(path / "state.safetensors")
+    unpack = _unpacker(tensors)
+    trainer.source.restore(description["source"])
+    for each, state in zip(trainer.source.kept, description["inputs"], strict=True):
+        _unpack_input(each, state, unpack)
+    trainer.restore(description["trainer"])
+    trainer.generator.set_state(tensors["generator"])
+    if trainer.log_z is not None:
+        trainer.log_z.load_state_dict(_under(tensors, "log_z."))
+    trainer.adopt_new_parameters()
+    trainer.restore_optimizer(_under(tensors, "optimizer."))
+    guard.restore(description["guard"], _under(tensors, "guard."))
+    stopping.restore(description["stopping"], _under(tensors, "stopping."))
+    return int(description["done"])
+
+
+def _under(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+
+# --- which run -----------------------------------------------------------------------------------
+
+
+def identity(trainer: Trainer) -> dict[str, Any]:
+    """What must be equal for a run to be the same one, in JSON's types."""
+    guide = trainer.guide
+    own = None if guide.program is None else program_fingerprint(guide.program)
+    options = json.loads(json.dumps(dataclasses.asdict(trainer.options)))
+    return {
+        "program": program_fingerprint(guide.model),
+        "guide program": own,
+        "language model": fingerprint(guide.base),
+        "data": _digest([each.args for each in trainer.source.kept]),
+        "number of steps": trainer.steps,
+        "seed": trainer.seed,
+        **{f"option {name}": value for name, value in options.items()},
+    }
+
+
+def program_fingerprint(program: Callable[..., Any]) -> str:
+    """The name of a program and a hash of its code (comments and line numbers don't count)."""
+    fn = inspect.unwrap(getattr(program, "func", program))
+    name = getattr(fn, "__qualname__", type(fn).__name__)
+    code = getattr(fn, "__code__", None)
+    if code is None:
+        return name
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"  # byte code differs by version
+    return f"{name} {hashlib.sha256(_code(code)).hexdigest()[:16]} (Python {version})"
+
+
+def _code(code: Any) -> bytes:
+    inner = [_code(c) if hasattr(c, "co_code") else repr(c).encode() for c in code.co_consts]
+    return b"|".join([code.co_code, repr(code.co_names).encode(), *inner])
+
+
+def _digest(data: Any) -> str:
+    """A hash of the texts and numbers in the data; of other objects only the type counts."""
+    digest = hashlib.sha256()
+
+    def feed(item: Any) -> None:
+        if isinstance(item, (str, int, float, bool, type(None))):
+            digest.update(f"{type(item).__name__}:{item!s};".encode())
+        elif isinstance(item, Mapping):
+            for key, value in item.items():
+                feed(key)
+                feed(value)
+        elif isinstance(item, (list, tuple)):
+            digest.update(f"[{len(item)}".encode())
+            for each in item:
+                feed(each)
+        elif torch.is_tensor(item):
+            feed(item.tolist())
+        else:
+            digest.update(type(item).__qualname__.encode())
+
+    feed(data)
+    return digest.hexdigest()[:16]
+
+
+# --- records -------------------------------------------------------------------------------------
+
+
+class _Packer:
+    """Many small tensors as a few large ones; each is found again by a reference."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, list[torch.Tensor]] = {}
+        self._sizes: dict[str, int] = {}
+
+    def add(self, tensor: torch.Tensor) -> list[Any]:
+        kind = str(tensor.dtype).removeprefix("torch.")
+        at = self._sizes.get(kind, 0)
+        self._parts.setdefault(kind, []).append(tensor.detach().cpu().reshape(-1))
+        self._sizes[kind] = at + tensor.numel()
+        return [kind, at, list(tensor.shape)]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {f"packed.{kind}": torch.cat(parts) for kind, parts in self._parts.items()}
+
+
+def _unpacker(tensors: Mapping[str, torch.Tensor]) -> Callable[[Sequence[Any]], torch.Tensor]:
+    def unpack(reference: Sequence[Any]) -> torch.Tensor:
+        kind, at, shape = reference
+        size = torch.Size(shape)
+        return tensors[f"packed.{kind}"][at : at + size.numel()].reshape(size).clone()
+
+    return unpack
+
+
+def _pack_input(each: Input, packed: _Packer) -> dict[str, Any]:
+    return {
+        "visits": each.visits,
+        "buffer": [_pack(r, packed) for r in each.buffer.records if _is_plain(r)],
+        "stock": [_pack(r, packed) for r in each.stock if _is_plain(r)],
+    }
+
+
+def _unpack_input(
+    each: Input, state: Mapping[str, Any], unpack: Callable[[Sequence[Any]], torch.Tensor]
+) -> None:
+    each.visits = state["visits"]
+    each.buffer.records = [_unpack(record, unpack) for record in state["buffer"]]
+    each.stock = [_unpack(record, unpack) for record in state["stock"]]
+
+
+def _is_plain(record: Record) -> bool:
+    """Whether JSON can hold the results of its tools; other records are left out."""
+    return all(_is_json(node.result) for node in record.tools.values())
+
+
+def _is_json(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(_is_json(each) for each in value)
+    if isinstance(value, dict):
+        return all(type(k) is str and _is_json(v) for k, v in value.items())
+    return type(value) in (str, int, float, bool, type(None))
+
+
+def _pack(record: Record, packed: _Packer) -> dict[str, Any]:
+    known: dict[str, Any] = {}
+    for name, (log_prob, scored) in record.known.items():
+        known[name] = [packed.add(log_prob)]
+        if scored is not None:
+            closing = scored.closing_log_probs
+            known[name].append(packed.add(scored.log_probs))
+            known[name].append(None if closing is None else packed.add(closing))
+    return {
+        "values": {name: packed.add(torch.as_tensor(v)) for name, v in record.values.items()},
+        "tools": {name: node.result for name, node in record.tools.items()},
+        "known": known,
+        "features": {name: packed.add(tensor) for name, tensor in record.features.items()},
+        "log_r": record.log_r,
+        "tokens": list(record.tokens),
+    }
+
+
+def _unpack(packed: Mapping[str, Any], unpack: Callable[[Sequence[Any]], torch.Tensor]) -> Record:
+    known = {}
+    for name, (log_prob, *rest) in packed["known"].items():
+        scored = None
+        if rest:
+            terms, closing = rest
+            scored = Scored(unpack(terms), None if closing is None else unpack(closing))
+        known[name] = (unpack(log_prob), scored)
+    return Record(
+        values={name: unpack(value) for name, value in packed["values"].items()},
+        tools={name: ToolResult.wrap(result) for name, result in packed["tools"].items()},
+        known=known,
+        features={name: unpack(tensor) for name, tensor in packed["features"].items()},
+        log_r=packed["log_r"],
+        tokens=tuple(packed["tokens"]),
+    )

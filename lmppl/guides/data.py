@@ -1,0 +1,174 @@
+"""From what a user gives ``fit`` to inputs: data, simulations, demonstrations, what is held out."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lmppl import runtime
+from lmppl.guides import simulation
+from lmppl.guides.inputs import Args, Input, check_data, read_inputs
+from lmppl.guides.options import FitOptions
+from lmppl.guides.records import Record
+from lmppl.guides.simulation import Simulated
+from lmppl.guides.sources import Collection, Source, Stream, read_stream
+from lmppl.posterior import Posterior
+
+if TYPE_CHECKING:
+    from lmppl.guides.guide import LMGuide
+
+_MOST_DISTILLED = 64
+
+
+def read_data(
+    guide: LMGuide,
+    data: Iterable[Any] | None,
+    simulate: int | float | None,
+    demonstrations: Sequence[Any] | None,
+    eval_data: Iterable[Any] | int | None,
+    options: FitOptions,
+    seed: int,
+    generator: torch.Generator,
+) -> tuple[Source, list[Input], Input]:
+    """The inputs of training, those held out, and one of them.
+
+    Args:
+        guide: what they are for.
+        data, simulate, demonstrations, eval_data: see ``fit``.
+        options: of the training.
+        seed: of simulations, and of the draws of a distilled posterior.
+        generator: of the order in which inputs come.
+
+    Raises:
+        TypeError, ValueError: see ``fit``.
+    """
+    if simulate is not None:
+        if demonstrations is not None:
+            raise ValueError("simulate= has latents of its own: leave out demonstrations=")
+        return _simulated_inputs(guide, data, simulate, eval_data, options, seed, generator)
+    if data is None:
+        raise ValueError("fit needs inputs: data=[(x, y), ...], or simulate=N")
+    if isinstance(eval_data, int):
+        raise ValueError(
+            f"eval_data={eval_data}: a number is for simulate=; give a list of held-out inputs"
+        )
+    held_out = _held_out(guide, eval_data, options)
+    check_data(data)
+    if not hasattr(data, "__len__"):
+        if demonstrations is not None:
+            raise ValueError("demonstrations= needs data that is a list, in the same order")
+        _check_loss(options, has_latents=False)
+        stream = read_stream(guide.model, data, options)
+        first = next(stream, None)
+        if first is None:
+            raise ValueError("data holds no input: give at least one, [(x, y)]")
+        return Stream(itertools.chain([first], stream)), held_out, first
+    args_of = read_inputs(guide.model, data)
+    given = _demonstrations(demonstrations, len(args_of), seed)
+    _check_loss(options, has_latents=any(given))
+    inputs = [
+        Input(guide.model, args, i, options, records)
+        for i, (args, records) in enumerate(zip(args_of, given, strict=True))
+    ]
+    if options.kind.draws == "given":
+        inputs = [each for each in inputs if each.given]
+    return Collection(inputs, generator), held_out, inputs[0]
+
+
+def _check_loss(options: FitOptions, *, has_latents: bool) -> None:
+    if options.kind.draws == "given" and not has_latents:
+        raise ValueError(
+            f"loss={options.loss!r} is maximum likelihood on latents that are known: give "
+            "demonstrations=[{'z': text}, ...] or simulate=N. Without, 'vargrad' (the default), "
+            "'tb', 'subtb', 'elbo', 'wake' and 'ppo' learn from the program alone"
+        )
+
+
+def _simulated_inputs(
+    guide: LMGuide,
+    data: Iterable[Any] | None,
+    number: int | float,
+    eval_data: Iterable[Any] | int | None,
+    options: FitOptions,
+    seed: int,
+    generator: torch.Generator,
+) -> tuple[Source, list[Input], Input]:
+    if not (number == math.inf or (isinstance(number, int) and number >= 1)):
+        raise ValueError(f"simulate={number!r}: it must be an int of at least 1, or math.inf")
+    args_of = read_inputs(guide.model, [()] if data is None else data)
+    seeds = runtime.slot_seeds(seed, 2)
+    if isinstance(eval_data, int):
+        held_out = list(
+            simulated_inputs(guide, simulations(guide, args_of, seeds[1]), options, eval_data)
+        )
+    else:
+        held_out = _held_out(guide, eval_data, options)
+    pairs = simulations(guide, args_of, seeds[0])
+    if number == math.inf:
+        (example,) = simulated_inputs(guide, simulations(guide, args_of, seeds[0]), options, 1)
+        source = Stream(simulated_inputs(guide, pairs, options), skip=pairs.skip)
+        return source, held_out, example
+    inputs = list(simulated_inputs(guide, pairs, options, int(number)))
+    return Collection(inputs, generator), held_out, inputs[0]
+
+
+def simulations(guide: LMGuide, args_of: Sequence[Args], seed: int) -> simulation.Stream:
+    """Endless simulations of a guide's program on some arguments."""
+    observed = None if guide.condition_on == "all" else guide.condition_on
+    return simulation.Stream(guide.model, args_of, seed=seed, observed=observed)
+
+
+def simulated_inputs(
+    guide: LMGuide,
+    pairs: Iterator[tuple[Args, Simulated]],
+    options: FitOptions,
+    number: int | None = None,
+) -> Iterator[Input]:
+    """The next ``number`` simulations (None: all) as inputs."""
+    for index, (args, one) in enumerate(itertools.islice(pairs, number)):
+        # A tuple of its own: samples are told apart by it.
+        given = [Record(one.latents)]
+        yield Input(one.program(guide.model), (*args,), index, options, given, exact=True)
+
+
+def _held_out(guide: LMGuide, data: Iterable[Any] | None, options: FitOptions) -> list[Input]:
+    if data is None:
+        return []
+    args_of = read_inputs(guide.model, data)
+    return [Input(guide.model, args, i, options) for i, args in enumerate(args_of)]
+
+
+def _demonstrations(given: Sequence[Any] | None, num: int, seed: int) -> list[list[Record]]:
+    if given is None:
+        return [[] for _ in range(num)]
+    if isinstance(given, (str, Mapping, Posterior)) or len(given) != num:
+        size = "one" if isinstance(given, (str, Mapping, Posterior)) else str(len(given))
+        raise ValueError(
+            f"demonstrations must be a list as long as the data, one entry an input ({num}), given "
+            f"{size}"
+        )
+    return [_records(each, i, seed) for i, each in enumerate(given)]
+
+
+def _records(given: Any, index: int, seed: int) -> list[Record]:
+    if given is None:
+        return []
+    if isinstance(given, Posterior):
+        drawn = given.resample(_MOST_DISTILLED, seed=seed % 2**31)
+        records: dict[Any, Record] = {}
+        for trace in drawn.traces:
+            latents = {n: trace.nodes[n]["value"] for n in drawn.latents if n in trace.nodes}
+            record = Record(latents)
+            records.setdefault(record.discrete_key, record)
+        return list(records.values())
+    items = [given] if isinstance(given, Mapping) else given
+    if isinstance(items, str) or not all(isinstance(item, Mapping) for item in items):
+        raise TypeError(
+            f"demonstration {index} is a {type(given).__name__}: give a dict of latent site to text "
+            "or number, a list of such dicts, a Posterior, or None"
+        )
+    return [Record(dict(item)) for item in items]

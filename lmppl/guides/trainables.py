@@ -1,0 +1,59 @@
+"""What can be trained in a program: the adapters that it draws from or scores by, its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import torch
+
+from lmppl import runtime
+from lmppl.distributions import LMText
+from lmppl.lm import LM
+
+
+class Trainables:
+    """The trainable parts of a program, found by running it.
+
+    Args:
+        base: the language model that guide and program share; it is never trained.
+
+    Attributes:
+        adapters: language models with parameters that need a gradient, in the order of their use.
+        param_names: of ``pyro.param``s.
+    """
+
+    def __init__(self, base: LM) -> None:
+        self._base = base
+        self.adapters: list[LM] = []
+        self.param_names: list[str] = []
+
+    def find(self, program: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        """Add what two runs of the program use."""
+        runs = runtime.start(program, args, 2, seed=0)
+        with runtime.closing(runs):
+            runtime.complete(runs)
+        for run in runs:
+            for name, node in run.trace.nodes.items():
+                if node["type"] == "param" and name not in self.param_names:
+                    self.param_names.append(name)
+                fn = node.get("fn")
+                if isinstance(fn, LMText) and fn.lm not in [self._base, *self.adapters]:
+                    self.adapters += [fn.lm] if trainable(fn.lm) else []
+
+    def named_parameters(self) -> dict[str, torch.nn.Parameter]:
+        """All of them, unconstrained, each once."""
+        store = pyro.get_param_store()
+        named: dict[str, Any] = {f"params.{name}": store._params[name] for name in self.param_names}
+        for i, adapter in enumerate(self.adapters):
+            named |= {f"adapter-{i}.{name}": p for name, p in trainable(adapter).items()}
+        unique: dict[int, str] = {}  # a parameter may be an adapter's and pyro's
+        for name, parameter in named.items():
+            unique.setdefault(id(parameter), name)
+        return {name: named[name] for name in unique.values()}
+
+
+def trainable(lm: LM) -> dict[str, torch.nn.Parameter]:
+    """The parameters of a language model that need a gradient, by name."""
+    return {name: p for name, p in lm.model.named_parameters() if p.requires_grad}

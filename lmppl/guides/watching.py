@@ -1,0 +1,121 @@
+"""Watching over a run of training: has it diverged, and does it still get better?
+
+Both keep a copy of the parameters at their best, and put it back when they stop the run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+_WINDOW = 10
+_LEAST_FALL = 20.0  # nats
+
+Parameters = Mapping[str, torch.nn.Parameter]
+
+
+class Snapshot:
+    """A copy of parameters, by name."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor] | None = None) -> None:
+        self.tensors = dict(tensors or {})
+
+    def take(self, parameters: Parameters) -> None:
+        self.tensors = {name: p.detach().clone() for name, p in parameters.items()}
+
+    def put_back(self, parameters: Parameters) -> None:
+        with torch.no_grad():
+            for name, tensor in self.tensors.items():
+                parameters[name].copy_(tensor)
+
+
+class DivergenceGuard:
+    """Stops a run whose guide has become much worse than it was untrained.
+
+    Attributes:
+        first: mean ELBO of the first steps, nats.
+        best: the highest mean ELBO of as many steps in a row.
+    """
+
+    def __init__(self) -> None:
+        self.first: float | None = None
+        self.best = -math.inf
+        self.snapshot = Snapshot()
+        self._recent: list[float] = []
+
+    def watch(self, number: int, elbo: float, parameters: Parameters) -> None:
+        """Take note of a step.
+
+        Raises:
+            FloatingPointError: if training has diverged; the best parameters are put back.
+        """
+        if not math.isfinite(elbo):
+            return
+        self._recent.append(elbo)
+        if len(self._recent) < _WINDOW:
+            return
+        mean = sum(self._recent) / _WINDOW
+        self._recent.clear()
+        if self.first is None:
+            self.first = mean
+        if mean > self.best:
+            self.best = mean
+            self.snapshot.take(parameters)
+        elif mean < self.first - max(_LEAST_FALL, abs(self.first)):
+            self.snapshot.put_back(parameters)
+            raise FloatingPointError(
+                f"training has diverged: up to step {number} the ELBO fell to {mean:.1f} nats; it "
+                f"was {self.first:.1f} before training and {self.best:.1f} at its best. The "
+                "parameters of the best steps are put back. Lower learning_rate (a half or a "
+                "quarter), or raise batch_size"
+            )
+
+    def state(self) -> dict[str, Any]:
+        return {"first": self.first, "best": self.best, "recent": list(self._recent)}
+
+    def restore(self, state: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+        self.first, self.best = state["first"], state["best"]
+        self._recent = list(state["recent"])
+        self.snapshot = Snapshot(tensors)
+
+
+class EarlyStopping:
+    """Stops a run whose held-out ESS fraction no longer grows.
+
+    Args:
+        patience: how many evaluations without a new best it waits for; None: for ever.
+    """
+
+    def __init__(self, patience: int | None) -> None:
+        if patience is not None and patience < 1:
+            raise ValueError(f"patience={patience}: it must be at least 1 evaluation")
+        self.patience = patience
+        self.best, self.best_step, self.waited = -math.inf, -1, 0
+        self.snapshot = Snapshot()
+
+    def should_stop(self, number: int, ess: float, parameters: Parameters) -> bool:
+        """Take note of an evaluation."""
+        if self.patience is None:
+            return False
+        if ess > self.best:
+            self.best, self.best_step, self.waited = ess, number, 0
+            self.snapshot.take(parameters)
+        else:
+            self.waited += 1
+        return self.waited >= self.patience
+
+    def finish(self, parameters: Parameters) -> None:
+        """Put the best parameters back."""
+        if self.snapshot.tensors:
+            self.snapshot.put_back(parameters)
+
+    def state(self) -> dict[str, Any]:
+        return {"best": self.best, "best_step": self.best_step, "waited": self.waited}
+
+    def restore(self, state: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+        self.best, self.best_step = state["best"], state["best_step"]
+        self.waited = state["waited"]
+        self.snapshot = Snapshot(tensors)

@@ -1,0 +1,185 @@
+"""Learning the program's parameters, against the evidence by enumeration."""
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+import lmppl
+from lmppl import lm_sample
+from lmppl.guides.inputs import Input
+from lmppl.guides.learning import _Learner, learn
+from lmppl.guides.options import FitOptions
+from lmppl.testing import enumerate_program, tiny_lm
+
+# The labels cannot be shown to the guide in three letters; its weights make up for it.
+pytestmark = pytest.mark.filterwarnings("ignore:the automatic guide cannot see:UserWarning")
+
+LM = tiny_lm("ab.", seed=0)
+DATA = [("ab.", 1.0), ("ab.", 1.0), ("ab.", 0.0), ("ba", 1.0)]
+
+
+@pytest.fixture(autouse=True)
+def fresh_store():
+    pyro.clear_param_store()
+    yield
+    pyro.clear_param_store()
+
+
+def labelled(x, label):
+    z = lm_sample("z", x, max_tokens=2, stop=".")
+    p = pyro.param("p", torch.tensor(0.5), constraint=dist.constraints.unit_interval)
+    pyro.sample("label", dist.Bernoulli(p if "b" in z else 1 - p), obs=torch.tensor(label))
+
+
+def evidence(program, data=DATA):
+    with torch.no_grad():
+        return sum(enumerate_program(program, *args, lm=LM).log_evidence for args in data)
+
+
+def best_p():
+    """The maximum of the exact evidence, on a grid."""
+    found = {}
+    for k in range(1, 40):
+        pyro.get_param_store()["p"] = torch.tensor(k / 40)
+        found[k / 40] = evidence(labelled)
+    return max(found, key=found.get)
+
+
+@pytest.mark.parametrize("method", ["em", "wake-sleep"])
+def test_a_parameter_comes_to_the_maximum_of_the_evidence(method):
+    pyro.param("p", torch.tensor(0.5), constraint=dist.constraints.unit_interval)
+    expected = best_p()
+    assert 0.05 < expected < 0.95 and abs(expected - 0.5) > 0.1
+    pyro.clear_param_store()
+    guide = lmppl.LMGuide(labelled, lm=LM)
+    history = learn(
+        guide, DATA, 60, method=method, guide_steps=1, num_samples=24, seed=0, progress=False,
+        model_learning_rate=0.1, batch_size=16,
+    )  # fmt: skip
+    assert float(pyro.param("p").detach()) == pytest.approx(expected, abs=0.08)
+    assert len(history) == 60 and len(guide.history) == 60
+
+
+def test_an_adapter_of_the_model_learns_the_data():
+    m = LM.adapter()
+
+    def program(x, y):
+        z = lm_sample("z", x, max_tokens=2, stop=".", lm=m)
+        lm_sample("y", [x, z], max_tokens=2, obs=y, lm=m)
+
+    data = [("ab.", "ba"), ("ba", "ba")]
+    before = evidence(program, data)
+    base = [p.detach().clone() for p in LM.model.parameters()]
+    guide = lmppl.LMGuide(program, lm=LM)
+    history = learn(guide, data, 30, guide_steps=1, seed=0, progress=False, batch_size=16)
+    after = evidence(program, data)
+    assert after > before + 2.0
+    assert history[-1]["log_evidence"] == pytest.approx(after / 2, abs=0.3)
+    assert history[-1]["model_ess"] > 0.5
+    assert all(torch.equal(p, q) for p, q in zip(base, LM.model.parameters(), strict=True))
+
+
+def test_the_gradient_is_that_of_the_evidence():
+    """Fisher's identity: with the exact posterior as guide, in the mean over its draws."""
+    pyro.param("p", torch.tensor(0.3), constraint=dist.constraints.unit_interval)
+    args = ("ab.", 1.0)
+    guide = lmppl.LMGuide(labelled, lm=LM)  # untrained: weights do the rest
+    options = FitOptions()
+    with lmppl.use(LM):
+        one = Input(labelled, args, 0, options)
+        learner = _Learner(guide, one, options, 1e-9)
+        (parameter,) = learner._parameters
+        learner.step([one], 4000, seed=0)
+        found = float(parameter.grad)
+    step, values = 1e-3, []
+    for sign in (1, -1):
+        with torch.no_grad():
+            parameter += sign * step
+            values.append(evidence(labelled, [args]))
+            parameter -= sign * step
+    slope = (values[0] - values[1]) / (2 * step)
+    assert abs(slope) > 0.1 and found == pytest.approx(-slope, abs=0.03)
+
+
+def test_stored_rewards_are_scored_anew():
+    """With the rewards of the first model, a replayed trace would have another u than a new one."""
+    pyro.param("p", torch.tensor(0.5), constraint=dist.constraints.unit_interval)
+    guide = lmppl.LMGuide(labelled, lm=LM)
+    seen = []
+
+    def look(batch, options, **rest):
+        for sample in batch.samples:
+            node = sample.particle.sites["label"]
+            p = float(pyro.param("p").detach())
+            b = "b" in sample.particle.sites["z"]["fn"].text(sample.particle.sites["z"]["value"])
+            expected = math.log(p if b == bool(float(node["value"])) else 1 - p)
+            seen.append((sample.origin, float(node["log_prob_sum"]) - expected))
+        return original(batch, options, **rest)
+
+    from lmppl.guides import trainer
+
+    original = trainer.loss_of
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "loss_of", look)
+        learn(guide, DATA, 8, guide_steps=1, seed=0, progress=False, model_learning_rate=0.2)
+    assert {"replay", "prior", "guide"} <= {origin for origin, _ in seen}
+    assert max(abs(error) for _, error in seen) < 1e-5
+
+
+def test_texts_are_scored_anew_too():
+    m = LM.adapter()
+
+    def program(x):
+        lm_sample("z", x, max_tokens=2, stop=".", lm=m)
+        lm_sample("y", "b", max_tokens=1, obs="a", lm=m)
+
+    guide = lmppl.LMGuide(program, lm=LM)
+    values = []
+
+    def look(batch, options, **rest):
+        now = float(m.log_prob("b", ["a"], max_tokens=1))
+        values.extend(float(s.particle.sites["y"]["log_prob_sum"]) - now for s in batch.samples)
+        return original(batch, options, **rest)
+
+    from lmppl.guides import trainer
+
+    original = trainer.loss_of
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "loss_of", look)
+        learn(guide, [("ab.",)], 5, seed=0, progress=False, model_learning_rate=0.01, batch_size=8)
+    assert float(m.log_prob("b", ["a"], max_tokens=1)) > float(
+        LM.log_prob("b", ["a"], max_tokens=1)
+    )
+    assert max(abs(each) for each in values) < 1e-4
+
+
+def test_a_program_without_parameters():
+    def program(x):
+        lm_sample("z", x, max_tokens=1)
+
+    with pytest.raises(ValueError, match="the program has nothing to learn"):
+        learn(lmppl.LMGuide(program, lm=LM), [("ab",)], 1)
+
+
+def test_a_guide_and_a_model_that_share_parameters():
+    m = LM.adapter()
+
+    def program(x):
+        lm_sample("z", x, max_tokens=1, lm=m)
+
+    guide = lmppl.LMGuide(program, lm=LM, program=program)
+    guide.prepare(("ab",))
+    with pytest.raises(ValueError, match="train the same parameters"):
+        learn(guide, [("ab",)], 1)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [({"method": "mcmc"}, "method='mcmc'"), ({"num_samples": 0}, "num_samples=0")],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        learn(lmppl.LMGuide(labelled, lm=LM), DATA, 1, **options)

@@ -1,0 +1,606 @@
+"""A run of training from its inputs to its end: streams, evaluations, early stops, checkpoints."""
+
+import itertools
+import json
+import math
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from guide_helpers import shaken
+
+import lmppl
+from lmppl import lm_sample
+from lmppl.guides.watching import DivergenceGuard, EarlyStopping
+from lmppl.testing import tiny_lm
+from lmppl.testing.programs import CASES
+
+LM = tiny_lm("ab.", seed=0)
+CASE = CASES["one site"]
+QUICK = {"batch_size": 8, "progress": False, "seed": 0}
+
+
+def infill(x, y=None):
+    z = lm_sample("z", x, max_tokens=2, stop=".")
+    lm_sample("y", [x, z], max_tokens=2, obs=y)
+    return z
+
+
+def new_guide(program=infill, **options):
+    return lmppl.LMGuide(program, lm=LM, **options)
+
+
+def weights(guide):
+    return {name: p.detach().clone() for name, p in guide.named_parameters().items()}
+
+
+def equal(one, two):
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+# --- inputs --------------------------------------------------------------------------------------
+
+
+def test_an_iterator_is_read_as_it_is_needed():
+    read = []
+
+    def stream():
+        for y in itertools.cycle(["a", "b", "ab"]):
+            read.append(y)
+            yield "ab.", y
+
+    guide = new_guide().fit(stream(), steps=3, inputs_per_step=2, **QUICK)
+    assert [figures["inputs"] for figures in guide.history] == [2, 2, 2]
+    assert len(read) == 6
+
+
+def test_a_stream_that_ends_early():
+    with pytest.warns(UserWarning, match="the data ended after 2 of 9 steps"):
+        guide = new_guide().fit(
+            iter([("ab.", "a"), ("ab.", "b"), ("ab.", "ab")]), steps=9, inputs_per_step=2, **QUICK
+        )
+    assert [figures["inputs"] for figures in guide.history] == [2, 1]
+
+
+def test_a_bad_item_of_a_stream_is_named():
+    with pytest.raises(TypeError, match="item 2 of the data .* it is a str"):
+        new_guide().fit(iter([("ab.", "a"), ("ab.", "b"), "ab."]), steps=9, **QUICK)
+
+
+def test_rows_of_a_table_are_inputs():
+    """As of ``datasets.Dataset``: it has a length and yields dicts."""
+
+    class Table:
+        def __len__(self):
+            return 2
+
+        def __iter__(self):
+            yield {"x": "ab.", "y": "a"}
+            yield {"y": "b", "x": "ba"}
+
+    guide = new_guide().fit(Table(), steps=2, **QUICK)
+    assert [figures["inputs"] for figures in guide.history] == [2, 2]
+
+
+# --- simulated inputs ----------------------------------------------------------------------------
+
+
+def test_simulated_inputs_teach_a_guide_for_inputs_never_seen():
+    """Held out: an observation that stands for any other; the ESS of an untrained guide is less."""
+    evaluation = {"eval_data": [("ab.", y) for y in ("a.", "ba", "bb")], "eval_every": 100}
+    guide = new_guide(condition_on=["y"])
+    guide.fit(
+        [("ab.",)],
+        steps=150,
+        simulate=40,
+        eval_samples=128,
+        **evaluation,
+        **(QUICK | {"batch_size": 16}),
+    )
+    before = new_guide(condition_on=["y"])
+    before.fit([("ab.",)], steps=1, simulate=1, learning_rate=1e-9, **evaluation, **QUICK)
+    assert guide.history[-1]["eval_ess"] > 1.3 * before.history[-1]["eval_ess"]
+
+
+def test_without_data_the_program_needs_no_arguments():
+    def program():
+        z = lm_sample("z", "ab.", max_tokens=2, stop=".")
+        lm_sample("y", ["b", z], max_tokens=1, obs="a")
+
+    guide = new_guide(program).fit(simulate=4, steps=3, **QUICK)
+    assert len(guide.history) == 3
+    with pytest.raises(TypeError, match="item 0 of the data does not fit"):
+        new_guide().fit(simulate=4, steps=3, **QUICK)
+
+
+def test_an_endless_stream_of_simulations():
+    guide = new_guide().fit([("ab.", "aa")], steps=3, simulate=math.inf, inputs_per_step=2, **QUICK)
+    assert [figures["inputs"] for figures in guide.history] == [2, 2, 2]
+
+
+def test_factors_cannot_be_simulated():
+    with pytest.raises(ValueError, match="is a factor, which simulated draws would ignore"):
+        new_guide(CASES["factor"].program).fit([("ba.", -1.5)], steps=1, simulate=2, **QUICK)
+
+
+def test_the_guide_sees_only_what_it_may():
+    """A label that is simulated, and not named: the guide's prompts are those without it."""
+    guide = new_guide(condition_on=[])
+    guide.fit([("ab.", "aa")], steps=2, simulate=3, **QUICK)
+    with lmppl.use(LM):
+        assert guide.observations(("ab.", "aa")) == {}
+
+
+# --- losses that need latents --------------------------------------------------------------------
+
+
+def test_sft_learns_the_demonstrations():
+    guide = new_guide()
+    guide.fit(
+        [("ab.", "a"), ("ab.", "b")],
+        steps=40,
+        loss="sft",
+        demonstrations=[{"z": "bb"}, [{"z": "a."}, {"z": "a."}]],
+        learning_rate=0.02,
+        **QUICK,
+    )
+    for y, expected in (("a", "bb"), ("b", "a.")):
+        drawn = lmppl.infer(
+            infill, "ab.", y, lm=LM, method="gflownet", guide=guide, num_samples=50, seed=0,
+            correct=False,
+        )  # fmt: skip
+        assert drawn.probs("z").get(expected, 0.0) > 0.8
+    assert math.isnan(guide.history[-1]["ess"])  # nothing is drawn from the guide
+
+
+def test_sft_on_simulated_latents():
+    guide = new_guide().fit([("ab.", "aa")], steps=3, simulate=4, loss="sft", **QUICK)
+    assert [figures["samples"] for figures in guide.history] == [4, 4, 4]
+
+
+def test_sft_without_latents_says_what_would_do():
+    with pytest.raises(ValueError, match="demonstrations=.* or simulate=N.*'vargrad'"):
+        new_guide().fit([("ab.", "a")], steps=1, loss="sft", **QUICK)
+
+
+def test_demonstrations_seed_the_replay_buffer(monkeypatch):
+    origins = []
+
+    def watch(samples, *args):
+        origins.append(sorted(sample.origin for sample in samples))
+        return original(samples, *args)
+
+    from lmppl.guides import losses
+
+    original = losses.Batch.of
+    monkeypatch.setattr(losses.Batch, "of", staticmethod(watch))
+    new_guide().fit([("ab.", "a")], steps=2, demonstrations=[{"z": "ba"}], **QUICK)
+    assert "given" in origins[0] and "given" not in origins[1]
+
+
+def test_smc_particles_can_be_distilled():
+    posterior = lmppl.infer(infill, "ab.", "a", lm=LM, method="smc", num_samples=32, seed=0)
+    guide = new_guide().fit(
+        [("ab.", "a")],
+        steps=20,
+        loss="sft",
+        demonstrations=[posterior],
+        learning_rate=0.02,
+        **QUICK,
+    )
+    assert guide.history[-1]["loss"] < guide.history[0]["loss"]
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"z": "a"}, "a list as long as the data, one entry an input .1., given one"),
+        ([{"z": "a"}, None], "given 2"),
+        ([{"w": "a"}], "a demonstration of input 0 has a value for 'w'"),
+    ],
+)
+def test_bad_demonstrations(given, message):
+    with pytest.raises(ValueError, match=message):
+        new_guide().fit([("ab.", "a")], steps=1, demonstrations=given, **QUICK)
+
+
+def test_a_demonstration_of_another_type():
+    with pytest.raises(TypeError, match="demonstration 0 is a str: give a dict"):
+        new_guide().fit([("ab.", "a")], steps=1, demonstrations=["a"], **QUICK)
+
+
+def test_ppo_updates_several_times_on_the_same_draws(monkeypatch):
+    guide = new_guide()
+    updates = []
+    monkeypatch.setattr(
+        "lmppl.objectives.ppo", lambda log_r, log_q, old, prior, **kw: updates.append(
+            float((log_q - old).detach().abs().max())
+        ) or (log_q - old).sum()
+    )  # fmt: skip
+    guide.fit([("ab.", "a")], steps=1, loss="ppo", ppo_updates=3, learning_rate=0.05, **QUICK)
+    assert len(updates) == 3
+    assert updates[0] == 0.0 < updates[1] < updates[2]  # the draws' own density stays
+
+
+def test_subtb_without_truncations_says_what_would_do():
+    case = CASES["beta and text"]
+    with pytest.raises(ValueError, match="loss='subtb' .*use loss='vargrad' or 'tb'"):
+        lmppl.LMGuide(case.program, lm=case.lm).fit([case.args], steps=9, loss="subtb", **QUICK)
+
+
+def test_truncations_that_are_never_legal_are_given_up_and_reported():
+    def program(x):
+        lm_sample("z", x, max_tokens=2, stop=".")
+        pyro.sample("k", dist.Bernoulli(0.3))
+
+    guide = new_guide(program).fit([("ab",)], steps=9, **QUICK)
+    assert guide.notes == [
+        "complete traces only: of 64 traces, 0 truncations were legal and within the budget"
+    ]
+
+
+# --- one adapter each ----------------------------------------------------------------------------
+
+
+def test_an_adapter_for_each_site(tmp_path):
+    case = CASES["chain"]
+    guide = lmppl.LMGuide(case.program, lm=case.lm, adapter_per_site=True)
+    guide.fit([case.args], steps=3, **QUICK)
+    assert guide.adapted_sites == ["z", "w"] and len(guide.adapters()) == 2
+    one, two = guide.adapters()
+    assert not equal(_lora(one), _lora(two))
+    guide.save(tmp_path / "guide")
+    loaded = lmppl.LMGuide.load(tmp_path / "guide", case.program, lm=case.lm)
+    assert equal(weights(loaded), weights(guide)) and loaded.adapted_sites == ["z", "w"]
+
+
+def _lora(lm):
+    return {name: p for name, p in lm.model.named_parameters() if p.requires_grad}
+
+
+# --- evaluation, early stopping, divergence ------------------------------------------------------
+
+
+def test_held_out_figures():
+    guide = new_guide().fit(
+        [("ab.", "a")], steps=5, eval_data=[("ab.", "b"), ("ba", "a")], eval_every=2,
+        eval_samples=256, **QUICK,
+    )  # fmt: skip
+    assert [figures["step"] for figures in guide.history if "eval_ess" in figures] == [1, 3, 4]
+    last = guide.history[-1]
+    assert 1 / 256 <= last["eval_ess"] <= 1.0 and last["eval_alive"] == 1.0
+    assert last["eval_elbo"] <= last["eval_log_z"] + 1e-6
+    exact = [
+        lmppl.infer(infill, x, y, lm=LM, method="exact").log_evidence
+        for x, y in [("ab.", "b"), ("ba", "a")]
+    ]
+    assert last["eval_log_z"] == pytest.approx(sum(exact) / 2, abs=0.5)
+
+
+def test_early_stopping_puts_the_best_parameters_back(monkeypatch):
+    values = iter([0.2, 0.5, 0.4, 0.3])
+    kept = {}
+
+    def evaluate(guide, inputs, num, seed):
+        value = next(values)
+        kept[value] = weights(guide)
+        return {"eval_ess": value}
+
+    monkeypatch.setattr("lmppl.guides.fitting.evaluate", evaluate)
+    guide = new_guide().fit(
+        [("ab.", "a")], steps=50, eval_data=[("ab.", "b")], eval_every=2, patience=2, **QUICK
+    )
+    assert len(guide.history) == 8
+    assert equal(weights(guide), kept[0.5])
+    assert guide.notes == ["stopped after 8 steps: no better held-out ESS since step 3"]
+
+
+def test_patience_needs_something_held_out():
+    with pytest.raises(ValueError, match="patience=2 needs eval_data="):
+        new_guide().fit([("ab.", "a")], steps=2, patience=2, **QUICK)
+    with pytest.raises(ValueError, match="patience=0"):
+        EarlyStopping(0)
+
+
+def test_a_run_that_diverges_stops_with_its_best_parameters():
+    parameters = {"p": torch.nn.Parameter(torch.zeros(2))}
+    guard = DivergenceGuard()
+    for number in range(40):
+        with torch.no_grad():
+            parameters["p"].fill_(number)
+        guard.watch(number, -50.0 + number, parameters)
+    with torch.no_grad():
+        parameters["p"].fill_(math.nan)
+    for number in range(40, 49):
+        guard.watch(number, -400.0, parameters)
+    with pytest.raises(FloatingPointError, match="diverged: up to step 49 the ELBO fell to -400.0"):
+        guard.watch(49, -400.0, parameters)
+    assert parameters["p"].tolist() == [39.0, 39.0]
+
+
+def test_a_guide_that_gets_much_worse_is_noticed():
+    guide = new_guide()
+    kept = {}
+
+    def catastrophe(figures):
+        if figures["step"] == 19:
+            kept.update(weights(guide))
+        elif figures["step"] > 19:
+            figures["elbo"] = -500.0
+            shaken(guide, size=1.0)
+
+    with pytest.raises(FloatingPointError, match="diverged.*Lower learning_rate"):
+        guide.fit([("ab.", "a")], steps=100, learning_rate=1e-9, callback=catastrophe, **QUICK)
+    assert len(guide.history) == 30
+    for name, tensor in weights(guide).items():
+        torch.testing.assert_close(tensor, kept[name], atol=1e-6, rtol=0.0)
+
+
+# --- checkpoints ---------------------------------------------------------------------------------
+
+
+def run(path, steps=9, program=infill, data=None, **options):
+    guide = new_guide(program)
+    data = data if data is not None else [("ab.", "a"), ("ab.", "b"), ("ba", "ab")]
+    settings = {"checkpoint": path, "checkpoint_every": 3, "inputs_per_step": 2, **QUICK}
+    guide.fit(data, steps=steps, **(settings | options))
+    return guide
+
+
+class _Stop(Exception):
+    pass
+
+
+def interrupted(path, at, **options):
+    def stop(figures):
+        if figures["step"] == at:
+            raise _Stop
+
+    with pytest.raises(_Stop):
+        run(path, callback=stop, **options)
+
+
+LIVES = {
+    "vargrad": {},
+    "tb": {"loss": "tb"},
+    "ppo": {"loss": "ppo"},
+    "simulated": {"simulate": 6, "loss": "wake"},
+    "endless": {"simulate": math.inf},
+    "early stopping": {"eval_data": [("ab.", "ab")], "eval_every": 2, "patience": 5},
+}
+
+
+@pytest.mark.parametrize("options", LIVES.values(), ids=LIVES)
+def test_a_resumed_run_ends_as_an_unbroken_one(options, tmp_path):
+    whole = run(tmp_path / "whole", **options)
+    interrupted(tmp_path / "broken", 7, **options)
+    resumed = run(tmp_path / "broken", resume=True, **options)
+    assert equal(weights(resumed), weights(whole))
+    assert _timeless(resumed.history) == _timeless(whole.history)
+
+
+def _timeless(history):
+    return [
+        {k: v for k, v in figures.items() if not k.startswith("seconds_") and v == v}
+        for figures in history
+    ]
+
+
+@pytest.mark.parametrize("name", ["beta and text", "choices", "tool", "hard constraint"])
+def test_a_resumed_run_of_other_programs(name, tmp_path):
+    case = CASES[name]
+
+    def fit(path, **options):
+        guide = lmppl.LMGuide(case.program, lm=case.lm)
+        settings = {"checkpoint": path, "checkpoint_every": 2, **QUICK}
+        return guide.fit([case.args], steps=5, **(settings | options))
+
+    def stop(figures):
+        if figures["step"] == 3:
+            raise _Stop
+
+    whole = fit(tmp_path / "whole")
+    with pytest.raises(_Stop):
+        fit(tmp_path / "broken", callback=stop)
+    resumed = fit(tmp_path / "broken", resume=True)
+    assert equal(weights(resumed), weights(whole))
+
+
+def test_a_resumed_guide_program(tmp_path):
+    def fit(path, **options):
+        pyro.clear_param_store()
+        q = LM.adapter()
+
+        def program(x, y=None):
+            z = lm_sample("z", x, max_tokens=2, stop=".", lm=q)
+            pyro.param("unused", torch.zeros(2))
+            return z
+
+        guide = new_guide(program=program)
+        settings = {"checkpoint": path, "checkpoint_every": 2, **QUICK}
+        return guide.fit([("ab.", "a")], steps=5, **(settings | options))
+
+    def stop(figures):
+        if figures["step"] == 3:
+            raise _Stop
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        whole = fit(tmp_path / "whole")
+        whole_weights = weights(whole)
+        torch.manual_seed(0)
+        with pytest.raises(_Stop):
+            fit(tmp_path / "broken", callback=stop)
+        torch.manual_seed(7)  # the adapter's first weights don't matter any more
+        resumed = fit(tmp_path / "broken", resume=True)
+    assert equal(weights(resumed), whole_weights)
+    pyro.clear_param_store()
+
+
+SCRIPT = """
+    import sys, time
+    import lmppl
+    from lmppl import lm_sample
+    from lmppl.testing import tiny_lm
+    import torch
+    torch.set_num_threads(1)
+
+    def infill(x, y=None):
+        z = lm_sample("z", x, max_tokens=2, stop=".")
+        lm_sample("y", [x, z], max_tokens=2, obs=y)
+
+    path, resume, slow = sys.argv[1], sys.argv[2] == "resume", sys.argv[2] == "slow"
+
+    def report(figures):
+        print(figures["step"], flush=True)
+        if slow and figures["step"] == 7:
+            time.sleep(60)
+
+    guide = lmppl.LMGuide(infill, lm=tiny_lm("ab.", seed=0))
+    guide.fit([("ab.", "a"), ("ba", "b")], steps=10, seed=0, batch_size=8, checkpoint=path,
+              checkpoint_every=3, resume=resume, progress=False, callback=report)
+    guide.save(path + "-guide")
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_process_is_resumed_bit_by_bit(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(textwrap.dedent(SCRIPT))
+
+    def call(name, how):
+        command = [sys.executable, str(script), str(tmp_path / name), how]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+    def run_to_end(name, how):
+        with call(name, how) as process:
+            process.stdout.read()
+        assert process.returncode == 0
+
+    run_to_end("whole", "new")
+    with call("broken", "slow") as killed:
+        for line in killed.stdout:
+            if line.strip() == "7":
+                killed.send_signal(signal.SIGKILL)
+                break
+    assert killed.returncode == -signal.SIGKILL
+    assert json.loads((tmp_path / "broken" / "checkpoint.json").read_text())["done"] == 6
+    run_to_end("broken", "resume")
+    files = ["adapter-0/adapter_model.safetensors", "tensors.safetensors"]
+    for file in files:
+        one, two = ((tmp_path / f"{name}-guide" / file) for name in ("whole", "broken"))
+        assert one.read_bytes() == two.read_bytes()
+
+
+def test_a_checkpoint_is_no_folder_to_write_over(tmp_path):
+    run(tmp_path / "run", steps=1)
+    with pytest.raises(FileExistsError, match="resume=True goes on with the run in it"):
+        run(tmp_path / "run", steps=1)
+    (tmp_path / "thesis").mkdir()
+    with pytest.raises(FileExistsError):
+        run(tmp_path / "thesis", steps=1)
+
+
+def other(x, y=None):
+    z = lm_sample("z", x, max_tokens=2, stop=".")
+    lm_sample("y", [z, x], max_tokens=2, obs=y)
+
+
+@pytest.mark.parametrize(
+    "change, what",
+    [
+        ({"program": other}, "program"),
+        ({"data": [("ab.", "a"), ("ab.", "b"), ("ba", "bb")]}, "data"),
+        ({"steps": 4}, "number of steps"),
+        ({"batch_size": 10}, "option batch_size"),
+        ({"seed": 1}, "seed"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_the_checkpoint_of_another_run_is_refused(change, what, tmp_path):
+    run(tmp_path / "run", steps=3)
+    with pytest.raises(ValueError, match=f"belongs to another run, its {what} differs"):
+        run(tmp_path / "run", resume=True, **({"steps": 3} | change))
+
+
+def test_the_checkpoint_of_another_model_or_version_is_refused(tmp_path):
+    run(tmp_path / "run", steps=3)
+    guide = lmppl.LMGuide(infill, lm=tiny_lm("ab.", seed=1))
+    settings = {"checkpoint_every": 3, "inputs_per_step": 2, "resume": True, **QUICK}
+    data = [("ab.", "a"), ("ab.", "b"), ("ba", "ab")]
+    with pytest.raises(ValueError, match="its language model differs"):
+        guide.fit(data, steps=3, checkpoint=tmp_path / "run", **settings)
+    file = tmp_path / "run" / "checkpoint.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 99}))
+    with pytest.raises(ValueError, match="has format 99; this version of lmppl reads"):
+        run(tmp_path / "run", steps=3, resume=True)
+
+
+def test_a_full_disk_stops_nothing_and_keeps_the_checkpoint(tmp_path, monkeypatch):
+    run(tmp_path / "run", steps=3)
+    before = (tmp_path / "run" / "checkpoint.json").read_bytes()
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lmppl.guides.checkpoints.save_file", full)
+    guide = new_guide()
+    (tmp_path / "other").mkdir()
+    with pytest.warns(UserWarning, match="could not be written .*No space left.*goes on"):
+        guide.fit(
+            [("ab.", "a")],
+            steps=4,
+            checkpoint=tmp_path / "other" / "run",
+            checkpoint_every=3,
+            **QUICK,
+        )
+    assert len(guide.history) == 4
+    assert list((tmp_path / "other").iterdir()) == []  # nothing half-written is left
+    assert (tmp_path / "run" / "checkpoint.json").read_bytes() == before
+
+
+def test_resume_needs_a_place_and_a_seed():
+    with pytest.raises(ValueError, match="resume=True needs checkpoint="):
+        new_guide().fit([("ab.", "a")], steps=1, resume=True, **QUICK)
+    with pytest.raises(ValueError, match="resume=True needs seed="):
+        new_guide().fit([("ab.", "a")], steps=1, resume=True, checkpoint="x", batch_size=8)
+
+
+def test_nothing_to_resume_is_a_new_run(tmp_path):
+    assert equal(
+        weights(run(tmp_path / "one", steps=3, resume=True)),
+        weights(run(tmp_path / "two", steps=3)),
+    )
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"batchsize": 8}, TypeError, "no option 'batchsize'; did you mean 'batch_size'"),
+        ({"simulate": 0}, ValueError, "simulate=0: it must be an int of at least 1, or math.inf"),
+        ({"simulate": 2, "demonstrations": [None]}, ValueError, "leave out demonstrations="),
+        ({"eval_data": 3}, ValueError, "eval_data=3: a number is for simulate="),
+        ({"eval_every": 0}, ValueError, "eval_every=0"),
+        ({"ppo_clip": 2.0}, ValueError, "ppo_clip=2.0"),
+        ({"near_duplicates": 1.0}, ValueError, "near_duplicates=1.0"),
+        ({"replay_capacity": 0}, ValueError, "replay_capacity=0"),
+        ({"subtb_lambda": 0.0}, ValueError, "subtb_lambda=0.0"),
+        ({"loss": "subtb", "truncations": 0}, ValueError, "truncations=0 has none"),
+    ],
+)
+def test_bad_options(options, error, message):
+    with pytest.raises(error, match=message):
+        new_guide().fit([("ab.", "a")], **({"steps": 1, "progress": False} | options))
+
+
+def test_a_tuned_guide_is_a_proposal_of_shaken_ones():
+    """The figures of a bad guide and a good one differ as they should."""
+    guide = shaken(new_guide(), size=0.5)
+    bad = guide.fit([("ab.", "a")], steps=1, learning_rate=1e-9, **QUICK).history[-1]["elbo"]
+    good = guide.fit([("ab.", "a")], steps=60, **QUICK).history[-1]["elbo"]
+    assert good > bad
