@@ -1,6 +1,7 @@
 """lmppl: probabilistic programming with language models, on Pyro."""
 
 from lmppl._infer import infer
+from lmppl._infer_batch import infer_batch
 from lmppl.diagnostics import Diagnosis, diagnose
 from lmppl.distributions import LMText
 from lmppl.engines import SMC, Engine, Exact, GFlowNet, Importance, register_engine
@@ -34,6 +35,7 @@ __all__ = [
     "chat",
     "diagnose",
     "infer",
+    "infer_batch",
     "lm_sample",
     "profile",
     "register_engine",

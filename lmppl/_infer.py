@@ -59,11 +59,7 @@ def infer(
         TypeError: an option that the engine does not have.
         ZeroEvidenceError: every sample has probability zero; it names the sites that killed them.
     """
-    engine = _engine(method, options)
-    if not callable(model):
-        raise TypeError(f"model must be a function, given {type(model).__name__}")
-    if not isinstance(num_samples, int) or num_samples < 1:
-        raise ValueError(f"num_samples={num_samples!r}: it must be an int of at least 1")
+    engine = prepare(model, method, num_samples, options)
     check_arguments(model, args)
     # Without lm=, sites fall back on lmppl.use, or name their own; one that cannot says so.
     with (
@@ -86,6 +82,18 @@ def infer(
         if measured is not None:
             posterior.profile = measured
         return posterior
+
+
+def prepare(
+    model: Callable[..., Any], method: str | Engine, num_samples: int, options: dict[str, Any]
+) -> Engine:
+    """The engine of a call; raises for what is wrong with it whatever the program's arguments."""
+    engine = _engine(method, options)
+    if not callable(model):
+        raise TypeError(f"model must be a function, given {type(model).__name__}")
+    if not isinstance(num_samples, int) or num_samples < 1:
+        raise ValueError(f"num_samples={num_samples!r}: it must be an int of at least 1")
+    return engine
 
 
 def _engine(method: str | Engine, options: dict[str, Any]) -> Engine:

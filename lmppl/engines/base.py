@@ -12,10 +12,10 @@ from typing import Any, Protocol
 import torch
 
 from lmppl.guides import proposer_factory
-from lmppl.lm.usage import Usage, total_usage
+from lmppl.lm.usage import Usage
 from lmppl.posterior import Posterior
 from lmppl.progress import progress_bar
-from lmppl.runtime import Particle
+from lmppl.runtime import Particle, own_usage
 
 __all__ = ["Engine", "Meter", "finish", "proposer_factory"]
 
@@ -51,7 +51,7 @@ class Meter:
         self._bar = progress_bar(engine, show=progress)
 
     def __enter__(self) -> Meter:
-        self._began, self._usage = time.perf_counter(), total_usage()
+        self._began, self._usage = time.perf_counter(), own_usage()
         self._bar.__enter__()
         return self
 
@@ -70,7 +70,7 @@ class Meter:
             self._callback({"engine": self._engine, **figures})
 
     def info(self) -> dict[str, Any]:
-        usage: Usage = total_usage() - self._usage
+        usage: Usage = own_usage() - self._usage
         return {
             "tokens_sampled": usage.tokens_sampled,
             "tokens_scored": usage.tokens_scored,

@@ -16,19 +16,23 @@ from lmppl.runtime.serving import (
     complete,
     draw,
     fresh_seed,
+    nth_seed,
     settle,
     slot_seeds,
     start,
 )
+from lmppl.runtime.together import Member, advance, own_usage
 from lmppl.runtime.weights import ess, log_mean_exp
 
 __all__ = [
     "Given",
+    "Member",
     "Particle",
     "Proposer",
     "Rejected",
     "ReplayError",
     "Wait",
+    "advance",
     "closing",
     "complete",
     "draw",
@@ -36,6 +40,8 @@ __all__ = [
     "fresh_seed",
     "is_latent",
     "log_mean_exp",
+    "nth_seed",
+    "own_usage",
     "settle",
     "site_log_weight",
     "slot_seeds",

@@ -113,17 +113,24 @@ class Abandoned(BaseException):
 class Coroutine:
     """A function that can be suspended by ``suspend(value)`` and resumed with an answer.
 
+    Args:
+        fn: the function.
+        ambient: the global state that it begins in.
+        stack: the class of the greenlet that it runs on.
+
     Attributes:
         ambient: its global state, while it does not run.
         finished: whether it returned or raised.
         result: what it returned.
     """
 
-    def __init__(self, fn: Callable[[], Any], ambient: Ambient) -> None:
+    def __init__(
+        self, fn: Callable[[], Any], ambient: Ambient, stack: type[greenlet] = greenlet
+    ) -> None:
         self.ambient = ambient
         self.finished = False
         self.result: Any = None
-        self._greenlet = greenlet(fn)
+        self._greenlet = stack(fn)
         self._greenlet.gr_context = copy_context()
 
     def resume(self, answer: Any = None) -> Any:

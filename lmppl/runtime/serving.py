@@ -1,20 +1,21 @@
 """Serve what particles wait for, together.
 
 ``start`` makes particles and runs each to its first wait; ``settle`` scores until nobody waits for
-a score; ``draw`` draws for everyone who waits for a draw. An engine is a loop over these.
+a score; ``draw`` draws for everyone who waits for a draw. An engine is a loop over these. (Whether
+it has the language models to itself is not its business: see ``together``.)
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 
-from lmppl.distributions import draw_texts, score_texts
 from lmppl.runtime.particle import Particle, Proposer
+from lmppl.runtime.together import ask
 
 
 def fresh_seed(seed: int | None) -> int:
@@ -25,6 +26,12 @@ def fresh_seed(seed: int | None) -> int:
 def slot_seeds(seed: int, num: int) -> list[int]:
     """Seeds of ``num`` independent streams."""
     return [int(s) for s in np.random.SeedSequence(seed).generate_state(num, np.uint64)]
+
+
+def nth_seed(seed: int, index: int) -> int:
+    """Seed of the ``index``-th of endlessly many independent streams, below ``2**63``."""
+    stream = np.random.SeedSequence(seed, spawn_key=(index,))
+    return int(stream.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def start(
@@ -50,47 +57,40 @@ def start(
     for slot, each in enumerate(slot_seeds(seed, num)):
         own = None if proposer is None else proposer(slot, each ^ 0x5DEECE66D)
         particles.append(Particle(program, args, seed=each, proposer=own, slot=slot, **options))
-    for particle in particles:
-        particle.resume()
+    try:
+        for particle in particles:
+            particle.resume()
+    except BaseException:
+        with closing(particles):
+            raise
     return particles
 
 
 def settle(particles: Sequence[Particle], *, grad: bool = False) -> None:
     """Answer scores and hidden states, in batched rounds, until all wait for a draw or have ended."""
     while True:
-        scores = [(p, p.waiting) for p in particles if p.waiting and p.waiting.kind == "score"]
-        states = [(p, p.waiting) for p in particles if p.waiting and p.waiting.kind == "hidden"]
-        if not scores and not states:
+        asking = [_waiting(particles, "score"), _waiting(particles, "hidden")]
+        if not any(asking):
             return
-        if scores:
-            answers = score_texts(
-                [wait.fn for _, wait in scores],
-                [wait.value for _, wait in scores if wait.value is not None],
-                [wait.name for _, wait in scores],
-                grad=grad,
-                closing=any(wait.closing for _, wait in scores),
-            )
-            for (particle, _), answer in zip(scores, answers, strict=True):
-                particle.resume(answer)
-        for lm in {id(wait.fn): wait.fn for _, wait in states}.values():
-            members = [(particle, wait) for particle, wait in states if wait.fn is lm]
-            hidden = lm.hidden([wait.prefix for _, wait in members])
-            for (particle, _), state in zip(members, hidden.cpu(), strict=True):
-                particle.resume(state)
+        for members in asking:
+            _serve(members, grad=grad)
 
 
 def draw(particles: Sequence[Particle]) -> None:
     """Draw, in one batched call, for every particle that waits for a draw."""
-    waiting = [p for p in particles if p.waiting is not None and p.waiting.kind == "draw"]
-    waits = [p.waiting for p in waiting if p.waiting is not None]
-    if not waits:
+    _serve(_waiting(particles, "draw"))
+
+
+def _waiting(particles: Sequence[Particle], kind: str) -> list[Particle]:
+    return [p for p in particles if p.waiting is not None and p.waiting.kind == kind]
+
+
+def _serve(particles: Sequence[Particle], *, grad: bool = False) -> None:
+    """Give each what it waits for, which is of one kind."""
+    if not particles:
         return
-    answers = draw_texts(
-        [w.fn for w in waits],
-        [w.uniforms for w in waits if w.uniforms is not None],
-        [w.name for w in waits],
-    )
-    for particle, answer in zip(waiting, answers, strict=True):
+    answers = ask([p.waiting for p in particles if p.waiting is not None], grad=grad)
+    for particle, answer in zip(particles, answers, strict=True):
         particle.resume(answer)
 
 
@@ -102,8 +102,15 @@ def complete(particles: Sequence[Particle]) -> None:
         settle(particles)
 
 
+class _Closes(Protocol):
+    def close(self) -> None: ...
+
+
+_C = TypeVar("_C", bound=_Closes)
+
+
 @contextmanager
-def closing(particles: list[Particle]) -> Iterator[list[Particle]]:
+def closing(particles: list[_C]) -> Iterator[list[_C]]:
     """Ends whatever is still suspended when an engine leaves, also on an exception.
 
     A suspended program must not be left to the garbage collector: its ``finally`` blocks would run

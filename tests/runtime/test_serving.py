@@ -127,3 +127,27 @@ def test_an_error_of_the_model_names_the_site_and_ends_all(lm):
     with pytest.raises(ValueError, match="site 'z'.*NaN"), runtime.closing(particles):
         runtime.complete(particles)
     assert all(particle.finished for particle in particles)
+
+
+def test_a_program_that_fails_at_once_leaves_none_suspended():
+    begun, ended = [], []
+
+    def program():
+        begun.append(len(begun))
+        try:
+            if len(begun) == 3:
+                raise ZeroDivisionError
+            lm_sample("z", "ab", max_tokens=1)
+        finally:
+            ended.append(begun[-1])
+
+    with pytest.raises(ZeroDivisionError):
+        runtime.start(program, (), 4, seed=0)
+    assert len(begun) == len(ended) == 3  # the fourth never began
+
+
+def test_streams_of_seeds_are_independent_of_their_number():
+    seeds = [runtime.nth_seed(5, i) for i in range(100)]
+    assert len(set(seeds)) == 100 and seeds[7] == runtime.nth_seed(5, 7)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert not set(seeds) & {runtime.nth_seed(6, i) for i in range(100)}
