@@ -6,6 +6,7 @@ from lmppl.diagnostics import Diagnosis, diagnose
 from lmppl.distributions import LMText
 from lmppl.engines import SMC, Engine, Exact, GFlowNet, Importance, register_engine
 from lmppl.guides import LMGuide
+from lmppl.guides.learning import learn
 from lmppl.lm import LM
 from lmppl.lm.memory import Memory
 from lmppl.posterior import Posterior, ZeroEvidenceError
@@ -36,6 +37,7 @@ __all__ = [
     "diagnose",
     "infer",
     "infer_batch",
+    "learn",
     "lm_sample",
     "profile",
     "register_engine",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import operator
 from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, Literal
@@ -12,7 +11,7 @@ import torch
 from lmppl import runtime
 from lmppl._infer import infer, prepare
 from lmppl.engines import Engine, GFlowNet
-from lmppl.guides.inputs import check_data, positional
+from lmppl.guides.inputs import check_data, positional, signature_of
 from lmppl.lm import LM
 from lmppl.posterior import Posterior
 from lmppl.primitives import default_lm
@@ -97,7 +96,7 @@ def infer_batch(
         )
     check_data(inputs)
     source = enumerate(inputs)
-    signature = _signature(model)
+    signature = signature_of(model)
     if on_error not in ("raise", "return"):
         raise ValueError(f"on_error={on_error!r}, allowed: 'raise', 'return'")
     if at_once is None:
@@ -179,15 +178,3 @@ def _in_order(
                 yield first.error
     if broken is not None:
         raise broken
-
-
-def _signature(model: Callable[..., Any]) -> inspect.Signature:
-    """What inputs are to fit: all but what ``functools.partial`` or a default has bound by name."""
-    signature = inspect.signature(model)
-    return signature.replace(
-        parameters=[
-            each
-            for each in signature.parameters.values()
-            if each.kind is not each.KEYWORD_ONLY or each.default is each.empty
-        ]
-    )

@@ -70,11 +70,23 @@ def read_inputs(program: Callable[..., Any], data: Iterable[Any]) -> list[Args]:
         ValueError: if there is no item.
     """
     check_data(data)
-    signature = inspect.signature(program)
+    signature = signature_of(program)
     inputs = [positional(signature, item, i) for i, item in enumerate(data)]
     if not inputs:
         raise ValueError("data holds no input: give at least one, [(x, y)]")
     return inputs
+
+
+def signature_of(program: Callable[..., Any]) -> inspect.Signature:
+    """What inputs are to fit: all but what ``functools.partial`` or a default has bound by name."""
+    signature = inspect.signature(program)
+    return signature.replace(
+        parameters=[
+            each
+            for each in signature.parameters.values()
+            if each.kind is not each.KEYWORD_ONLY or each.default is each.empty
+        ]
+    )
 
 
 def check_data(data: Any) -> None:
@@ -88,6 +100,11 @@ def check_data(data: Any) -> None:
 
 def positional(signature: inspect.Signature, item: Any, index: int) -> Args:
     """One item of the data as positional arguments.
+
+    Args:
+        signature: of ``signature_of(program)``.
+        item: a tuple or a dict.
+        index: its number, for messages.
 
     Raises:
         TypeError: if it does not fit the program; says which item.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -10,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lmppl.guides.inputs import Args, Input, positional
+from lmppl.guides.inputs import Args, Input, positional, signature_of
 from lmppl.guides.options import FitOptions
 
 
@@ -110,7 +109,7 @@ def read_stream(
     program: Callable[..., Any], data: Iterable[Any], options: FitOptions
 ) -> Iterator[Input]:
     """The inputs of an iterator, checked one by one as they come."""
-    signature = inspect.signature(program)
+    signature = signature_of(program)
     for index, item in enumerate(data):
         args: Args = positional(signature, item, index)
         yield Input(program, args, index, options)

@@ -1,5 +1,6 @@
 """A run of training from its inputs to its end: streams, evaluations, early stops, checkpoints."""
 
+import functools
 import itertools
 import json
 import math
@@ -85,6 +86,15 @@ def test_rows_of_a_table_are_inputs():
 
     guide = new_guide().fit(Table(), steps=2, **QUICK)
     assert [figures["inputs"] for figures in guide.history] == [2, 2]
+
+
+def test_bound_keywords_are_no_part_of_an_input():
+    def program(x, *, y, tokens=2):
+        z = lm_sample("z", x, max_tokens=tokens, stop=".")
+        lm_sample("y", [x, z], max_tokens=2, obs=y)
+
+    bound = functools.partial(program, y="a")
+    assert len(new_guide(bound).fit([("ab.",), {"x": "ba"}], steps=1, **QUICK).history) == 1
 
 
 # --- simulated inputs ----------------------------------------------------------------------------
