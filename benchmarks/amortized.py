@@ -13,7 +13,7 @@ posterior are bracketed:
     log Z - ELBO <= KL(q || p) <= EUBO - ELBO        KL(p || q) <= EUBO - log Z
 
 with log Z the importance-weighted lower bound. ``sft`` needs far fewer tokens a step: it stops early
-when the ESS on 24 further simulations on the training openings grows no more. An hour on two CPU
+when the ESS on 16 further simulations on the training openings grows no more. An hour on two CPU
 cores; rows that are in the file already are kept.
 """
 
@@ -69,8 +69,8 @@ def main() -> None:
     parser.add_argument("--dtype", default=None)
     parser.add_argument("--pairs", type=int, default=500)
     parser.add_argument("--held-out", type=int, default=50)
-    parser.add_argument("--samples", type=int, default=128, help="for each held-out input")
-    parser.add_argument("--tokens", type=int, default=300_000, help="for each loss")
+    parser.add_argument("--samples", type=int, default=64, help="for each held-out input")
+    parser.add_argument("--tokens", type=int, default=150_000, help="for each loss")
     parser.add_argument("--losses", nargs="+", default=["vargrad", "sft", "wake", "elbo", "ppo"])
     parser.add_argument("--most-steps", type=int, default=300, help="of any loss")
     parser.add_argument("--save", type=Path, help="a folder for the default loss's guide")
