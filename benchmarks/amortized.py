@@ -111,12 +111,9 @@ def main() -> None:
         a_step = (tokens(lm) - first - (first - before)) / CALIBRATION_STEPS
         steps = min(args.most_steps, max(10, round(args.tokens / a_step)))
         guide, began, before = new_guide(), time.perf_counter(), tokens(lm)
-        every = max(1, steps // 4)
-        early = {"patience": 2} if loss == "sft" else {}
-        guide.fit(
-            training, steps=steps, eval_data=24, eval_every=every, eval_samples=64,
-            **common, **early,
-        )  # fmt: skip
+        if loss == "sft":
+            common |= {"eval_data": 16, "eval_every": 25, "eval_samples": 32, "patience": 2}
+        guide.fit(training, steps=steps, **common)
         print(guide.history, guide.notes, flush=True)
         with use(lm):
             found = evaluate(guide, inputs, args.samples, seed=7)
