@@ -85,6 +85,7 @@ class GFlowNet:
                         "far is this exception's .guide"
                     )
                     raise
+                notes += guide.notes
             target = getattr(guide, "tempered_target", None)
             if target is not None:
                 notes.append(f"the guide's own target is tempered (temperature {target:g})")
