@@ -37,6 +37,7 @@ from lmppl.guides.evaluation import evaluate
 from lmppl.guides.options import FitOptions
 
 SEED_OF_OPENINGS = "Here is a sentence from the news:"
+SEED_OF_HELD_OUT = 1_000_003
 CALIBRATION_STEPS = 3
 
 
@@ -95,7 +96,7 @@ def main() -> None:
 
     known = {row["name"] for row in rows}
     with use(lm):
-        pairs = simulations(new_guide(), held_out, seed=1_000_003)
+        pairs = simulations(new_guide(), held_out, seed=SEED_OF_HELD_OUT)
         inputs = list(simulated_inputs(new_guide(), pairs, FitOptions(), len(held_out)))
         for name, guide in (("prior", None), ("untrained guide", new_guide())):
             if name not in known:

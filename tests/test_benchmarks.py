@@ -9,8 +9,10 @@ import sys
 import pytest
 import torch
 
+import lmppl
 from benchmarks import __main__ as command
-from benchmarks import measuring, plots, report, scoring, smc, suite
+from benchmarks import measuring, plots, report, scoring, smc, smc_guide, suite
+from benchmarks.amortized import infill
 from benchmarks.bench import Bench
 from benchmarks.measuring import Local, Timed, in_turns, ratios
 from benchmarks.overhead import Clock
@@ -329,6 +331,37 @@ def test_smc_of_lmppl(bench):
     with pytest.raises(Skipped, match="in memory"):
         smc.run(bench)
     assert smc.eos_strings(bench) == ["<eos>"]
+
+
+def test_smc_with_a_guide(monkeypatch, tmp_path, capsys):
+    lm = tiny_lm(["a ", "b ", "."], seed=37, contrast=1.5)  # the ending says much of the text
+    monkeypatch.setattr(lmppl.LM, "from_pretrained", lambda name, dtype: lm)
+    lines = [" ".join(f"{number:06b}".replace("0", "a").replace("1", "b")) for number in range(6)]
+    (tmp_path / "openings").write_text("\n".join(f"{line} ." for line in lines))
+    out = tmp_path / "rows.json"
+    options = {"pairs": 4, "held-out": 2, "inputs": 1, "seeds": 2, "tokens": 800, "steps": 2}
+    options |= {"openings": tmp_path / "openings", "out": out}
+    argv = [f"--{name}={value}" for name, value in options.items()]
+    monkeypatch.setattr(sys, "argv", ["smc_guide", *argv])
+    smc_guide.main()
+    rows = {row["method"]: row for row in json.loads(out.read_text())}
+    assert list(rows) == list(smc_guide.METHODS)
+    row = rows["prior"]
+    exact = lmppl.infer(infill, row["opening"], row["ending"], lm=lm, method="exact").log_evidence
+    for row in rows.values():
+        assert row["tokens_a_run"] == pytest.approx(800, rel=0.3)
+        assert row["log_mean_z"] == pytest.approx(exact, abs=0.4)
+        assert row["mean_log_z"] <= row["log_mean_z"] and 0 < row["sd_log_z"] < 1
+        assert 0 < row["ess"] <= 1 and len(row["log_z"]) == 2
+    plain = rows["guide, importance"]
+    assert rows["guide"]["log_z"] == pytest.approx(plain["log_z"], abs=1e-9)
+    assert rows["prior"]["particles"] > rows["guide, flow every 4"]["particles"]
+    before = out.read_text()
+    capsys.readouterr()
+    smc_guide.main()
+    assert out.read_text() == before
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + len(rows) and all(line.startswith("|") for line in lines)
 
 
 def test_the_command_line(bench, monkeypatch, tmp_path, capsys):
