@@ -158,13 +158,12 @@ def _records(given: Any, index: int, seed: int) -> list[Record]:
     if given is None:
         return []
     if isinstance(given, Posterior):
+        # Equal draws stay: how often a text comes is its weight. (A buffer keeps one of them.)
         drawn = given.resample(_MOST_DISTILLED, seed=seed % 2**31)
-        records: dict[Any, Record] = {}
-        for trace in drawn.traces:
-            latents = {n: trace.nodes[n]["value"] for n in drawn.latents if n in trace.nodes}
-            record = Record(latents)
-            records.setdefault(record.discrete_key, record)
-        return list(records.values())
+        return [
+            Record({n: trace.nodes[n]["value"] for n in drawn.latents if n in trace.nodes})
+            for trace in drawn.traces
+        ]
     items = [given] if isinstance(given, Mapping) else given
     if isinstance(items, str) or not all(isinstance(item, Mapping) for item in items):
         raise TypeError(

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 _RATE = "samples_per_second"  # computed, not stored
 
 _COLUMNS = ("step", "loss", "log_z", "elbo", "ess", "alive", "length", _RATE)
-_LABELS = {"log_z": "log Z", "elbo": "ELBO", "ess": "ESS", _RATE: "samples/s"}
+_LABELS = {"log_z": "log Z", "elbo": "ELBO", "eubo": "EUBO", "ess": "ESS", _RATE: "samples/s"}
 _HELD_OUT = "eval_"
 
 _PANELS = (
     ("loss",),
-    ("log_z", "elbo", "eval_log_z", "eval_elbo"),
+    ("log_z", "elbo", "eval_log_z", "eval_elbo", "eval_eubo"),
     ("ess", "eval_ess"),
     ("length",),
     (_RATE,),
@@ -295,7 +295,7 @@ def _cell(name: str, figures: dict[str, Any]) -> str:
         return show(value)
     if base in _FRACTIONS:
         return percent(value)
-    if base in ("log_z", "elbo") and abs(value) < 1e6:
+    if base in ("log_z", "elbo", "eubo") and abs(value) < 1e6:
         return f"{value:.2f}"
     if base in ("length", _RATE):
         return f"{value:,.1f}"

@@ -18,7 +18,7 @@ from guide_helpers import shaken
 import lmppl
 from lmppl import lm_sample
 from lmppl.guides.watching import DivergenceGuard, EarlyStopping
-from lmppl.testing import tiny_lm
+from lmppl.testing import tiny_lm, total_variation
 from lmppl.testing.programs import CASES
 
 LM = tiny_lm("ab.", seed=0)
@@ -194,16 +194,22 @@ def test_demonstrations_seed_the_replay_buffer(monkeypatch):
 
 
 def test_smc_particles_can_be_distilled():
-    posterior = lmppl.infer(infill, "ab.", "a", lm=LM, method="smc", num_samples=32, seed=0)
+    """By weight: the guide learns the posterior, not the uniform distribution over its texts."""
+    posterior = lmppl.infer(infill, "ab.", "a", lm=LM, method="smc", num_samples=200, seed=0)
     guide = new_guide().fit(
         [("ab.", "a")],
-        steps=20,
+        steps=60,
         loss="sft",
         demonstrations=[posterior],
-        learning_rate=0.02,
-        **QUICK,
+        **(QUICK | {"batch_size": 64}),
     )
-    assert guide.history[-1]["loss"] < guide.history[0]["loss"]
+    drawn = lmppl.infer(
+        infill, "ab.", "a", lm=LM, method="gflownet", guide=guide, num_samples=400, seed=0,
+        correct=False,
+    )  # fmt: skip
+    assert total_variation(posterior.probs("z"), drawn.probs("z")) < 0.15
+    uniform = {z: 1 / len(posterior.probs("z")) for z in posterior.probs("z")}
+    assert total_variation(posterior.probs("z"), uniform) > 0.3
 
 
 @pytest.mark.parametrize(
@@ -456,7 +462,7 @@ SCRIPT = """
     import sys, time
     import lmppl
     from lmppl import lm_sample
-    from lmppl.testing import tiny_lm
+    from lmppl.testing import tiny_lm, total_variation
     import torch
     torch.set_num_threads(1)
 
