@@ -64,7 +64,7 @@ class Sample:
         """log-density (nats) of the latents that the guide, whose scores these are, has not: they
         are drawn from the model, so their density in q is the model's."""
         latents = self.particle.latents.items()
-        return sum(
+        return math.fsum(
             float(node["unscaled_log_prob"].sum()) for name, node in latents if name not in scores
         )
 

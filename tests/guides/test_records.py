@@ -140,7 +140,7 @@ def test_values_that_a_site_cannot_have(values, message):
 
 
 def test_whole_numbers_of_a_user_are_what_the_site_holds():
-    def program(x):
+    def program(x, *_):
         k = pyro.sample("k", dist.Bernoulli(0.3))
         n = pyro.sample("n", dist.Categorical(torch.ones(3) / 3))
         lm_sample("z", "a" if k else x, max_tokens=2, stop=".")
