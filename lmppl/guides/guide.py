@@ -171,7 +171,8 @@ class LMGuide:
         """
         if self.program is None:
             return score_draws(self, list(proposers), grad=grad)
-        return score_program(self.program, proposers, grad=grad)
+        check = self._trainables.check if grad else None
+        return score_program(self.program, proposers, grad=grad, check=check)
 
     # --- parameters ------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from lmppl import runtime
+from lmppl.guides.data import check_simulated
 from lmppl.guides.history import History
 from lmppl.guides.inputs import Input, read_inputs
 from lmppl.guides.options import FitOptions
@@ -86,6 +87,7 @@ def learn(
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}={value!r}: it must be an int of at least 1")
     if method == "wake-sleep":
+        check_simulated(guide)
         options.setdefault("loss", "sft")
     settings = FitOptions.of(options)
     seed = runtime.fresh_seed(seed)
@@ -97,6 +99,7 @@ def learn(
         ]
         learner = _Learner(guide, inputs[0], settings, model_learning_rate)
         guide.strict_prompts = len(inputs) > 1
+        guide.tempered_target = settings.tempered_target
         guide.prepare(inputs[0].args)
         source: Source = Collection(inputs, generator)
         dreams = (
@@ -110,7 +113,7 @@ def learn(
                 for k in range(guide_steps):
                     figures = trainer.step(number * guide_steps + k) or figures
                 members = source.next(settings.inputs_per_step)
-                found = learner.step(members, num_samples, seed + number)
+                found = learner.step(members, num_samples, runtime.nth_seed(seed, number))
                 for each in inputs:
                     each.rescore()
                 history.append({"step": number, **figures, **found})
@@ -216,6 +219,7 @@ class _Learner:
             runs.append(run)
         with runtime.closing(runs):
             runtime.settle(runs, grad=True)
+            self._trainables.check(runs)
         return [torch.stack([n["log_prob_sum"] for n in run.sites.values()]).sum() for run in runs]
 
     def _update(self, loss: torch.Tensor) -> None:

@@ -1,6 +1,7 @@
 """Learning the program's parameters, against the evidence by enumeration."""
 
 import math
+import sys
 
 import pyro
 import pyro.distributions as dist
@@ -183,3 +184,22 @@ def test_a_guide_and_a_model_that_share_parameters():
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         learn(lmppl.LMGuide(labelled, lm=LM), DATA, 1, **options)
+
+
+def test_the_m_step_has_draws_of_its_own(monkeypatch):
+    """Not the numbers that the guide has just learned from."""
+    from lmppl import runtime
+
+    seeds = {"_start": set(), "_draw": set()}
+    original = runtime.start
+
+    def start(*args, seed, **options):
+        caller = sys._getframe(1).f_code.co_name
+        seeds.get(caller, set()).add(seed)
+        return original(*args, seed=seed, **options)
+
+    monkeypatch.setattr(runtime, "start", start)
+    guide = lmppl.LMGuide(labelled, lm=LM)
+    learn(guide, DATA[:2], steps=3, seed=0, batch_size=8, reward_temperature=(1.0, 2.0))
+    assert seeds["_start"] and seeds["_draw"] and not seeds["_start"] & seeds["_draw"]
+    assert guide.tempered_target == 2.0
