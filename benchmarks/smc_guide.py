@@ -18,7 +18,7 @@ log Z-hat to be below it, by about half the variance. A method with a large devi
 most of its runs miss what holds the mass, and then the mean over the seeds does too. Deviations are
 themselves uncertain by a sixth with 20 seeds. ESS is of the last weights: after resampling within the
 text, copies count as if they were draws. Rows that are in the file already are kept; without
-``--guide`` one is trained first. An hour or so on a CPU core.
+``--guide`` one is trained first. By default 4 million tokens in all: some hours on a CPU core.
 """
 
 from __future__ import annotations
