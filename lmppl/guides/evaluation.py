@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from lmppl import runtime
-from lmppl.guides.inputs import Input
-from lmppl.guides.scoring import score_latents
+from lmppl.guides.inputs import Input, observe
+from lmppl.guides.scoring import score_traces
 from lmppl.runtime import Proposer
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ def evaluate(
         ``eval_eubo``, the mean of log R - log q over their exact posterior draws: an upper bound, so
         that KL(q || p) is below ``eval_eubo - eval_elbo`` and above ``eval_log_z - eval_elbo``.
     """
+    if guide is not None:
+        observe(guide, inputs)
     seeds = runtime.slot_seeds(seed, len(inputs))
     at_once = max(1, _MOST_PARTICLES // num_samples)
     rows = []
@@ -58,21 +60,24 @@ def evaluate(
         "eval_alive": _mean([len(u) / num_samples for u in live]),
     }
     if all(each.exact for each in inputs):
-        figures["eval_eubo"] = _mean([_exact_u(guide, each) for each in inputs])
+        figures["eval_eubo"] = _eubo(guide, inputs)
     return figures
 
 
 def _proposer(guide: LMGuide | None, each: Input) -> Callable[[int, int], Proposer] | None:
     if guide is None:
         return None
-    if each.observations is None:
-        each.observations = guide.observations(each.args, each.program)
     return guide.proposer_factory(each.args, observations=each.observations)
 
 
-def _exact_u(guide: LMGuide | None, each: Input) -> float:
-    """Mean of log R - log q over the exact posterior draws of a simulated input."""
-    scores = score_latents(guide, each.program, each.args, [record.values for record in each.given])
+def _eubo(guide: LMGuide | None, inputs: Sequence[Input]) -> float:
+    """Mean of log R - log q over the exact posterior draws of simulated inputs."""
+    pairs = [(each, record) for each in inputs for record in each.given]
+    scores = score_traces(
+        guide,
+        [(each.program, each.args, record.values) for each, record in pairs],
+        [each.observations or {} for each, _ in pairs],
+    )
     return float((scores.log_joint - scores.log_q).mean())
 
 

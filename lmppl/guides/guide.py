@@ -152,11 +152,16 @@ class LMGuide:
             args: the program's arguments.
             model: the program, where it observes more than ``self.model`` (a simulated input).
         """
+        return self.observations_of([(model or self.model, args)])[0]
+
+    def observations_of(
+        self, inputs: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]]
+    ) -> list[Observations]:
+        """The same of many inputs, pairs of program and arguments, in one batch of runs."""
         if self.program is not None:
-            return {}
+            return [{} for _ in inputs]
         return find_observations(
-            model or self.model,
-            args,
+            inputs,
             self.base.vocabulary,
             self.condition_on,
             strict=self.strict_prompts or self.condition_on != "all",

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lmppl.guides.options import FitOptions
 from lmppl.guides.prompts import Observations
 from lmppl.guides.records import Record
 from lmppl.guides.replay import ReplayBuffer
+
+if TYPE_CHECKING:
+    from lmppl.guides.guide import LMGuide
 
 Args = tuple[Any, ...]
 
@@ -58,6 +61,15 @@ class Input:
         self.buffer.records = [record.forgotten() for record in self.buffer.records]
         self.given = [record.forgotten() for record in self.given]
         self.stock.clear()  # drawn from the model as it was
+
+
+def observe(guide: LMGuide, inputs: Sequence[Input]) -> None:
+    """Find what the guide reads of inputs for which that is not known yet."""
+    new = [each for each in inputs if each.observations is None]
+    if new:
+        found = guide.observations_of([(each.program, each.args) for each in new])
+        for each, observations in zip(new, found, strict=True):
+            each.observations = observations
 
 
 def read_inputs(program: Callable[..., Any], data: Iterable[Any]) -> list[Args]:

@@ -22,7 +22,7 @@ import torch
 from lmppl import runtime
 from lmppl.guides.data import check_simulated
 from lmppl.guides.history import History
-from lmppl.guides.inputs import Input, read_inputs
+from lmppl.guides.inputs import Input, observe, read_inputs
 from lmppl.guides.options import FitOptions
 from lmppl.guides.records import Record, record_of
 from lmppl.guides.simulation import simulate
@@ -198,10 +198,9 @@ class _Learner:
     ) -> list[list[tuple[Record, float]]]:
         """Draws of the guide for each input, with their log-weights (nats)."""
         seeds = runtime.slot_seeds(seed, len(members))
+        observe(self._guide, members)
         with runtime.closing([]) as particles:
             for each, own in zip(members, seeds, strict=True):
-                if each.observations is None:
-                    each.observations = self._guide.observations(each.args)
                 factory = self._guide.proposer_factory(each.args, observations=each.observations)
                 particles += runtime.start(each.program, each.args, num, seed=own, proposer=factory)
             runtime.complete(particles)

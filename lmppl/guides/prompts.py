@@ -94,7 +94,7 @@ def _observations_of(
         return {}
     shown = {name: _show(name, node, vocabulary) for name, node in found.items()}
     hidden = [name for name, ids in shown.items() if ids is None]
-    written = inspect.unwrap(program)  # each simulated input has a program around it
+    written = inspect.unwrap(particles[0].program)  # each simulated input has a program around it
     if hidden and strict and (written, hidden[0]) not in _warned:
         _warned.add((written, hidden[0]))
         warnings.warn(
@@ -105,3 +105,103 @@ def _observations_of(
     return {name: ids for name, ids in shown.items() if ids}
 
 
+def _is_prompted(particle: runtime.Particle) -> bool:
+    """Whether the user gave a prompt for each latent text of a run."""
+    return all(
+        node["infer"].get("guide_prompt") is not None
+        for node in particle.latents.values()
+        if isinstance(node["fn"], LMText)
+    )
+
+
+def is_observation(node: Any) -> bool:
+    """Whether a site is data: observed, and no factor, tool or deterministic value."""
+    return (
+        node["is_observed"]
+        and not site_is_factor(node)
+        and not node["infer"].get("_deterministic")
+        and not isinstance(node["fn"], ToolCall)
+    )
+
+
+def _same_value(first: Any, second: Any) -> bool:
+    one, two = first["value"], second["value"]
+    return one.shape == two.shape and bool((one == two).all())
+
+
+_warned: set[tuple[Any, str]] = set()
+
+
+def _show(name: str, node: Any, vocabulary: Vocabulary) -> tuple[int, ...] | None:
+    """The tokens of an observation: a text as it is, anything else as ``name = value``.
+
+    None where the vocabulary has not its characters.
+    """
+    fn, value = node["fn"], node["value"]
+    if isinstance(fn, LMText) and not fn.batch_shape and fn.lm.vocabulary.same_as(vocabulary):
+        return tuple(t for t in fn.token_ids(value) if t not in vocabulary.eos_ids)
+    return _encode(
+        str(fn.text(value)) if isinstance(fn, LMText) else f"{name} = {value.tolist()}", vocabulary
+    )
+
+
+@lru_cache(maxsize=256)  # a tokenizer's refusal takes milliseconds, and is not remembered there
+def _encode(text: str, vocabulary: Vocabulary) -> tuple[int, ...] | None:
+    try:
+        return vocabulary.encode(text)
+    except ValueError:
+        return None
+
+
+def guide_prompt(site: Any, trace: Trace, observations: Observations) -> tuple[int, ...]:
+    """The tokens after which the automatic guide draws a latent text.
+
+    Args:
+        site: the latent site's Pyro message.
+        trace: the run so far.
+        observations: of the input; those that the run has passed already are left out.
+    """
+    fn: LMText = site["fn"]
+    vocabulary = fn.lm.vocabulary
+    own = site["infer"].get("guide_prompt")
+    if own is not None:
+        return fn.lm.encode(own, name=site["name"])
+    newline = _encode("\n", vocabulary) or ()
+    later = [ids for name, ids in observations.items() if name not in trace.nodes]
+    lines = tuple(token for ids in later for token in (*ids, *newline))
+    eos = vocabulary.eos_id
+    head = () if eos is None else _marks(trace, fn.prefix_ids, eos)
+    bos = vocabulary.bos_ids
+    if bos and fn.prefix_ids[: len(bos)] == bos:
+        return (*bos, *head, *lines, *fn.prefix_ids[len(bos) :])
+    return (*head, *lines, *fn.prefix_ids)
+
+
+def _marks(trace: Trace, prefix_ids: tuple[int, ...], eos: int) -> tuple[int, ...]:
+    """What stands in front, for each latent text that the run has drawn: EOS; and if it ended by
+    EOS, another one, with the text between them where it is the end of the prefix.
+
+    A text that ended by EOS leaves no mark of its end in a later prefix. So the prompt of a second
+    site can be that of the middle of the first; and with ``[x, z]`` as the prefix of w, "a" then
+    "b" is z = "ab", or z = "a" and the beginning of w, or w alone. The model answers all of them
+    alike; the posterior does not. The marks tell them apart, and mean no more to the untrained
+    model than that other documents came before.
+    """
+    marks: list[int] = []
+    for node in trace.nodes.values():
+        fn = node.get("fn")
+        if node["type"] != "sample" or not isinstance(fn, LMText) or not is_latent(node):
+            continue
+        if len(marks) >= _MOST_MARKS:
+            break
+        marks.append(eos)
+        if fn.batch_shape:
+            continue
+        *ids, last = fn.token_ids(node["value"])
+        if last in fn.lm.vocabulary.eos_ids:
+            adjoins = ids and prefix_ids[-len(ids) :] == tuple(ids)
+            marks += [*ids, eos] if adjoins else [eos]
+    return tuple(marks)
+
+
+_MOST_MARKS = 16

@@ -104,7 +104,8 @@ def _own_terms(scored: Scored | None) -> Scored | None:
 class Recaller(Proposer, Protocol):
     """A proposer that can also be told what it drew."""
 
-    draws: dict[str, Any]
+    @property
+    def draws(self) -> Mapping[str, Any]: ...
 
     def recall(
         self, site: Any, trace: Trace, value: torch.Tensor, features: torch.Tensor | None

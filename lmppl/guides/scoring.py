@@ -12,7 +12,8 @@ import torch
 from lmppl import runtime
 from lmppl.guides.guide import LMGuide
 from lmppl.guides.program import PriorProposer, score_program
-from lmppl.guides.records import Recaller, Record, Value, revive
+from lmppl.guides.prompts import Observations
+from lmppl.guides.records import Record, Value, revive
 from lmppl.runtime import Particle
 
 
@@ -33,6 +34,10 @@ class LatentScores:
     log_q: torch.Tensor
 
 
+Trace = tuple[Callable[..., Any], tuple[Any, ...], Mapping[str, Value]]
+"""A program, its arguments, and a value for every latent site."""
+
+
 def score_latents(
     guide: Any,
     model: Callable[..., Any],
@@ -41,29 +46,58 @@ def score_latents(
     *,
     what: str = "latents",
 ) -> LatentScores:
-    """Score traces under a program and a guide; sites use the language model of ``lmppl.use``.
+    """Score traces of one input under a program and a guide; see ``score_traces``."""
+    observations: list[Observations] = []
+    if isinstance(guide, LMGuide):
+        observations = [guide.observations(args, model)] * len(latents)
+    traces = [(model, args, each) for each in latents]
+    return score_traces(guide, traces, observations, what=what)
+
+
+def score_traces(
+    guide: Any,
+    traces: Sequence[Trace],
+    observations: Sequence[Observations] = (),
+    *,
+    what: str = "latents",
+) -> LatentScores:
+    """Score traces of any inputs together; sites use the language model of ``lmppl.use``.
 
     Args:
-        guide: a ``LMGuide``, a guide program, or None: the program's prior.
-        model: the program.
-        args: its arguments.
-        latents: of each trace, a value for every latent site. A trace that a hard condition rejects
-            is scored up to there.
+        guide: a ``LMGuide``, a guide program, or None: the programs' priors.
+        traces: N of them. One that a hard condition rejects is scored up to there.
+        observations: for a ``LMGuide``: what it reads of each trace's input.
         what: they are, for messages.
 
     Raises:
         ValueError: if they are not the latents of the program; says which and why.
     """
-    make, score = _recaller(guide, model, args)
-    proposers = [make() for _ in latents]
+    proposers: list[Any]
+    if isinstance(guide, LMGuide):
+        for (_, args, _), seen in zip(traces[:1], observations, strict=False):
+            guide.proposer_factory(args, observations=seen)  # a loaded one finds its parameters
+        proposers = [
+            guide.recaller(args, seen)
+            for (_, args, _), seen in zip(traces, observations, strict=True)
+        ]
+    else:
+        proposers = [PriorProposer(guide or program, args) for program, args, _ in traces]
     with torch.no_grad():
         runs = [
-            revive(Record(each), model, args, proposer, what=f"{what}[{i}]", complete=True, slot=i)
-            for i, (each, proposer) in enumerate(zip(latents, proposers, strict=True))
+            revive(
+                Record(latents), program, args, proposer, what=f"{what}[{i}]", complete=True, slot=i
+            )
+            for i, ((program, args, latents), proposer) in enumerate(
+                zip(traces, proposers, strict=True)
+            )
         ]
         with runtime.closing(runs):
             runtime.settle(runs)
-        scores = score(proposers)
+        scores: list[Any] = [{} for _ in traces]
+        if isinstance(guide, LMGuide):
+            scores = guide.score(proposers, grad=False)
+        elif guide is not None:
+            scores = score_program(guide, proposers, grad=False)
     log_prior, log_q = [], []
     for run, own in zip(runs, scores, strict=True):
         terms = {n: float(node["unscaled_log_prob"].sum()) for n, node in run.latents.items()}
@@ -75,23 +109,4 @@ def score_latents(
         torch.tensor([run.log_joint for run in runs], dtype=torch.float64),
         torch.tensor(log_prior, dtype=torch.float64),
         torch.tensor(log_q, dtype=torch.float64),
-    )
-
-
-def _recaller(
-    guide: Any, model: Callable[..., Any], args: tuple[Any, ...]
-) -> tuple[Callable[[], Recaller], Callable[[list[Any]], list[Any]]]:
-    """What makes the proposers that remember a trace, and what scores these."""
-    if guide is None:
-        return lambda: PriorProposer(model, args), lambda proposers: [{} for _ in proposers]
-    if not isinstance(guide, LMGuide):
-        return (
-            lambda: PriorProposer(guide, args),
-            lambda proposers: score_program(guide, proposers, grad=False),
-        )
-    observations = guide.observations(args, model)
-    guide.proposer_factory(args, observations=observations)  # a loaded one finds its parameters
-    return (
-        lambda: guide.recaller(args, observations),
-        lambda proposers: guide.score(proposers, grad=False),
     )

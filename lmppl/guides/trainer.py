@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lmppl import runtime
-from lmppl.guides.inputs import Input
+from lmppl.guides.inputs import Input, observe
 from lmppl.guides.losses import Batch, LogZ, loss_of, prompt_state
 from lmppl.guides.options import FitOptions
 from lmppl.guides.records import Record, revive
@@ -43,7 +43,7 @@ _LOG_Z_RATE = 25.0
 """Of a learned log Z, which is far from its start and has few gradients."""
 
 _PRIOR_STOCK = 8
-"""For how many steps traces of the program itself are drawn at a time."""
+"""For how many steps of an input traces of the program itself are drawn at a time, at most."""
 
 _TRIAL_STEPS = 8
 _FEWEST_TRUNCATIONS = 0.05
@@ -143,6 +143,14 @@ class Trainer:
             return options.batch_size
         return min(options.inputs_per_step, options.batch_size // 2)
 
+    @property
+    def _stocked_steps(self) -> int:
+        """For how many of an input's steps its traces of the program are drawn at a time."""
+        if self.source.num_inputs == 0:
+            return 1  # it comes once
+        visits = self.steps * min(self._num_inputs, self.source.num_inputs)
+        return max(1, min(_PRIOR_STOCK, visits // self.source.num_inputs))
+
     # --- drawing ---------------------------------------------------------------------------------
 
     def _sample(self, members: Sequence[Input], number: int) -> list[list[Sample]]:
@@ -155,11 +163,10 @@ class Trainer:
         redrawn = seeds[3 * len(members) :]  # of what a record leaves open
         runs: list[tuple[int, Origin, runtime.Particle, Record | None]] = []
         mixed = options.kind.draws == "mixture"
+        observe(self.guide, members)
         with runtime.closing([]) as started:
             for k, each in enumerate(members):
                 each.visits += 1
-                if each.observations is None:
-                    each.observations = self.guide.observations(each.args, each.program)
                 given = self._given(each, share)
                 recalled: list[tuple[Origin, Record]] = [("given", record) for record in given]
                 tempered = prior = policy = 0
@@ -174,9 +181,7 @@ class Trainer:
                 elif options.kind.draws == "guide":
                     policy = max(2, share - len(given))
                 # They do not depend on the guide, and a model decodes many for the price of few.
-                stock = _PRIOR_STOCK * prior if len(each.stock) < prior else 0
-                if self.source.num_inputs == 0:
-                    stock = prior
+                stock = self._stocked_steps * prior if len(each.stock) < prior else 0
                 policies: list[tuple[Origin, int, float, int]] = [
                     ("guide", policy, 1.0, seeds[3 * k]),
                     ("tempered", tempered, heat, seeds[3 * k + 1]),

@@ -26,7 +26,19 @@ def ids(text, lm=LM):
 
 def observed(program, *args, lm=LM, condition_on="all", strict=True):
     with lmppl.use(lm):
-        return dict(find_observations(program, args, lm.vocabulary, condition_on, strict=strict))
+        (found,) = find_observations([(program, args)], lm.vocabulary, condition_on, strict=strict)
+        return dict(found)
+
+
+def test_many_inputs_are_observed_in_one_batch():
+    """Each as on its own, simulated ones with a program of their own, in as many calls as one."""
+    inputs = [(infill, ("a", y)) for y in ("b", "ab", "ba")]
+    with lmppl.use(LM):
+        drawn = LM.tokens_sampled
+        together = find_observations(inputs, LM.vocabulary, "all", strict=True)
+        per_input = (LM.tokens_sampled - drawn) / 3
+    assert together == [observed(*each[:1], *each[1]) for each in inputs]
+    assert per_input <= 2 * 2
 
 
 def prompts(program, *args, lm=LM, condition_on="all"):

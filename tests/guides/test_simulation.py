@@ -207,9 +207,8 @@ def test_the_guides_search_for_observations_finds_the_simulated_ones():
     vocabulary = LM.vocabulary
     for each in run(infill, ("ab.", "a."), 3):
         with lmppl.use(LM):
-            found = find_observations(
-                each.program(infill), ("ab.", "a."), vocabulary, "all", strict=True
-            )
+            program = each.program(infill)
+            (found,) = find_observations([(program, ("ab.", "a."))], vocabulary, "all", strict=True)
         ids = each.observations["y"].token_ids
         assert found == {"y": tuple(t for t in ids if t != vocabulary.eos_id)} or not ids[1:]
 
