@@ -80,6 +80,11 @@ def read_data(
 
 
 def _check_loss(options: FitOptions, *, has_latents: bool) -> None:
+    if options.kind.draws == "guide" and has_latents:
+        raise ValueError(
+            f"loss={options.loss!r} learns from the guide's own draws only, so demonstrations= have "
+            "no use: 'vargrad', 'tb' and 'subtb' learn from them too, 'sft' from nothing else"
+        )
     if options.kind.draws == "given" and not has_latents:
         raise ValueError(
             f"loss={options.loss!r} is maximum likelihood on latents that are known: give "
@@ -97,6 +102,7 @@ def _simulated_inputs(
     seed: int,
     generator: torch.Generator,
 ) -> tuple[Source, list[Input], Input]:
+    check_simulated(guide)
     if not (number == math.inf or (isinstance(number, int) and number >= 1)):
         raise ValueError(f"simulate={number!r}: it must be an int of at least 1, or math.inf")
     args_of = read_inputs(guide.model, [()] if data is None else data)
@@ -114,6 +120,15 @@ def _simulated_inputs(
         return source, held_out, example
     inputs = list(simulated_inputs(guide, pairs, options, int(number)))
     return Collection(inputs, generator), held_out, inputs[0]
+
+
+def check_simulated(guide: LMGuide) -> None:
+    """Raises ``ValueError`` for a guide that would not see what is simulated."""
+    if guide.program is not None:
+        raise ValueError(
+            "a guide program reads its arguments, which do not hold the simulated observations: "
+            "give data, or use the automatic guide (it reads what the program's sites observe)"
+        )
 
 
 def simulations(guide: LMGuide, args_of: Sequence[Args], seed: int) -> simulation.Stream:

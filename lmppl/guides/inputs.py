@@ -31,6 +31,7 @@ class Input:
         observations: what the guide reads of it, once that was found.
         features: what the network of a learned log Z reads of it, once that was found.
         visits: how many steps have used it.
+        alive: whether any trace of it had a positive probability.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Input:
         self.observations: Observations | None = None
         self.features: Any = None
         self.visits = 0
+        self.alive = False
 
     def rescore(self) -> None:
         """The model has changed: forget what was found out about stored traces."""

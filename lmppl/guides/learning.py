@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from lmppl import runtime
+from lmppl.guides.data import check_simulated
 from lmppl.guides.history import History
 from lmppl.guides.inputs import Input, read_inputs
 from lmppl.guides.options import FitOptions
@@ -86,6 +87,7 @@ def learn(
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}={value!r}: it must be an int of at least 1")
     if method == "wake-sleep":
+        check_simulated(guide)
         options.setdefault("loss", "sft")
     settings = FitOptions.of(options)
     seed = runtime.fresh_seed(seed)
@@ -97,6 +99,7 @@ def learn(
         ]
         learner = _Learner(guide, inputs[0], settings, model_learning_rate)
         guide.strict_prompts = len(inputs) > 1
+        guide.tempered_target = settings.tempered_target
         guide.prepare(inputs[0].args)
         source: Source = Collection(inputs, generator)
         dreams = (
@@ -110,7 +113,7 @@ def learn(
                 for k in range(guide_steps):
                     figures = trainer.step(number * guide_steps + k) or figures
                 members = source.next(settings.inputs_per_step)
-                found = learner.step(members, num_samples, seed + number)
+                found = learner.step(members, num_samples, runtime.nth_seed(seed, number))
                 for each in inputs:
                     each.rescore()
                 history.append({"step": number, **figures, **found})
@@ -156,10 +159,19 @@ class _Learner:
                 "the program and its guide train the same parameters: give the guide an adapter of "
                 "its own"
             )
-        for lm in self._trainables.adapters:
-            lm.memory = options.memory(lm.memory)
         rate = options.rate(guide.base.hidden_size) if rate is None else rate
         self._optimizer = torch.optim.AdamW(self._parameters, lr=rate, weight_decay=0.0)
+        self._adopt()
+
+    def _adopt(self) -> None:
+        """Some inputs and branches may have parameters that the first runs did not use."""
+        for lm in self._trainables.adapters:
+            lm.memory = self._options.memory(lm.memory)
+        known = {id(p) for p in self._parameters}
+        new = [p for p in self._trainables.named_parameters().values() if id(p) not in known]
+        if new:
+            self._optimizer.add_param_group({"params": new})
+            self._parameters += new
 
     def step(self, members: Sequence[Input], num: int, seed: int) -> dict[str, float]:
         """Raise the likelihood of some inputs' observations. Returns its figures."""
@@ -216,9 +228,11 @@ class _Learner:
             runs.append(run)
         with runtime.closing(runs):
             runtime.settle(runs, grad=True)
+            self._trainables.add(runs)
         return [torch.stack([n["log_prob_sum"] for n in run.sites.values()]).sum() for run in runs]
 
     def _update(self, loss: torch.Tensor) -> None:
+        self._adopt()
         self._optimizer.zero_grad(set_to_none=True)
         if bool(torch.isfinite(loss)):
             loss.backward()

@@ -49,8 +49,20 @@ class Batch:
         scores: dict[int, dict[str, SiteScore]],
         old_log_q: torch.Tensor | None = None,
     ) -> Batch:
-        """From scores by the samples' ``id``."""
-        log_q = torch.stack([_total(scores[id(sample)]) for sample in samples])
+        """From scores by the samples' ``id``.
+
+        Raises:
+            ValueError: if the guide draws no latent of a live trace, or cannot draw one of them.
+        """
+        # (A dead trace may have ended before its first latent.)
+        own = [scores[id(sample)] for sample in samples]
+        if not any(own) and any(sample.log_r > -math.inf for sample in samples):
+            raise ValueError("the guide has proposed no latent site of the program")
+        totals = [_total(sample, score) for sample, score in zip(samples, own, strict=True)]
+        home = next((total for total in totals if total.requires_grad), totals[0])
+        log_q = torch.stack([total.to(home) for total in totals])
+        if bool((log_q.detach() == -math.inf).any()):
+            _check_support(samples, scores)
         complete = log_q.detach()
         cut_q = [t.log_q(scores[id(t.sample)]) for t in truncations]
         log_r = [*(s.log_r for s in samples), *(t.log_r for t in truncations)]
@@ -201,9 +213,24 @@ def _log_prior(sample: Sample) -> float:
     return sum(float(node["unscaled_log_prob"].sum()) for node in sample.particle.latents.values())
 
 
-def _total(scores: dict[str, SiteScore]) -> torch.Tensor:
+def _check_support(samples: Sequence[Sample], scores: dict[int, dict[str, SiteScore]]) -> None:
+    """Raises for a live trace to which the guide gives no density."""
+    for sample in samples:
+        for name, (score, _) in scores[id(sample)].items():
+            if sample.log_r > -math.inf and float(score.detach()) == -math.inf:
+                node = sample.particle.sites[name]
+                is_text = isinstance(node["fn"], LMText)
+                value = str(node["fn"].text(node["value"])) if is_text else node["value"].tolist()
+                raise ValueError(
+                    f"site '{name}': the guide gives probability zero to {value!r}, which the "
+                    "program can draw: give both the same support (stop, max_tokens, choices). Or "
+                    "train with loss='elbo', which learns from the guide's own draws only"
+                )
+
+
+def _total(sample: Sample, scores: dict[str, SiteScore]) -> torch.Tensor:
     """log q of a whole trace (0-d, nats)."""
-    if not scores:
-        raise ValueError("the guide has proposed no latent site of the program")
-    terms = [score for score, _ in scores.values()]
-    return torch.stack([term.to(terms[0].device) for term in terms]).sum()
+    left = torch.tensor(sample.left_to_model(scores))
+    terms = [score for score, _ in scores.values()] or [left]
+    total = torch.stack([term.to(terms[0].device) for term in terms]).sum()
+    return total + left.to(total) if scores else total

@@ -21,26 +21,22 @@ class LossKind:
         draws: ``"mixture"``: traces of any behaviour policy; ``"guide"``: the guide's own draws
             only; ``"given"``: latents that the user gave or that were simulated, and no draws.
         truncations: whether it uses them.
-        alive: whether traces with R = 0 need the term of their own (``objectives.alive``).
-        targets_posterior: whether the posterior is its optimum.
         repeats: whether the same draws serve for several updates.
     """
 
     draws: Literal["mixture", "guide", "given"]
     truncations: bool = False
-    alive: bool = False
-    targets_posterior: bool = True
     repeats: bool = False
 
 
 LOSSES: dict[str, LossKind] = {
-    "vargrad": LossKind("mixture", truncations=True, alive=True),
-    "tb": LossKind("mixture", truncations=True, alive=True),
-    "subtb": LossKind("mixture", truncations=True, alive=True),
-    "elbo": LossKind("guide", alive=True),
+    "vargrad": LossKind("mixture", truncations=True),
+    "tb": LossKind("mixture", truncations=True),
+    "subtb": LossKind("mixture", truncations=True),
+    "elbo": LossKind("guide"),
     "wake": LossKind("guide"),
-    "sft": LossKind("given", targets_posterior=False),
-    "ppo": LossKind("guide", targets_posterior=False, repeats=True),
+    "sft": LossKind("given"),
+    "ppo": LossKind("guide", repeats=True),
 }
 
 
@@ -144,6 +140,10 @@ class FitOptions:
             raise ValueError(
                 f"ppo_updates={self.ppo_updates}, ppo_clip={self.ppo_clip}, ppo_kl={self.ppo_kl}: "
                 "at least one update, a clip between 0 and 1, a penalty that is not negative"
+            )
+        if not (self.huber > 0 and self.max_grad_norm > 0):
+            raise ValueError(
+                f"huber={self.huber}, max_grad_norm={self.max_grad_norm}: they must be positive"
             )
         self.memory(Memory())  # checks training_tokens
         if min(self.reward_temperature) < 1.0:

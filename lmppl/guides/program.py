@@ -16,14 +16,22 @@ from pyro.poutine.trace_struct import Trace
 from lmppl import runtime
 from lmppl.distributions import LMText
 from lmppl.guides.automatic import SiteScore
+from lmppl.lm.requests import Scored
 from lmppl.runtime import Given, Particle, Proposer, is_latent, suspend
 
 
 class ProgramProposer:
-    """Proposes what one run of a guide program draws."""
+    """Proposes what one run of a guide program draws.
+
+    Attributes:
+        fns: the model's distributions of the latent sites to which it came.
+        finished: whether the model ran to its end: no hard condition stopped it.
+    """
 
     def __init__(self, run: Particle) -> None:
         self.run = run
+        self.fns: dict[str, Any] = {}
+        self.finished = False
         self._began = False
 
     @classmethod
@@ -44,6 +52,7 @@ class ProgramProposer:
 
     def propose(self, site: Any, trace: Trace) -> Given | None:
         name = site["name"]
+        self.fns[name] = site["fn"]
         self._advance(lambda: name in self.run.trace.nodes)
         node = self.run.latents.get(name)
         if node is None:
@@ -73,6 +82,7 @@ class ProgramProposer:
             )
 
     def finish(self, trace: Trace) -> None:
+        self.finished = True
         self._advance(lambda: False)
         missing = [name for name in self.run.latents if name not in trace.nodes]
         if missing:
@@ -97,26 +107,39 @@ class ProgramProposer:
 
 
 class PriorProposer:
-    """Leaves every latent to the model, and remembers what it drew for a guide program to score."""
+    """Leaves every latent to the model, and remembers what it drew for a guide program to score.
+
+    Attributes:
+        fns, finished: as of a ``ProgramProposer``.
+    """
 
     def __init__(self, program: Callable[..., Any], args: tuple[Any, ...]) -> None:
         self.program, self.args = program, args
-        self.draws: dict[str, Any] = {}
+        self.fns: dict[str, Any] = {}
+        self.finished = False
+        self._trace = Trace()
+
+    @property
+    def draws(self) -> dict[str, Any]:
+        """The latent sites of the model's run, which a hard condition may have ended."""
+        return {
+            name: node
+            for name, node in self._trace.nodes.items()
+            if node["type"] == "sample" and is_latent(node)
+        }
 
     def propose(self, site: Any, trace: Trace) -> None:
-        return None
+        self.fns[site["name"]] = site["fn"]
+        self._trace = trace
 
     def recall(
         self, site: Any, trace: Trace, value: torch.Tensor, features: torch.Tensor | None
     ) -> None:
-        """Nothing to note: all is read off the trace when it ends."""
+        self.propose(site, trace)  # the rest is read off the trace
 
     def finish(self, trace: Trace) -> None:
-        self.draws = {
-            name: node
-            for name, node in trace.nodes.items()
-            if node["type"] == "sample" and is_latent(node)
-        }
+        self.finished = True
+        self._trace = trace
 
     def fork(self, streams: Proposer) -> PriorProposer:
         return PriorProposer(self.program, self.args)
@@ -126,9 +149,16 @@ class PriorProposer:
 
 
 def score_program(
-    program: Callable[..., Any], proposers: Sequence[Any], *, grad: bool
+    program: Callable[..., Any],
+    proposers: Sequence[Any],
+    *,
+    grad: bool,
+    seen: Callable[[list[Particle]], None] | None = None,
 ) -> list[dict[str, SiteScore]]:
     """log q of what the proposers drew, under a guide program: per proposer, by site.
+
+    A trace that a hard condition ended is scored up to the first site that it has not. ``seen`` is
+    given the guide's runs.
 
     Raises:
         ValueError: if the guide draws a site that the trace has not.
@@ -143,10 +173,12 @@ def score_program(
         runs.append(run)
     with runtime.closing(runs):
         runtime.settle(runs, grad=grad)
+        if seen is not None:
+            seen(runs)
         for run, proposer in zip(runs, proposers, strict=True):
             waiting = [] if run.waiting is None else [run.waiting.name]
             extra = [name for name in [*run.latents, *waiting] if name not in proposer.draws]
-            if extra:
+            if extra and proposer.finished:
                 raise ValueError(
                     f"the guide draws site '{extra[0]}', which a trace that it is to score has not "
                     f"(its latents: {', '.join(proposer.draws)}): they must be the model's, on the "
@@ -154,11 +186,25 @@ def score_program(
                 )
         return [
             {
-                name: (node["unscaled_log_prob"].sum(), node.get("scored"))
+                name: (node["unscaled_log_prob"].sum(), _terms(name, run, proposer))
                 for name, node in run.latents.items()
+                if name in proposer.draws
             }
-            for run in runs
+            for run, proposer in zip(runs, proposers, strict=True)
         ]
+
+
+def _terms(name: str, run: Particle, proposer: Any) -> Scored | None:
+    """The terms of a text by which it can be cut: where nothing that the guide draws has read it,
+    and the token that closes it in the model closes it in the guide as well."""
+    if list(run.latents)[-1] != name or not isinstance(proposer.fns.get(name), LMText):
+        return None
+    c = proposer.fns[name].closing.closing_token
+    return (
+        run.latents[name].get("scored")
+        if run.sites[name]["fn"].closing.closing_token == c
+        else None
+    )
 
 
 def _text_value(name: str, model_fn: Any, guide_fn: Any, value: Any) -> Any:

@@ -73,7 +73,7 @@ def record_of(particle: Particle, draws: Mapping[str, Any]) -> Record:
     for name, node in particle.sites.items():
         fn = node["fn"]
         if isinstance(fn, LMText) and not fn.batch_shape:
-            known[name] = (node["unscaled_log_prob"], node.get("scored"))
+            known[name] = (_own(node["unscaled_log_prob"]), _own_terms(node.get("scored")))
             tokens += fn.token_ids(node["value"]) if name in latents else ()
     return Record(
         values={name: node["value"] for name, node in latents.items()},
@@ -89,10 +89,24 @@ def record_of(particle: Particle, draws: Mapping[str, Any]) -> Record:
     )
 
 
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that keeps no larger one, that of a whole batch, in memory."""
+    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
+
+
+def _own_terms(scored: Scored | None) -> Scored | None:
+    if scored is None:
+        return None
+    closing = scored.closing_log_probs
+    return Scored(_own(scored.log_probs), None if closing is None else _own(closing))
+
+
 class Recaller(Proposer, Protocol):
     """A proposer that can also be told what it drew."""
 
-    draws: dict[str, Any]
+    @property
+    def draws(self) -> dict[str, Any]:
+        """What it drew, by site."""
 
     def recall(
         self, site: Any, trace: Trace, value: torch.Tensor, features: torch.Tensor | None
@@ -141,6 +155,9 @@ class Recalled:
             except ValueError as error:
                 raise ValueError(f"{self._what}: site '{name}': {error}") from None
         tensor = torch.as_tensor(value)
+        if not torch.is_tensor(value) and tensor.shape == fn.shape():
+            with torch.random.fork_rng(devices=[]):
+                tensor = tensor.to(fn.sample().dtype)  # of a Bernoulli 1 is 1.0
         if tensor.shape != fn.shape():
             raise ValueError(
                 f"{self._what}: site '{name}' has shape {tuple(fn.shape())}, given "

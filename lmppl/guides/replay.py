@@ -63,7 +63,9 @@ class ReplayBuffer:
             del self._records[worst]
 
     def replace(self, old: Record, new: Record) -> None:
-        """Put the same trace, scored anew, in the place of a kept one."""
+        """Put the same trace, scored anew, in the place of a kept one (if it still is)."""
+        if old.discrete_key not in self._records:
+            return
         if new.log_r > -math.inf:
             self._records[old.discrete_key] = new
         else:

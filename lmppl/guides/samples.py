@@ -9,7 +9,7 @@ out of the pass that scores the whole text.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -60,6 +60,14 @@ class Sample:
         """Equal for traces with the same latents."""
         return tuple((name, _numbers(node)) for name, node in self.particle.latents.items())
 
+    def left_to_model(self, scores: Mapping[str, SiteScore]) -> float:
+        """log-density (nats) of the latents that the guide, whose scores these are, has not: they
+        are drawn from the model, so their density in q is the model's."""
+        latents = self.particle.latents.items()
+        return math.fsum(
+            float(node["unscaled_log_prob"].sum()) for name, node in latents if name not in scores
+        )
+
     @property
     def num_tokens(self) -> int:
         """Tokens of all its texts."""
@@ -85,7 +93,7 @@ class Truncation:
         own = scores[self.name][1]
         assert own is not None
         others = [score for name, (score, _) in scores.items() if name != self.name]
-        total = closed_log_prob(own, self.length)
+        total = closed_log_prob(own, self.length) + self.sample.left_to_model(scores)
         return total + sum(other.to(total.device) for other in others)
 
 

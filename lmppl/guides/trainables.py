@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pyro
@@ -11,6 +11,9 @@ import torch
 from lmppl import runtime
 from lmppl.distributions import LMText
 from lmppl.lm import LM
+from lmppl.runtime import Particle
+
+_RUNS = 16  # a branch may have parameters of its own
 
 
 class Trainables:
@@ -30,10 +33,14 @@ class Trainables:
         self.param_names: list[str] = []
 
     def find(self, program: Callable[..., Any], args: tuple[Any, ...]) -> None:
-        """Add what two runs of the program use."""
-        runs = runtime.start(program, args, 2, seed=0)
+        """Add what some runs of the program use."""
+        runs = runtime.start(program, args, _RUNS, seed=0)
         with runtime.closing(runs):
             runtime.complete(runs)
+        self.add(runs)
+
+    def add(self, runs: Iterable[Particle]) -> None:
+        """Add what these runs use."""
         for run in runs:
             for name, node in run.trace.nodes.items():
                 if node["type"] == "param" and name not in self.param_names:

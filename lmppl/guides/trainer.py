@@ -73,8 +73,6 @@ class Trainer:
     ) -> None:
         self.guide, self.source, self.steps, self.options = guide, source, steps, options
         self.seed, self.generator = seed, generator
-        for lm in guide.adapters():
-            lm.memory = options.memory(lm.memory)
         self._rate = options.rate(guide.base.hidden_size)
         self.log_z: LogZ | None = None
         # Gradients of a variance shrink with it, so a memory of 1,000 steps of their size (0.999)
@@ -90,7 +88,8 @@ class Trainer:
                 self.log_z = LogZ(guide.base.hidden_size, source.num_inputs)
             self._add_group(list(self.log_z.parameters()), _LOG_Z_RATE)
         self.adopt_new_parameters()
-        self._alive: dict[int, bool] = {}  # by input
+        self._dead: set[int] = set()  # inputs all of whose traces were dead
+        self._any_alive = False
         self._traces_cut = [0, 0]  # in the steps of trial: traces, and truncations of them
         self._cuts = options.kind.truncations and options.truncations > 0
 
@@ -102,8 +101,9 @@ class Trainer:
             return None
         with torch.no_grad():
             batches = self._sample(members, number)
+            self.adopt_new_parameters()
             sampled = time.perf_counter()
-            truncations = self._truncate(batches, number)
+            truncations = self._truncate(batches)
         rewarded = time.perf_counter()
         samples = [sample for batch in batches for sample in batch]
         old: list[torch.Tensor | None] = [None] * len(members)
@@ -118,6 +118,7 @@ class Trainer:
             if found:
                 norm = self._update(torch.stack(found).mean(), number)
             if update == 0:
+                self._try_truncations(scored, number)
                 first, old = (scored, losses), [batch.old_log_q for batch in scored]
         figures = [batch.figures() for batch in first[0]]
         for figure, loss in zip(figures, first[1], strict=True):
@@ -129,7 +130,7 @@ class Trainer:
             "learning_rate": self._rate * self.options.schedule(number, self.steps),
             "inputs": len(members),
             "samples": len(samples),
-            "truncations": len(truncations),
+            "truncations": sum(len(batch.truncations) for batch in first[0]),
             "seconds_sampling": sampled - began,
             "seconds_truncations": rewarded - sampled,
             "seconds_gradient": time.perf_counter() - rewarded,
@@ -150,7 +151,8 @@ class Trainer:
         share = options.batch_size // len(members)
         low, high = (math.log(t) for t in TEMPERATURES)
         heat = math.exp(low + (high - low) * float(torch.rand((), generator=self.generator)))
-        seeds = runtime.slot_seeds(self.seed + 1 + number, 3 * len(members))
+        seeds = runtime.slot_seeds(self.seed + 1 + number, 4 * len(members))
+        redrawn = seeds[3 * len(members) :]  # of what a record leaves open
         runs: list[tuple[int, Origin, runtime.Particle, Record | None]] = []
         mixed = options.kind.draws == "mixture"
         with runtime.closing([]) as started:
@@ -187,18 +189,18 @@ class Trainer:
                 recalled += [
                     ("prior", each.stock.pop()) for _ in range(min(len(each.stock), prior))
                 ]
+                own = runtime.slot_seeds(redrawn[k], len(recalled))
                 for slot, (origin, kept) in enumerate(recalled):
-                    particle = self._revive(each, kept, slot)
+                    particle = self._revive(each, kept, origin, own[slot], slot)
                     started.append(particle)
                     runs.append((k, origin, particle, kept))
             runtime.complete(started)
         batches: list[list[Sample]] = [[] for _ in members]
         for k, origin, particle, record in runs:
             each, sample = members[k], Sample.of(particle, origin)
-            self._alive[each.index] = self._alive.get(each.index, False) or (
-                sample.log_r > -math.inf
-            )
+            each.alive |= sample.log_r > -math.inf
             if origin == "given" and record is not None:
+                self._check_given(each, sample)
                 each.given[each.given.index(record)] = sample.record  # scored now
             if origin == "replay" and record is not None and not record.known:
                 each.buffer.replace(record, sample.record)  # the model has changed meanwhile
@@ -209,15 +211,21 @@ class Trainer:
                 each.stock.append(sample.record)
             else:
                 batches[k].append(sample)
+        for each in members:
+            self._any_alive |= each.alive
+            (self._dead.discard if each.alive else self._dead.add)(each.index)
         return batches
 
     def _given(self, each: Input, share: int) -> list[Record]:
-        """Latents that the user gave: always for losses on them; else once, to seed the buffer."""
+        """Latents that the user gave: always for losses on them; else once each, to seed the
+        buffer."""
         kind = self.options.kind
-        wanted = kind.draws == "given" or self.options.loss == "wake"
-        if not each.given or not (wanted or (kind.draws == "mixture" and each.visits == 1)):
+        most = share if kind.draws == "given" else max(1, share // 2)
+        if kind.draws == "mixture":
+            return each.given[(each.visits - 1) * most : each.visits * most]
+        if kind.draws == "guide" and self.options.loss != "wake":
             return []
-        num = min(len(each.given), share if kind.draws == "given" else max(1, share // 2))
+        num = min(len(each.given), most)
         picks = torch.randperm(len(each.given), generator=self.generator)[:num].tolist()
         return [each.given[k] for k in sorted(picks)]
 
@@ -233,38 +241,58 @@ class Trainer:
             each.program, each.args, num, seed=seed, proposer=factory, closing=True
         )
 
-    def _revive(self, each: Input, record: Record, slot: int) -> runtime.Particle:
+    def _revive(
+        self, each: Input, record: Record, origin: Origin, seed: int, slot: int
+    ) -> runtime.Particle:
         assert each.observations is not None
         recaller = self.guide.recaller(each.args, each.observations)
-        what = f"a demonstration of input {each.index}"
+        is_given = origin == "given"
         return revive(
-            record, each.program, each.args, recaller, what=what, seed=self.seed, slot=slot
+            record,
+            each.program,
+            each.args,
+            recaller,
+            what=f"a {'demonstration' if is_given else 'stored trace'} of input {each.index}",
+            # What the guide draws itself is nothing to imitate.
+            complete=is_given and self.options.kind.draws == "given",
+            seed=seed,
+            slot=slot,
         )
 
-    def _truncate(self, batches: Sequence[Sequence[Sample]], number: int) -> list[Truncation]:
+    def _check_given(self, each: Input, sample: Sample) -> None:
+        if sample.log_r == -math.inf:
+            raise ValueError(
+                f"a demonstration of input {each.index} has probability zero under the program, by "
+                f"site '{sample.particle.killed_by}': correct it, or leave it out"
+            )
+
+    def _truncate(self, batches: Sequence[Sequence[Sample]]) -> list[Truncation]:
         if not self._cuts:
             return []
         samples = [sample for batch in batches for sample in batch]
         budget = round(self.options.truncations * sum(sample.num_tokens for sample in samples))
-        found = truncate(samples, token_budget=budget, generator=self.generator)
-        if number < _TRIAL_STEPS:
-            self._traces_cut[0] += len(samples)
-            self._traces_cut[1] += len(found)
-            traces, cuts = self._traces_cut
-            few = cuts < _FEWEST_TRUNCATIONS * traces
-            if few and number == _TRIAL_STEPS - 1 and self.options.loss == "subtb":
-                raise ValueError(
-                    f"loss='subtb' compares truncations of a trace, but of {traces} traces only "
-                    f"{cuts} were legal and within the budget (a truncation is not legal if another "
-                    "latent site follows it): use loss='vargrad' or 'tb', or raise truncations="
-                )
-            if few and number == _TRIAL_STEPS - 1:
-                self._cuts = False
-                self.guide.notes.append(
-                    f"complete traces only: of {traces} traces, {cuts} truncations were legal and "
-                    "within the budget"
-                )
-        return found
+        return truncate(samples, token_budget=budget, generator=self.generator)
+
+    def _try_truncations(self, batches: Sequence[Batch], number: int) -> None:
+        """Give truncations up if in the first steps hardly any were of use."""
+        if not self._cuts or number >= _TRIAL_STEPS:
+            return
+        self._traces_cut[0] += sum(len(batch.samples) for batch in batches)
+        self._traces_cut[1] += sum(len(batch.truncations) for batch in batches)
+        traces, cuts = self._traces_cut
+        if number < _TRIAL_STEPS - 1 or cuts >= _FEWEST_TRUNCATIONS * traces:
+            return
+        if self.options.loss == "subtb":
+            raise ValueError(
+                f"loss='subtb' compares truncations of a trace, but of {traces} traces only {cuts} "
+                "were legal and within the budget (a truncation is not legal if another latent site "
+                "follows it): use loss='vargrad' or 'tb', or raise truncations="
+            )
+        self._cuts = False
+        self.guide.notes.append(
+            f"complete traces only: of {traces} traces, {cuts} truncations were legal and within "
+            "the budget"
+        )
 
     # --- learning --------------------------------------------------------------------------------
 
@@ -281,7 +309,8 @@ class Trainer:
         own: list[list[Truncation]] = [[] for _ in members]
         at = {id(sample): k for k, batch in enumerate(batches) for sample in batch}
         for truncation in truncations:
-            own[at[id(truncation.sample)]].append(truncation)
+            if by_sample[id(truncation.sample)][truncation.name][1] is not None:
+                own[at[id(truncation.sample)]].append(truncation)
         return [
             Batch.of(batch, cuts, by_sample, before)
             for batch, cuts, before in zip(batches, own, old, strict=True)
@@ -304,6 +333,8 @@ class Trainer:
                 "before are kept. Lower learning_rate, or look at the program's factors for values "
                 "that are not finite"
             )
+        if self.guide.program is not None:
+            self.adopt_new_parameters()  # that its runs for the scores were the first to use
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -317,11 +348,12 @@ class Trainer:
         for group, base in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = base * factor
         self.optimizer.step()
-        self.adopt_new_parameters()
         return float(norm)
 
     def adopt_new_parameters(self) -> None:
         """Sites that were met for the first time have parameters that are to be trained."""
+        for lm in self.guide.adapters():
+            lm.memory = self.options.memory(lm.memory)
         known = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         heads = {id(p) for p in self.guide.heads.parameters()}
         new = [p for p in self.guide.parameters() if id(p) not in known]
@@ -338,8 +370,8 @@ class Trainer:
         Raises:
             ValueError: if none had.
         """
-        dead = [index for index, alive in self._alive.items() if not alive]
-        if dead and len(dead) == len(self._alive):
+        dead = sorted(self._dead)
+        if dead and not self._any_alive:
             raise ValueError(
                 "no trace of any input had a positive probability, so the guide learned nothing: the "
                 "program's hard conditions (require, tools that reject) are never met by what the "
@@ -359,12 +391,13 @@ class Trainer:
         return {
             "traces_cut": list(self._traces_cut),
             "cuts": self._cuts,
-            "alive": list(self._alive.items()),
+            "dead": sorted(self._dead),
+            "any_alive": self._any_alive,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         self._traces_cut, self._cuts = list(state["traces_cut"]), state["cuts"]
-        self._alive = {index: alive for index, alive in state["alive"]}
+        self._dead, self._any_alive = set(state["dead"]), state["any_alive"]
 
     def optimizer_state(self) -> dict[str, dict[str, torch.Tensor]]:
         """Of each parameter that has had a gradient, by name."""

@@ -1,6 +1,7 @@
 """Learning the program's parameters, against the evidence by enumeration."""
 
 import math
+import sys
 
 import pyro
 import pyro.distributions as dist
@@ -183,3 +184,33 @@ def test_a_guide_and_a_model_that_share_parameters():
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         learn(lmppl.LMGuide(labelled, lm=LM), DATA, 1, **options)
+
+
+def test_the_m_step_has_draws_of_its_own(monkeypatch):
+    """Not the numbers that the guide has just learned from."""
+    from lmppl import runtime
+
+    seeds = {"_start": set(), "_draw": set()}
+    original = runtime.start
+
+    def start(*args, seed, **options):
+        caller = sys._getframe(1).f_code.co_name
+        seeds.get(caller, set()).add(seed)
+        return original(*args, seed=seed, **options)
+
+    monkeypatch.setattr(runtime, "start", start)
+    guide = lmppl.LMGuide(labelled, lm=LM)
+    learn(guide, DATA[:2], steps=3, seed=0, batch_size=8, reward_temperature=(1.0, 2.0))
+    assert seeds["_start"] and seeds["_draw"] and not seeds["_start"] & seeds["_draw"]
+    assert guide.tempered_target == 2.0
+
+
+def test_parameters_that_only_later_inputs_use_are_learned():
+    def program(x, label):
+        lm_sample("z", x, max_tokens=1)
+        p = pyro.param(f"p_{x}", torch.tensor(0.5), constraint=dist.constraints.unit_interval)
+        pyro.sample("label", dist.Bernoulli(p), obs=torch.tensor(label))
+
+    guide = lmppl.LMGuide(program, lm=LM)
+    learn(guide, [("a", 1.0), ("b", 0.0)], steps=15, seed=0, batch_size=8, model_learning_rate=0.1)
+    assert pyro.param("p_a") > 0.6 and pyro.param("p_b") < 0.4

@@ -165,3 +165,105 @@ def test_text_sites_must_fit():
         with pytest.raises(ValueError, match=message):
             for seed in range(20):
                 draw_samples(guide, case.program, case.args, 4, seed=seed)
+
+
+# --- traces that end early, other orders, other supports -----------------------------------------
+
+SMALL = {"batch_size": 16, "seed": 0, "progress": False}
+
+
+def fit_and_watch(guide, monkeypatch, *args, **options):
+    """The batches of a short training run."""
+    from lmppl.guides import losses
+
+    batches, original = [], losses.Batch.of
+
+    def watch(*args):
+        batches.append(original(*args))
+        return batches[-1]
+
+    monkeypatch.setattr(losses.Batch, "of", staticmethod(watch))
+    guide.fit(*args, **(SMALL | options))
+    return batches
+
+
+def test_a_hard_condition_before_the_guides_last_site(monkeypatch):
+    q = LM.adapter()
+
+    def program(x):
+        z = lm_sample("z", x, max_tokens=2, stop=".")
+        require("long", len(z) > 1)
+        lm_sample("w", [x, z], max_tokens=2, stop=".")
+
+    def guide_program(x):
+        z = lm_sample("z", x, max_tokens=2, stop=".", lm=q)
+        lm_sample("w", [x, z], max_tokens=2, stop=".", lm=q)
+
+    guide = lmppl.LMGuide(program, lm=LM, program=guide_program)
+    batches = fit_and_watch(guide, monkeypatch, [("a.",)], steps=3, learning_rate=1e-9)
+    dead = [
+        (batch, i)
+        for batch in batches
+        for i, sample in enumerate(batch.samples)
+        if sample.log_r == -math.inf
+    ]
+    assert dead and guide.history[-1]["truncations"] > 0
+    for batch, i in dead:  # log q of what was drawn up to there; the adapter is still the model
+        assert float(batch.log_q[i].detach()) == pytest.approx(float(batch.log_prior[i]), abs=1e-4)
+
+
+def test_a_text_that_other_draws_of_the_guide_have_read_is_not_cut(monkeypatch):
+    """The guide draws w after z, so a cut of z would change the density of w."""
+    q = LM.adapter()
+
+    def program(x):
+        w = lm_sample("w", x, max_tokens=2, stop=".")
+        lm_sample("z", [x, w], max_tokens=3, stop=".")
+
+    def guide_program(x):
+        z = lm_sample("z", x, max_tokens=3, stop=".", lm=q)
+        lm_sample("w", [x, z], max_tokens=2, stop=".", lm=q)
+
+    guide = lmppl.LMGuide(program, lm=LM, program=guide_program)
+    batches = fit_and_watch(guide, monkeypatch, [("ab",)], steps=9)
+    assert not any(batch.truncations for batch in batches)
+    (note,) = guide.notes
+    assert note.startswith("complete traces only: of 128 traces, 0 truncations")
+
+
+def test_what_the_guide_draws_by_choice_is_not_cut(monkeypatch):
+    q = LM.adapter()
+
+    def program(x):
+        lm_sample("z", x, max_tokens=3, stop=".")
+
+    def guide_program(x):
+        lm_sample("z", x, choices=["a.", "b.", "ab."], lm=q)
+
+    guide = lmppl.LMGuide(program, lm=LM, program=guide_program)
+    only_own = {"prior_fraction": 0.0, "tempered_fraction": 0.0}
+    batches = fit_and_watch(guide, monkeypatch, [("ab",)], steps=2, **only_own)
+    assert not any(batch.truncations for batch in batches)
+    with pytest.raises(ValueError, match="the guide gives probability zero to .*same support"):
+        guide.fit([("ab",)], steps=2, **SMALL)
+    guide.fit([("ab",)], steps=2, loss="elbo", **SMALL)
+
+
+def test_parameters_that_only_later_inputs_use_are_trained():
+    def program(x, y):
+        k = pyro.sample("k", dist.Normal(0.0, 1.0))
+        pyro.factor("f", -((k - y) ** 2))
+
+    def guide_program(x, y):
+        pyro.sample("k", dist.Normal(pyro.param(f"mean_{x}", torch.tensor(0.0)), 1.0))
+
+    guide = lmppl.LMGuide(program, lm=LM, program=guide_program)
+    guide.fit([("a", 1.0), ("b", -1.0)], steps=20, learning_rate=0.05, **SMALL)
+    assert pyro.param("mean_a") > 0.2 and pyro.param("mean_b") < -0.2
+    assert guide.param_names == ["mean_a", "mean_b"]
+
+
+def test_a_guide_program_cannot_see_simulated_observations():
+    guide = lmppl.LMGuide(model, lm=LM, program=categorical_guide)
+    with pytest.raises(ValueError, match="a guide program reads its arguments.*simulated"):
+        guide.fit([("ab", "ba")], steps=1, simulate=3, **SMALL)

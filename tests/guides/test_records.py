@@ -137,3 +137,39 @@ def test_what_a_user_does_not_give_is_drawn():
 def test_values_that_a_site_cannot_have(values, message):
     with pytest.raises(ValueError, match=message):
         demonstrated(values)
+
+
+def test_whole_numbers_of_a_user_are_what_the_site_holds():
+    def program(x, *_):
+        k = pyro.sample("k", dist.Bernoulli(0.3))
+        n = pyro.sample("n", dist.Categorical(torch.ones(3) / 3))
+        lm_sample("z", "a" if k else x, max_tokens=2, stop=".")
+        assert n.dtype == torch.long
+
+    guide = lmppl.LMGuide(program, lm=LM)
+    case = CASES["one site"]
+    state = torch.get_rng_state()
+    sample = revived(guide, Record({"k": 1, "n": 2, "z": "a."}), case, program)
+    assert float(sample.particle.sites["k"]["value"]) == 1.0
+    assert sample.log_r > -float("inf") and torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_record_keeps_no_batch_in_memory():
+    case = CASES["observed text"]
+    guide = lmppl.LMGuide(case.program, lm=case.lm)
+    sample = draw_samples(guide, case.program, case.args, 8)[0]
+    terms = [scored.log_probs for _, scored in sample.record.known.values() if scored is not None]
+    assert terms
+    for tensor in terms:
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
+def test_the_error_of_a_tool_is_in_the_checkpoint():
+    from lmppl.distributions import ToolResult
+    from lmppl.guides.checkpoints import _pack, _Packer, _unpack, _unpacker
+
+    packed = _Packer()
+    tools = {"t": ToolResult.wrap(None, KeyError("gone")), "u": ToolResult.wrap(None)}
+    state = _pack(Record({"z": torch.tensor([1])}, tools=tools), packed)
+    again = _unpack(state, _unpacker(packed.tensors()))
+    assert "gone" in str(again.tools["t"].error) and again.tools["u"].error is None

@@ -88,3 +88,14 @@ def test_draws_go_by_rank():
     total = sum(1 / rank for rank in range(1, 5))
     for k, count in enumerate(counts):
         assert count / 3000 == pytest.approx(1 / (k + 1) / total, abs=0.03)
+
+
+def test_a_trace_that_has_gone_is_not_put_back():
+    """Scored anew, after better ones have taken its place in the same step."""
+    buffer = ReplayBuffer(capacity=1)
+    old = record_of(-3.0, [1, 2])
+    buffer.add(old)
+    buffer.add(record_of(-1.0, [2, 2]))
+    buffer.replace(old, record_of(-2.0, [1, 2]))
+    buffer.replace(old, record_of(-math.inf, [1, 2]))
+    assert rewards(buffer) == [-1.0]

@@ -9,7 +9,9 @@ from guide_helpers import draw_samples, latent_ids, shaken
 
 import lmppl
 from lmppl import lm_sample, require
+from lmppl.guides.losses import Batch
 from lmppl.guides.samples import truncate
+from lmppl.guides.scoring import score_latents
 from lmppl.testing import enumerate_program, guide_log_probs, tiny_lm
 from lmppl.testing.programs import CASES
 
@@ -171,3 +173,31 @@ def test_equal_truncations_are_run_once():
     distinct = {cut_values(t)["z"] for t in truncations}
     assert len(distinct) < len(truncations)
     assert case.lm.usage.tokens_scored - scored <= 3 * len(distinct)
+
+
+def test_a_latent_that_is_left_to_the_model_has_the_models_density():
+    """Text of another vocabulary is drawn from the program, and u = log R - log q must not depend
+    on how probable it is there."""
+    other = tiny_lm("abc.", seed=1)
+
+    def program(x):
+        w = lm_sample("w", "a", max_tokens=2, stop=".", lm=other)
+        z = lm_sample("z", x, max_tokens=2, stop=".")
+        pyro.factor("f", -0.5 * torch.tensor(float(len(w) + len(z))))
+
+    guide = shaken(lmppl.LMGuide(program, lm=LM))
+    samples = draw_samples(guide, program, ("a.",), 6)
+    cuts = truncations_of(guide, program, ("a.",), samples)
+    scores = guide.score([sample.proposer for sample in samples], grad=False)
+    by_sample = {id(sample): score for sample, score in zip(samples, scores, strict=True)}
+    batch = Batch.of(samples, cuts, by_sample)
+    values = [{n: node["value"] for n, node in s.particle.latents.items()} for s in samples]
+    for cut in cuts:
+        site = cut.sample.particle.sites["w"]
+        z = cut.sample.particle.sites["z"]["fn"].value(cut_values(cut)["z"])
+        values.append({"w": site["value"], "z": z})
+    with lmppl.use(LM):
+        expected = score_latents(guide, program, ("a.",), values)
+    assert cuts and scores[0].keys() == {"z"}
+    torch.testing.assert_close(batch.log_q.double(), expected.log_q, atol=1e-4, rtol=0.0)
+    torch.testing.assert_close(batch.log_r.double(), expected.log_joint, atol=1e-4, rtol=0.0)
