@@ -11,6 +11,7 @@ reads one does. So both go on from the same numbers, bit by bit.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import inspect
 import json
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from lmppl.guides.trainer import Trainer
     from lmppl.guides.watching import DivergenceGuard, EarlyStopping
 
-FORMAT = 1
+FORMAT = 2
 
 
 def write(
@@ -136,6 +137,8 @@ def identity(trainer: Trainer) -> dict[str, Any]:
     return {
         "program": program_fingerprint(guide.model),
         "guide program": own,
+        "condition_on": "all" if guide.condition_on == "all" else sorted(guide.condition_on),
+        "adapter_per_site": guide.adapter_per_site,
         "language model": fingerprint(guide.base),
         "data": _digest([each.args for each in trainer.source.kept]),
         "number of steps": trainer.steps,
@@ -148,6 +151,8 @@ def program_fingerprint(program: Callable[..., Any]) -> str:
     """The name of a program and a hash of its code (comments and line numbers don't count)."""
     fn = inspect.unwrap(getattr(program, "func", program))
     name = getattr(fn, "__qualname__", type(fn).__name__)
+    if isinstance(program, functools.partial):
+        name += f" with {_digest([program.args, program.keywords])}"
     code = getattr(fn, "__code__", None)
     if code is None:
         return name
@@ -156,8 +161,13 @@ def program_fingerprint(program: Callable[..., Any]) -> str:
 
 
 def _code(code: Any) -> bytes:
-    inner = [_code(c) if hasattr(c, "co_code") else repr(c).encode() for c in code.co_consts]
+    inner = [_code(c) if hasattr(c, "co_code") else _constant(c) for c in code.co_consts]
     return b"|".join([code.co_code, repr(code.co_names).encode(), *inner])
+
+
+def _constant(value: Any) -> bytes:
+    """Sets (of ``x in {"a", "b"}``) have another order in every process."""
+    return repr(sorted(map(repr, value)) if isinstance(value, frozenset) else value).encode()
 
 
 def _digest(data: Any) -> str:
@@ -217,6 +227,8 @@ def _unpacker(tensors: Mapping[str, torch.Tensor]) -> Callable[[Sequence[Any]], 
 def _pack_input(each: Input, packed: _Packer) -> dict[str, Any]:
     return {
         "visits": each.visits,
+        "alive": each.alive,
+        "features": None if each.features is None else packed.add(each.features),
         "buffer": [_pack(r, packed) for r in each.buffer.records if _is_plain(r)],
         "stock": [_pack(r, packed) for r in each.stock if _is_plain(r)],
     }
@@ -225,7 +237,8 @@ def _pack_input(each: Input, packed: _Packer) -> dict[str, Any]:
 def _unpack_input(
     each: Input, state: Mapping[str, Any], unpack: Callable[[Sequence[Any]], torch.Tensor]
 ) -> None:
-    each.visits = state["visits"]
+    each.visits, each.alive = state["visits"], state["alive"]
+    each.features = None if state["features"] is None else unpack(state["features"])
     each.buffer.records = [_unpack(record, unpack) for record in state["buffer"]]
     each.stock = [_unpack(record, unpack) for record in state["stock"]]
 
@@ -233,6 +246,10 @@ def _unpack_input(
 def _is_plain(record: Record) -> bool:
     """Whether JSON can hold the results of its tools; other records are left out."""
     return all(_is_json(node.result) for node in record.tools.values())
+
+
+def _error(node: ToolResult) -> str | None:
+    return None if node.error is None else f"{type(node.error).__name__}: {node.error}"
 
 
 def _is_json(value: Any) -> bool:
@@ -253,7 +270,7 @@ def _pack(record: Record, packed: _Packer) -> dict[str, Any]:
             known[name].append(None if closing is None else packed.add(closing))
     return {
         "values": {name: packed.add(torch.as_tensor(v)) for name, v in record.values.items()},
-        "tools": {name: node.result for name, node in record.tools.items()},
+        "tools": {name: [node.result, _error(node)] for name, node in record.tools.items()},
         "known": known,
         "features": {name: packed.add(tensor) for name, tensor in record.features.items()},
         "log_r": record.log_r,
@@ -271,7 +288,10 @@ def _unpack(packed: Mapping[str, Any], unpack: Callable[[Sequence[Any]], torch.T
         known[name] = (unpack(log_prob), scored)
     return Record(
         values={name: unpack(value) for name, value in packed["values"].items()},
-        tools={name: ToolResult.wrap(result) for name, result in packed["tools"].items()},
+        tools={
+            name: ToolResult.wrap(result, None if error is None else RuntimeError(error))
+            for name, (result, error) in packed["tools"].items()
+        },
         known=known,
         features={name: unpack(tensor) for name, tensor in packed["features"].items()},
         log_r=packed["log_r"],

@@ -168,7 +168,6 @@ class _Loop:
         self._callback = callback
         self._guide = trainer.guide
         self._guard, self._stopping = DivergenceGuard(), EarlyStopping(run.patience)
-        self._visited: dict[int, Input] = {}
 
     def run(self, progress: bool | None) -> None:
         run, trainer = self._run, self._trainer
@@ -187,7 +186,7 @@ class _Loop:
             tracker(run.log_with, directory=run.logging_dir, name="lmppl", config=config) as track,
         ):
             bar.advance(done)
-            for number in range(done, run.steps):
+            for number in range(done, done if self._stopping.over else run.steps):
                 figures = trainer.step(number)
                 if figures is None:
                     warnings.warn(
@@ -195,6 +194,7 @@ class _Loop:
                         "with a learning rate that has not come to its end",
                         stacklevel=4,
                     )
+                    self._save(number)
                     break
                 figures = {"step": len(self._guide.history), **figures}
                 stop = self._evaluate(number, figures)
@@ -204,14 +204,15 @@ class _Loop:
                 if self._callback is not None:
                     self._callback(figures)
                 self._guard.watch(number, figures["elbo"], self._guide.named_parameters())
-                last = stop or number == run.steps - 1
-                if last or (number + 1) % run.checkpoint_every == 0:
-                    self._save(number + 1)
                 if stop:
                     self._guide.notes.append(
                         f"stopped after {number + 1} steps: no better held-out ESS since step "
                         f"{self._stopping.best_step}"
                     )
+                last = stop or number == run.steps - 1
+                if last or (number + 1) % run.checkpoint_every == 0:
+                    self._save(number + 1)
+                if stop:
                     break
         self._stopping.finish(self._guide.named_parameters())
         trainer.report_dead()

@@ -7,6 +7,7 @@ untrained guide continues it much as the model does.
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from functools import lru_cache
@@ -81,8 +82,9 @@ def find_observations(
         return {}
     shown = {name: _show(name, node, vocabulary) for name, node in found.items()}
     hidden = [name for name, ids in shown.items() if ids is None]
-    if hidden and strict and (program, hidden[0]) not in _warned:
-        _warned.add((program, hidden[0]))
+    written = inspect.unwrap(program)  # each simulated input has a program around it
+    if hidden and strict and (written, hidden[0]) not in _warned:
+        _warned.add((written, hidden[0]))
         warnings.warn(
             f"the automatic guide cannot see the observations {hidden}: the tokenizer has no tokens "
             "for them, so it cannot tell inputs apart by them",

@@ -83,6 +83,8 @@ class Stream(Source):
 
     def next(self, num: int) -> list[Input]:
         chosen = list(itertools.islice(self._inputs, num))
+        for index, each in enumerate(chosen, self._taken):
+            each.index = index  # what was skipped counts
         self._taken += len(chosen)
         return chosen
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import pyro
 import torch
 from peft import LoraConfig, PeftModel, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from lmppl.guides.heads import Head
@@ -65,7 +66,10 @@ def replace_folder(path: Path, kind: str, write: Callable[[Path], None]) -> None
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
-        write(temporary)
+        try:
+            write(temporary)
+        except SafetensorError as error:  # which is no OSError, also if the disk is full
+            raise OSError(str(error)) from error
         if path.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{path.name}-old-", dir=path.parent))
             os.replace(path, old / kind)
@@ -168,7 +172,7 @@ def read_parameters(guide: LMGuide, path: Path, description: dict[str, Any]) -> 
     if guide.program is not None:
         guide.restore_later(state)
         return
-    sites = description["adapted_sites"] or [""]
+    sites = [""] if description["adapted_sites"] is None else description["adapted_sites"]
     for site, adapter in zip(sites, state["adapters"], strict=True):
         _set_adapter(guide.adapter_for(site), adapter)
     for key, (num_features, num_moves) in description["heads"].items():

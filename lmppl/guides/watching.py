@@ -96,6 +96,11 @@ class EarlyStopping:
         self.best, self.best_step, self.waited = -math.inf, -1, 0
         self.snapshot = Snapshot()
 
+    @property
+    def over(self) -> bool:
+        """Whether the run is to end, or has ended so before it was resumed."""
+        return self.patience is not None and self.waited >= self.patience
+
     def should_stop(self, number: int, ess: float, parameters: Parameters) -> bool:
         """Take note of an evaluation."""
         if self.patience is None:
@@ -105,7 +110,7 @@ class EarlyStopping:
             self.snapshot.take(parameters)
         else:
             self.waited += 1
-        return self.waited >= self.patience
+        return self.over
 
     def finish(self, parameters: Parameters) -> None:
         """Put the best parameters back."""

@@ -212,3 +212,10 @@ def test_another_guide_program(tmp_path):
         ValueError, match=r"had 1 adapters and the parameters \['p'\], this one has"
     ):
         draw_samples(loaded, model, args, 1)
+
+
+def test_a_guide_with_an_adapter_each_is_saved_before_it_is_used(tmp_path):
+    case = CASES["chain"]
+    lmppl.LMGuide(case.program, lm=case.lm, adapter_per_site=True).save(tmp_path / "guide")
+    loaded = lmppl.LMGuide.load(tmp_path / "guide", case.program, lm=case.lm)
+    assert loaded.adapter_per_site and loaded.adapters() == []
