@@ -176,8 +176,9 @@ class LMGuide:
         """
         if self.program is None:
             return score_draws(self, list(proposers), grad=grad)
-        check = self._trainables.check if grad else None
-        return score_program(self.program, proposers, grad=grad, check=check)
+        # Some inputs and branches may have parameters that the first runs did not use.
+        seen = self._trainables.add if grad else None
+        return score_program(self.program, proposers, grad=grad, seen=seen)
 
     # --- parameters ------------------------------------------------------------------------------
 

@@ -159,10 +159,19 @@ class _Learner:
                 "the program and its guide train the same parameters: give the guide an adapter of "
                 "its own"
             )
-        for lm in self._trainables.adapters:
-            lm.memory = options.memory(lm.memory)
         rate = options.rate(guide.base.hidden_size) if rate is None else rate
         self._optimizer = torch.optim.AdamW(self._parameters, lr=rate, weight_decay=0.0)
+        self._adopt()
+
+    def _adopt(self) -> None:
+        """Some inputs and branches may have parameters that the first runs did not use."""
+        for lm in self._trainables.adapters:
+            lm.memory = self._options.memory(lm.memory)
+        known = {id(p) for p in self._parameters}
+        new = [p for p in self._trainables.named_parameters().values() if id(p) not in known]
+        if new:
+            self._optimizer.add_param_group({"params": new})
+            self._parameters += new
 
     def step(self, members: Sequence[Input], num: int, seed: int) -> dict[str, float]:
         """Raise the likelihood of some inputs' observations. Returns its figures."""
@@ -218,10 +227,11 @@ class _Learner:
             runs.append(run)
         with runtime.closing(runs):
             runtime.settle(runs, grad=True)
-            self._trainables.check(runs)
+            self._trainables.add(runs)
         return [torch.stack([n["log_prob_sum"] for n in run.sites.values()]).sum() for run in runs]
 
     def _update(self, loss: torch.Tensor) -> None:
+        self._adopt()
         self._optimizer.zero_grad(set_to_none=True)
         if bool(torch.isfinite(loss)):
             loss.backward()

@@ -153,12 +153,12 @@ def score_program(
     proposers: Sequence[Any],
     *,
     grad: bool,
-    check: Callable[[list[Particle]], None] | None = None,
+    seen: Callable[[list[Particle]], None] | None = None,
 ) -> list[dict[str, SiteScore]]:
     """log q of what the proposers drew, under a guide program: per proposer, by site.
 
-    A trace that a hard condition ended is scored up to the first site that it has not. ``check`` is
-    shown the guide's runs.
+    A trace that a hard condition ended is scored up to the first site that it has not. ``seen`` is
+    given the guide's runs.
 
     Raises:
         ValueError: if the guide draws a site that the trace has not.
@@ -173,8 +173,8 @@ def score_program(
         runs.append(run)
     with runtime.closing(runs):
         runtime.settle(runs, grad=grad)
-        if check is not None:
-            check(runs)
+        if seen is not None:
+            seen(runs)
         for run, proposer in zip(runs, proposers, strict=True):
             waiting = [] if run.waiting is None else [run.waiting.name]
             extra = [name for name in [*run.latents, *waiting] if name not in proposer.draws]

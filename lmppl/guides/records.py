@@ -105,7 +105,8 @@ class Recaller(Proposer, Protocol):
     """A proposer that can also be told what it drew."""
 
     @property
-    def draws(self) -> Mapping[str, Any]: ...
+    def draws(self) -> dict[str, Any]:
+        """What it drew, by site."""
 
     def recall(
         self, site: Any, trace: Trace, value: torch.Tensor, features: torch.Tensor | None

@@ -13,6 +13,8 @@ from lmppl.distributions import LMText
 from lmppl.lm import LM
 from lmppl.runtime import Particle
 
+_RUNS = 16  # a branch may have parameters of its own
+
 
 class Trainables:
     """The trainable parts of a program, found by running it.
@@ -31,35 +33,21 @@ class Trainables:
         self.param_names: list[str] = []
 
     def find(self, program: Callable[..., Any], args: tuple[Any, ...]) -> None:
-        """Add what two runs of the program use."""
-        runs = runtime.start(program, args, 2, seed=0)
+        """Add what some runs of the program use."""
+        runs = runtime.start(program, args, _RUNS, seed=0)
         with runtime.closing(runs):
             runtime.complete(runs)
+        self.add(runs)
+
+    def add(self, runs: Iterable[Particle]) -> None:
+        """Add what these runs use."""
         for run in runs:
             for name, node in run.trace.nodes.items():
-                self.param_names += [name] if self._is_new_param(name, node) else []
-                self.adapters += [node["fn"].lm] if self._has_new_adapter(node) else []
-
-    def check(self, runs: Iterable[Particle]) -> None:
-        """Raises ``ValueError`` if runs use what ``find`` has not found: nobody would train it."""
-        for run in runs:
-            for name, node in run.trace.nodes.items():
-                is_param = self._is_new_param(name, node)
-                if is_param or self._has_new_adapter(node):
-                    what = f"pyro.param '{name}'" if is_param else f"the adapter of site '{name}'"
-                    raise ValueError(
-                        f"{what} was not used by the first runs of the program, on the first input, "
-                        "so it would not be trained: use it before any branch, on every input (call "
-                        "pyro.param at the beginning; draw other sites from the adapter too)"
-                    )
-
-    def _is_new_param(self, name: str, node: Any) -> bool:
-        return node["type"] == "param" and name not in self.param_names
-
-    def _has_new_adapter(self, node: Any) -> bool:
-        fn = node.get("fn")
-        known = [self._base, *self.adapters]
-        return isinstance(fn, LMText) and fn.lm not in known and bool(trainable(fn.lm))
+                if node["type"] == "param" and name not in self.param_names:
+                    self.param_names.append(name)
+                fn = node.get("fn")
+                if isinstance(fn, LMText) and fn.lm not in [self._base, *self.adapters]:
+                    self.adapters += [fn.lm] if trainable(fn.lm) else []
 
     def named_parameters(self) -> dict[str, torch.nn.Parameter]:
         """All of them, unconstrained, each once."""

@@ -338,6 +338,8 @@ class Trainer:
                 "before are kept. Lower learning_rate, or look at the program's factors for values "
                 "that are not finite"
             )
+        if self.guide.program is not None:
+            self.adopt_new_parameters()  # that its runs for the scores were the first to use
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]

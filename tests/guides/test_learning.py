@@ -203,3 +203,14 @@ def test_the_m_step_has_draws_of_its_own(monkeypatch):
     learn(guide, DATA[:2], steps=3, seed=0, batch_size=8, reward_temperature=(1.0, 2.0))
     assert seeds["_start"] and seeds["_draw"] and not seeds["_start"] & seeds["_draw"]
     assert guide.tempered_target == 2.0
+
+
+def test_parameters_that_only_later_inputs_use_are_learned():
+    def program(x, label):
+        lm_sample("z", x, max_tokens=1)
+        p = pyro.param(f"p_{x}", torch.tensor(0.5), constraint=dist.constraints.unit_interval)
+        pyro.sample("label", dist.Bernoulli(p), obs=torch.tensor(label))
+
+    guide = lmppl.LMGuide(program, lm=LM)
+    learn(guide, [("a", 1.0), ("b", 0.0)], steps=15, seed=0, batch_size=8, model_learning_rate=0.1)
+    assert pyro.param("p_a") > 0.6 and pyro.param("p_b") < 0.4
