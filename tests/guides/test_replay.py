@@ -97,5 +97,6 @@ def test_a_trace_that_has_gone_is_not_put_back():
     buffer.add(old)
     buffer.add(record_of(-1.0, [2, 2]))
     buffer.replace(old, record_of(-2.0, [1, 2]))
+    assert rewards(buffer) == [-1.0]
     buffer.replace(old, record_of(-math.inf, [1, 2]))
     assert rewards(buffer) == [-1.0]
