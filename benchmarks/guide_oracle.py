@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import lmppl
-from lmppl.guides.options import LOSSES
 from lmppl.testing import guide_report
 from lmppl.testing.programs import CASES
 
 STEPS = 700
+TARGET_POSTERIOR = ("vargrad", "tb", "subtb", "elbo", "wake")
 # The posterior of its number is a mixture of two Betas, and the guide's family one Beta.
 LEFT_OUT = ("beta mixture",)
 # Another latent follows every text, or the last latent is no text: there is nothing to cut.
@@ -51,7 +51,7 @@ def row(loss: str, name: str, seed: int, steps: int) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Worst of the seeds, as Markdown: total variation, then the gap in nats."""
-    losses = [loss for loss in LOSSES if any(r["loss"] == loss for r in rows)]
+    losses = [loss for loss in TARGET_POSTERIOR if any(r["loss"] == loss for r in rows)]
     lines = [
         "| program | " + " | ".join(f"`{loss}`" for loss in losses) + " |",
         "| --- |" + " --- |" * len(losses),
@@ -71,9 +71,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    posterior = [loss for loss, kind in LOSSES.items() if kind.targets_posterior]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--losses", nargs="+", default=posterior, choices=posterior)
+    parser.add_argument("--losses", nargs="+", default=TARGET_POSTERIOR, choices=TARGET_POSTERIOR)
     parser.add_argument("--cases", nargs="+", default=[c for c in CASES if c not in LEFT_OUT])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=STEPS)

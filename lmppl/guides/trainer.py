@@ -159,7 +159,7 @@ class Trainer:
         share = options.batch_size // len(members)
         low, high = (math.log(t) for t in TEMPERATURES)
         heat = math.exp(low + (high - low) * float(torch.rand((), generator=self.generator)))
-        seeds = runtime.slot_seeds(self.seed + 1 + number, 4 * len(members))
+        seeds = runtime.slot_seeds(runtime.nth_seed(self.seed, number), 4 * len(members))
         redrawn = seeds[3 * len(members) :]  # of what a record leaves open
         runs: list[tuple[int, Origin, runtime.Particle, Record | None]] = []
         mixed = options.kind.draws == "mixture"
