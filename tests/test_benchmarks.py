@@ -349,7 +349,7 @@ def test_smc_with_a_guide(monkeypatch, tmp_path, capsys):
     row = rows["prior"]
     exact = lmppl.infer(infill, row["opening"], row["ending"], lm=lm, method="exact").log_evidence
     for row in rows.values():
-        assert row["tokens_a_run"] == pytest.approx(400, rel=0.3)
+        assert row["tokens_a_run"] == pytest.approx(400, rel=0.5)
         assert row["log_mean_z"] == pytest.approx(exact, abs=0.4)
         assert row["mean_log_z"] <= row["log_mean_z"] and 0 < row["sd_log_z"] < 1
         assert 0 < row["ess"] <= 1 and len(row["log_z"]) == 2

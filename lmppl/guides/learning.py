@@ -90,7 +90,7 @@ def learn(
         check_simulated(guide)
         options.setdefault("loss", "sft")
     settings = FitOptions.of(options)
-    seed = runtime.fresh_seed(seed)
+    seed, own_seed = runtime.slot_seeds(runtime.fresh_seed(seed), 2)  # the guide's, the M-step's
     generator = torch.Generator().manual_seed(seed % 2**63)
     with use(guide.base):
         inputs = [
@@ -113,7 +113,7 @@ def learn(
                 for k in range(guide_steps):
                     figures = trainer.step(number * guide_steps + k) or figures
                 members = source.next(settings.inputs_per_step)
-                found = learner.step(members, num_samples, runtime.nth_seed(seed, number))
+                found = learner.step(members, num_samples, runtime.nth_seed(own_seed, number))
                 for each in inputs:
                     each.rescore()
                 history.append({"step": number, **figures, **found})

@@ -98,6 +98,7 @@ def test_training_pulls_the_guide_to_the_posterior():
     assert after.gap < 0.3 * before.gap
 
 
+@pytest.mark.slow
 def test_dead_traces_are_unlearned(monkeypatch):
     """The variance says nothing of them, so there is a term of their own."""
     case = CASES["hard constraint"]

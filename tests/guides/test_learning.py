@@ -49,6 +49,7 @@ def best_p():
     return max(found, key=found.get)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["em", "wake-sleep"])
 def test_a_parameter_comes_to_the_maximum_of_the_evidence(method):
     pyro.param("p", torch.tensor(0.5), constraint=dist.constraints.unit_interval)
@@ -83,6 +84,7 @@ def test_an_adapter_of_the_model_learns_the_data():
     assert all(torch.equal(p, q) for p, q in zip(base, LM.model.parameters(), strict=True))
 
 
+@pytest.mark.slow
 def test_the_gradient_is_that_of_the_evidence():
     """Fisher's identity: with the exact posterior as guide, in the mean over its draws."""
     pyro.param("p", torch.tensor(0.3), constraint=dist.constraints.unit_interval)

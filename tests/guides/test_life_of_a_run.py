@@ -102,6 +102,7 @@ def test_bound_keywords_are_no_part_of_an_input():
 # --- simulated inputs ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_simulated_inputs_teach_a_guide_for_inputs_never_seen():
     """Held out: an observation that stands for any other; the ESS of an untrained guide is less."""
     evaluation = {"eval_data": [("ab.", y) for y in ("a.", "ba", "bb")], "eval_every": 100}
@@ -761,6 +762,7 @@ def test_what_belongs_to_another_guide_is_not_resumed(tmp_path):
         )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_fingerprint_does_not_depend_on_the_process():
     script = """
         import functools

@@ -107,6 +107,7 @@ def simulated(name):
     return values, names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_simulated_pairs_come_from_the_joint(name):
     exact = joint(name)
