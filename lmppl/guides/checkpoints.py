@@ -28,6 +28,7 @@ from lmppl.guides.history import History
 from lmppl.guides.inputs import Input
 from lmppl.guides.records import Record
 from lmppl.guides.storage import fingerprint, read_parameters, replace_folder, write_guide
+from lmppl.lm import LM
 from lmppl.lm.requests import Scored
 
 if TYPE_CHECKING:
@@ -139,11 +140,25 @@ def identity(trainer: Trainer) -> dict[str, Any]:
         "guide program": own,
         "condition_on": "all" if guide.condition_on == "all" else sorted(guide.condition_on),
         "adapter_per_site": guide.adapter_per_site,
+        "adapters": [_lora(each) for each in guide.adapters()[:1]],
         "language model": fingerprint(guide.base),
         "data": _digest([each.args for each in trainer.source.kept]),
         "number of steps": trainer.steps,
         "seed": trainer.seed,
         **{f"option {name}": value for name, value in options.items()},
+    }
+
+
+def _lora(adapter: LM) -> dict[str, Any]:
+    """What makes an adapter the kind that it is (nothing, if all weights are trained)."""
+    config = getattr(adapter.model, "peft_config", {}).get("default")
+    if config is None:
+        return {}
+    modules = config.target_modules
+    return {
+        "r": config.r,
+        "alpha": config.lora_alpha,
+        "modules": modules if isinstance(modules, str) else sorted(modules or ()),
     }
 
 

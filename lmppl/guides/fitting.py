@@ -5,6 +5,7 @@ What happens within a step is in ``trainer.py``, what can be set in ``options.py
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
 import warnings
@@ -125,7 +126,8 @@ def fit(
             parameters are kept.
         KeyboardInterrupt: is passed on; the guide so far is kept and usable, as is the checkpoint.
     """
-    settings = FitOptions.of(options)
+    own = inspect.signature(fit).parameters.values()
+    settings = FitOptions.of(options, [each.name for each in own if each.kind is each.KEYWORD_ONLY])
     if resume and seed is None:
         raise ValueError("resume=True needs seed=: the seed that the run was begun with")
     run = Run(

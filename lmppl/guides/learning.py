@@ -13,6 +13,7 @@ identity). ``method="wake-sleep"`` trains the guide on what the model dreams, in
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -89,7 +90,8 @@ def learn(
     if method == "wake-sleep":
         check_simulated(guide)
         options.setdefault("loss", "sft")
-    settings = FitOptions.of(options)
+    own = inspect.signature(learn).parameters.values()
+    settings = FitOptions.of(options, [each.name for each in own if each.kind is each.KEYWORD_ONLY])
     seed, own_seed = runtime.slot_seeds(runtime.fresh_seed(seed), 2)  # the guide's, the M-step's
     generator = torch.Generator().manual_seed(seed % 2**63)
     with use(guide.base):

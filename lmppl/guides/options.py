@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
@@ -96,8 +96,12 @@ class FitOptions:
     training_tokens: int | None = None
 
     @classmethod
-    def of(cls, options: Mapping[str, Any]) -> FitOptions:
+    def of(cls, options: Mapping[str, Any], others: Sequence[str] = ()) -> FitOptions:
         """From keywords.
+
+        Args:
+            options: the keywords.
+            others: what else is allowed beside them, for messages.
 
         Raises:
             TypeError: an unknown one; names the nearest.
@@ -106,9 +110,10 @@ class FitOptions:
         names = [each.name for each in fields(cls)]
         for name in options:
             if name not in names:
-                near = difflib.get_close_matches(name, names, n=1)
+                allowed = [*others, *names]
+                near = difflib.get_close_matches(name, allowed, n=1)
                 guess = f"; did you mean {near[0]!r}?" if near else "."
-                raise TypeError(f"fit has no option {name!r}{guess} Allowed: {', '.join(names)}")
+                raise TypeError(f"no option {name!r}{guess} Allowed: {', '.join(allowed)}")
         return cls(**options)
 
     def __post_init__(self) -> None:

@@ -15,6 +15,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from guide_helpers import shaken
+from peft import LoraConfig
 from safetensors import SafetensorError
 
 import lmppl
@@ -560,6 +561,15 @@ def test_the_checkpoint_of_another_model_or_version_is_refused(tmp_path):
         run(tmp_path / "run", steps=3, resume=True)
 
 
+def test_the_checkpoint_of_another_adapter_is_refused(tmp_path):
+    run(tmp_path / "run", steps=3)
+    guide = new_guide(lora=LoraConfig(r=16, lora_alpha=8, target_modules="all-linear"))
+    settings = {"checkpoint_every": 3, "inputs_per_step": 2, "resume": True, **QUICK}
+    data = [("ab.", "a"), ("ab.", "b"), ("ba", "ab")]
+    with pytest.raises(ValueError, match="its adapters differs"):
+        guide.fit(data, steps=3, checkpoint=tmp_path / "run", **settings)
+
+
 def test_a_full_disk_stops_nothing_and_keeps_the_checkpoint(tmp_path, monkeypatch):
     run(tmp_path / "run", steps=3)
     before = (tmp_path / "run" / "checkpoint.json").read_bytes()
@@ -601,6 +611,7 @@ def test_nothing_to_resume_is_a_new_run(tmp_path):
     "options, error, message",
     [
         ({"batchsize": 8}, TypeError, "no option 'batchsize'; did you mean 'batch_size'"),
+        ({"eval_sample": 8}, TypeError, "did you mean 'eval_samples'"),
         ({"simulate": 0}, ValueError, "simulate=0: it must be an int of at least 1, or math.inf"),
         ({"simulate": 2, "demonstrations": [None]}, ValueError, "leave out demonstrations="),
         ({"eval_data": 3}, ValueError, "eval_data=3: a number is for simulate="),
