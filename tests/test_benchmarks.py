@@ -86,6 +86,7 @@ def test_each_benchmark_runs_or_says_why_not(bench, name):
     assert result.title in report.machine_report([result], [])
 
 
+@pytest.mark.slow
 def test_both_sides_do_the_same_work(bench):
     for name in ("sampling", "scoring", "decode"):
         for row in suite.run(name, bench).rows:
@@ -177,6 +178,7 @@ def test_the_page_of_the_docs_has_the_markers():
     assert report.update(report.PAGE.read_text(), "text")
 
 
+@pytest.mark.slow
 def test_plots(bench, tmp_path):
     pytest.importorskip("matplotlib")
     results = [sampling_result(), suite.run("decode", bench), suite.run("scaling", bench)]

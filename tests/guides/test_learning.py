@@ -65,6 +65,7 @@ def test_a_parameter_comes_to_the_maximum_of_the_evidence(method):
     assert len(history) == 60 and len(guide.history) == 60
 
 
+@pytest.mark.slow
 def test_an_adapter_of_the_model_learns_the_data():
     m = LM.adapter()
 

@@ -197,6 +197,7 @@ def test_demonstrations_seed_the_replay_buffer(monkeypatch):
     assert "given" in origins[0] and "given" not in origins[1]
 
 
+@pytest.mark.slow
 def test_smc_particles_can_be_distilled():
     """By weight: the guide learns the posterior, not the uniform distribution over its texts."""
     posterior = lmppl.infer(infill, "ab.", "a", lm=LM, method="smc", num_samples=200, seed=0)

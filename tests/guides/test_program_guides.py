@@ -41,6 +41,7 @@ def posterior_logits(*args):
     return torch.tensor([math.log(table[k]) for k in range(3)])
 
 
+@pytest.mark.slow
 def test_params_are_trained_to_the_posterior():
     guide = lmppl.LMGuide(model, lm=LM, program=categorical_guide)
     guide.fit([("ab", "ba")], steps=150, seed=0, learning_rate=0.1, batch_size=12)
@@ -81,6 +82,7 @@ def test_the_exact_posterior_has_no_loss_and_no_gradient():
                 assert float(gradients[-1].abs().max()) < 1e-4
 
 
+@pytest.mark.slow
 def test_a_guide_with_an_adapter_and_another_order():
     case = CASES["chain"]
     q = case.lm.adapter()
