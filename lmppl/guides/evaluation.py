@@ -34,8 +34,9 @@ def evaluate(
         ``eval_ess`` (the effective sample size as a fraction of ``num_samples``; upward biased
         where it is below a few samples), ``eval_elbo`` of live draws (nats), ``eval_log_z`` (log of
         the mean weight: a lower bound, nats), ``eval_alive``. Of simulated inputs also
-        ``eval_eubo``, the mean of log R - log q over their exact posterior draws: an upper bound, so
-        that KL(q || p) is below ``eval_eubo - eval_elbo`` and above ``eval_log_z - eval_elbo``.
+        ``eval_eubo``, the mean of log R - log q over their exact posterior draws: an upper bound. If
+        no draw is dead (``eval_alive`` is 1), KL(q || p) is below ``eval_eubo - eval_elbo`` and above
+        ``eval_log_z - eval_elbo``; else it is infinite.
     """
     if guide is not None:
         observe(guide, inputs)

@@ -3,8 +3,12 @@
 import torch
 
 import lmppl
-from lmppl import runtime
+from lmppl import lm_sample, runtime
 from lmppl.guides.samples import Sample
+from lmppl.testing import tiny_lm
+
+LM = tiny_lm("ab.", seed=0)
+QUICK = {"batch_size": 8, "progress": False, "seed": 0}
 
 
 def shaken(guide, seed=0, size=0.1):
@@ -35,3 +39,21 @@ def draw_samples(guide, program, args, num, seed=0, **options):
 def latent_ids(particle):
     """Token ids of every latent text."""
     return {name: node["fn"].token_ids(node["value"]) for name, node in particle.latents.items()}
+
+
+def infill(x, y=None):
+    z = lm_sample("z", x, max_tokens=2, stop=".")
+    lm_sample("y", [x, z], max_tokens=2, obs=y)
+    return z
+
+
+def new_guide(program=infill, **options):
+    return lmppl.LMGuide(program, lm=LM, **options)
+
+
+def weights(guide):
+    return {name: p.detach().clone() for name, p in guide.named_parameters().items()}
+
+
+def equal(one, two):
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
