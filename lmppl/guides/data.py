@@ -13,7 +13,7 @@ from lmppl import runtime
 from lmppl.guides import simulation
 from lmppl.guides.inputs import Args, Input, check_data, read_inputs
 from lmppl.guides.options import FitOptions
-from lmppl.guides.records import Record
+from lmppl.guides.records import Record, record_of_simulation
 from lmppl.guides.simulation import Simulated
 from lmppl.guides.sources import Collection, Source, Stream, read_stream
 from lmppl.posterior import Posterior
@@ -145,9 +145,27 @@ def simulated_inputs(
 ) -> Iterator[Input]:
     """The next ``number`` simulations (None: all) as inputs."""
     for index, (args, one) in enumerate(itertools.islice(pairs, number)):
-        # A tuple of its own: samples are told apart by it.
-        given = [Record(one.latents)]
-        yield Input(one.program(guide.model), (*args,), index, options, given, exact=True)
+        yield simulated_input(guide, args, one, index, options)
+
+
+def simulated_input(
+    guide: LMGuide, args: Args, one: Simulated, index: int, options: FitOptions
+) -> Input:
+    """A simulation as an input. What the simulation has found out is not computed again.
+
+    Args:
+        guide: for which it is.
+        args: of the simulation.
+        one: the simulation.
+        index: its number.
+        options: of the training.
+    """
+    # A tuple of its own: samples are told apart by it.
+    program, args = one.program(guide.model), (*args,)
+    record = record_of_simulation(one, latents_known=not options.kind.truncations)
+    each = Input(program, args, index, options, [record], exact=True)
+    each.observations = guide.observations_of_simulation(one, program)
+    return each
 
 
 def _held_out(guide: LMGuide, data: Iterable[Any] | None, options: FitOptions) -> list[Input]:

@@ -14,7 +14,7 @@ from lmppl import runtime
 from lmppl.guides.automatic import AutomaticProposer, SiteScore, score_draws
 from lmppl.guides.history import History
 from lmppl.guides.program import PriorProposer, ProgramProposer, score_program
-from lmppl.guides.prompts import Observations, find_observations
+from lmppl.guides.prompts import Observations, find_observations, show
 from lmppl.guides.records import Recaller
 from lmppl.guides.trainables import Trainables, trainable
 from lmppl.lm import LM
@@ -23,6 +23,8 @@ from lmppl.runtime import Proposer
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+
+    from lmppl.guides.simulation import Simulated
 
 
 class LMGuide:
@@ -161,11 +163,37 @@ class LMGuide:
         if self.program is not None:
             return [{} for _ in inputs]
         return find_observations(
-            inputs,
-            self.base.vocabulary,
-            self.condition_on,
-            strict=self.strict_prompts or self.condition_on != "all",
+            inputs, self.base.vocabulary, self.condition_on, strict=self._strict
         )
+
+    def observations_of_simulation(
+        self, one: Simulated, program: Callable[..., Any]
+    ) -> Observations | None:
+        """The same of a simulated input, whose runs all observe what was simulated.
+
+        Args:
+            one: the simulation.
+            program: the program that observes it.
+
+        Returns:
+            None if runs of the program have to tell, since it also observes what was not simulated.
+        """
+        if self.program is not None:
+            return {}
+        if not one.is_all_observed:
+            return None
+        sites = {
+            name: node
+            for name, node in one.sites.items()
+            if name in one.observations
+            and (self.condition_on == "all" or name in self.condition_on)
+        }
+        return show(sites, program, self.base.vocabulary, strict=self._strict)
+
+    @property
+    def _strict(self) -> bool:
+        """Whether what the guide reads must be certain, lest it takes one input for another."""
+        return self.strict_prompts or self.condition_on != "all"
 
     # --- scoring -------------------------------------------------------------------------------
 

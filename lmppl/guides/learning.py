@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from lmppl import runtime
-from lmppl.guides.data import check_simulated
+from lmppl.guides.data import check_simulated, simulated_input
 from lmppl.guides.history import History
 from lmppl.guides.inputs import Input, observe, read_inputs
 from lmppl.guides.options import FitOptions
@@ -135,8 +135,7 @@ def _dreams(
         args = inputs[number % len(inputs)].args
         drawn = simulate(guide.model, args, options.batch_size, seed=seed + number)
         for one in drawn:
-            given = [Record(one.latents)]
-            yield Input(one.program(guide.model), (*args,), number, options, given, exact=True)
+            yield simulated_input(guide, args, one, number, options)
         number += 1
 
 

@@ -92,9 +92,23 @@ def _observations_of(
                 "infer={'guide_prompt': text}, or name what it may see in condition_on=[...]"
             )
         return {}
+    return show(found, particles[0].program, vocabulary, strict=strict)
+
+
+def show(
+    found: Mapping[str, Any], program: Callable[..., Any], vocabulary: Vocabulary, *, strict: bool
+) -> Observations:
+    """Observed sites in the tokens of a vocabulary.
+
+    Args:
+        found: name to Pyro message.
+        program: that they are of.
+        vocabulary: in whose tokens they are to be shown; those that it cannot show are left out.
+        strict: warn of them, once a program.
+    """
     shown = {name: _show(name, node, vocabulary) for name, node in found.items()}
     hidden = [name for name, ids in shown.items() if ids is None]
-    written = inspect.unwrap(particles[0].program)  # each simulated input has a program around it
+    written = inspect.unwrap(program)  # each simulated input has a program around it
     if hidden and strict and (written, hidden[0]) not in _warned:
         _warned.add((written, hidden[0]))
         warnings.warn(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from pyro.poutine.trace_struct import Trace
@@ -19,6 +19,9 @@ from pyro.poutine.trace_struct import Trace
 from lmppl.distributions import LMText, ToolCall
 from lmppl.lm.requests import Scored
 from lmppl.runtime import Given, Particle, Proposer, is_latent
+
+if TYPE_CHECKING:
+    from lmppl.guides.simulation import Simulated
 
 Value = torch.Tensor | str | float
 """What a user may give for a latent site: a text (kept as its tokens) or numbers."""
@@ -77,16 +80,34 @@ def record_of(particle: Particle, draws: Mapping[str, Any]) -> Record:
             tokens += fn.token_ids(node["value"]) if name in latents else ()
     return Record(
         values={name: node["value"] for name, node in latents.items()},
-        tools={
-            name: node["value"]
-            for name, node in particle.sites.items()
-            if isinstance(node["fn"], ToolCall)
-        },
+        tools=_tools(particle.sites),
         known=known,
         features={name: draw.features for name, draw in draws.items() if hasattr(draw, "features")},
         log_r=particle.log_joint,
         tokens=tuple(tokens),
     )
+
+
+def record_of_simulation(one: Simulated, *, latents_known: bool) -> Record:
+    """The record of the latents that were simulated together with observations.
+
+    Args:
+        one: the simulation.
+        latents_known: whether to keep the log-probabilities of the latents. A draw has no terms
+            for the truncations of its text; without them it is scored anew, and then has.
+    """
+    known = {
+        name: (_own(node["unscaled_log_prob"]), None)
+        for name, node in one.sites.items()
+        if isinstance(node["fn"], LMText)
+        and not node["fn"].batch_shape
+        and (latents_known or name in one.observations)
+    }
+    return Record(values=one.latents, tools=_tools(one.sites), known=known)
+
+
+def _tools(sites: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: node["value"] for name, node in sites.items() if isinstance(node["fn"], ToolCall)}
 
 
 def _own(tensor: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ import functools
 import itertools
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -42,11 +42,20 @@ class Simulated:
         latents: site to value, as Pyro's trace holds it: an exact draw of the posterior given
             ``observations`` (and the results of the tools).
         log_joint: log p(latents, observations), nats.
+        sites: the random sites and tools of the run, as Pyro's trace holds them.
     """
 
     observations: dict[str, torch.Tensor | Text]
     latents: dict[str, torch.Tensor]
     log_joint: float
+    sites: Mapping[str, Any] = field(repr=False)
+
+    @property
+    def is_all_observed(self) -> bool:
+        """Whether ``observations`` holds all that the program observes (it lacks what
+        ``poutine.mask`` hides, which is not simulated)."""
+        observed = (name for name, node in self.sites.items() if is_observation(node))
+        return all(name in self.observations for name in observed)
 
     def program(self, model: Callable[..., Any]) -> Callable[..., Any]:
         """``model``, observing the simulated values in place of those that its arguments hold.
@@ -278,6 +287,7 @@ def _read(particle: Particle, observed: tuple[str, ...]) -> Simulated:
         observations={name: value_of(node) for name, node in sites.items() if name in drawn},
         latents={name: node["value"] for name, node in latents.items() if name not in drawn},
         log_joint=particle.log_joint,
+        sites=sites,
     )
 
 

@@ -8,8 +8,9 @@ from guide_helpers import draw_samples, shaken
 
 import lmppl
 from lmppl import lm_sample, runtime, tool
-from lmppl.guides.records import Record, revive
+from lmppl.guides.records import Record, record_of_simulation, revive
 from lmppl.guides.samples import Sample
+from lmppl.guides.simulation import simulate
 from lmppl.testing import tiny_lm
 from lmppl.testing.programs import CASES
 
@@ -173,3 +174,41 @@ def test_the_error_of_a_tool_is_in_the_checkpoint():
     state = _pack(Record({"z": torch.tensor([1])}, tools=tools), packed)
     again = _unpack(state, _unpacker(packed.tensors()))
     assert "gone" in str(again.tools["t"].error) and again.tools["u"].error is None
+
+
+NOT_SIMULATED = {"factor", "scale"}
+
+
+@pytest.mark.parametrize("latents_known", [True, False])
+@pytest.mark.parametrize(
+    "case", [c for c in CASES.values() if c.name not in NOT_SIMULATED], ids=str
+)
+def test_what_a_simulation_found_out_is_what_the_program_computes(case, latents_known):
+    guide = lmppl.LMGuide(case.program, lm=case.lm)
+    with lmppl.use(case.lm), torch.no_grad():
+        for one in simulate(case.program, case.args, 6, seed=1):
+            program = one.program(case.program)
+            record = record_of_simulation(one, latents_known=latents_known)
+            log_r = []
+            for each in (record, record.forgotten()):
+                proposer = guide.recaller(case.args, guide.observations(case.args, program))
+                run = revive(each, program, case.args, proposer, complete=True)
+                with runtime.closing([run]) as runs:
+                    runtime.complete(runs)
+                log_r.append(run.log_joint)
+            assert log_r[0] == pytest.approx(log_r[1], abs=1e-4)
+            assert log_r[0] == pytest.approx(one.log_joint, abs=1e-4)
+            found = guide.observations_of_simulation(one, program)
+            assert found == guide.observations(case.args, program)
+
+
+def test_a_simulation_asks_no_model_again():
+    case = CASES["observed text"]
+    scored = []
+    for batch_size in (2, 32):
+        guide = lmppl.LMGuide(case.program, lm=case.lm)
+        before = case.lm.usage.tokens_scored
+        options = {"loss": "sft", "simulate": 32, "batch_size": batch_size, "progress": False}
+        guide.fit([case.args], steps=1, **options)
+        scored.append(case.lm.usage.tokens_scored - before)
+    assert scored[0] == scored[1]  # those of finding the guide's parameters
