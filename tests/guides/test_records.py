@@ -177,6 +177,7 @@ def test_the_error_of_a_tool_is_in_the_checkpoint():
 
 
 NOT_SIMULATED = {"factor", "scale"}
+SEEDED = {"seed": 0, "progress": False}
 
 
 @pytest.mark.parametrize("latents_known", [True, False])
@@ -208,7 +209,7 @@ def test_a_simulation_asks_no_model_again():
     for batch_size in (2, 32):
         guide = lmppl.LMGuide(case.program, lm=case.lm)
         before = case.lm.usage.tokens_scored
-        options = {"loss": "sft", "simulate": 32, "batch_size": batch_size, "progress": False}
+        options = {"loss": "sft", "simulate": 32, "batch_size": batch_size, **SEEDED}
         guide.fit([case.args], steps=1, **options)
         scored.append(case.lm.usage.tokens_scored - before)
     assert scored[0] == scored[1]  # those of finding the guide's parameters
