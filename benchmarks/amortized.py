@@ -24,6 +24,7 @@ import json
 import os
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +42,21 @@ SEED_OF_HELD_OUT = 1_000_003
 CALIBRATION_STEPS = 3
 
 
-def infill(opening: str, ending: str | None = None) -> lmppl.Text:
-    z = lm_sample("z", opening, max_tokens=8, stop=".")
-    lm_sample("ending", [opening, z], max_tokens=24, obs=ending)
-    return z
+def infilling(middle: int, ending_tokens: int) -> Callable[..., lmppl.Text]:
+    """The program, for a middle of at most, and an ending of exactly, so many tokens."""
+
+    def infill(opening: str, ending: str | None = None) -> lmppl.Text:
+        z = lm_sample("z", opening, max_tokens=middle, stop=".")
+        lm_sample("ending", [opening, z], max_tokens=ending_tokens, obs=ending)
+        return z
+
+    return infill
+
+
+def add_lengths(parser: argparse.ArgumentParser) -> None:
+    """The options that say which program."""
+    parser.add_argument("--middle", type=int, default=4, help="tokens of the middle, at most")
+    parser.add_argument("--ending", type=int, default=8, help="tokens of the ending")
 
 
 def openings(path: Path | None, lm: lmppl.LM, num: int) -> list[str]:
@@ -70,8 +82,9 @@ def main() -> None:
     parser.add_argument("--dtype", default=None)
     parser.add_argument("--pairs", type=int, default=500)
     parser.add_argument("--held-out", type=int, default=50)
-    parser.add_argument("--samples", type=int, default=64, help="for each held-out input")
-    parser.add_argument("--tokens", type=int, default=150_000, help="for each loss")
+    add_lengths(parser)
+    parser.add_argument("--samples", type=int, default=128, help="for each held-out input")
+    parser.add_argument("--tokens", type=int, default=100_000, help="for each loss")
     parser.add_argument("--losses", nargs="+", default=["vargrad", "sft", "wake", "elbo", "ppo"])
     parser.add_argument("--most-steps", type=int, default=300, help="of any loss")
     parser.add_argument("--save", type=Path, help="a folder for the default loss's guide")
@@ -79,6 +92,7 @@ def main() -> None:
     args = parser.parse_args()
     rows = json.loads(args.out.read_text()) if args.out and args.out.exists() else []
     lm = lmppl.LM.from_pretrained(args.model, dtype=args.dtype)
+    infill = infilling(args.middle, args.ending)
     data = [(each,) for each in openings(args.openings, lm, args.pairs + args.held_out)]
     training, held_out = data[: -args.held_out], data[-args.held_out :]
 

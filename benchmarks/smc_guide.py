@@ -33,7 +33,7 @@ from typing import Any
 import torch
 
 import lmppl
-from benchmarks.amortized import SEED_OF_HELD_OUT, infill, openings
+from benchmarks.amortized import SEED_OF_HELD_OUT, add_lengths, infilling, openings
 from benchmarks.machine import machine
 from benchmarks.results import write
 from lmppl import use
@@ -69,7 +69,7 @@ def measure(
 
     def run(particles: int, seed: int) -> lmppl.Posterior:
         return lmppl.infer(
-            infill, *given, method=METHODS[method], lm=lm, num_samples=particles, seed=seed,
+            guide.model, *given, method=METHODS[method], lm=lm, num_samples=particles, seed=seed,
             guide=None if method == "prior" else guide, progress=False,
         )  # fmt: skip
 
@@ -120,7 +120,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100, help="of training, without --guide")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--out", type=Path, help="JSON file of rows; those in it are kept")
+    add_lengths(parser)
     args = parser.parse_args()
+    infill = infilling(args.middle, args.ending)
     if args.seeds < 2:
         parser.error(f"--seeds {args.seeds}: a spread needs at least 2")
     rows = json.loads(args.out.read_text()) if args.out and args.out.exists() else []

@@ -17,6 +17,7 @@ from lmppl.guides.records import Record, record_of_simulation
 from lmppl.guides.simulation import Simulated
 from lmppl.guides.sources import Collection, Source, Stream, read_stream
 from lmppl.posterior import Posterior
+from lmppl.progress import progress_bar
 
 if TYPE_CHECKING:
     from lmppl.guides.guide import LMGuide
@@ -33,6 +34,7 @@ def read_data(
     options: FitOptions,
     seed: int,
     generator: torch.Generator,
+    progress: bool | None = None,
 ) -> tuple[Source, list[Input], Input]:
     """The inputs of training, those held out, and one of them.
 
@@ -42,6 +44,7 @@ def read_data(
         options: of the training.
         seed: of simulations, and of the draws of a distilled posterior.
         generator: of the order in which inputs come.
+        progress: whether a bar shows how many are simulated; None: on a terminal.
 
     Raises:
         TypeError, ValueError: see ``fit``.
@@ -49,7 +52,9 @@ def read_data(
     if simulate is not None:
         if demonstrations is not None:
             raise ValueError("simulate= has latents of its own: leave out demonstrations=")
-        return _simulated_inputs(guide, data, simulate, eval_data, options, seed, generator)
+        return _simulated_inputs(
+            guide, data, simulate, eval_data, options, seed, generator, progress
+        )
     if data is None:
         raise ValueError("fit needs inputs: data=[(x, y), ...], or simulate=N")
     if isinstance(eval_data, int):
@@ -101,6 +106,7 @@ def _simulated_inputs(
     options: FitOptions,
     seed: int,
     generator: torch.Generator,
+    progress: bool | None,
 ) -> tuple[Source, list[Input], Input]:
     check_simulated(guide)
     if not (number == math.inf or (isinstance(number, int) and number >= 1)):
@@ -118,7 +124,11 @@ def _simulated_inputs(
         (example,) = simulated_inputs(guide, simulations(guide, args_of, seeds[0]), options, 1)
         source = Stream(simulated_inputs(guide, pairs, options), skip=pairs.skip)
         return source, held_out, example
-    inputs = list(simulated_inputs(guide, pairs, options, int(number)))
+    inputs = []
+    with progress_bar("simulating inputs", int(number), show=progress) as bar:
+        for each in simulated_inputs(guide, pairs, options, int(number)):
+            inputs.append(each)
+            bar.advance()
     return Collection(inputs, generator), held_out, inputs[0]
 
 

@@ -145,7 +145,15 @@ def fit(
     generator = torch.Generator().manual_seed(run.seed % 2**63)
     with use(guide.base):
         source, held_out, example = read_data(
-            guide, data, simulate, demonstrations, eval_data, settings, run.seed, generator
+            guide,
+            data,
+            simulate,
+            demonstrations,
+            eval_data,
+            settings,
+            run.seed,
+            generator,
+            progress,
         )
         if patience is not None and not held_out:
             raise ValueError(f"patience={patience} needs eval_data=, held-out inputs")

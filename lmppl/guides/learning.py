@@ -77,7 +77,8 @@ def learn(
         ``model_loss``, ``model_ess`` and the guide's figures.
 
     Raises:
-        ValueError: if the program has nothing to learn, or options are out of range.
+        ValueError: if the program has nothing to learn, options are out of range, or no trace of any
+            input was ever alive. (Inputs of which that is true while others live are warned of.)
         FloatingPointError: if a loss is not finite; the last good parameters are kept.
     """
     if method not in ("em", "wake-sleep"):
@@ -123,6 +124,7 @@ def learn(
                 bar.advance(log_evidence=found["log_evidence"])
                 if callback is not None:
                     callback(history[-1])
+        trainer.report_dead()
     return history
 
 

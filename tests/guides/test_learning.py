@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import lmppl
-from lmppl import lm_sample
+from lmppl import lm_sample, require
 from lmppl.guides.inputs import Input
 from lmppl.guides.learning import _Learner, learn
 from lmppl.guides.options import FitOptions
@@ -217,3 +217,17 @@ def test_parameters_that_only_later_inputs_use_are_learned():
     guide = lmppl.LMGuide(program, lm=LM)
     learn(guide, [("a", 1.0), ("b", 0.0)], steps=15, seed=0, batch_size=8, model_learning_rate=0.1)
     assert pyro.param("p_a") > 0.6 and pyro.param("p_b") < 0.4
+
+
+def test_inputs_without_a_live_trace_are_reported():
+    def program(x, possible):
+        lm_sample("z", x, max_tokens=1)
+        p = pyro.param("p", torch.tensor(0.5), constraint=dist.constraints.unit_interval)
+        require("r", possible)
+        pyro.sample("label", dist.Bernoulli(p), obs=torch.tensor(1.0))
+
+    options = {"steps": 2, "seed": 0, "batch_size": 8, "progress": False}
+    with pytest.warns(UserWarning, match=r"inputs \[1\] of the data were skipped"):
+        learn(lmppl.LMGuide(program, lm=LM), [("a", True), ("a", False)], **options)
+    with pytest.raises(ValueError, match="no trace of any input had a positive probability"):
+        learn(lmppl.LMGuide(program, lm=LM), [("a", False)], **options)
