@@ -13,8 +13,8 @@ posterior are bracketed:
     log Z - ELBO <= KL(q || p) <= EUBO - ELBO        KL(p || q) <= EUBO - log Z
 
 with log Z the importance-weighted lower bound. ``sft`` needs far fewer tokens a step: it stops early
-when the ESS on 16 further simulations on the training openings grows no more. An hour on two CPU
-cores; rows that are in the file already are kept.
+when the ESS on 16 further simulations on the training openings grows no more. About a quarter of an
+hour a loss on one CPU core; rows that are in the file already are kept.
 """
 
 from __future__ import annotations
