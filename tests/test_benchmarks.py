@@ -12,7 +12,7 @@ import torch
 import lmppl
 from benchmarks import __main__ as command
 from benchmarks import measuring, plots, report, scoring, smc, smc_guide, suite
-from benchmarks.amortized import infill
+from benchmarks.amortized import infilling
 from benchmarks.bench import Bench
 from benchmarks.measuring import Local, Timed, in_turns, ratios
 from benchmarks.overhead import Clock
@@ -342,14 +342,15 @@ def test_smc_with_a_guide(monkeypatch, tmp_path, capsys):
     (tmp_path / "openings").write_text("\n".join(f"{line} ." for line in lines))
     out = tmp_path / "rows.json"
     options = {"pairs": 4, "held-out": 2, "inputs": 1, "seeds": 2, "tokens": 400, "steps": 2}
-    options |= {"openings": tmp_path / "openings", "out": out}
+    options |= {"openings": tmp_path / "openings", "out": out, "middle": 8, "ending": 24}
     argv = [f"--{name}={value}" for name, value in options.items()]
     monkeypatch.setattr(sys, "argv", ["smc_guide", *argv])
     smc_guide.main()
     rows = {row["method"]: row for row in json.loads(out.read_text())}
     assert list(rows) == list(smc_guide.METHODS)
     row = rows["prior"]
-    exact = lmppl.infer(infill, row["opening"], row["ending"], lm=lm, method="exact").log_evidence
+    given = row["opening"], row["ending"]
+    exact = lmppl.infer(infilling(8, 24), *given, lm=lm, method="exact").log_evidence
     for row in rows.values():
         assert row["tokens_a_run"] == pytest.approx(400, rel=0.5)
         assert row["log_mean_z"] == pytest.approx(exact, abs=0.4)
