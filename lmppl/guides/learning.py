@@ -137,7 +137,10 @@ def _dreams(
         args = inputs[number % len(inputs)].args
         drawn = simulate(guide.model, args, options.batch_size, seed=seed + number)
         for one in drawn:
-            yield simulated_input(guide, args, one, number, options)
+            each = simulated_input(guide, args, one, number, options)
+            if options.kind.draws != "given":
+                each.rescore()  # the model may change before the last of the batch is used
+            yield each
         number += 1
 
 

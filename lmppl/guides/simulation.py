@@ -70,9 +70,11 @@ class Simulated:
                 given these observations, since what it observes depends on its latents.
         """
 
+        observations = self.observations  # alone: an input keeps its program, not the whole run
+
         @functools.wraps(model, updated=())
         def observing(*args: Any, **kwargs: Any) -> Any:
-            observe = _Observe(self.observations)
+            observe = _Observe(observations)
             with observe:
                 returned = model(*args, **kwargs)
             observe.check_all_met()

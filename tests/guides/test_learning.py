@@ -133,7 +133,9 @@ def test_stored_rewards_are_scored_anew():
     assert max(abs(error) for _, error in seen) < 1e-5
 
 
-def test_texts_are_scored_anew_too():
+@pytest.mark.parametrize("method", ["em", "wake-sleep"])
+def test_texts_are_scored_anew_too(method):
+    """Dreams as well, a batch of which is used while the model changes."""
     m = LM.adapter()
 
     def program(x):
@@ -144,8 +146,9 @@ def test_texts_are_scored_anew_too():
     values = []
 
     def look(batch, options, **rest):
-        now = float(m.log_prob("b", ["a"], max_tokens=1))
-        values.extend(float(s.particle.sites["y"]["log_prob_sum"]) - now for s in batch.samples)
+        for node in (sample.particle.sites["y"] for sample in batch.samples):
+            now = float(m.log_prob("b", [node["fn"].text(node["value"])], max_tokens=1))
+            values.append(float(node["log_prob_sum"]) - now)
         return original(batch, options, **rest)
 
     from lmppl.guides import trainer
@@ -153,7 +156,10 @@ def test_texts_are_scored_anew_too():
     original = trainer.loss_of
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "loss_of", look)
-        learn(guide, [("ab.",)], 5, seed=0, progress=False, model_learning_rate=0.01, batch_size=8)
+        learn(
+            guide, [("ab.",)], 5, method=method, guide_steps=1, loss="vargrad", seed=0,
+            progress=False, model_learning_rate=0.01, batch_size=8,
+        )  # fmt: skip
     assert float(m.log_prob("b", ["a"], max_tokens=1)) > float(
         LM.log_prob("b", ["a"], max_tokens=1)
     )

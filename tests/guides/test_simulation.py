@@ -5,6 +5,7 @@ import itertools
 import math
 import statistics
 import warnings
+import weakref
 from collections import Counter
 
 import pyro
@@ -483,3 +484,12 @@ def test_a_stream_over_other_inputs_is_not_restored():
         Stream(infill, INPUTS[:1], seed=0).restore(state)
     with pytest.raises(ValueError, match="block=32, this one has 8"):
         Stream(infill, INPUTS, seed=0, block=8).restore(state)
+
+
+def test_a_program_keeps_its_observations_and_not_the_run():
+    (one,) = run(infill, ("a", "b"), 1)
+    program, whole = one.program(infill), weakref.ref(one)
+    del one
+    assert whole() is None
+    with lmppl.use(LM):
+        assert list(lmppl.infer(program, "a", "b", method="exact").latents) == ["z"]
