@@ -93,11 +93,12 @@ def main() -> None:
     rows = json.loads(args.out.read_text()) if args.out and args.out.exists() else []
     lm = lmppl.LM.from_pretrained(args.model, dtype=args.dtype)
     infill = infilling(args.middle, args.ending)
+    lengths = {"middle": args.middle, "ending": args.ending}
     data = [(each,) for each in openings(args.openings, lm, args.pairs + args.held_out)]
     training, held_out = data[: -args.held_out], data[-args.held_out :]
 
     def keep(name: str, **figures: Any) -> None:
-        row = {"name": name, **figures}
+        row = {"name": name, **lengths, **figures}
         print(json.dumps(row), flush=True)
         rows.append({**row, "machine": machine(lm.device)})
         if args.out:
@@ -108,7 +109,7 @@ def main() -> None:
     def new_guide() -> lmppl.LMGuide:
         return lmppl.LMGuide(infill, lm=lm, condition_on=["ending"])
 
-    known = {row["name"] for row in rows}
+    known = {row["name"] for row in rows if lengths.items() <= row.items()}
     with use(lm):
         pairs = simulations(new_guide(), held_out, seed=SEED_OF_HELD_OUT)
         inputs = list(simulated_inputs(new_guide(), pairs, FitOptions(), len(held_out)))
@@ -141,7 +142,7 @@ def main() -> None:
         )  # fmt: skip
         if args.save and loss == "vargrad":
             guide.save(args.save)
-    print(table(rows))
+    print(table([row for row in rows if lengths.items() <= row.items()]))
 
 
 def table(rows: list[dict[str, Any]]) -> str:

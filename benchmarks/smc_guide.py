@@ -140,15 +140,15 @@ def main() -> None:
             (*given, one.observations["ending"])
             for given, one in itertools.islice(pairs, args.inputs)
         ]
-    names = ("input", "method", "tokens", "seeds", "guide_steps")
+    names = ("input", "method", "tokens", "seeds", "guide_steps", "middle", "ending")
     known = {tuple(row[name] for name in names) for row in rows}
     for (number, given), method in itertools.product(enumerate(inputs), args.methods):
         steps = 0 if method == "prior" else len(guide.history)
-        case = (number, method, args.tokens, args.seeds, steps)
+        case = (number, method, args.tokens, args.seeds, steps, args.middle, args.ending)
         if case in known:
             continue
         row = dict(zip(names, case, strict=True))
-        row |= {"opening": str(given[0]), "ending": str(given[1])}
+        row |= {"texts": [str(given[0]), str(given[1])]}
         row |= measure(method, given, guide, lm, args.tokens, args.seeds)
         print(json.dumps(row), flush=True)
         rows.append({**row, "model": lm.name, "machine": machine(lm.device)})

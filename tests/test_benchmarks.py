@@ -349,8 +349,7 @@ def test_smc_with_a_guide(monkeypatch, tmp_path, capsys):
     rows = {row["method"]: row for row in json.loads(out.read_text())}
     assert list(rows) == list(smc_guide.METHODS)
     row = rows["prior"]
-    given = row["opening"], row["ending"]
-    exact = lmppl.infer(infilling(8, 24), *given, lm=lm, method="exact").log_evidence
+    exact = lmppl.infer(infilling(8, 24), *row["texts"], lm=lm, method="exact").log_evidence
     for row in rows.values():
         assert row["tokens_a_run"] == pytest.approx(400, rel=0.5)
         assert row["log_mean_z"] == pytest.approx(exact, abs=0.4)
