@@ -18,6 +18,7 @@ from torch import nn
 from lmppl.distributions import LMText, score_texts
 from lmppl.guides.heads import Head, moved, num_moves
 from lmppl.guides.prompts import Observations, guide_prompt
+from lmppl.guides.sites import TrainedSites
 from lmppl.lm import LM
 from lmppl.lm.requests import Scored
 from lmppl.runtime import Given, Proposer, Wait, is_latent, suspend
@@ -60,16 +61,21 @@ class AutomaticProposer:
         observations: what it may see of the input.
         temperature: of the behaviour policy: text is drawn from ``q ** (1 / temperature)``;
             ``math.inf``: everything is drawn from the model instead.
+        sites: that it was trained on, to warn of others.
 
     Attributes:
         draws: what was drawn, by site, so that it can be scored again with gradients.
     """
 
     def __init__(
-        self, networks: _Networks, observations: Observations, temperature: float = 1.0
+        self,
+        networks: _Networks,
+        observations: Observations,
+        temperature: float = 1.0,
+        sites: TrainedSites | None = None,
     ) -> None:
         self._networks, self._observations = networks, observations
-        self._temperature = temperature
+        self._temperature, self._sites = temperature, sites
         self.draws: dict[str, TextDraw | HeadDraw] = {}
 
     def propose(self, site: Any, trace: Trace) -> Given | None:
@@ -127,6 +133,8 @@ class AutomaticProposer:
         # An adapter of the base, as of a program that learns, has the base's own vocabulary.
         if fn.lm.vocabulary is not self._networks.base.vocabulary or fn.batch_shape:
             return None
+        if self._sites is not None:
+            self._sites.check(site["name"], fn)
         prompt = guide_prompt(site, trace, self._observations)
         return fn.with_prefix_ids(prompt, self._networks.adapter_for(site["name"]), fn.temperature)
 
@@ -173,11 +181,17 @@ class AutomaticProposer:
             parts.append(suspend(Wait("hidden", name, base, prefix=tokens)).float())
         return torch.cat(parts) if parts else torch.zeros(1)
 
+    def learn_sites(self, sites: TrainedSites) -> None:
+        """Note what its draws are trained on."""
+        for name, draw in self.draws.items():
+            if isinstance(draw, TextDraw):
+                sites.learn(name, draw.fn)
+
     def finish(self, trace: Trace) -> None:
         """An automatic guide follows the model, so nothing can be left over."""
 
     def fork(self, streams: Proposer) -> AutomaticProposer:
-        new = AutomaticProposer(self._networks, self._observations, self._temperature)
+        new = AutomaticProposer(self._networks, self._observations, self._temperature, self._sites)
         new.draws = dict(self.draws)
         return new
 

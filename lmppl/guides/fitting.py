@@ -23,6 +23,7 @@ from lmppl.guides.evaluation import evaluate
 from lmppl.guides.history import History
 from lmppl.guides.inputs import Input
 from lmppl.guides.options import FitOptions
+from lmppl.guides.sites import TrainedSites
 from lmppl.guides.tracking import tracker
 from lmppl.guides.trainer import Trainer
 from lmppl.guides.watching import DivergenceGuard, EarlyStopping
@@ -159,6 +160,7 @@ def fit(
             raise ValueError(f"patience={patience} needs eval_data=, held-out inputs")
         guide.strict_prompts = source.num_inputs != 1
         guide.tempered_target = settings.tempered_target
+        guide.sites = TrainedSites()
         guide.prepare(example.args, example.program)
         trainer = Trainer(guide, source, steps, settings, run.seed, generator)
         _Loop(trainer, held_out, run, callback).run(progress)

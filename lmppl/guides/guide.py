@@ -16,6 +16,7 @@ from lmppl.guides.history import History
 from lmppl.guides.program import PriorProposer, ProgramProposer, score_program
 from lmppl.guides.prompts import Observations, find_observations, show
 from lmppl.guides.records import Recaller
+from lmppl.guides.sites import TrainedSites
 from lmppl.guides.trainables import Trainables, trainable
 from lmppl.lm import LM
 from lmppl.primitives import default_lm, use
@@ -94,6 +95,7 @@ class LMGuide:
         self._pending: dict[str, Any] | None = None  # loaded state of a program not yet run
         self.strict_prompts = False  # set by fit: several inputs must be told apart
         self.tempered_target: float | None = None
+        self.sites = TrainedSites()
 
     def adapter_for(self, name: str) -> LM:
         """The language model from which the automatic guide draws a latent text site."""
@@ -122,7 +124,8 @@ class LMGuide:
             args: the program's arguments.
             temperature: texts are drawn from ``q ** (1 / temperature)`` (automatic guides only);
                 ``math.inf``: all is drawn from the model, and remembered for the guide to score.
-            observations: what ``observations(args)`` found, if that is known already.
+            observations: what ``observations(args)`` found, as training knows it. Without, the guide
+                is put to use, and warns of sites that it was not trained for.
         """
         with use(self.base):
             if self.program is not None:
@@ -132,7 +135,8 @@ class LMGuide:
                     return lambda slot, seed: PriorProposer(program, args)
                 return lambda slot, seed: ProgramProposer.make(program, args, slot, seed)
             seen = self.observations(args) if observations is None else observations
-            return lambda slot, seed: AutomaticProposer(self, seen, temperature)
+            sites = self.sites if observations is None else None
+            return lambda slot, seed: AutomaticProposer(self, seen, temperature, sites)
 
     def recaller(self, args: tuple[Any, ...], observations: Observations) -> Recaller:
         """A proposer for traces whose latents are known, which remembers them as its own draws.
@@ -203,6 +207,9 @@ class LMGuide:
         One teacher-forced pass over finished samples; never through the decoding loop.
         """
         if self.program is None:
+            if grad:
+                for proposer in proposers:
+                    proposer.learn_sites(self.sites)
             return score_draws(self, list(proposers), grad=grad)
         # Some inputs and branches may have parameters that the first runs did not use.
         seen = self._trainables.add if grad else None

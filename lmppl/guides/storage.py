@@ -26,12 +26,13 @@ from safetensors.torch import load_file, save_file
 
 from lmppl.guides.heads import Head
 from lmppl.guides.history import History
+from lmppl.guides.sites import TrainedSites
 from lmppl.lm import LM
 
 if TYPE_CHECKING:
     from lmppl.guides.guide import LMGuide
 
-FORMAT = 2
+FORMAT = 3
 
 
 def save(guide: LMGuide, path: Path) -> None:
@@ -107,6 +108,7 @@ def write_guide(guide: LMGuide, folder: Path) -> None:
         "num_adapters": len(guide.adapters()),
         "adapted_sites": guide.adapted_sites if guide.adapter_per_site else None,
         "tempered_target": guide.tempered_target,
+        "sites": guide.sites.laws,
         "notes": guide.notes,
         "history": guide.history,
     }
@@ -155,6 +157,7 @@ def load(
     guide.history = History(description["history"])
     guide.notes = list(description["notes"])
     guide.tempered_target = description["tempered_target"]
+    guide.sites = TrainedSites(description["sites"])
     read_parameters(guide, path, description)
     return guide
 

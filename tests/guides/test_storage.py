@@ -138,7 +138,7 @@ def test_what_cannot_be_loaded(tmp_path):
     lmppl.LMGuide.load(path, CHAIN.program, lm=tiny_lm("ab.", seed=0))  # an equal base is that base
     description = json.loads((path / "guide.json").read_text())
     (path / "guide.json").write_text(json.dumps(description | {"format": 99}))
-    with pytest.raises(ValueError, match="has format 99; this version of lmppl reads 2"):
+    with pytest.raises(ValueError, match="has format 99; this version of lmppl reads 3"):
         lmppl.LMGuide.load(path, CHAIN.program, lm=CHAIN.lm)
 
 
