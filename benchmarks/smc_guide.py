@@ -1,7 +1,7 @@
 """A trained guide in SMC against the prior, at equal language-model tokens: the spread of log Z.
 
-    python -m benchmarks.amortized --openings sentences.txt --save guide
-    python -m benchmarks.smc_guide --guide guide --openings sentences.txt --out smc_guide.json
+    python -m benchmarks.amortized --openings sentences.txt --save guides
+    python -m benchmarks.smc_guide --guide guides/vargrad --openings sentences.txt --out smc_guide.json
 
 The program is that of ``benchmarks.amortized``, and so are the held-out simulations. On each of the
 first few, every method gets as many particles as ``--tokens`` tokens pay for (drawn and scored, as
@@ -33,7 +33,8 @@ from typing import Any
 import torch
 
 import lmppl
-from benchmarks.amortized import SEED_OF_HELD_OUT, add_lengths, infilling, openings
+from benchmarks.amortized import SEED_OF_HELD_OUT
+from benchmarks.infilling_task import Task
 from benchmarks.machine import machine
 from benchmarks.results import write
 from lmppl import use
@@ -120,14 +121,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100, help="of training, without --guide")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--out", type=Path, help="JSON file of rows; those in it are kept")
-    add_lengths(parser)
+    Task.add_options(parser)
     args = parser.parse_args()
-    infill = infilling(args.middle, args.ending)
+    task = Task.of(args)
+    infill = task.program
     if args.seeds < 2:
         parser.error(f"--seeds {args.seeds}: a spread needs at least 2")
     rows = json.loads(args.out.read_text()) if args.out and args.out.exists() else []
     lm = lmppl.LM.from_pretrained(args.model, dtype=args.dtype)
-    data = [(each,) for each in openings(args.openings, lm, args.pairs + args.held_out)]
+    openings = task.openings(args.openings, lm, args.pairs + args.held_out)
+    data = [(each,) for each in openings]
     training, held_out = data[: -args.held_out], data[-args.held_out :]
     if args.guide:
         guide = lmppl.LMGuide.load(args.guide, infill, lm=lm)
@@ -140,11 +143,11 @@ def main() -> None:
             (*given, one.observations["ending"])
             for given, one in itertools.islice(pairs, args.inputs)
         ]
-    names = ("input", "method", "tokens", "seeds", "guide_steps", "middle", "ending")
-    known = {tuple(row[name] for name in names) for row in rows}
+    names = ("input", "method", "tokens", "seeds", "guide_steps", *task.key)
+    known = {tuple(row.get(name) for name in names) for row in rows}
     for (number, given), method in itertools.product(enumerate(inputs), args.methods):
         steps = 0 if method == "prior" else len(guide.history)
-        case = (number, method, args.tokens, args.seeds, steps, args.middle, args.ending)
+        case = (number, method, args.tokens, args.seeds, steps, *task.key.values())
         if case in known:
             continue
         row = dict(zip(names, case, strict=True))

@@ -12,8 +12,8 @@ import torch
 import lmppl
 from benchmarks import __main__ as command
 from benchmarks import measuring, plots, report, scoring, smc, smc_guide, suite
-from benchmarks.amortized import infilling
 from benchmarks.bench import Bench
+from benchmarks.infilling_task import Task
 from benchmarks.measuring import Local, Timed, in_turns, ratios
 from benchmarks.overhead import Clock
 from benchmarks.peers import gfn_lm_tuning
@@ -336,20 +336,22 @@ def test_smc_of_lmppl(bench):
 
 
 def test_smc_with_a_guide(monkeypatch, tmp_path, capsys):
-    lm = tiny_lm(["a ", "b ", "."], seed=37, contrast=1.5)  # the ending says much of the text
+    lm = tiny_lm("ab.", seed=37, contrast=1.5)  # the ending says much of the text
     monkeypatch.setattr(lmppl.LM, "from_pretrained", lambda name, dtype: lm)
-    lines = [" ".join(f"{number:06b}".replace("0", "a").replace("1", "b")) for number in range(6)]
+    lines = [f"{number:06b}".replace("0", "a").replace("1", "b") for number in range(6)]
     (tmp_path / "openings").write_text("\n".join(f"{line} ." for line in lines))
     out = tmp_path / "rows.json"
     options = {"pairs": 4, "held-out": 2, "inputs": 1, "seeds": 2, "tokens": 400, "steps": 2}
-    options |= {"openings": tmp_path / "openings", "out": out, "middle": 8, "ending": 24}
+    options |= {"openings": tmp_path / "openings", "out": out}
+    task = {"words": 1, "middle": 8, "ending": 24, "temperature": 1.0}
+    options |= task
     argv = [f"--{name}={value}" for name, value in options.items()]
     monkeypatch.setattr(sys, "argv", ["smc_guide", *argv])
     smc_guide.main()
     rows = {row["method"]: row for row in json.loads(out.read_text())}
     assert list(rows) == list(smc_guide.METHODS)
     row = rows["prior"]
-    exact = lmppl.infer(infilling(8, 24), *row["texts"], lm=lm, method="exact").log_evidence
+    exact = lmppl.infer(Task(**task).program, *row["texts"], lm=lm, method="exact").log_evidence
     for row in rows.values():
         assert row["tokens_a_run"] == pytest.approx(400, rel=0.5)
         assert row["log_mean_z"] == pytest.approx(exact, abs=0.4)
