@@ -42,7 +42,7 @@ def test_the_other_losses_have_the_same_optimum(loss):
     """``benchmarks.guide_oracle`` asks the same of every program, with three seeds."""
     case = CASES["one site"]
     guide = lmppl.LMGuide(case.program, lm=case.lm)
-    guide.fit([case.args], steps=_SOON[case.name], seed=0, loss=loss)
+    guide.fit([case.args], steps=_STEPS, seed=0, loss=loss)
     report = guide_report(guide, case.program, case.args, case.lm)
     print(f"{loss}: TV {report.tv:.4f}, log Z - E_q[u] {report.gap:.4f}")
     assert report.tv < 0.01
