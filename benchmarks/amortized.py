@@ -102,8 +102,8 @@ def main() -> None:
             continue
         common: dict[str, Any] = {"simulate": args.pairs, "seed": 0, **RUNS[name]}
         few = {k: v for k, v in common.items() if k not in _EARLY_STOPPING}
-        if math.isfinite(few["simulate"]):  # pairs simulated ahead cost the same for 1 step and for 4
-            few["simulate"] = 40
+        if math.isfinite(few["simulate"]):
+            few["simulate"] = 40  # simulated ahead: they cost the same for 1 step and for 4
         before = tokens(lm)
         new_guide().fit(training, steps=1, **few)
         first = tokens(lm)
