@@ -27,6 +27,7 @@ from lmppl.distributions import ToolResult
 from lmppl.guides.history import History
 from lmppl.guides.inputs import Input
 from lmppl.guides.records import Record
+from lmppl.guides.sites import TrainedSites
 from lmppl.guides.storage import fingerprint, read_parameters, replace_folder, write_guide
 from lmppl.lm import LM
 from lmppl.lm.requests import Scored
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from lmppl.guides.trainer import Trainer
     from lmppl.guides.watching import DivergenceGuard, EarlyStopping
 
-FORMAT = 2
+FORMAT = 3
 
 
 def write(
@@ -107,6 +108,7 @@ def read(path: Path, trainer: Trainer, guard: DivergenceGuard, stopping: EarlySt
     guide.restore_pending(None)
     guide.history = History(saved_guide["history"])
     guide.notes = list(saved_guide["notes"])
+    guide.sites = TrainedSites(saved_guide["sites"])
     tensors = load_file(path / "state.safetensors")
     unpack = _unpacker(tensors)
     trainer.source.restore(description["source"])

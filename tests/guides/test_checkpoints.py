@@ -63,6 +63,12 @@ def test_a_resumed_run_ends_as_an_unbroken_one(options, tmp_path):
     assert _timeless(resumed.history) == _timeless(whole.history)
 
 
+def test_a_resumed_guide_knows_the_sites_that_it_was_trained_on(tmp_path):
+    whole = run(tmp_path / "run")
+    again = run(tmp_path / "run", resume=True)  # no step is left
+    assert list(whole.sites.laws) == ["z"] and again.sites.laws == whole.sites.laws
+
+
 def _timeless(history):
     return [
         {k: v for k, v in figures.items() if not k.startswith("seconds_") and v == v}
