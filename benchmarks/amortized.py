@@ -110,7 +110,7 @@ def main() -> None:
         new_guide().fit(training, steps=1 + CALIBRATION_STEPS, **few)
         a_step = (tokens(lm) - first - (first - before)) / CALIBRATION_STEPS
         steps = min(args.most_steps, max(10, round(args.tokens / a_step)))
-        guide, began, before = new_guide(), time.perf_counter(), tokens(lm)
+        guide, began = new_guide(), time.perf_counter()
         guide.fit(training, steps=steps, **common)
         print(guide.history, guide.notes, flush=True)
         with use(lm):

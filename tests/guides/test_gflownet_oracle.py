@@ -18,6 +18,7 @@ _CASES = [case for name, case in CASES.items() if name != "beta mixture"]
 # On the chain, the hardest, 400 steps end at a TV of .004 to .014, depending on the seed (and, with
 # one seed, on how numbers are rounded); 700 end at .003 to .004.
 _STEPS = 700
+# These are there at half of them, with a TV of .0005 or less.
 _SOON = {"one site": 350, "scale": 350, "tool": 350}
 # Over three seeds the worst is .0077 on the chain and .0088 on this program (docs/training.md);
 # another machine's rounding is like another seed.
