@@ -111,7 +111,12 @@ class Batch:
 
 
 def loss_of(
-    batch: Batch, options: FitOptions, *, beta: float, log_z: torch.Tensor
+    batch: Batch,
+    options: FitOptions,
+    *,
+    beta: float,
+    likelihood_weight: float,
+    log_z: torch.Tensor,
 ) -> torch.Tensor | None:
     """The loss of one input's samples.
 
@@ -119,6 +124,7 @@ def loss_of(
         batch: the samples.
         options: which loss, and its settings.
         beta: inverse temperature of the reward.
+        likelihood_weight: of log R - log prior, for losses whose target is annealed.
         log_z: the learned log evidence of this input, 0-d (used by ``"tb"``).
 
     Returns:
@@ -134,6 +140,9 @@ def loss_of(
         return None
     own = batch.origin("guide")
     own_r, own_q = log_r[:num][own], log_q[:num][own]
+    if likelihood_weight < 1.0:
+        own_prior = batch.log_prior[own] * beta
+        own_r = own_prior + likelihood_weight * (own_r - own_prior)
     if options.loss == "vargrad":
         loss = objectives.vargrad(log_r, log_q, huber=options.huber)
     elif options.loss == "tb":

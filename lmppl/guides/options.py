@@ -22,19 +22,23 @@ class LossKind:
             only; ``"given"``: latents that the user gave or that were simulated, and no draws.
         truncations: whether it uses them.
         repeats: whether the same draws serve for several updates.
+        annealed: whether its target moves from the program's prior to the posterior. A loss that
+            sees the guide's own draws only never finds a mode again that the first, noisy steps
+            have lost.
     """
 
     draws: Literal["mixture", "guide", "given"]
     truncations: bool = False
     repeats: bool = False
+    annealed: bool = False
 
 
 LOSSES: dict[str, LossKind] = {
     "vargrad": LossKind("mixture", truncations=True),
     "tb": LossKind("mixture", truncations=True),
     "subtb": LossKind("mixture", truncations=True),
-    "elbo": LossKind("guide"),
-    "wake": LossKind("guide"),
+    "elbo": LossKind("guide", annealed=True),
+    "wake": LossKind("guide", annealed=True),
     "sft": LossKind("given"),
     "ppo": LossKind("guide", repeats=True),
 }
@@ -65,6 +69,9 @@ class FitOptions:
             complete traces'; 0: none.
         reward_temperature: first and last: the reward is ``R ** (1 / temperature)``. If the last
             is not 1, the guide's target is a *tempered* posterior.
+        annealing: where the target of ``"elbo"`` and ``"wake"`` begins between the program's prior (0)
+            and the posterior (1): at ``prior * (R / prior) ** annealing``. It reaches R after half
+            of the steps. 1: it is R throughout.
         ppo_updates: updates on the same draws, for ``"ppo"``.
         ppo_clip: bound on the ratio of new to old density, for ``"ppo"``.
         ppo_kl: weight of its penalty, the divergence from the program's prior.
@@ -88,6 +95,7 @@ class FitOptions:
     huber: float = 3.0
     truncations: float = 1.0
     reward_temperature: tuple[float, float] = (1.0, 1.0)
+    annealing: float = 0.25
     ppo_updates: int = 4
     ppo_clip: float = 0.2
     ppo_kl: float = 0.02
@@ -141,6 +149,8 @@ class FitOptions:
             raise ValueError(f"truncations={self.truncations}: it must not be negative")
         if self.loss == "subtb" and self.truncations == 0:
             raise ValueError("loss='subtb' compares truncations of a trace: truncations=0 has none")
+        if not 0 < self.annealing <= 1:
+            raise ValueError(f"annealing={self.annealing}: it must be in (0, 1]")
         if self.ppo_updates < 1 or not 0 < self.ppo_clip < 1 or self.ppo_kl < 0:
             raise ValueError(
                 f"ppo_updates={self.ppo_updates}, ppo_clip={self.ppo_clip}, ppo_kl={self.ppo_kl}: "
@@ -176,8 +186,13 @@ class FitOptions:
     def inverse_temperature(self, number: int, steps: int) -> float:
         """Of the reward, at a step: it moves along a line over the first half of them."""
         first, last = self.reward_temperature
-        done = min(1.0, number / max(1, steps // 2))
-        return 1.0 / (first + (last - first) * done)
+        return 1.0 / (first + (last - first) * _moved(number, steps))
+
+    def likelihood_weight(self, number: int, steps: int) -> float:
+        """Of log R - log prior, at a step: it moves along a line over the first half of them."""
+        if not self.kind.annealed:
+            return 1.0
+        return self.annealing + (1.0 - self.annealing) * _moved(number, steps)
 
     def memory(self, usual: Memory) -> Memory:
         """What a trained language model's passes may take."""
@@ -192,3 +207,8 @@ class FitOptions:
         """The temperature of the posterior that the guide ends at, or None if it is untempered."""
         last = self.reward_temperature[1]
         return None if last == 1.0 else last
+
+
+def _moved(number: int, steps: int) -> float:
+    """How far a schedule over the first half of the steps has come, in [0, 1]."""
+    return min(1.0, number / max(1, steps // 2))

@@ -327,8 +327,13 @@ class Trainer:
             if each.features is None:
                 each.features = prompt_state(self.guide.base, batch.samples)
             log_z = self.log_z(each.features, each.index)
-        beta = self.options.inverse_temperature(number, self.steps)
-        return loss_of(batch, self.options, beta=beta, log_z=log_z)
+        return loss_of(
+            batch,
+            self.options,
+            beta=self.options.inverse_temperature(number, self.steps),
+            likelihood_weight=self.options.likelihood_weight(number, self.steps),
+            log_z=log_z,
+        )
 
     def _update(self, loss: torch.Tensor, number: int) -> float:
         """One step of the optimiser. Returns the norm of the gradient."""

@@ -9,7 +9,7 @@ import torch
 from guide_helpers import draw_samples
 
 import lmppl
-from lmppl import lm_sample, require
+from lmppl import lm_sample, objectives, require
 from lmppl.guides.inputs import Input
 from lmppl.guides.options import FitOptions
 from lmppl.guides.sources import Collection
@@ -129,6 +129,35 @@ def test_reward_temperature_is_annealed():
     assert betas == sorted(betas)
     assert options.tempered_target is None
     assert FitOptions(reward_temperature=(1.0, 2.0)).tempered_target == 2.0
+
+
+@pytest.mark.parametrize("loss", ["elbo", "wake"])
+def test_losses_on_the_guides_own_draws_begin_near_the_prior(loss, monkeypatch):
+    """A mode that the first, noisy steps lose is never drawn again."""
+    options = FitOptions(loss=loss, annealing=0.2)
+    weights = [options.likelihood_weight(number, 10) for number in range(10)]
+    assert weights[0] == 0.2 and weights[5:] == [1.0] * 5
+    assert weights == sorted(weights)
+    assert FitOptions(loss="vargrad").likelihood_weight(0, 10) == 1.0
+    seen = []
+    kept = getattr(objectives, loss)
+
+    def noted(first, log_q):
+        seen.append((first, log_q.detach()))
+        return kept(first, log_q)
+
+    monkeypatch.setattr(f"lmppl.objectives.{loss}", noted)
+    guide = lmppl.LMGuide(CASE.program, lm=LM)
+    with lmppl.use(LM):
+        trainer, (one,) = trainer_on(guide, [CASE.args], steps=10, loss=loss, annealing=0.2)
+        with torch.no_grad():
+            batches = trainer._sample([one], 0)
+        (batch,) = trainer._score([one], batches, [], [None])
+        trainer._loss(one, batch, 2)
+    ((first, log_q),) = seen
+    log_r = first if loss == "elbo" else first + log_q  # of wake they are log-weights
+    expected = batch.log_prior + (0.2 + 0.8 * 2 / 5) * (batch.log_r - batch.log_prior)
+    torch.testing.assert_close(log_r, expected)
 
 
 def test_log_z_of_tb_is_learned_also_from_zero():
@@ -314,6 +343,7 @@ def test_keyword_only_arguments_are_bound_otherwise():
         ({"prior_fraction": -0.1}, "must not be negative"),
         ({"truncations": -1.0}, "truncations=-1.0"),
         ({"reward_temperature": (0.5, 1.0)}, "at least 1 each"),
+        ({"annealing": 0.0}, "annealing=0.0: it must be in"),
         ({"steps": 0}, "steps=0: it must be an int of at least 1"),
         ({"steps": 2.5}, "steps=2.5"),
     ],
