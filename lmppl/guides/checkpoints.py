@@ -16,9 +16,11 @@ import hashlib
 import inspect
 import json
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -34,19 +36,122 @@ from lmppl.lm.requests import Scored
 
 if TYPE_CHECKING:
     from lmppl.guides.trainer import Trainer
-    from lmppl.guides.watching import DivergenceGuard, EarlyStopping
 
 FORMAT = 3
+
+
+class Part(Protocol):
+    """Something with a state, beside the trainer, that a run goes on from."""
+
+    def state(self) -> dict[str, Any]:
+        """What is no tensor, in JSON's types."""
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The rest, by name."""
+
+    def restore(self, state: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+        """Go on from both."""
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """When and where a run is written to disk.
+
+    Args:
+        path: a folder for its checkpoint, or None.
+        every: steps between them. (One more is written at the end.)
+        resume: go on from the checkpoint, if there is one.
+    """
+
+    path: Path | None
+    every: int
+    resume: bool
+
+    @classmethod
+    def of(
+        cls, checkpoint: str | Path | None, every: int, resume: bool, seed: int | None
+    ) -> Checkpoints:
+        """From the arguments of ``fit``.
+
+        Raises:
+            ValueError: for one out of range, or without what it needs.
+        """
+        if not isinstance(every, int) or every < 1:
+            raise ValueError(f"checkpoint_every={every!r}: it must be an int of at least 1")
+        if resume and checkpoint is None:
+            raise ValueError("resume=True needs checkpoint=: the folder of the run to go on with")
+        if resume and seed is None:
+            raise ValueError("resume=True needs seed=: the seed that the run was begun with")
+        return cls(None if checkpoint is None else Path(checkpoint), every, resume)
+
+    def begin(
+        self, trainer: Trainer, parts: Mapping[str, Part], run: Mapping[str, Any] | None = None
+    ) -> int:
+        """Bring a new run to where it was interrupted. Returns how many steps are done.
+
+        Args:
+            trainer, parts, run: see ``write``.
+
+        Raises:
+            ValueError: for the checkpoint of another run; see ``read``.
+            FileExistsError: if there is a checkpoint and the run is a new one.
+        """
+        if self.path is None or not self.path.exists():
+            return 0
+        if not self.resume:
+            raise FileExistsError(
+                f"{self.path} exists: resume=True goes on with the run in it; for a new run give "
+                "another folder"
+            )
+        done = read(self.path, trainer, parts, run)
+        trainer.forget()
+        return done
+
+    def save(
+        self,
+        done: int,
+        trainer: Trainer,
+        parts: Mapping[str, Part],
+        run: Mapping[str, Any] | None = None,
+        *,
+        last: bool = False,
+    ) -> bool:
+        """Write the state of a run after ``done`` steps, if it is time or the run ends. A disk that
+        is full is warned of, and training goes on.
+
+        Returns:
+            Whether it was time: then the trainer has forgotten what a resumed one does not know.
+        """
+        if self.path is None or not (last or done % self.every == 0):
+            return False
+        try:
+            write(self.path, trainer, done, parts, run)
+        except OSError as error:
+            warnings.warn(
+                f"the checkpoint of step {done} could not be written ({error}); the one before is "
+                "kept, and training goes on",
+                stacklevel=5,
+            )
+        trainer.forget()
+        return True
 
 
 def write(
     path: Path,
     trainer: Trainer,
     done: int,
-    guard: DivergenceGuard,
-    stopping: EarlyStopping,
+    parts: Mapping[str, Part],
+    run: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the state of a run after ``done`` steps; replaces the checkpoint that is there.
+
+    Args:
+        path: its folder.
+        trainer: what trains the guide.
+        done: steps.
+        parts: what else has a state, by name.
+        run: what must be equal for a run to be the same one, beside what the trainer knows; in
+            JSON's types.
 
     Raises:
         OSError: if it cannot be written; the checkpoint before is kept.
@@ -55,22 +160,22 @@ def write(
     packed = _Packer()
     description = {
         "format": FORMAT,
-        "run": identity(trainer),
+        "run": identity(trainer) | dict(run or {}),
         "done": done,
         "source": trainer.source.state(),
         "inputs": [_pack_input(each, packed) for each in trainer.source.kept],
         "trainer": trainer.state(),
-        "guard": guard.state(),
-        "stopping": stopping.state(),
+        **{name: part.state() for name, part in parts.items()},
     }
     tensors = packed.tensors()
     tensors["generator"] = trainer.generator.get_state()
-    for name, state in trainer.optimizer_state().items():
-        tensors |= {f"optimizer.{name}.{key}": value for key, value in state.items()}
+    tensors |= _prefixed(
+        "optimizer", optimizer_tensors(trainer.optimizer, trainer.named_parameters())
+    )
     if trainer.log_z is not None:
-        tensors |= {f"log_z.{k}": v for k, v in trainer.log_z.state_dict().items()}
-    tensors |= {f"guard.{name}": t for name, t in guard.snapshot.tensors.items()}
-    tensors |= {f"stopping.{name}": t for name, t in stopping.snapshot.tensors.items()}
+        tensors |= _prefixed("log_z", trainer.log_z.state_dict())
+    for name, part in parts.items():
+        tensors |= _prefixed(name, part.tensors())
 
     def write_files(folder: Path) -> None:
         (folder / "guide").mkdir()
@@ -81,8 +186,16 @@ def write(
     replace_folder(path, "checkpoint", write_files)
 
 
-def read(path: Path, trainer: Trainer, guard: DivergenceGuard, stopping: EarlyStopping) -> int:
+def read(
+    path: Path,
+    trainer: Trainer,
+    parts: Mapping[str, Part],
+    run: Mapping[str, Any] | None = None,
+) -> int:
     """Bring a new trainer to where the run on disk was. Returns how many steps are done.
+
+    Args:
+        path, trainer, parts, run: see ``write``.
 
     Raises:
         ValueError: if it is another run's: of another program, model, data or options, or of
@@ -94,13 +207,13 @@ def read(path: Path, trainer: Trainer, guard: DivergenceGuard, stopping: EarlySt
             f"the checkpoint {path} has format {description.get('format')!r}; this version of lmppl "
             f"reads {FORMAT}: train anew, in another folder"
         )
-    for what, value in identity(trainer).items():
-        saved = description["run"].get(what)
-        if saved != value:
+    own, saved = identity(trainer) | dict(run or {}), description["run"]
+    for what in dict.fromkeys([*own, *saved]):
+        if saved.get(what) != own.get(what):
             raise ValueError(
                 f"the checkpoint {path} belongs to another run, its {what} differs: it has "
-                f"{saved!r}, this run {value!r}. Resume with what it was begun with, or train anew "
-                "in another folder"
+                f"{saved.get(what)!r}, this run {own.get(what)!r}. Resume with what it was begun "
+                "with, or train anew in another folder"
             )
     guide = trainer.guide
     saved_guide = json.loads((path / "guide" / "guide.json").read_text())
@@ -119,10 +232,44 @@ def read(path: Path, trainer: Trainer, guard: DivergenceGuard, stopping: EarlySt
     if trainer.log_z is not None:
         trainer.log_z.load_state_dict(_under(tensors, "log_z."))
     trainer.adopt_new_parameters()
-    trainer.restore_optimizer(_under(tensors, "optimizer."))
-    guard.restore(description["guard"], _under(tensors, "guard."))
-    stopping.restore(description["stopping"], _under(tensors, "stopping."))
+    restore_optimizer(trainer.optimizer, trainer.named_parameters(), _under(tensors, "optimizer."))
+    for name, part in parts.items():
+        part.restore(description[name], _under(tensors, f"{name}."))
     return int(description["done"])
+
+
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.nn.Parameter]
+) -> dict[str, torch.Tensor]:
+    """The state of an optimiser, for each parameter that has had a gradient: ``{name}.{key}``."""
+    return {
+        f"{name}.{key}": value
+        for name, parameter in parameters.items()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, torch.nn.Parameter],
+    tensors: Mapping[str, torch.Tensor],
+) -> None:
+    """Put back what ``optimizer_tensors`` gave."""
+    for name, parameter in parameters.items():
+        own = {
+            key.removeprefix(f"{name}."): tensor
+            for key, tensor in tensors.items()
+            if key.startswith(f"{name}.") and "." not in key.removeprefix(f"{name}.")
+        }
+        if own:
+            # AdamW counts its steps on the CPU.
+            step = {"step": own.pop("step")}
+            moved = {k: t.to(parameter.device, parameter.dtype) for k, t in own.items()}
+            optimizer.state[parameter] = step | moved
+
+
+def _prefixed(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
 
 
 def _under(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lmppl import runtime
-from lmppl.guides import checkpoints
+from lmppl.guides.checkpoints import Checkpoints, Part
 from lmppl.guides.data import read_data
 from lmppl.guides.evaluation import evaluate
 from lmppl.guides.history import History
@@ -47,9 +47,7 @@ class Run:
         eval_samples: draws of the guide for each held-out input.
         patience: evaluations without a better ESS fraction after which training stops, with the
             parameters of the best; None: it never stops early.
-        checkpoint: a folder for checkpoints, or None.
-        checkpoint_every: steps between them. (One more is written at the end.)
-        resume: go on from the checkpoint, if there is one.
+        checkpoints: where its state is kept.
         log_with: trackers of figures: a name that accelerate knows ("tensorboard", "wandb", ...),
             a tracker object, or a list of those.
         logging_dir: where they write.
@@ -60,19 +58,15 @@ class Run:
     eval_every: int
     eval_samples: int
     patience: int | None
-    checkpoint: Path | None
-    checkpoint_every: int
-    resume: bool
+    checkpoints: Checkpoints
     log_with: Any
     logging_dir: str | Path
 
     def __post_init__(self) -> None:
-        for name in ("steps", "eval_every", "eval_samples", "checkpoint_every"):
+        for name in ("steps", "eval_every", "eval_samples"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r}: it must be an int of at least 1")
-        if self.resume and self.checkpoint is None:
-            raise ValueError("resume=True needs checkpoint=: the folder of the run to go on with")
 
 
 def fit(
@@ -112,8 +106,9 @@ def fit(
             latent site to text or number, a list of such dicts, or a ``Posterior``, whose particles
             are distilled by weight. They seed the replay buffer, and ``loss="sft"`` is made of them.
         eval_data: held-out inputs (with ``simulate``: how many to simulate for this).
-        eval_every, eval_samples, patience, checkpoint, checkpoint_every, resume, log_with,
-            logging_dir: see ``Run``.
+        eval_every, eval_samples, patience, log_with, logging_dir: see ``Run``.
+        checkpoint, checkpoint_every, resume: a folder for checkpoints, steps between them, and
+            whether to go on from the one that is there.
         seed: makes the run reproducible.
         progress: show a progress bar; None: on a terminal.
         callback: called with each step's dict of figures (kept in ``guide.history``).
@@ -129,17 +124,13 @@ def fit(
     """
     own = inspect.signature(fit).parameters.values()
     settings = FitOptions.of(options, [each.name for each in own if each.kind is each.KEYWORD_ONLY])
-    if resume and seed is None:
-        raise ValueError("resume=True needs seed=: the seed that the run was begun with")
     run = Run(
         steps,
         runtime.fresh_seed(seed),
         eval_every,
         eval_samples,
         patience,
-        None if checkpoint is None else Path(checkpoint),
-        checkpoint_every,
-        resume,
+        Checkpoints.of(checkpoint, checkpoint_every, resume, seed),
         log_with,
         logging_dir,
     )
@@ -183,15 +174,9 @@ class _Loop:
 
     def run(self, progress: bool | None) -> None:
         run, trainer = self._run, self._trainer
-        done = 0
-        if run.checkpoint is not None and run.resume and run.checkpoint.exists():
-            done = checkpoints.read(run.checkpoint, trainer, self._guard, self._stopping)
-            self._forget()
-        elif run.checkpoint is not None and run.checkpoint.exists() and not run.resume:
-            raise FileExistsError(
-                f"{run.checkpoint} exists: resume=True goes on with the run in it; for a new run "
-                "give another folder"
-            )
+        checkpoints = run.checkpoints
+        parts: dict[str, Part] = {"guard": self._guard, "stopping": self._stopping}
+        done = checkpoints.begin(trainer, parts)
         config = {"steps": run.steps, "seed": run.seed, "loss": trainer.options.loss}
         with (
             progress_bar("training the guide", run.steps, show=progress) as bar,
@@ -206,7 +191,7 @@ class _Loop:
                         "with a learning rate that has not come to its end",
                         stacklevel=4,
                     )
-                    self._save(number)
+                    checkpoints.save(number, trainer, parts, last=True)
                     break
                 figures = {"step": len(self._guide.history), **figures}
                 stop = self._evaluate(number, figures)
@@ -222,8 +207,7 @@ class _Loop:
                         f"{self._stopping.best_step}"
                     )
                 last = stop or number == run.steps - 1
-                if last or (number + 1) % run.checkpoint_every == 0:
-                    self._save(number + 1)
+                checkpoints.save(number + 1, trainer, parts, last=last)
                 if stop:
                     break
         self._stopping.finish(self._guide.named_parameters())
@@ -240,25 +224,6 @@ class _Loop:
         figures |= found
         figures["seconds_evaluation"] = time.perf_counter() - began
         return self._stopping.should_stop(number, found["eval_ess"], self._guide.named_parameters())
-
-    def _save(self, done: int) -> None:
-        if self._run.checkpoint is None:
-            return
-        try:
-            checkpoints.write(
-                self._run.checkpoint, self._trainer, done, self._guard, self._stopping
-            )
-        except OSError as error:
-            warnings.warn(
-                f"the checkpoint of step {done} could not be written ({error}); the one before is "
-                "kept, and training goes on",
-                stacklevel=4,
-            )
-        self._forget()
-
-    def _forget(self) -> None:
-        for lm in (self._guide.base, *self._guide.adapters()):
-            lm.forget()
 
 
 def _shown(figures: Mapping[str, Any]) -> dict[str, Any]:

@@ -409,25 +409,13 @@ class Trainer:
         self._traces_cut, self._cuts = list(state["traces_cut"]), state["cuts"]
         self._dead, self._any_alive = set(state["dead"]), state["any_alive"]
 
-    def optimizer_state(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Of each parameter that has had a gradient, by name."""
-        state = self.optimizer.state
-        return {n: dict(state[p]) for n, p in self._named_parameters().items() if p in state}
+    def forget(self) -> None:
+        """Drop what is remembered of prompts and merged weights. It is made again when needed."""
+        for lm in (self.guide.base, *self.guide.adapters()):
+            lm.forget()
 
-    def restore_optimizer(self, tensors: dict[str, torch.Tensor]) -> None:
-        for name, parameter in self._named_parameters().items():
-            own = {
-                key.removeprefix(f"{name}."): tensor
-                for key, tensor in tensors.items()
-                if key.startswith(f"{name}.") and "." not in key.removeprefix(f"{name}.")
-            }
-            if own:
-                # AdamW counts its steps on the CPU.
-                step = {"step": own.pop("step")}
-                moved = {k: t.to(parameter.device, parameter.dtype) for k, t in own.items()}
-                self.optimizer.state[parameter] = step | moved
-
-    def _named_parameters(self) -> dict[str, torch.nn.Parameter]:
+    def named_parameters(self) -> dict[str, torch.nn.Parameter]:
+        """All that the optimiser moves."""
         named = self.guide.named_parameters()
         if self.log_z is not None:
             named |= {f"log_z.{n}": p for n, p in self.log_z.named_parameters()}

@@ -76,6 +76,9 @@ class DivergenceGuard:
     def state(self) -> dict[str, Any]:
         return {"first": self.first, "best": self.best, "recent": list(self._recent)}
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return self.snapshot.tensors
+
     def restore(self, state: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
         self.first, self.best = state["first"], state["best"]
         self._recent = list(state["recent"])
@@ -119,6 +122,9 @@ class EarlyStopping:
 
     def state(self) -> dict[str, Any]:
         return {"best": self.best, "best_step": self.best_step, "waited": self.waited}
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return self.snapshot.tensors
 
     def restore(self, state: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
         self.best, self.best_step = state["best"], state["best_step"]
