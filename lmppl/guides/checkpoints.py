@@ -230,11 +230,11 @@ def read(
     trainer.restore(description["trainer"])
     trainer.generator.set_state(tensors["generator"])
     if trainer.log_z is not None:
-        trainer.log_z.load_state_dict(_under(tensors, "log_z."))
+        trainer.log_z.load_state_dict(under(tensors, "log_z."))
     trainer.adopt_new_parameters()
-    restore_optimizer(trainer.optimizer, trainer.named_parameters(), _under(tensors, "optimizer."))
+    restore_optimizer(trainer.optimizer, trainer.named_parameters(), under(tensors, "optimizer."))
     for name, part in parts.items():
-        part.restore(description[name], _under(tensors, f"{name}."))
+        part.restore(description[name], under(tensors, f"{name}."))
     return int(description["done"])
 
 
@@ -272,7 +272,7 @@ def _prefixed(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, tor
     return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
 
 
-def _under(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+def under(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
 
@@ -291,7 +291,7 @@ def identity(trainer: Trainer) -> dict[str, Any]:
         "adapter_per_site": guide.adapter_per_site,
         "adapters": [_lora(each) for each in guide.adapters()[:1]],
         "language model": fingerprint(guide.base),
-        "data": _digest([each.args for each in trainer.source.kept]),
+        "data": digest_of([each.args for each in trainer.source.kept]),
         "number of steps": trainer.steps,
         "seed": trainer.seed,
         **{f"option {name}": value for name, value in options.items()},
@@ -316,7 +316,7 @@ def program_fingerprint(program: Callable[..., Any]) -> str:
     fn = inspect.unwrap(getattr(program, "func", program))
     name = getattr(fn, "__qualname__", type(fn).__name__)
     if isinstance(program, functools.partial):
-        name += f" with {_digest([program.args, program.keywords])}"
+        name += f" with {digest_of([program.args, program.keywords])}"
     code = getattr(fn, "__code__", None)
     if code is None:
         return name
@@ -334,7 +334,7 @@ def _constant(value: Any) -> bytes:
     return repr(sorted(map(repr, value)) if isinstance(value, frozenset) else value).encode()
 
 
-def _digest(data: Any) -> str:
+def digest_of(data: Any) -> str:
     """A hash of the texts and numbers in the data; of other objects only the type counts."""
     digest = hashlib.sha256()
 

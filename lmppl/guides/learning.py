@@ -14,25 +14,24 @@ identity). ``method="wake-sleep"`` trains the guide on what the model dreams, in
 from __future__ import annotations
 
 import inspect
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from lmppl import runtime
+from lmppl.guides.checkpoints import Checkpoints, Part, digest_of
 from lmppl.guides.data import check_simulated, simulated_input
 from lmppl.guides.history import History
-from lmppl.guides.inputs import Input, observe, read_inputs
+from lmppl.guides.inputs import Input, read_inputs
+from lmppl.guides.maximisation import MStep
 from lmppl.guides.options import FitOptions
-from lmppl.guides.records import Record, record_of
 from lmppl.guides.simulation import simulate
-from lmppl.guides.sources import Collection, Source, Stream
-from lmppl.guides.trainables import Trainables
-from lmppl.guides.trainer import Trainer, mean
+from lmppl.guides.sources import Collection, Source
+from lmppl.guides.trainer import Trainer
 from lmppl.primitives import use
 from lmppl.progress import progress_bar
-from lmppl.runtime import Given, Particle
 
 if TYPE_CHECKING:
     from lmppl.guides.guide import LMGuide
@@ -47,6 +46,9 @@ def learn(
     guide_steps: int = 2,
     num_samples: int = 16,
     model_learning_rate: float | None = None,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int = 20,
+    resume: bool = False,
     seed: int | None = None,
     progress: bool | None = None,
     callback: Callable[[dict[str, Any]], None] | None = None,
@@ -67,6 +69,8 @@ def learn(
         guide_steps: training steps of the guide for each M-step.
         num_samples: draws of the guide for each input of an M-step.
         model_learning_rate: AdamW's for the program's parameters; None: the guide's.
+        checkpoint, checkpoint_every, resume: a folder for checkpoints, M-steps between them, and
+            whether to go on from the one that is there: to the same result as an unbroken run.
         seed: makes the run reproducible.
         progress: show a progress bar; None: on a terminal.
         callback: called with each step's figures.
@@ -77,8 +81,9 @@ def learn(
         ``model_loss``, ``model_ess`` and the guide's figures.
 
     Raises:
-        ValueError: if the program has nothing to learn, options are out of range, or no trace of any
-            input was ever alive. (Inputs of which that is true while others live are warned of.)
+        ValueError: if the program has nothing to learn, options are out of range, the checkpoint is
+            of another run, or no trace of any input was ever alive. (Inputs of which that is true
+            while others live are warned of.)
         FloatingPointError: if a loss is not finite; the last good parameters are kept.
     """
     if method not in ("em", "wake-sleep"):
@@ -93,6 +98,7 @@ def learn(
         options.setdefault("loss", "sft")
     own = inspect.signature(learn).parameters.values()
     settings = FitOptions.of(options, [each.name for each in own if each.kind is each.KEYWORD_ONLY])
+    checkpoints = Checkpoints.of(checkpoint, checkpoint_every, resume, seed)
     seed, own_seed = runtime.slot_seeds(runtime.fresh_seed(seed), 2)  # the guide's, the M-step's
     generator = torch.Generator().manual_seed(seed % 2**63)
     with use(guide.base):
@@ -100,23 +106,32 @@ def learn(
             Input(guide.model, args, i, settings)
             for i, args in enumerate(read_inputs(guide.model, data))
         ]
-        learner = _Learner(guide, inputs[0], settings, model_learning_rate)
+        m_step = MStep(guide, inputs, settings, model_learning_rate)
         guide.strict_prompts = len(inputs) > 1
         guide.tempered_target = settings.tempered_target
         guide.prepare(inputs[0].args)
-        source: Source = Collection(inputs, generator)
-        dreams = (
-            Stream(_dreams(guide, inputs, settings, seed)) if method == "wake-sleep" else source
-        )
-        trainer = Trainer(guide, dreams, steps * guide_steps, settings, seed, generator)
-        history = History()
+        source = Collection(inputs, generator)
+        dreams = _Dreams(guide, inputs, settings, seed) if method == "wake-sleep" else None
+        trainer = Trainer(guide, dreams or source, steps * guide_steps, settings, seed, generator)
+        progress_of = _Steps(source)
+        parts: dict[str, Part] = {"m_step": m_step, "m_steps": progress_of}
+        this_run = {
+            "method": method,
+            "guide_steps": guide_steps,
+            "num_samples": num_samples,
+            "model_learning_rate": model_learning_rate,
+            "data of the M-steps": digest_of([each.args for each in inputs]),
+        }
+        history = progress_of.history
+        done = checkpoints.begin(trainer, parts, this_run)
         with progress_bar("learning the model", steps, show=progress) as bar:
-            for number in range(steps):
+            bar.advance(done)
+            for number in range(done, steps):
                 figures: dict[str, Any] = {}
                 for k in range(guide_steps):
                     figures = trainer.step(number * guide_steps + k) or figures
                 members = source.next(settings.inputs_per_step)
-                found = learner.step(members, num_samples, runtime.nth_seed(own_seed, number))
+                found = m_step.step(members, num_samples, runtime.nth_seed(own_seed, number))
                 for each in inputs:
                     each.rescore()
                 history.append({"step": number, **figures, **found})
@@ -124,128 +139,71 @@ def learn(
                 bar.advance(log_evidence=found["log_evidence"])
                 if callback is not None:
                     callback(history[-1])
+                last = number == steps - 1
+                if checkpoints.save(number + 1, trainer, parts, this_run, last=last):
+                    m_step.forget()
+                    if dreams is not None:
+                        dreams.forget()
         trainer.report_dead()
     return history
 
 
-def _dreams(
-    guide: LMGuide, inputs: Sequence[Input], options: FitOptions, seed: int
-) -> Iterator[Input]:
+class _Dreams(Source):
     """Inputs simulated under the model as it is when they are asked for, a batch at a time."""
-    number = 0
-    while True:
-        args = inputs[number % len(inputs)].args
-        drawn = simulate(guide.model, args, options.batch_size, seed=seed + number)
-        for one in drawn:
-            each = simulated_input(guide, args, one, number, options)
-            if options.kind.draws != "given":
-                each.rescore()  # the model may change before the last of the batch is used
-            yield each
-        number += 1
-
-
-class _Learner:
-    """The M-step."""
 
     def __init__(
-        self, guide: LMGuide, example: Input, options: FitOptions, rate: float | None
+        self, guide: LMGuide, inputs: Sequence[Input], options: FitOptions, seed: int
     ) -> None:
-        self._guide, self._options = guide, options
-        self._trainables = Trainables(guide.base)
-        self._trainables.find(guide.model, example.args)
-        self._parameters = list(self._trainables.named_parameters().values())
-        if not self._parameters:
-            raise ValueError(
-                "the program has nothing to learn: let a site name an adapter, "
-                "lm_sample(..., lm=m) with m = lm.adapter(), or use pyro.param"
-            )
-        shared = {id(p) for p in self._parameters} & {id(p) for p in guide.parameters()}
-        if shared:
-            raise ValueError(
-                "the program and its guide train the same parameters: give the guide an adapter of "
-                "its own"
-            )
-        rate = options.rate(guide.base.hidden_size) if rate is None else rate
-        self._optimizer = torch.optim.AdamW(self._parameters, lr=rate, weight_decay=0.0)
-        self._adopt()
+        self._guide, self._inputs, self._options, self._seed = guide, inputs, options, seed
+        self._waiting: list[Input] = []
+        self._batches = self._taken = 0
 
-    def _adopt(self) -> None:
-        """Some inputs and branches may have parameters that the first runs did not use."""
-        for lm in self._trainables.adapters:
-            lm.memory = self._options.memory(lm.memory)
-        known = {id(p) for p in self._parameters}
-        new = [p for p in self._trainables.named_parameters().values() if id(p) not in known]
-        if new:
-            self._optimizer.add_param_group({"params": new})
-            self._parameters += new
+    def next(self, num: int) -> list[Input]:
+        while len(self._waiting) < num:
+            self._waiting += self._batch()
+        chosen, self._waiting = self._waiting[:num], self._waiting[num:]
+        return chosen
 
-    def step(self, members: Sequence[Input], num: int, seed: int) -> dict[str, float]:
-        """Raise the likelihood of some inputs' observations. Returns its figures."""
-        drawn = self._draw(members, num, seed)
-        losses, evidence, sizes = [], [], []
-        terms = self._log_joints(
-            [(each, record) for each, pairs in zip(members, drawn, strict=True)
-             for record, _ in pairs]
-        )  # fmt: skip
-        for pairs in drawn:
-            own, terms = terms[: len(pairs)], terms[len(pairs) :]
-            log_weights = torch.tensor([weight for _, weight in pairs], dtype=torch.float64)
-            if not pairs or bool((log_weights == -math.inf).all()):
-                evidence.append(-math.inf)
-                continue
-            weights = torch.softmax(log_weights, 0).to(own[0].dtype)
-            live = [i for i, w in enumerate(weights.tolist()) if w > 0.0]
-            losses.append(-torch.stack([weights[i] * own[i] for i in live]).sum())
-            evidence.append(runtime.log_mean_exp(log_weights))
-            sizes.append(runtime.ess(log_weights) / len(pairs))
-        if losses:
-            loss = torch.stack(losses).mean()
-            self._update(loss)
-        return {
-            "log_evidence": mean(evidence),
-            "model_loss": float(loss.detach()) if losses else math.nan,
-            "model_ess": mean(sizes),
-        }
+    def _batch(self) -> list[Input]:
+        guide, options, number = self._guide, self._options, self._batches
+        self._batches += 1
+        args = self._inputs[number % len(self._inputs)].args
+        drawn = simulate(guide.model, args, options.batch_size, seed=self._seed + number)
+        batch = []
+        for index, one in enumerate(drawn, self._taken):
+            batch.append(simulated_input(guide, args, one, index, options))
+            if options.kind.draws != "given":
+                batch[-1].rescore()  # the model may change before the last of the batch is used
+        self._taken += len(batch)
+        return batch
 
-    @torch.no_grad()
-    def _draw(
-        self, members: Sequence[Input], num: int, seed: int
-    ) -> list[list[tuple[Record, float]]]:
-        """Draws of the guide for each input, with their log-weights (nats)."""
-        seeds = runtime.slot_seeds(seed, len(members))
-        observe(self._guide, members)
-        with runtime.closing([]) as particles:
-            for each, own in zip(members, seeds, strict=True):
-                factory = self._guide.proposer_factory(each.args, observations=each.observations)
-                particles += runtime.start(each.program, each.args, num, seed=own, proposer=factory)
-            runtime.complete(particles)
-            pairs = [(record_of(p, {}), p.take_log_weight()) for p in particles]
-        return [pairs[k * num : (k + 1) * num] for k in range(len(members))]
+    @property
+    def kept(self) -> list[Input]:
+        return []
 
-    def _log_joints(self, drawn: Sequence[tuple[Input, Record]]) -> list[torch.Tensor]:
-        """log p(latents, observations) of each draw, 0-d with gradient."""
-        runs = []
-        for slot, (each, record) in enumerate(drawn):
-            values = {**record.values, **record.tools}
-            given = {name: Given(torch.as_tensor(value)) for name, value in values.items()}
-            run = Particle(each.program, each.args, seed=slot, given=given, grad=True, slot=slot)
-            run.resume()
-            runs.append(run)
-        with runtime.closing(runs):
-            runtime.settle(runs, grad=True)
-            self._trainables.add(runs)
-        return [torch.stack([n["log_prob_sum"] for n in run.sites.values()]).sum() for run in runs]
+    def forget(self) -> None:
+        """Dream anew: those that wait are not in a checkpoint."""
+        self._waiting.clear()
 
-    def _update(self, loss: torch.Tensor) -> None:
-        self._adopt()
-        self._optimizer.zero_grad(set_to_none=True)
-        if bool(torch.isfinite(loss)):
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._options.max_grad_norm)
-            if bool(torch.isfinite(norm)):
-                self._optimizer.step()
-                return
-        raise FloatingPointError(
-            "the loss of the model, or its gradient, is not finite: its parameters are kept as they "
-            "were. Lower model_learning_rate"
-        )
+    def state(self) -> dict[str, Any]:
+        return {"batches": self._batches, "taken": self._taken}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._batches, self._taken = state["batches"], state["taken"]
+
+
+class _Steps:
+    """Where the M-steps of a run are: their inputs and figures."""
+
+    def __init__(self, source: Source) -> None:
+        self.source, self.history = source, History()
+
+    def state(self) -> dict[str, Any]:
+        return {"source": self.source.state(), "history": self.history}
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {}
+
+    def restore(self, state: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+        self.source.restore(state["source"])
+        self.history += state["history"]

@@ -11,7 +11,8 @@ import torch
 import lmppl
 from lmppl import lm_sample, require
 from lmppl.guides.inputs import Input
-from lmppl.guides.learning import _Learner, learn
+from lmppl.guides.learning import learn
+from lmppl.guides.maximisation import MStep
 from lmppl.guides.options import FitOptions
 from lmppl.testing import enumerate_program, tiny_lm
 
@@ -94,7 +95,7 @@ def test_the_gradient_is_that_of_the_evidence():
     options = FitOptions()
     with lmppl.use(LM):
         one = Input(labelled, args, 0, options)
-        learner = _Learner(guide, one, options, 1e-9)
+        learner = MStep(guide, [one], options, 1e-9)
         (parameter,) = learner._parameters
         learner.step([one], 4000, seed=0)
         found = float(parameter.grad)
@@ -237,3 +238,101 @@ def test_inputs_without_a_live_trace_are_reported():
         learn(lmppl.LMGuide(program, lm=LM), [("a", True), ("a", False)], **options)
     with pytest.raises(ValueError, match="no trace of any input had a positive probability"):
         learn(lmppl.LMGuide(program, lm=LM), [("a", False)], **options)
+
+
+class _Stop(Exception):
+    pass
+
+
+def _learned(path, *, method="em", stop_at=None, **options):
+    """A program with an adapter and a number, learned in 5 steps: its parameters, the guide's and
+    the figures."""
+    pyro.clear_param_store()
+    m = LM.adapter()  # its first weights are random
+
+    def program(x, label):
+        z = lm_sample("z", x, max_tokens=2, stop=".", lm=m)
+        start = torch.tensor(0.5)
+        p = pyro.param(f"p_{x}", start, constraint=dist.constraints.unit_interval)
+        pyro.sample("label", dist.Bernoulli(p if "b" in z else 1 - p), obs=torch.tensor(label))
+
+    def stop(figures):
+        if figures["step"] == stop_at:
+            raise _Stop
+
+    guide = lmppl.LMGuide(program, lm=LM)
+    settings = {"steps": 5, "seed": 0, "batch_size": 8, "num_samples": 4, "inputs_per_step": 1}
+    settings |= {"checkpoint": path, "checkpoint_every": 2, "progress": False, "callback": stop}
+    history = learn(guide, DATA, method=method, **(settings | options))
+    own = [p for p in m.model.parameters() if p.requires_grad]
+    params = [pyro.param("p_ab.").detach(), pyro.param("p_ba").detach()]
+    figures = [
+        {k: v for k, v in each.items() if not k.startswith("seconds_") and v == v}
+        for each in history
+    ]
+    return [*own, *params, *guide.parameters()], figures
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"method": "wake-sleep"}, {"method": "wake-sleep", "loss": "wake"}],
+    ids=["em", "wake-sleep", "wake-sleep by wake"],
+)
+def test_resumed_learning_ends_as_unbroken(options, tmp_path):
+    torch.manual_seed(0)
+    whole, figures = _learned(tmp_path / "whole", **options)
+    torch.manual_seed(0)
+    with pytest.raises(_Stop):
+        _learned(tmp_path / "broken", stop_at=3, **options)
+    torch.manual_seed(7)
+    resumed, again = _learned(tmp_path / "broken", resume=True, **options)
+    assert len(whole) == len(resumed) > 4
+    assert all(torch.equal(one, two) for one, two in zip(whole, resumed, strict=True))
+    assert [each["step"] for each in figures] == [0, 1, 2, 3, 4]
+    assert figures == again
+
+
+def test_the_checkpoint_of_other_learning_is_refused(tmp_path):
+    path = tmp_path / "run"
+    _learned(path)
+    with pytest.raises(FileExistsError, match="resume=True goes on with the run in it"):
+        _learned(path)
+    for change, what in (
+        ({"num_samples": 5}, "num_samples"),
+        ({"method": "wake-sleep"}, "data"),
+        ({"model_learning_rate": 0.5}, "model_learning_rate"),
+        ({"steps": 6}, "number of steps"),
+    ):
+        with pytest.raises(ValueError, match=f"belongs to another run, its {what} differs"):
+            _learned(path, resume=True, **change)
+    guide = lmppl.LMGuide(labelled, lm=LM)
+    with pytest.raises(ValueError, match="belongs to another run, its program differs"):
+        learn(guide, DATA, 5, seed=0, checkpoint=path, resume=True)
+    with pytest.raises(ValueError, match="belongs to another run"):  # of learning, not of a guide
+        lmppl.LMGuide(labelled, lm=LM).fit(DATA, 10, seed=0, checkpoint=path, resume=True)
+
+
+def test_learning_goes_on_with_parameters_that_are_hard_to_find(tmp_path):
+    """A branch that a resumed run has not come to has parameters all the same."""
+    open_branch = True
+
+    def program(x, label):
+        lm_sample("z", x, max_tokens=1)
+        p = pyro.param("p", torch.tensor(0.5), constraint=dist.constraints.unit_interval)
+        if open_branch:
+            p = p * pyro.param("rare", torch.tensor(0.5), constraint=dist.constraints.positive)
+        pyro.sample("label", dist.Bernoulli(p), obs=torch.tensor(label))
+
+    def run(**options):
+        settings = {"seed": 0, "batch_size": 8, "checkpoint": tmp_path / "run", "progress": False}
+        learn(lmppl.LMGuide(program, lm=LM), [("a", 1.0)], 3, **settings, **options)
+
+    run()
+    learned = pyro.param("rare").detach().clone()
+    pyro.clear_param_store()
+    open_branch = False
+    with pytest.raises(ValueError, match="'params.rare', which no run of the program has used"):
+        run(resume=True)
+    pyro.param("rare", torch.tensor(0.5), constraint=dist.constraints.positive)
+    run(resume=True)
+    assert torch.equal(pyro.param("rare"), learned) and learned != 0.5

@@ -1,0 +1,188 @@
+"""The M-step of learning a program: one step of maximum likelihood on draws of its guide."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import pyro
+import torch
+
+from lmppl import runtime
+from lmppl.guides.checkpoints import optimizer_tensors, restore_optimizer, under
+from lmppl.guides.inputs import Input, observe
+from lmppl.guides.options import FitOptions
+from lmppl.guides.records import Record, record_of
+from lmppl.guides.trainables import Trainables
+from lmppl.guides.trainer import mean
+from lmppl.runtime import Given, Particle
+
+if TYPE_CHECKING:
+    from lmppl.guides.guide import LMGuide
+
+
+class MStep:
+    """The optimiser of a program's parameters.
+
+    Args:
+        guide: draws the latents.
+        inputs: of the data.
+        options: of the training.
+        rate: AdamW's; None: the guide's.
+
+    Raises:
+        ValueError: if the program has no parameters, or shares them with its guide.
+    """
+
+    def __init__(
+        self, guide: LMGuide, inputs: Sequence[Input], options: FitOptions, rate: float | None
+    ) -> None:
+        self._guide, self._inputs, self._options = guide, inputs, options
+        self._trainables = Trainables(guide.base)
+        self._trainables.find(guide.model, inputs[0].args)
+        self._parameters = list(self._trainables.named_parameters().values())
+        if not self._parameters:
+            raise ValueError(
+                "the program has nothing to learn: let a site name an adapter, "
+                "lm_sample(..., lm=m) with m = lm.adapter(), or use pyro.param"
+            )
+        shared = {id(p) for p in self._parameters} & {id(p) for p in guide.parameters()}
+        if shared:
+            raise ValueError(
+                "the program and its guide train the same parameters: give the guide an adapter of "
+                "its own"
+            )
+        rate = options.rate(guide.base.hidden_size) if rate is None else rate
+        self._optimizer = torch.optim.AdamW(self._parameters, lr=rate, weight_decay=0.0)
+        self._adopt()
+
+    def _adopt(self) -> None:
+        """Some inputs and branches may have parameters that the first runs did not use."""
+        for lm in self._trainables.adapters:
+            lm.memory = self._options.memory(lm.memory)
+        known = {id(p) for p in self._parameters}
+        new = [p for p in self._trainables.named_parameters().values() if id(p) not in known]
+        if new:
+            self._optimizer.add_param_group({"params": new})
+            self._parameters += new
+
+    def step(self, members: Sequence[Input], num: int, seed: int) -> dict[str, float]:
+        """Raise the likelihood of some inputs' observations. Returns its figures."""
+        drawn = self._draw(members, num, seed)
+        losses, evidence, sizes = [], [], []
+        terms = self._log_joints(
+            [(each, record) for each, pairs in zip(members, drawn, strict=True)
+             for record, _ in pairs]
+        )  # fmt: skip
+        for pairs in drawn:
+            own, terms = terms[: len(pairs)], terms[len(pairs) :]
+            log_weights = torch.tensor([weight for _, weight in pairs], dtype=torch.float64)
+            if not pairs or bool((log_weights == -math.inf).all()):
+                evidence.append(-math.inf)
+                continue
+            weights = torch.softmax(log_weights, 0).to(own[0].dtype)
+            live = [i for i, w in enumerate(weights.tolist()) if w > 0.0]
+            losses.append(-torch.stack([weights[i] * own[i] for i in live]).sum())
+            evidence.append(runtime.log_mean_exp(log_weights))
+            sizes.append(runtime.ess(log_weights) / len(pairs))
+        if losses:
+            loss = torch.stack(losses).mean()
+            self._update(loss)
+        return {
+            "log_evidence": mean(evidence),
+            "model_loss": float(loss.detach()) if losses else math.nan,
+            "model_ess": mean(sizes),
+        }
+
+    # --- its state, for checkpoints --------------------------------------------------------------
+
+    def forget(self) -> None:
+        """Drop what the model's adapters remember of prompts. It is made again when needed."""
+        for lm in self._trainables.adapters:
+            lm.forget()
+
+    def state(self) -> dict[str, Any]:
+        return {"parameters": list(self._trainables.named_parameters())}
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        named = self._trainables.named_parameters()
+        values = {f"values.{name}": p.detach() for name, p in named.items()}
+        state = optimizer_tensors(self._optimizer, named)
+        return values | {f"optimizer.{name}": tensor for name, tensor in state.items()}
+
+    def restore(self, state: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+        for name in self._find(state["parameters"]):
+            raise ValueError(
+                f"the run to be resumed had learned the parameter {name!r}, which no run of the "
+                "program has used as yet: make it, by pyro.param or a run of the program, and "
+                "resume then"
+            )
+        self._adopt()
+        named = self._trainables.named_parameters()
+        with torch.no_grad():
+            for name in state["parameters"]:
+                named[name].copy_(tensors[f"values.{name}"])
+        restore_optimizer(self._optimizer, named, under(tensors, "optimizer."))
+        self.forget()
+
+    def _find(self, names: Sequence[str]) -> list[str]:
+        """Look for parameters that only some inputs and branches use. Returns those not found."""
+        for each in self._inputs:
+            known = self._trainables.named_parameters()
+            if all(name in known for name in names):
+                break
+            self._trainables.find(each.program, each.args)
+        # What there is from before is found also if no run came to it.
+        store = pyro.get_param_store()
+        for name in names:
+            own = name.removeprefix("params.")
+            if own != name and own in store and own not in self._trainables.param_names:
+                self._trainables.param_names.append(own)
+        known = self._trainables.named_parameters()
+        return [name for name in names if name not in known]
+
+    # --- a step ----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _draw(
+        self, members: Sequence[Input], num: int, seed: int
+    ) -> list[list[tuple[Record, float]]]:
+        """Draws of the guide for each input, with their log-weights (nats)."""
+        seeds = runtime.slot_seeds(seed, len(members))
+        observe(self._guide, members)
+        with runtime.closing([]) as particles:
+            for each, own in zip(members, seeds, strict=True):
+                factory = self._guide.proposer_factory(each.args, observations=each.observations)
+                particles += runtime.start(each.program, each.args, num, seed=own, proposer=factory)
+            runtime.complete(particles)
+            pairs = [(record_of(p, {}), p.take_log_weight()) for p in particles]
+        return [pairs[k * num : (k + 1) * num] for k in range(len(members))]
+
+    def _log_joints(self, drawn: Sequence[tuple[Input, Record]]) -> list[torch.Tensor]:
+        """log p(latents, observations) of each draw, 0-d with gradient."""
+        runs = []
+        for slot, (each, record) in enumerate(drawn):
+            values = {**record.values, **record.tools}
+            given = {name: Given(torch.as_tensor(value)) for name, value in values.items()}
+            run = Particle(each.program, each.args, seed=slot, given=given, grad=True, slot=slot)
+            run.resume()
+            runs.append(run)
+        with runtime.closing(runs):
+            runtime.settle(runs, grad=True)
+            self._trainables.add(runs)
+        return [torch.stack([n["log_prob_sum"] for n in run.sites.values()]).sum() for run in runs]
+
+    def _update(self, loss: torch.Tensor) -> None:
+        self._adopt()
+        self._optimizer.zero_grad(set_to_none=True)
+        if bool(torch.isfinite(loss)):
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._options.max_grad_norm)
+            if bool(torch.isfinite(norm)):
+                self._optimizer.step()
+                return
+        raise FloatingPointError(
+            "the loss of the model, or its gradient, is not finite: its parameters are kept as they "
+            "were. Lower model_learning_rate"
+        )
