@@ -9,7 +9,7 @@ All are in nats, and every loss is 0-d.
     vargrad    anyone                    stay out: alive      zero at the optimum
     tb         anyone                    stay out: alive      zero at the optimum
     subtb      anyone                    stay out: alive      zero at the optimum
-    alive      q itself                  are driven down      means nothing
+    alive      q itself, or a mixture    are driven down      means nothing
     elbo       q itself                  stay out: alive      means nothing
     wake       q itself                  are driven down      means nothing
     sft        the posterior             cannot occur         cross-entropy
@@ -127,26 +127,36 @@ def subtb(
     return (weight * (u[j] - u[i]) ** 2).sum()
 
 
-def alive(log_r: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
-    """Score-function estimate of -log q(R > 0), from on-policy samples of one input.
+def alive(
+    log_r: torch.Tensor, log_q: torch.Tensor, log_drawn: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Score-function estimate of -log q(R > 0), from samples of one input.
 
     The variance of u says nothing of traces with R = 0, so their mass must be driven down on its
     own. The value of this surrogate has no meaning; its gradient, with the samples' mean as
-    baseline, is in expectation that of the first N - 1 terms of ``-log A = sum_k (1 - A)^k / k``,
-    where A is the mass that q gives to live traces.
+    baseline, is for samples of q in expectation that of the first N - 1 terms of
+    ``-log A = sum_k (1 - A)^k / k``, where A is the mass that q gives to live traces.
+
+    Samples of q alone are a noisy guide to a small 1 - A: a dead trace comes once in a thousand,
+    and then counts fully. If some are drawn from a density that knows the dead better, weights
+    ``q / log_drawn`` keep the optimum and make each of them count by what q gives to it.
 
     Args:
-        log_r: (N,), N >= 2, of samples drawn from q itself.
+        log_r: (N,), N >= 2.
         log_q: (N,), with gradient.
+        log_drawn: (N,), log-density of the mixture that drew the samples, all of them (the balance
+            heuristic of Veach & Guibas, 1995). None: they are samples of q.
 
     Returns:
         0-d; zero if all samples are alive, or none.
     """
     live = (log_r > -torch.inf).to(log_q.dtype)
-    fraction = live.mean()
-    if float(fraction) in (0.0, 1.0):
+    log_weights = log_q.detach() * 0.0 if log_drawn is None else log_q.detach() - log_drawn
+    weights = torch.softmax(log_weights, dim=0)
+    fraction = (weights * live).sum()
+    if bool((live == live[0]).all()) or float(fraction) == 0.0:
         return log_q.sum() * 0.0
-    return -((live - fraction) / fraction * log_q).mean()
+    return -(weights * (live - fraction) / fraction * log_q).sum()
 
 
 def elbo(log_r: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:

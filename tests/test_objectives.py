@@ -280,6 +280,40 @@ def test_alive_is_nothing_where_all_are_alive_or_dead():
         assert gradient(loss, log_q)[0].tolist() == [0.0, 0.0, 0.0]
 
 
+def test_alive_of_samples_of_q_has_weights_of_one():
+    log_r, log_q = some(5, dead=(1, 3))
+    plain = gradient(objectives.alive(log_r, log_q), log_q)
+    weighted = gradient(objectives.alive(log_r, log_q, log_q.detach().clone()), log_q)
+    torch.testing.assert_close(weighted, plain)
+
+
+def test_alive_of_a_mixture_is_unbiased_in_the_limit_and_less_noisy():
+    """q has nearly forgotten the dead traces 1 and 2, and p has not."""
+    log_r = torch.tensor([0.0, DEAD, DEAD, -1.0])
+    logits = torch.tensor([2.0, -4.0, -5.0, 1.0], requires_grad=True)
+    log_q, log_p = torch.log_softmax(logits, 0), torch.full((4,), 0.25).log()
+    drawn = torch.logaddexp(log_q.detach() + math.log(0.75), log_p + math.log(0.25))
+
+    def estimates(rows_of, log_drawn):
+        found = []
+        for rows in rows_of:
+            given = None if log_drawn is None else log_drawn[rows]
+            found.append(gradient_of(objectives.alive(log_r[rows], log_q[rows], given), logits))
+        return torch.stack(found)
+
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(log_prob, num, size):
+        p = log_prob.detach().exp().expand(num, 4)
+        return torch.multinomial(p, size, replacement=True, generator=generator)
+
+    exact = gradient_of(-log_q.exp()[log_r > DEAD].sum().log(), logits)
+    (large,) = estimates(draw(drawn, 1, 200_000), drawn)
+    torch.testing.assert_close(large, exact, atol=2e-4, rtol=0.02)
+    mixed, own = estimates(draw(drawn, 400, 16), drawn), estimates(draw(log_q, 400, 16), None)
+    assert mixed.var(0).sum() < 0.2 * own.var(0).sum()
+
+
 # --- elbo ----------------------------------------------------------------------------------------
 
 

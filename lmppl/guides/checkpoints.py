@@ -37,7 +37,7 @@ from lmppl.lm.requests import Scored
 if TYPE_CHECKING:
     from lmppl.guides.trainer import Trainer
 
-FORMAT = 3
+FORMAT = 4
 
 
 class Part(Protocol):
@@ -392,6 +392,7 @@ def _pack_input(each: Input, packed: _Packer) -> dict[str, Any]:
     return {
         "visits": each.visits,
         "alive": each.alive,
+        "rejects": each.rejects,
         "features": None if each.features is None else packed.add(each.features),
         "buffer": [_pack(r, packed) for r in each.buffer.records if _is_plain(r)],
         "stock": [_pack(r, packed) for r in each.stock if _is_plain(r)],
@@ -401,7 +402,7 @@ def _pack_input(each: Input, packed: _Packer) -> dict[str, Any]:
 def _unpack_input(
     each: Input, state: Mapping[str, Any], unpack: Callable[[Sequence[Any]], torch.Tensor]
 ) -> None:
-    each.visits, each.alive = state["visits"], state["alive"]
+    each.visits, each.alive, each.rejects = state["visits"], state["alive"], state["rejects"]
     each.features = None if state["features"] is None else unpack(state["features"])
     each.buffer.records = [_unpack(record, unpack) for record in state["buffer"]]
     each.stock = [_unpack(record, unpack) for record in state["stock"]]

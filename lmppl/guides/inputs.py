@@ -35,6 +35,7 @@ class Input:
         features: what the network of a learned log Z reads of it, once that was found.
         visits: how many steps have used it.
         alive: whether any trace of it had a positive probability.
+        rejects: whether any trace of it had probability zero.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class Input:
         self.observations: Observations | None = None
         self.features: Any = None
         self.visits = 0
-        self.alive = False
+        self.alive = self.rejects = False
 
     def rescore(self) -> None:
         """The model has changed: forget what was found out about stored traces."""

@@ -157,8 +157,27 @@ def loss_of(
         old, prior = batch.old_log_q[own], batch.log_prior[own]
         return objectives.ppo(own_r, own_q, old, prior, clip=options.ppo_clip, kl=options.ppo_kl)
     if len(own_q) > 1:
-        loss = loss + objectives.alive(own_r, own_q)
+        loss = loss + _alive(batch)
     return loss
+
+
+def _alive(batch: Batch) -> torch.Tensor:
+    """From what the guide and the program drew: the program comes to the dead traces of a guide
+    that has nearly forgotten them."""
+    drawn = batch.origin("guide", "prior")
+    num = len(batch.samples)
+    log_r, log_q, log_prior = (
+        batch.log_r[:num][drawn],
+        batch.log_q[:num][drawn],
+        batch.log_prior[drawn],
+    )
+    by_guide = int(batch.origin("guide").sum()) / len(log_q)
+    if by_guide == 1.0:
+        return objectives.alive(log_r, log_q)
+    log_drawn = torch.logaddexp(
+        log_q.detach() + math.log(by_guide), log_prior + math.log(1.0 - by_guide)
+    )
+    return objectives.alive(log_r, log_q, log_drawn)
 
 
 def _subtb(batch: Batch, log_r: torch.Tensor, lam: float) -> torch.Tensor:

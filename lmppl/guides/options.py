@@ -25,19 +25,22 @@ class LossKind:
         annealed: whether its target moves from the program's prior to the posterior. A loss that
             sees the guide's own draws only never finds a mode again that the first, noisy steps
             have lost.
+        defended: whether a loss on the guide's own draws takes draws of the program as well, for
+            the term of dead traces, on inputs that have any.
     """
 
     draws: Literal["mixture", "guide", "given"]
     truncations: bool = False
     repeats: bool = False
     annealed: bool = False
+    defended: bool = False
 
 
 LOSSES: dict[str, LossKind] = {
     "vargrad": LossKind("mixture", truncations=True),
     "tb": LossKind("mixture", truncations=True),
     "subtb": LossKind("mixture", truncations=True),
-    "elbo": LossKind("guide", annealed=True),
+    "elbo": LossKind("guide", annealed=True, defended=True),
     "wake": LossKind("guide", annealed=True),
     "sft": LossKind("given"),
     "ppo": LossKind("guide", repeats=True),
@@ -59,7 +62,8 @@ class FitOptions:
         subtb_lambda: weight of a pair of truncations decays as ``lambda ** distance``.
         tempered_fraction: of the traces, drawn from the guide at a temperature in [0.5, 2].
         prior_fraction: of the traces, drawn from the program itself. Its support holds every mode
-            of the posterior, also one that the guide has lost.
+            of the posterior, also one that the guide has lost. (``"elbo"`` takes them where traces
+            may be dead, for the term that unlearns those.)
         replay_fraction: of the traces, drawn again from the best seen.
         replay_capacity: how many distinct traces are kept for each input.
         near_duplicates: of two kept traces whose edit distance, in tokens, is below this fraction

@@ -179,7 +179,9 @@ class Trainer:
                     prior = round(share * options.prior_fraction)
                     policy = max(1, share - len(recalled) - tempered - prior)
                 elif options.kind.draws == "guide":
-                    policy = max(2, share - len(given))
+                    if options.kind.defended and each.rejects:
+                        prior = round(share * options.prior_fraction)
+                    policy = max(2, share - len(given) - prior)
                 # They do not depend on the guide, and a model decodes many for the price of few.
                 stock = self._stocked_steps * prior if len(each.stock) < prior else 0
                 policies: list[tuple[Origin, int, float, int]] = [
@@ -204,6 +206,7 @@ class Trainer:
         for k, origin, particle, record in runs:
             each, sample = members[k], Sample.of(particle, origin)
             each.alive |= sample.log_r > -math.inf
+            each.rejects |= sample.log_r == -math.inf
             if origin == "given" and record is not None:
                 self._check_given(each, sample)
                 each.given[each.given.index(record)] = sample.record  # scored now

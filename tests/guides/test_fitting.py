@@ -122,6 +122,37 @@ def test_the_batch_is_a_mixture_of_policies():
     assert len(one.stock) == 8 * 2 - 4
 
 
+@pytest.mark.parametrize("loss", ["vargrad", "elbo"])
+def test_the_programs_draws_help_to_unlearn_dead_traces(loss, monkeypatch):
+    """Each sample counts by its share of the mixture that drew it, nothing else is drawn for it."""
+    case = CASES["hard constraint"]
+    seen = []
+    kept = objectives.alive
+
+    def noted(*terms):
+        seen.append(terms)
+        return kept(*terms)
+
+    monkeypatch.setattr("lmppl.objectives.alive", noted)
+    guide = lmppl.LMGuide(case.program, lm=LM)
+    with lmppl.use(LM):
+        trainer, (one,) = trainer_on(guide, [case.args], loss=loss, batch_size=16)
+        with torch.no_grad():
+            while not one.rejects:
+                trainer._sample([one], one.visits)
+            batches = trainer._sample([one], one.visits)
+        (batch,) = trainer._score([one], batches, [], [None])
+        trainer._loss(one, batch, 1)
+    origins = Counter(sample.origin for sample in batches[0])
+    assert sum(origins.values()) == 16 and origins["prior"] == 2
+    ((log_r, log_q, log_drawn),) = seen
+    guides, num = origins["guide"], origins["guide"] + 2
+    assert len(log_r) == num
+    rows = batch.origin("guide", "prior")
+    q, p = log_q.detach().exp(), batch.log_prior[rows].exp()
+    torch.testing.assert_close(log_drawn.exp(), guides / num * q + 2 / num * p)
+
+
 def test_reward_temperature_is_annealed():
     options = FitOptions(reward_temperature=(3.0, 1.0))
     betas = [options.inverse_temperature(number, 10) for number in range(10)]
