@@ -20,9 +20,9 @@ _CASES = [case for name, case in CASES.items() if name != "beta mixture"]
 _STEPS = 700
 # These are there at half of them, with a TV of .0005 or less.
 _SOON = {"one site": 350, "scale": 350, "tool": 350}
-# Over three seeds the worst is .0077 on the chain and .0088 on this program (docs/training.md);
+# Over three seeds the worst is .0077 on the chain, .0088 and .0091 on these (docs/training.md);
 # another machine's rounding is like another seed.
-_WIDER = {"beta and text": 0.015}
+_WIDER = {"beta and text": 0.015, "hard constraint": 0.015}
 
 
 @pytest.mark.parametrize("case", _CASES, ids=str)
