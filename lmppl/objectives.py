@@ -156,7 +156,9 @@ def alive(
     fraction = (weights * live).sum()
     if bool((live == live[0]).all()) or float(fraction) == 0.0:
         return log_q.sum() * 0.0
-    return -(weights * (live - fraction) / fraction * log_q).sum()
+    # What q cannot draw has no weight.
+    own_q = torch.where(weights > 0.0, log_q, 0.0)
+    return -(weights * (live - fraction) / fraction * own_q).sum()
 
 
 def elbo(log_r: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:

@@ -287,6 +287,16 @@ def test_alive_of_samples_of_q_has_weights_of_one():
     torch.testing.assert_close(weighted, plain)
 
 
+def test_alive_leaves_out_what_q_cannot_draw():
+    log_r = torch.tensor([0.0, DEAD, DEAD])
+    log_q = torch.tensor([-0.5, -1.0, -math.inf], requires_grad=True)
+    drawn = torch.tensor([-0.7, -1.1, -2.0])
+    loss = objectives.alive(log_r, log_q, drawn)
+    expected = objectives.alive(log_r[:2], log_q[:2], drawn[:2])
+    assert math.isfinite(loss.item())
+    torch.testing.assert_close(gradient(loss, log_q), gradient(expected, log_q))
+
+
 def test_alive_of_a_mixture_is_unbiased_in_the_limit_and_less_noisy():
     """q has nearly forgotten the dead traces 1 and 2, and p has not."""
     log_r = torch.tensor([0.0, DEAD, DEAD, -1.0])
