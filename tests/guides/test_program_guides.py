@@ -61,7 +61,7 @@ def test_the_exact_posterior_has_no_loss_and_no_gradient():
             logits.copy_(posterior_logits(*args))
         kept = logits.detach().clone()
         for loss in ("vargrad", "tb", "subtb", "elbo", "wake"):
-            options = FitOptions(loss=loss, batch_size=16)
+            options = FitOptions(loss=loss, batch_size=16, annealing=1.0)
             generator = torch.Generator()
             source = Collection([Input(model, args, 0, options)], generator)
             trainer = Trainer(guide, source, 5, options, 0, generator)
