@@ -200,7 +200,9 @@ class _Loop:
                 track.log(figures, figures["step"])
                 if self._callback is not None:
                     self._callback(figures)
-                self._guard.watch(number, figures["elbo"], self._guide.named_parameters())
+                self._guard.watch(
+                    number, figures["elbo"], self._guide.named_parameters(), self._elbo_again
+                )
                 if stop:
                     self._guide.notes.append(
                         f"stopped after {number + 1} steps: no better held-out ESS since step "
@@ -212,6 +214,12 @@ class _Loop:
                     break
         self._stopping.finish(self._guide.named_parameters())
         trainer.report_dead()
+
+    def _elbo_again(self) -> float:
+        """Of the last step's inputs, under the parameters as they now are."""
+        run = self._run
+        found = evaluate(self._guide, self._trainer.members, run.eval_samples, seed=run.seed)
+        return found["eval_elbo"]
 
     def _evaluate(self, number: int, figures: dict[str, Any]) -> bool:
         """Adds held-out figures to a step's, when it is time. Returns whether to stop."""

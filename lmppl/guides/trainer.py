@@ -60,6 +60,9 @@ class Trainer:
         options: how.
         seed: of what it draws.
         generator: of its other random choices; that of the source, so that one state is kept.
+
+    Attributes:
+        members: the inputs of the last step.
     """
 
     def __init__(
@@ -88,6 +91,7 @@ class Trainer:
                 self.log_z = LogZ(guide.base.hidden_size, source.num_inputs)
             self._add_group(list(self.log_z.parameters()), _LOG_Z_RATE)
         self.adopt_new_parameters()
+        self.members: list[Input] = []
         self._dead: set[int] = set()  # inputs all of whose traces were dead
         self._any_alive = False
         self._traces_cut = [0, 0]  # in the steps of trial: traces, and truncations of them
@@ -96,7 +100,7 @@ class Trainer:
     def step(self, number: int) -> dict[str, Any] | None:
         """One step. Returns its figures; None if the data have ended."""
         began = time.perf_counter()
-        members = self.source.next(self._num_inputs)
+        members = self.members = self.source.next(self._num_inputs)
         if not members:
             return None
         with torch.no_grad():

@@ -6,7 +6,7 @@ Both keep a copy of the parameters at their best, and put it back when they stop
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -35,6 +35,9 @@ class Snapshot:
 class DivergenceGuard:
     """Stops a run whose guide has become much worse than it was untrained.
 
+    ELBOs of different inputs are not of a size: long observations come late in a sorted stream. So
+    where the ELBO has fallen, the best parameters are tried on the same inputs first.
+
     Attributes:
         first: mean ELBO of the first steps, nats.
         best: the highest mean ELBO of as many steps in a row.
@@ -46,8 +49,17 @@ class DivergenceGuard:
         self.snapshot = Snapshot()
         self._recent: list[float] = []
 
-    def watch(self, number: int, elbo: float, parameters: Parameters) -> None:
+    def watch(
+        self, number: int, elbo: float, parameters: Parameters, elbo_again: Callable[[], float]
+    ) -> None:
         """Take note of a step.
+
+        Args:
+            number: of the step.
+            elbo: of its inputs, nats.
+            parameters: by name.
+            elbo_again: the ELBO of the step's inputs under what is in ``parameters`` when it is
+                called.
 
         Raises:
             FloatingPointError: if training has diverged; the best parameters are put back.
@@ -64,8 +76,13 @@ class DivergenceGuard:
         if mean > self.best:
             self.best = mean
             self.snapshot.take(parameters)
-        elif mean < self.first - max(_LEAST_FALL, abs(self.first)):
+        elif _fell(self.first, mean):
+            present = Snapshot()
+            present.take(parameters)
             self.snapshot.put_back(parameters)
+            if not _fell(elbo_again(), elbo):
+                present.put_back(parameters)
+                return
             raise FloatingPointError(
                 f"training has diverged: up to step {number} the ELBO fell to {mean:.1f} nats; it "
                 f"was {self.first:.1f} before training and {self.best:.1f} at its best. The "
@@ -83,6 +100,10 @@ class DivergenceGuard:
         self.first, self.best = state["first"], state["best"]
         self._recent = list(state["recent"])
         self.snapshot = Snapshot(tensors)
+
+
+def _fell(elbo: float, to: float) -> bool:
+    return to < elbo - max(_LEAST_FALL, abs(elbo))
 
 
 class EarlyStopping:

@@ -297,19 +297,23 @@ def test_patience_needs_something_held_out():
         EarlyStopping(0)
 
 
+def never():
+    raise AssertionError("no ELBO is needed again")
+
+
 def test_a_run_that_diverges_stops_with_its_best_parameters():
     parameters = {"p": torch.nn.Parameter(torch.zeros(2))}
     guard = DivergenceGuard()
     for number in range(40):
         with torch.no_grad():
             parameters["p"].fill_(number)
-        guard.watch(number, -50.0 + number, parameters)
+        guard.watch(number, -50.0 + number, parameters, never)
     with torch.no_grad():
         parameters["p"].fill_(math.nan)
     for number in range(40, 49):
-        guard.watch(number, -400.0, parameters)
+        guard.watch(number, -400.0, parameters, never)
     with pytest.raises(FloatingPointError, match="diverged: up to step 49 the ELBO fell to -400.0"):
-        guard.watch(49, -400.0, parameters)
+        guard.watch(49, -400.0, parameters, lambda: -50.0 + parameters["p"][0].item())
     assert parameters["p"].tolist() == [39.0, 39.0]
 
 
@@ -329,6 +333,18 @@ def test_a_guide_that_gets_much_worse_is_noticed():
     assert len(guide.history) == 30
     for name, tensor in weights(guide).items():
         torch.testing.assert_close(tensor, kept[name], atol=1e-6, rtol=0.0)
+
+
+def test_longer_inputs_are_no_divergence():
+    def program(y):
+        lm_sample("z", "ab", max_tokens=2, stop=".")
+        lm_sample("y", "ab", max_tokens=None, obs=y)
+
+    stream = (("ab" * (1 if number < 40 else 20),) for number in itertools.count())
+    guide = new_guide(program).fit(stream, steps=20, inputs_per_step=4, **QUICK)
+    elbos = guide.history.column("elbo")
+    assert max(elbos[10:]) < 3 * min(elbos[:10])  # the guard has to look
+    assert len(elbos) == 20
 
 
 def test_an_input_that_is_dead_before_its_first_latent_is_skipped():
