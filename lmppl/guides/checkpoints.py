@@ -37,7 +37,7 @@ from lmppl.lm.requests import Scored
 if TYPE_CHECKING:
     from lmppl.guides.trainer import Trainer
 
-FORMAT = 4
+FORMAT = 5
 
 
 class Part(Protocol):

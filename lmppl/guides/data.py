@@ -61,7 +61,7 @@ def read_data(
         raise ValueError(
             f"eval_data={eval_data}: a number is for simulate=; give a list of held-out inputs"
         )
-    held_out = _held_out(guide, eval_data, options)
+    held_out = held_out_inputs(guide, eval_data, options)
     check_data(data)
     if not hasattr(data, "__len__"):
         if demonstrations is not None:
@@ -118,7 +118,7 @@ def _simulated_inputs(
             simulated_inputs(guide, simulations(guide, args_of, seeds[1]), options, eval_data)
         )
     else:
-        held_out = _held_out(guide, eval_data, options)
+        held_out = held_out_inputs(guide, eval_data, options)
     pairs = simulations(guide, args_of, seeds[0])
     if number == math.inf:
         (example,) = simulated_inputs(guide, simulations(guide, args_of, seeds[0]), options, 1)
@@ -178,7 +178,8 @@ def simulated_input(
     return each
 
 
-def _held_out(guide: LMGuide, data: Iterable[Any] | None, options: FitOptions) -> list[Input]:
+def held_out_inputs(guide: LMGuide, data: Iterable[Any] | None, options: FitOptions) -> list[Input]:
+    """Those that a user gives; none, if ``data`` is None."""
     if data is None:
         return []
     args_of = read_inputs(guide.model, data)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,12 +13,54 @@ import torch
 from lmppl import runtime
 from lmppl.guides.inputs import Input, observe
 from lmppl.guides.scoring import score_traces
+from lmppl.guides.watching import EarlyStopping
 from lmppl.runtime import Proposer
 
 if TYPE_CHECKING:
     from lmppl.guides.guide import LMGuide
 
 _MOST_PARTICLES = 512
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Inputs held out from a run, and how a guide is tried on them.
+
+    Args:
+        every: steps between evaluations. (One more is at the end.)
+        num_samples: draws of the guide for each input.
+        seed: of the draws, the same each time.
+        inputs: none: it never is.
+    """
+
+    every: int
+    num_samples: int
+    seed: int
+    inputs: Sequence[Input] = ()
+
+    def __post_init__(self) -> None:
+        for name, value in (("eval_every", self.every), ("eval_samples", self.num_samples)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r}: it must be an int of at least 1")
+
+    def stopping(self, patience: int | None) -> EarlyStopping:
+        """Of the run, by its figures.
+
+        Raises:
+            ValueError: if there are none.
+        """
+        if patience is not None and not self.inputs:
+            raise ValueError(f"patience={patience} needs eval_data=, held-out inputs")
+        return EarlyStopping(patience)
+
+    def figures(self, guide: LMGuide, number: int, steps: int) -> dict[str, float]:
+        """What ``evaluate`` finds after step ``number`` of ``steps``; nothing if it is not time."""
+        due = (number + 1) % self.every == 0 or number == steps - 1
+        if not self.inputs or not due:
+            return {}
+        began = time.perf_counter()
+        found = evaluate(guide, self.inputs, self.num_samples, seed=self.seed)
+        return found | {"seconds_evaluation": time.perf_counter() - began}
 
 
 def evaluate(

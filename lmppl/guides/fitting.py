@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import inspect
 import math
-import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +18,8 @@ import torch
 from lmppl import runtime
 from lmppl.guides.checkpoints import Checkpoints, Part
 from lmppl.guides.data import read_data
-from lmppl.guides.evaluation import evaluate
+from lmppl.guides.evaluation import HeldOut, evaluate
 from lmppl.guides.history import History
-from lmppl.guides.inputs import Input
 from lmppl.guides.options import FitOptions
 from lmppl.guides.sites import TrainedSites
 from lmppl.guides.tracking import tracker
@@ -43,10 +41,6 @@ class Run:
     Args:
         steps: optimiser steps.
         seed: of all random choices.
-        eval_every: steps between evaluations on held-out inputs.
-        eval_samples: draws of the guide for each held-out input.
-        patience: evaluations without a better ESS fraction after which training stops, with the
-            parameters of the best; None: it never stops early.
         checkpoints: where its state is kept.
         log_with: trackers of figures: a name that accelerate knows ("tensorboard", "wandb", ...),
             a tracker object, or a list of those.
@@ -55,18 +49,13 @@ class Run:
 
     steps: int
     seed: int
-    eval_every: int
-    eval_samples: int
-    patience: int | None
     checkpoints: Checkpoints
     log_with: Any
     logging_dir: str | Path
 
     def __post_init__(self) -> None:
-        for name in ("steps", "eval_every", "eval_samples"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r}: it must be an int of at least 1")
+        if not isinstance(self.steps, int) or self.steps < 1:
+            raise ValueError(f"steps={self.steps!r}: it must be an int of at least 1")
 
 
 def fit(
@@ -106,7 +95,10 @@ def fit(
             latent site to text or number, a list of such dicts, or a ``Posterior``, whose particles
             are distilled by weight. They seed the replay buffer, and ``loss="sft"`` is made of them.
         eval_data: held-out inputs (with ``simulate``: how many to simulate for this).
-        eval_every, eval_samples, patience, log_with, logging_dir: see ``Run``.
+        eval_every, eval_samples: steps between evaluations on them, and draws for each.
+        patience: evaluations without a better ESS fraction after which training stops, with the
+            parameters of the best; None: it never stops early.
+        log_with, logging_dir: see ``Run``.
         checkpoint, checkpoint_every, resume: a folder for checkpoints, steps between them, and
             whether to go on from the one that is there.
         seed: makes the run reproducible.
@@ -127,16 +119,14 @@ def fit(
     run = Run(
         steps,
         runtime.fresh_seed(seed),
-        eval_every,
-        eval_samples,
-        patience,
         Checkpoints.of(checkpoint, checkpoint_every, resume, seed),
         log_with,
         logging_dir,
     )
+    held_out = HeldOut(eval_every, eval_samples, run.seed)
     generator = torch.Generator().manual_seed(run.seed % 2**63)
     with use(guide.base):
-        source, held_out, example = read_data(
+        source, eval_inputs, example = read_data(
             guide,
             data,
             simulate,
@@ -147,14 +137,14 @@ def fit(
             generator,
             progress,
         )
-        if patience is not None and not held_out:
-            raise ValueError(f"patience={patience} needs eval_data=, held-out inputs")
+        held_out = replace(held_out, inputs=eval_inputs)
+        stopping = held_out.stopping(patience)
         guide.strict_prompts = source.num_inputs != 1
         guide.tempered_target = settings.tempered_target
         guide.sites = TrainedSites()
         guide.prepare(example.args, example.program)
         trainer = Trainer(guide, source, steps, settings, run.seed, generator)
-        _Loop(trainer, held_out, run, callback).run(progress)
+        _Loop(trainer, held_out, stopping, run, callback).run(progress)
 
 
 class _Loop:
@@ -163,14 +153,15 @@ class _Loop:
     def __init__(
         self,
         trainer: Trainer,
-        held_out: Sequence[Input],
+        held_out: HeldOut,
+        stopping: EarlyStopping,
         run: Run,
         callback: Callable[[dict[str, Any]], None] | None,
     ) -> None:
         self._trainer, self._held_out, self._run = trainer, held_out, run
         self._callback = callback
         self._guide = trainer.guide
-        self._guard, self._stopping = DivergenceGuard(), EarlyStopping(run.patience)
+        self._guard, self._stopping = DivergenceGuard(), stopping
 
     def run(self, progress: bool | None) -> None:
         run, trainer = self._run, self._trainer
@@ -217,20 +208,15 @@ class _Loop:
 
     def _elbo_again(self) -> float:
         """Of the last step's inputs, under the parameters as they now are."""
-        run = self._run
-        found = evaluate(self._guide, self._trainer.members, run.eval_samples, seed=run.seed)
-        return found["eval_elbo"]
+        samples, seed = self._held_out.num_samples, self._held_out.seed
+        return evaluate(self._guide, self._trainer.members, samples, seed=seed)["eval_elbo"]
 
     def _evaluate(self, number: int, figures: dict[str, Any]) -> bool:
         """Adds held-out figures to a step's, when it is time. Returns whether to stop."""
-        run = self._run
-        due = (number + 1) % run.eval_every == 0 or number == run.steps - 1
-        if not self._held_out or not due:
-            return False
-        began = time.perf_counter()
-        found = evaluate(self._guide, self._held_out, run.eval_samples, seed=run.seed)
+        found = self._held_out.figures(self._guide, number, self._run.steps)
         figures |= found
-        figures["seconds_evaluation"] = time.perf_counter() - began
+        if not found:
+            return False
         return self._stopping.should_stop(number, found["eval_ess"], self._guide.named_parameters())
 
 

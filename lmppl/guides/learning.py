@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,7 +23,8 @@ import torch
 
 from lmppl import runtime
 from lmppl.guides.checkpoints import Checkpoints, Part, digest_of
-from lmppl.guides.data import check_simulated, simulated_input
+from lmppl.guides.data import check_simulated, held_out_inputs, simulated_input
+from lmppl.guides.evaluation import HeldOut
 from lmppl.guides.history import History
 from lmppl.guides.inputs import Input, read_inputs
 from lmppl.guides.maximisation import MStep
@@ -46,6 +48,10 @@ def learn(
     guide_steps: int = 2,
     num_samples: int = 16,
     model_learning_rate: float | None = None,
+    eval_data: Iterable[Any] | None = None,
+    eval_every: int = 20,
+    eval_samples: int = 64,
+    patience: int | None = None,
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 20,
     resume: bool = False,
@@ -69,6 +75,11 @@ def learn(
         guide_steps: training steps of the guide for each M-step.
         num_samples: draws of the guide for each input of an M-step.
         model_learning_rate: AdamW's for the program's parameters; None: the guide's.
+        eval_data: held-out inputs, observations included.
+        eval_every, eval_samples: M-steps between evaluations on them, and draws for each.
+        patience: evaluations without a better ``eval_log_z``, the bound of their log evidence, after
+            which learning stops, with the parameters of the best, the program's and the guide's;
+            None: it never stops early.
         checkpoint, checkpoint_every, resume: a folder for checkpoints, M-steps between them, and
             whether to go on from the one that is there: to the same result as an unbroken run.
         seed: makes the run reproducible.
@@ -78,7 +89,8 @@ def learn(
 
     Returns:
         One dict a step: ``log_evidence`` (mean estimate over the step's inputs, nats),
-        ``model_loss``, ``model_ess`` and the guide's figures.
+        ``model_loss``, ``model_ess`` and the guide's figures; on held-out inputs ``eval_log_z``, the
+        mean lower bound of their log evidence (nats), and the others of ``fit``.
 
     Raises:
         ValueError: if the program has nothing to learn, options are out of range, the checkpoint is
@@ -100,8 +112,11 @@ def learn(
     settings = FitOptions.of(options, [each.name for each in own if each.kind is each.KEYWORD_ONLY])
     checkpoints = Checkpoints.of(checkpoint, checkpoint_every, resume, seed)
     seed, own_seed = runtime.slot_seeds(runtime.fresh_seed(seed), 2)  # the guide's, the M-step's
+    held_out = HeldOut(eval_every, eval_samples, seed)
     generator = torch.Generator().manual_seed(seed % 2**63)
     with use(guide.base):
+        held_out = replace(held_out, inputs=held_out_inputs(guide, eval_data, settings))
+        stopping = held_out.stopping(patience)
         inputs = [
             Input(guide.model, args, i, settings)
             for i, args in enumerate(read_inputs(guide.model, data))
@@ -114,7 +129,9 @@ def learn(
         dreams = _Dreams(guide, inputs, settings, seed) if method == "wake-sleep" else None
         trainer = Trainer(guide, dreams or source, steps * guide_steps, settings, seed, generator)
         progress_of = _Steps(source)
-        parts: dict[str, Part] = {"m_step": m_step, "m_steps": progress_of}
+        parts: dict[str, Part] = {
+            "m_step": m_step, "m_steps": progress_of, "stopping": stopping
+        }  # fmt: skip
         this_run = {
             "method": method,
             "guide_steps": guide_steps,
@@ -126,7 +143,7 @@ def learn(
         done = checkpoints.begin(trainer, parts, this_run)
         with progress_bar("learning the model", steps, show=progress) as bar:
             bar.advance(done)
-            for number in range(done, steps):
+            for number in range(done, done if stopping.over else steps):
                 figures: dict[str, Any] = {}
                 for k in range(guide_steps):
                     figures = trainer.step(number * guide_steps + k) or figures
@@ -134,18 +151,36 @@ def learn(
                 found = m_step.step(members, num_samples, runtime.nth_seed(own_seed, number))
                 for each in inputs:
                     each.rescore()
-                history.append({"step": number, **figures, **found})
+                tried = held_out.figures(guide, number, steps)
+                history.append({"step": number, **figures, **found, **tried})
                 guide.history.append({**figures, "step": len(guide.history)})
                 bar.advance(log_evidence=found["log_evidence"])
                 if callback is not None:
                     callback(history[-1])
-                last = number == steps - 1
+                stop = bool(tried) and stopping.should_stop(
+                    number, tried["eval_log_z"], _parameters(guide, m_step)
+                )
+                if stop:
+                    guide.notes.append(
+                        f"learning stopped after {number + 1} M-steps: no better held-out log "
+                        f"evidence since step {stopping.best_step}"
+                    )
+                last = stop or number == steps - 1
                 if checkpoints.save(number + 1, trainer, parts, this_run, last=last):
                     m_step.forget()
                     if dreams is not None:
                         dreams.forget()
+                if stop:
+                    break
+        stopping.finish(_parameters(guide, m_step))
         trainer.report_dead()
     return history
+
+
+def _parameters(guide: LMGuide, m_step: MStep) -> dict[str, torch.nn.Parameter]:
+    """Of both, for early stopping."""
+    model = {f"model.{name}": p for name, p in m_step.named_parameters().items()}
+    return {f"guide.{name}": p for name, p in guide.named_parameters().items()} | model
 
 
 class _Dreams(Source):

@@ -41,7 +41,7 @@ class MStep:
         self._guide, self._inputs, self._options = guide, inputs, options
         self._trainables = Trainables(guide.base)
         self._trainables.find(guide.model, inputs[0].args)
-        self._parameters = list(self._trainables.named_parameters().values())
+        self._parameters = list(self.named_parameters().values())
         if not self._parameters:
             raise ValueError(
                 "the program has nothing to learn: let a site name an adapter, "
@@ -62,7 +62,7 @@ class MStep:
         for lm in self._trainables.adapters:
             lm.memory = self._options.memory(lm.memory)
         known = {id(p) for p in self._parameters}
-        new = [p for p in self._trainables.named_parameters().values() if id(p) not in known]
+        new = [p for p in self.named_parameters().values() if id(p) not in known]
         if new:
             self._optimizer.add_param_group({"params": new})
             self._parameters += new
@@ -95,6 +95,10 @@ class MStep:
             "model_ess": mean(sizes),
         }
 
+    def named_parameters(self) -> dict[str, torch.nn.Parameter]:
+        """Of the program, as far as its runs have used them."""
+        return self._trainables.named_parameters()
+
     # --- its state, for checkpoints --------------------------------------------------------------
 
     def forget(self) -> None:
@@ -103,10 +107,10 @@ class MStep:
             lm.forget()
 
     def state(self) -> dict[str, Any]:
-        return {"parameters": list(self._trainables.named_parameters())}
+        return {"parameters": list(self.named_parameters())}
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        named = self._trainables.named_parameters()
+        named = self.named_parameters()
         values = {f"values.{name}": p.detach() for name, p in named.items()}
         state = optimizer_tensors(self._optimizer, named)
         return values | {f"optimizer.{name}": tensor for name, tensor in state.items()}
@@ -119,7 +123,7 @@ class MStep:
                 "resume then"
             )
         self._adopt()
-        named = self._trainables.named_parameters()
+        named = self.named_parameters()
         with torch.no_grad():
             for name in state["parameters"]:
                 named[name].copy_(tensors[f"values.{name}"])
@@ -129,7 +133,7 @@ class MStep:
     def _find(self, names: Sequence[str]) -> list[str]:
         """Look for parameters that only some inputs and branches use. Returns those not found."""
         for each in self._inputs:
-            known = self._trainables.named_parameters()
+            known = self.named_parameters()
             if all(name in known for name in names):
                 break
             self._trainables.find(each.program, each.args)
@@ -139,7 +143,7 @@ class MStep:
             own = name.removeprefix("params.")
             if own != name and own in store and own not in self._trainables.param_names:
                 self._trainables.param_names.append(own)
-        known = self._trainables.named_parameters()
+        known = self.named_parameters()
         return [name for name in names if name not in known]
 
     # --- a step ----------------------------------------------------------------------------------

@@ -107,7 +107,7 @@ def _fell(elbo: float, to: float) -> bool:
 
 
 class EarlyStopping:
-    """Stops a run whose held-out ESS fraction no longer grows.
+    """Stops a run whose figure on held-out inputs no longer grows.
 
     Args:
         patience: how many evaluations without a new best it waits for; None: for ever.
@@ -125,12 +125,12 @@ class EarlyStopping:
         """Whether the run is to end, or has ended so before it was resumed."""
         return self.patience is not None and self.waited >= self.patience
 
-    def should_stop(self, number: int, ess: float, parameters: Parameters) -> bool:
+    def should_stop(self, number: int, figure: float, parameters: Parameters) -> bool:
         """Take note of an evaluation."""
         if self.patience is None:
             return False
-        if ess > self.best:
-            self.best, self.best_step, self.waited = ess, number, 0
+        if figure > self.best:
+            self.best, self.best_step, self.waited = figure, number, 0
             self.snapshot.take(parameters)
         else:
             self.waited += 1

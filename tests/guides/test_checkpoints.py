@@ -275,7 +275,7 @@ def test_nothing_to_resume_is_a_new_run(tmp_path):
 def test_a_run_that_stopped_early_is_not_resumed(tmp_path, monkeypatch):
     values = itertools.chain([0.2, 0.5, 0.4, 0.3], itertools.repeat(0.9))
     monkeypatch.setattr(
-        "lmppl.guides.fitting.evaluate", lambda *args, **kw: {"eval_ess": next(values)}
+        "lmppl.guides.evaluation.evaluate", lambda *args, **kw: {"eval_ess": next(values)}
     )
     options = {"steps": 50, "eval_data": [("ab.", "b")], "eval_every": 2, "patience": 2}
     stopped = run(tmp_path / "run", **options)

@@ -240,6 +240,57 @@ def test_inputs_without_a_live_trace_are_reported():
         learn(lmppl.LMGuide(program, lm=LM), [("a", False)], **options)
 
 
+def test_held_out_evidence():
+    guide = lmppl.LMGuide(labelled, lm=LM)
+    history = learn(
+        guide, DATA[:2], 5, eval_data=[("ba", 1.0), ("ba", 0.0)], eval_every=2, eval_samples=256,
+        seed=0, batch_size=8, guide_steps=1, model_learning_rate=0.1, progress=False,
+    )  # fmt: skip
+    assert [each["step"] for each in history if "eval_log_z" in each] == [1, 3, 4]
+    exact = evidence(labelled, [("ba", 1.0), ("ba", 0.0)]) / 2
+    assert history[-1]["eval_log_z"] == pytest.approx(exact, abs=0.1)
+    assert history[-1]["eval_elbo"] <= history[-1]["eval_log_z"] + 1e-6
+
+
+def test_learning_stops_at_the_best_held_out_evidence(monkeypatch):
+    m = LM.adapter()
+    values, seen = iter([-3.0, -1.0, -2.0, -1.5]), {}
+
+    def program(x, label):
+        z = lm_sample("z", x, max_tokens=2, stop=".", lm=m)
+        p = pyro.param("p", torch.tensor(0.5), constraint=dist.constraints.unit_interval)
+        pyro.sample("label", dist.Bernoulli(p if "b" in z else 1 - p), obs=torch.tensor(label))
+
+    def parameters():
+        own = [p for p in m.model.parameters() if p.requires_grad]
+        return [p.detach().clone() for p in (*own, pyro.param("p"), *guide.parameters())]
+
+    def evaluate(guide, inputs, num, seed):
+        assert len(inputs) == 1
+        value = next(values)
+        seen[value] = parameters()
+        return {"eval_log_z": value}
+
+    monkeypatch.setattr("lmppl.guides.evaluation.evaluate", evaluate)
+    guide = lmppl.LMGuide(program, lm=LM)
+    settings = {"seed": 0, "batch_size": 8, "guide_steps": 1, "progress": False}
+    history = learn(
+        guide, DATA, 50, eval_data=[("ba", 0.0)], eval_every=2, patience=2, **settings
+    )  # fmt: skip
+    assert len(history) == 8
+    assert all(torch.equal(a, b) for a, b in zip(parameters(), seen[-1.0], strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(seen[-1.5], seen[-1.0], strict=True))
+    assert guide.notes == [
+        "learning stopped after 8 M-steps: no better held-out log evidence since step 3"
+    ]
+    with pytest.raises(ValueError, match="patience=2 needs eval_data="):
+        learn(guide, DATA, 1, patience=2)
+    with pytest.raises(ValueError, match="eval_every=0"):
+        learn(guide, DATA, 1, eval_data=DATA, eval_every=0)
+    with pytest.raises(TypeError, match="item 1 of the data"):
+        learn(guide, DATA, 1, eval_data=[("ba", 0.0), "ba"])
+
+
 class _Stop(Exception):
     pass
 
@@ -275,8 +326,12 @@ def _learned(path, *, method="em", stop_at=None, **options):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"method": "wake-sleep"}, {"method": "wake-sleep", "loss": "wake"}],
-    ids=["em", "wake-sleep", "wake-sleep by wake"],
+    [
+        {"eval_data": [("ba", 0.0)], "eval_every": 1, "eval_samples": 8, "patience": 5},
+        {"method": "wake-sleep"},
+        {"method": "wake-sleep", "loss": "wake"},
+    ],
+    ids=["em, held-out", "wake-sleep", "wake-sleep by wake"],
 )
 def test_resumed_learning_ends_as_unbroken(options, tmp_path):
     torch.manual_seed(0)

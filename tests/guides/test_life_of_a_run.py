@@ -281,7 +281,7 @@ def test_early_stopping_puts_the_best_parameters_back(monkeypatch):
         kept[value] = weights(guide)
         return {"eval_ess": value}
 
-    monkeypatch.setattr("lmppl.guides.fitting.evaluate", evaluate)
+    monkeypatch.setattr("lmppl.guides.evaluation.evaluate", evaluate)
     guide = new_guide().fit(
         [("ab.", "a")], steps=50, eval_data=[("ab.", "b")], eval_every=2, patience=2, **QUICK
     )
