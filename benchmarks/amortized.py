@@ -42,9 +42,8 @@ CALIBRATION_STEPS = 3
 _EARLY_STOPPING = {"eval_data": 16, "eval_every": 8, "eval_samples": 32, "patience": 4}
 RUNS: dict[str, dict[str, Any]] = {
     "vargrad": {},
-    # Without annealing, with which 120 to 180 steps would end soon after it.
-    "wake": {"loss": "wake", "annealing": 1.0},
-    "elbo": {"loss": "elbo", "annealing": 1.0},
+    "wake": {"loss": "wake"},
+    "elbo": {"loss": "elbo"},
     "ppo": {"loss": "ppo"},
     "sft": {"loss": "sft", **_EARLY_STOPPING},
     "sft, endless pairs": {"loss": "sft", "simulate": math.inf},
