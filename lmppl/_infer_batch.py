@@ -11,7 +11,7 @@ import torch
 from lmppl import runtime
 from lmppl._infer import infer, prepare
 from lmppl.engines import Engine, GFlowNet
-from lmppl.guides.inputs import check_data, positional, signature_of
+from lmppl.guides.inputs import items_of, positional, signature_of
 from lmppl.lm import LM
 from lmppl.posterior import Posterior
 from lmppl.primitives import default_lm
@@ -94,8 +94,7 @@ def infer_batch(
             "method='gflownet' without guide= would train a guide for every single input: train "
             "one on many, guide = lmppl.LMGuide(model, lm=lm).fit(inputs), and give it as guide="
         )
-    check_data(inputs)
-    source = enumerate(inputs)
+    source = enumerate(items_of(inputs))
     signature = signature_of(model)
     if on_error not in ("raise", "return"):
         raise ValueError(f"on_error={on_error!r}, allowed: 'raise', 'return'")

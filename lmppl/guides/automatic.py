@@ -176,10 +176,11 @@ class AutomaticProposer:
                 numbers.append(value.detach().float().reshape(-1))
         if not tokens:
             tokens = base.vocabulary.bos_ids + sum(self._observations.values(), ())
-        parts = [*numbers]
+        # As many features without a token to read: on another input there may be one.
+        state = torch.zeros(base.hidden_size)
         if tokens:
-            parts.append(suspend(Wait("hidden", name, base, prefix=tokens)).float())
-        return torch.cat(parts) if parts else torch.zeros(1)
+            state = suspend(Wait("hidden", name, base, prefix=tokens)).float()
+        return torch.cat([*numbers, state])
 
     def learn_sites(self, sites: TrainedSites) -> None:
         """Note what its draws are trained on."""

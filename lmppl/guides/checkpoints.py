@@ -10,15 +10,10 @@ reads one does. So both go on from the same numbers, bit by bit.
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import hashlib
-import inspect
 import json
-import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -27,11 +22,11 @@ from safetensors.torch import load_file, save_file
 
 from lmppl.distributions import ToolResult
 from lmppl.guides.history import History
+from lmppl.guides.identity import identity
 from lmppl.guides.inputs import Input
 from lmppl.guides.records import Record
 from lmppl.guides.sites import TrainedSites
-from lmppl.guides.storage import fingerprint, read_parameters, replace_folder, write_guide
-from lmppl.lm import LM
+from lmppl.guides.storage import read_parameters, replace_folder, write_guide
 from lmppl.lm.requests import Scored
 
 if TYPE_CHECKING:
@@ -53,7 +48,7 @@ class Part(Protocol):
         """Go on from both."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Checkpoints:
     """When and where a run is written to disk.
 
@@ -66,6 +61,9 @@ class Checkpoints:
     path: Path | None
     every: int
     resume: bool
+    _trainer: Trainer = field(init=False, repr=False)
+    _parts: Mapping[str, Part] = field(init=False, repr=False)
+    _run: dict[str, Any] = field(init=False, repr=False)
 
     @classmethod
     def of(
@@ -90,32 +88,30 @@ class Checkpoints:
         """Bring a new run to where it was interrupted. Returns how many steps are done.
 
         Args:
-            trainer, parts, run: see ``write``.
+            trainer, parts: see ``write``.
+            run: what else must be equal for a run to be the same one; in JSON's types.
 
         Raises:
             ValueError: for the checkpoint of another run; see ``read``.
             FileExistsError: if there is a checkpoint and the run is a new one.
         """
-        if self.path is None or not self.path.exists():
+        if self.path is None:
+            return 0
+        # Now, before the steps change what it is made of.
+        self._run = identity(trainer) | dict(run or {})
+        self._trainer, self._parts = trainer, parts
+        if not self.path.exists():
             return 0
         if not self.resume:
             raise FileExistsError(
                 f"{self.path} exists: resume=True goes on with the run in it; for a new run give "
                 "another folder"
             )
-        done = read(self.path, trainer, parts, run)
+        done = read(self.path, trainer, parts, self._run)
         trainer.forget()
         return done
 
-    def save(
-        self,
-        done: int,
-        trainer: Trainer,
-        parts: Mapping[str, Part],
-        run: Mapping[str, Any] | None = None,
-        *,
-        last: bool = False,
-    ) -> bool:
+    def save(self, done: int, *, last: bool = False) -> bool:
         """Write the state of a run after ``done`` steps, if it is time or the run ends. A disk that
         is full is warned of, and training goes on.
 
@@ -125,14 +121,14 @@ class Checkpoints:
         if self.path is None or not (last or done % self.every == 0):
             return False
         try:
-            write(self.path, trainer, done, parts, run)
+            write(self.path, self._trainer, done, self._parts, self._run)
         except OSError as error:
             warnings.warn(
                 f"the checkpoint of step {done} could not be written ({error}); the one before is "
                 "kept, and training goes on",
                 stacklevel=5,
             )
-        trainer.forget()
+        self._trainer.forget()
         return True
 
 
@@ -141,7 +137,7 @@ def write(
     trainer: Trainer,
     done: int,
     parts: Mapping[str, Part],
-    run: Mapping[str, Any] | None = None,
+    run: Mapping[str, Any],
 ) -> None:
     """Write the state of a run after ``done`` steps; replaces the checkpoint that is there.
 
@@ -150,8 +146,7 @@ def write(
         trainer: what trains the guide.
         done: steps.
         parts: what else has a state, by name.
-        run: what must be equal for a run to be the same one, beside what the trainer knows; in
-            JSON's types.
+        run: what must be equal for a run to be the same one, ``identity`` and more.
 
     Raises:
         OSError: if it cannot be written; the checkpoint before is kept.
@@ -160,7 +155,7 @@ def write(
     packed = _Packer()
     description = {
         "format": FORMAT,
-        "run": identity(trainer) | dict(run or {}),
+        "run": run,
         "done": done,
         "source": trainer.source.state(),
         "inputs": [_pack_input(each, packed) for each in trainer.source.kept],
@@ -190,7 +185,7 @@ def read(
     path: Path,
     trainer: Trainer,
     parts: Mapping[str, Part],
-    run: Mapping[str, Any] | None = None,
+    run: Mapping[str, Any],
 ) -> int:
     """Bring a new trainer to where the run on disk was. Returns how many steps are done.
 
@@ -207,12 +202,12 @@ def read(
             f"the checkpoint {path} has format {description.get('format')!r}; this version of lmppl "
             f"reads {FORMAT}: train anew, in another folder"
         )
-    own, saved = identity(trainer) | dict(run or {}), description["run"]
-    for what in dict.fromkeys([*own, *saved]):
-        if saved.get(what) != own.get(what):
+    saved = description["run"]
+    for what in dict.fromkeys([*run, *saved]):
+        if saved.get(what) != run.get(what):
             raise ValueError(
                 f"the checkpoint {path} belongs to another run, its {what} differs: it has "
-                f"{saved.get(what)!r}, this run {own.get(what)!r}. Resume with what it was begun "
+                f"{saved.get(what)!r}, this run {run.get(what)!r}. Resume with what it was begun "
                 "with, or train anew in another folder"
             )
     guide = trainer.guide
@@ -274,88 +269,6 @@ def _prefixed(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, tor
 
 def under(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-
-
-# --- which run -----------------------------------------------------------------------------------
-
-
-def identity(trainer: Trainer) -> dict[str, Any]:
-    """What must be equal for a run to be the same one, in JSON's types."""
-    guide = trainer.guide
-    own = None if guide.program is None else program_fingerprint(guide.program)
-    options = json.loads(json.dumps(dataclasses.asdict(trainer.options)))
-    return {
-        "program": program_fingerprint(guide.model),
-        "guide program": own,
-        "condition_on": "all" if guide.condition_on == "all" else sorted(guide.condition_on),
-        "adapter_per_site": guide.adapter_per_site,
-        "adapters": [_lora(each) for each in guide.adapters()[:1]],
-        "language model": fingerprint(guide.base),
-        "data": digest_of([each.args for each in trainer.source.kept]),
-        "number of steps": trainer.steps,
-        "seed": trainer.seed,
-        **{f"option {name}": value for name, value in options.items()},
-    }
-
-
-def _lora(adapter: LM) -> dict[str, Any]:
-    """What makes an adapter the kind that it is (nothing, if all weights are trained)."""
-    config = getattr(adapter.model, "peft_config", {}).get("default")
-    if config is None:
-        return {}
-    modules = config.target_modules
-    return {
-        "r": config.r,
-        "alpha": config.lora_alpha,
-        "modules": modules if isinstance(modules, str) else sorted(modules or ()),
-    }
-
-
-def program_fingerprint(program: Callable[..., Any]) -> str:
-    """The name of a program and a hash of its code (comments and line numbers don't count)."""
-    fn = inspect.unwrap(getattr(program, "func", program))
-    name = getattr(fn, "__qualname__", type(fn).__name__)
-    if isinstance(program, functools.partial):
-        name += f" with {digest_of([program.args, program.keywords])}"
-    code = getattr(fn, "__code__", None)
-    if code is None:
-        return name
-    version = f"{sys.version_info.major}.{sys.version_info.minor}"  # byte code differs by version
-    return f"{name} {hashlib.sha256(_code(code)).hexdigest()[:16]} (Python {version})"
-
-
-def _code(code: Any) -> bytes:
-    inner = [_code(c) if hasattr(c, "co_code") else _constant(c) for c in code.co_consts]
-    return b"|".join([code.co_code, repr(code.co_names).encode(), *inner])
-
-
-def _constant(value: Any) -> bytes:
-    """Sets (of ``x in {"a", "b"}``) have another order in every process."""
-    return repr(sorted(map(repr, value)) if isinstance(value, frozenset) else value).encode()
-
-
-def digest_of(data: Any) -> str:
-    """A hash of the texts and numbers in the data; of other objects only the type counts."""
-    digest = hashlib.sha256()
-
-    def feed(item: Any) -> None:
-        if isinstance(item, (str, int, float, bool, type(None))):
-            digest.update(f"{type(item).__name__}:{item!s};".encode())
-        elif isinstance(item, Mapping):
-            for key, value in item.items():
-                feed(key)
-                feed(value)
-        elif isinstance(item, (list, tuple)):
-            digest.update(f"[{len(item)}".encode())
-            for each in item:
-                feed(each)
-        elif torch.is_tensor(item):
-            feed(item.tolist())
-        else:
-            digest.update(type(item).__qualname__.encode())
-
-    feed(data)
-    return digest.hexdigest()[:16]
 
 
 # --- records -------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ import torch
 
 from lmppl import runtime
 from lmppl.guides import simulation
-from lmppl.guides.inputs import Args, Input, check_data, read_inputs
+from lmppl.guides.inputs import Args, Input, items_of, read_inputs
 from lmppl.guides.options import FitOptions
 from lmppl.guides.records import Record, record_of_simulation
 from lmppl.guides.simulation import Simulated
@@ -62,12 +63,12 @@ def read_data(
             f"eval_data={eval_data}: a number is for simulate=; give a list of held-out inputs"
         )
     held_out = held_out_inputs(guide, eval_data, options)
-    check_data(data)
+    items = items_of(data)
     if not hasattr(data, "__len__"):
         if demonstrations is not None:
             raise ValueError("demonstrations= needs data that is a list, in the same order")
         _check_loss(options, has_latents=False)
-        stream = read_stream(guide.model, data, options)
+        stream = read_stream(guide.model, items, options)
         first = next(stream, None)
         if first is None:
             raise ValueError("data holds no input: give at least one, [(x, y)]")
@@ -122,7 +123,7 @@ def _simulated_inputs(
     pairs = simulations(guide, args_of, seeds[0])
     if number == math.inf:
         (example,) = simulated_inputs(guide, simulations(guide, args_of, seeds[0]), options, 1)
-        source = Stream(simulated_inputs(guide, pairs, options), skip=pairs.skip)
+        source = Stream(simulated_inputs(guide, pairs, options), pairs.skip, args_of)
         return source, held_out, example
     inputs = []
     with progress_bar("simulating inputs", int(number), show=progress) as bar:
@@ -155,7 +156,18 @@ def simulated_inputs(
 ) -> Iterator[Input]:
     """The next ``number`` simulations (None: all) as inputs."""
     for index, (args, one) in enumerate(itertools.islice(pairs, number)):
+        if index == 0 and not one.observations and not _may_reject(one):
+            warnings.warn(
+                "simulate=: the program observes nothing on these inputs, so its posterior is its "
+                "prior, and the guide learns nothing. Name the sites that will be observed when the "
+                f"guide is used, condition_on=[...]; its random sites: {', '.join(one.latents)}",
+                stacklevel=2,
+            )
         yield simulated_input(guide, args, one, index, options)
+
+
+def _may_reject(one: Simulated) -> bool:
+    return any(node["infer"].get("hard") for node in one.sites.values())
 
 
 def simulated_input(
@@ -182,15 +194,16 @@ def held_out_inputs(guide: LMGuide, data: Iterable[Any] | None, options: FitOpti
     """Those that a user gives; none, if ``data`` is None."""
     if data is None:
         return []
-    args_of = read_inputs(guide.model, data)
+    args_of = read_inputs(guide.model, data, "eval_data")
     return [Input(guide.model, args, i, options) for i, args in enumerate(args_of)]
 
 
 def _demonstrations(given: Sequence[Any] | None, num: int, seed: int) -> list[list[Record]]:
     if given is None:
         return [[] for _ in range(num)]
-    if isinstance(given, (str, Mapping, Posterior)) or len(given) != num:
-        size = "one" if isinstance(given, (str, Mapping, Posterior)) else str(len(given))
+    one = isinstance(given, (str, Mapping, Posterior)) or not hasattr(given, "__len__")
+    if one or len(given) != num:
+        size = f"one {type(given).__name__}" if one else str(len(given))
         raise ValueError(
             f"demonstrations must be a list as long as the data, one entry an input ({num}), given "
             f"{size}"

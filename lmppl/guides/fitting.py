@@ -142,7 +142,7 @@ def fit(
         guide.strict_prompts = source.num_inputs != 1
         guide.tempered_target = settings.tempered_target
         guide.sites = TrainedSites()
-        guide.prepare(example.args, example.program)
+        guide.prepare(example.args, example.program, example.observations)
         trainer = Trainer(guide, source, steps, settings, run.seed, generator)
         _Loop(trainer, held_out, stopping, run, callback).run(progress)
 
@@ -182,7 +182,7 @@ class _Loop:
                         "with a learning rate that has not come to its end",
                         stacklevel=4,
                     )
-                    checkpoints.save(number, trainer, parts, last=True)
+                    checkpoints.save(number, last=True)
                     break
                 figures = {"step": len(self._guide.history), **figures}
                 stop = self._evaluate(number, figures)
@@ -200,7 +200,7 @@ class _Loop:
                         f"{self._stopping.best_step}"
                     )
                 last = stop or number == run.steps - 1
-                checkpoints.save(number + 1, trainer, parts, last=last)
+                checkpoints.save(number + 1, last=last)
                 if stop:
                     break
         self._stopping.finish(self._guide.named_parameters())

@@ -217,18 +217,25 @@ class LMGuide:
 
     # --- parameters ------------------------------------------------------------------------------
 
-    def prepare(self, args: tuple[Any, ...], model: Callable[..., Any] | None = None) -> None:
+    def prepare(
+        self,
+        args: tuple[Any, ...],
+        model: Callable[..., Any] | None = None,
+        observations: Observations | None = None,
+    ) -> None:
         """Run the guide on an input, so that all its parameters exist and are known.
 
         Args:
             args: the program's arguments.
             model: the program, where it observes more than ``self.model`` (a simulated input).
+            observations: what it reads of the input; None: to be found out.
         """
         model = model or self.model
         with use(self.base):
             if self.program is not None:
                 self._find_trainables(args)
-            observations = self.observations(args, model)
+            if observations is None:
+                observations = self.observations(args, model)
             factory = self.proposer_factory(args, observations=observations)
             particles = runtime.start(model, args, 2, seed=0, proposer=factory)
             with runtime.closing(particles):

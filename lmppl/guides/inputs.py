@@ -73,22 +73,23 @@ def observe(guide: LMGuide, inputs: Sequence[Input]) -> None:
             each.observations = observations
 
 
-def read_inputs(program: Callable[..., Any], data: Iterable[Any]) -> list[Args]:
+def read_inputs(program: Callable[..., Any], data: Iterable[Any], what: str = "data") -> list[Args]:
     """Inputs as tuples of positional arguments.
 
     Args:
         program: the program.
         data: tuples (or lists) of positional arguments, or dicts of arguments by name.
+        what: the argument that they are given as, for messages.
 
     Raises:
         TypeError: an item of another type, or one that does not fit the program; says which.
         ValueError: if there is no item.
     """
-    check_data(data)
     signature = signature_of(program)
-    inputs = [positional(signature, item, i) for i, item in enumerate(data)]
+    items = items_of(data, what)
+    inputs = [positional(signature, item, i, what) for i, item in enumerate(items)]
     if not inputs:
-        raise ValueError("data holds no input: give at least one, [(x, y)]")
+        raise ValueError(f"{what} holds no input: give at least one, [(x, y)]")
     return inputs
 
 
@@ -104,22 +105,35 @@ def signature_of(program: Callable[..., Any]) -> inspect.Signature:
     )
 
 
-def check_data(data: Any) -> None:
-    """Raises ``TypeError`` for what is one input and not a collection of them."""
-    if isinstance(data, (str, bytes, Mapping)) or not isinstance(data, Iterable):
+def items_of(data: Any, what: str = "data") -> Iterable[Any]:
+    """The items of a collection. (A map-style ``torch.utils.data.Dataset`` has a length and an item
+    for each index, and nothing to iterate.)
+
+    Raises:
+        TypeError: for what is one input and not a collection of them.
+    """
+    if isinstance(data, (str, bytes, Mapping)):
+        indexed = False
+    elif isinstance(data, Iterable):
+        return data
+    else:
+        indexed = hasattr(data, "__len__") and hasattr(data, "__getitem__")
+    if not indexed:
         raise TypeError(
-            f"data must be a list of inputs, given one {type(data).__name__}: put it in a list, "
+            f"{what} must be a list of inputs, given one {type(data).__name__}: put it in a list, "
             "[(x, y)] or [{'x': x, 'y': y}]"
         )
+    return (data[index] for index in range(len(data)))
 
 
-def positional(signature: inspect.Signature, item: Any, index: int) -> Args:
+def positional(signature: inspect.Signature, item: Any, index: int, what: str = "data") -> Args:
     """One item of the data as positional arguments.
 
     Args:
         signature: of ``signature_of(program)``.
         item: a tuple or a dict.
         index: its number, for messages.
+        what: the argument that it is of, for messages.
 
     Raises:
         TypeError: if it does not fit the program; says which item.
@@ -136,12 +150,16 @@ def positional(signature: inspect.Signature, item: Any, index: int) -> Args:
             )
     except TypeError as error:
         raise TypeError(
-            f"item {index} of the data does not fit the program {signature}: {error}"
+            f"item {index} of {_the(what)} does not fit the program {signature}: {error}"
         ) from None
     bound.apply_defaults()
     if bound.kwargs:
         raise TypeError(
-            f"item {index} of the data: the program's keyword-only arguments "
+            f"item {index} of {_the(what)}: the program's keyword-only arguments "
             f"{sorted(bound.kwargs)} are bound with functools.partial, not given with the inputs"
         )
     return bound.args
+
+
+def _the(what: str) -> str:
+    return "the data" if what == "data" else what

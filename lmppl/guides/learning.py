@@ -22,10 +22,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from lmppl import runtime
-from lmppl.guides.checkpoints import Checkpoints, Part, digest_of
+from lmppl.guides.checkpoints import Checkpoints, Part
 from lmppl.guides.data import check_simulated, held_out_inputs, simulated_input
 from lmppl.guides.evaluation import HeldOut
 from lmppl.guides.history import History
+from lmppl.guides.identity import digest_of
 from lmppl.guides.inputs import Input, read_inputs
 from lmppl.guides.maximisation import MStep
 from lmppl.guides.options import FitOptions
@@ -166,7 +167,7 @@ def learn(
                         f"evidence since step {stopping.best_step}"
                     )
                 last = stop or number == steps - 1
-                if checkpoints.save(number + 1, trainer, parts, this_run, last=last):
+                if checkpoints.save(number + 1, last=last):
                     m_step.forget()
                     if dreams is not None:
                         dreams.forget()

@@ -142,7 +142,10 @@ def loss_of(
     own_r, own_q = log_r[:num][own], log_q[:num][own]
     if likelihood_weight < 1.0:
         own_prior = batch.log_prior[own] * beta
-        own_r = own_prior + likelihood_weight * (own_r - own_prior)
+        # A trace that the program cannot draw has no prior either.
+        live = own_r > -math.inf
+        annealed = own_prior + likelihood_weight * (own_r - own_prior)
+        own_r = torch.where(live, annealed, -math.inf)
     if options.loss == "vargrad":
         loss = objectives.vargrad(log_r, log_q, huber=options.huber)
     elif options.loss == "tb":

@@ -116,7 +116,7 @@ class FitOptions:
             others: what else is allowed beside them, for messages.
 
         Raises:
-            TypeError: an unknown one; names the nearest.
+            TypeError: an unknown one (names the nearest), or one of another type.
             ValueError: one out of range.
         """
         names = [each.name for each in fields(cls)]
@@ -129,6 +129,15 @@ class FitOptions:
         return cls(**options)
 
     def __post_init__(self) -> None:
+        for name in ("batch_size", "inputs_per_step", "replay_capacity", "ppo_updates"):
+            if not isinstance(getattr(self, name), int):
+                raise TypeError(f"{name}={getattr(self, name)!r}: it must be an int")
+        if not (
+            isinstance(self.reward_temperature, Sequence) and len(self.reward_temperature) == 2
+        ):
+            raise TypeError(
+                f"reward_temperature={self.reward_temperature!r}: give the first and the last, (4, 1)"
+            )
         if self.batch_size < 2:
             raise ValueError(f"batch_size={self.batch_size}: the variance needs at least 2 traces")
         if self.inputs_per_step < 1:

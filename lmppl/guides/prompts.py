@@ -34,6 +34,8 @@ def find_observations(
 ) -> list[Observations]:
     """The observed sites of a program on each input, by two seeded runs of it, all side by side.
 
+    A run that is rejected stops before what it would have observed, so others are made, up to 64.
+
     Args:
         inputs: pairs of the program and its arguments. (Simulated inputs have a program of their
             own.)
@@ -45,14 +47,27 @@ def find_observations(
         ValueError: ``strict`` and the runs observe different things, or ``condition_on`` names a
             site that neither run observes.
     """
+    runs: list[list[runtime.Particle]] = [[] for _ in inputs]
+    pending = list(range(len(inputs)))
     with runtime.closing([]) as particles:
-        for program, args in inputs:
-            particles += runtime.start(program, args, 2, seed=0)
-        runtime.complete(particles)
-    return [
-        _observations_of(particles[2 * i : 2 * i + 2], vocabulary, condition_on, strict)
-        for i in range(len(inputs))
-    ]
+        for number, num in enumerate(_ROUNDS):
+            for i in pending:
+                program, args = inputs[i]
+                runs[i] += runtime.start(program, args, num, seed=number)
+                particles += runs[i][-num:]
+            runtime.complete(particles)
+            pending = [i for i in pending if len(_ended(runs[i])) < 2]
+            if not pending:
+                break
+    return [_observations_of(own, vocabulary, condition_on, strict) for own in runs]
+
+
+_ROUNDS = (2, 2, 4, 8, 16, 32)
+"""Runs of an input at a time, until two have come to their end."""
+
+
+def _ended(particles: Sequence[runtime.Particle]) -> list[runtime.Particle]:
+    return [particle for particle in particles if particle.rejected_by is None]
 
 
 def _observations_of(
@@ -62,33 +77,35 @@ def _observations_of(
     strict: bool,
 ) -> Observations:
     found: dict[str, Any] = {}
-    ended = [particle for particle in particles if particle.rejected_by is None]
-    differs: str | None = None
+    ended = _ended(particles)[:2]
+    particles = ended if len(ended) == 2 else particles
+    differing: list[str] = []
     for particle in particles:
         for name, node in particle.sites.items():
             if not is_observation(node):
                 continue
             if name in found and not _same_value(found[name], node):
-                differs = differs or name
+                differing.append(name)
             found.setdefault(name, node)
     for name in found:
         # A rejected run stopped early, so what it lacks says nothing.
         if any(name not in particle.sites for particle in ended):
-            differs = differs or name
+            differing.append(name)
     if condition_on != "all":
         unknown = [name for name in condition_on if name not in found]
         if unknown:
+            short = "" if ended else f" (none of {len(particles)} runs of it came to its end)"
             raise ValueError(
                 f"condition_on names '{unknown[0]}', which is no observed site of the program on "
-                f"this input; its observed sites: {', '.join(found) or 'none'}"
+                f"this input; its observed sites: {', '.join(found) or 'none'}{short}"
             )
         found = {name: node for name, node in found.items() if name in condition_on}
-        differs = differs if differs in found else None
-    if differs is not None:
+        differing = [name for name in differing if name in found]
+    if differing:
         if strict and not all(map(_is_prompted, particles)):
             raise ValueError(
-                f"two runs of the program on one input observe site '{differs}' differently, so the "
-                "automatic guide cannot tell what to read. Give each latent site a prompt, "
+                f"two runs of the program on one input observe site '{differing[0]}' differently, so "
+                "the automatic guide cannot tell what to read. Give each latent site a prompt, "
                 "infer={'guide_prompt': text}, or name what it may see in condition_on=[...]"
             )
         return {}

@@ -266,6 +266,7 @@ def _simulate_each(
 
 
 def _forward(model: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(model, updated=())
     def forward(*args: Any) -> Any:
         with _Unobserve():
             return model(*args)
@@ -349,6 +350,9 @@ class _Observe(Messenger):
                     f"{len(ids)}. {_SAME} (Or give the site stop or max_tokens.)"
                 )
             value = fn.value(ids)
+            if not fn.supports(value):
+                # Another branch, whose site cannot produce this text: as a failed ``require``.
+                msg["infer"]["hard"] = True
         msg["value"], msg["is_observed"] = value, True
 
 
@@ -401,5 +405,11 @@ def _check_drawn_from_its_density(msg: Any) -> None:
             raise ValueError(
                 f"site '{name}' has a distribution with a mask of its own (.mask(...)), which "
                 "simulated draws would ignore. Mask the observation with pyro.poutine.mask"
+            )
+        if isinstance(fn, dist.Delta) and bool((fn.log_density != 0).any()):
+            raise ValueError(
+                f"site '{name}' is a Delta with a log_density, a factor, which simulated draws would "
+                "ignore: they would not come from the posterior. Give data to train on instead of "
+                "simulating it"
             )
         fn = getattr(fn, "base_dist", None)

@@ -18,9 +18,11 @@ class Source(ABC):
 
     Attributes:
         num_inputs: how many come again and again; 0 for a stream, each of whose inputs comes once.
+        origin: what they are simulated from.
     """
 
     num_inputs: int = 0
+    origin: Sequence[Args] = ()
 
     @abstractmethod
     def next(self, num: int) -> list[Input]:
@@ -74,10 +76,16 @@ class Stream(Source):
     Args:
         inputs: makes them; asked again from the beginning when training is resumed.
         skip: leaves out so many that are to come, where that is cheaper than to make them.
+        origin: what they are simulated from.
     """
 
-    def __init__(self, inputs: Iterator[Input], skip: Callable[[int], None] | None = None) -> None:
-        self._inputs, self._skip = inputs, skip
+    def __init__(
+        self,
+        inputs: Iterator[Input],
+        skip: Callable[[int], None] | None = None,
+        origin: Sequence[Args] = (),
+    ) -> None:
+        self._inputs, self._skip, self.origin = inputs, skip, origin
         self._taken = 0
 
     def next(self, num: int) -> list[Input]:

@@ -32,7 +32,7 @@ from lmppl.lm import LM
 if TYPE_CHECKING:
     from lmppl.guides.guide import LMGuide
 
-FORMAT = 3
+FORMAT = 4
 
 
 def save(guide: LMGuide, path: Path) -> None:
@@ -152,7 +152,7 @@ def load(
     if fingerprint(guide.base) != description["base"]["fingerprint"]:
         raise ValueError(
             f"{path} was trained on the base model {description['base']['name']!r}, given "
-            f"{guide.base.name!r}, whose weights are others: load that model, or train anew"
+            f"{guide.base.name!r}, whose weights or tokens are others: load that model, or train anew"
         )
     guide.history = History(description["history"])
     guide.notes = list(description["notes"])
@@ -218,11 +218,11 @@ def _set_adapter(adapter: LM, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def fingerprint(lm: LM) -> str:
-    """A hash of a base model's shape and of a sample of its weights.
+    """A hash of a base model's tokens, of its shape and of a sample of its weights.
 
     Weights are rounded to bfloat16 first: the same model in another dtype is the same base.
     """
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(lm.vocabulary.fingerprint.encode())
     for name, parameter in lm.model.named_parameters():
         flat = parameter.detach().reshape(-1)
         sample = flat[:: max(1, len(flat) // 64)][:64].to(torch.bfloat16).float().cpu()

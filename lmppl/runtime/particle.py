@@ -9,6 +9,7 @@ log-probabilities onto the trace, so that nothing is scored twice.
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import dataclass
@@ -389,18 +390,38 @@ class Particle:
             if key in recorded:
                 site[key] = recorded[key]
 
+    @property
+    def _call(self) -> str:
+        """The program with its arguments, which tell its inputs apart."""
+        name = getattr(self.program, "__name__", type(self.program).__name__)
+        given = [
+            *map(_repr.repr, self.args),
+            *(f"{k}={_repr.repr(v)}" for k, v in self.kwargs.items()),
+        ]
+        return f"{name}({', '.join(given)})"
+
     def _explain(self, error: Exception) -> None:
         """Say where in the program an exception came from, and what the particle had drawn."""
         where = f"at or after site '{self._site}'" if self._site else "before its first site"
-        note = f"raised in particle {self.slot} of the program, {where}"
+        note = f"raised in particle {self.slot} of {self._call}, {where}"
         texts = []
         for name, node in self.sites.items():
             value = node["value"]
             if _is_lm_site(node["fn"]):
-                texts.append(f"{name}={str(node['fn'].text(value))!r}")
+                fn = node["fn"]
+                text = (
+                    fn.text(value)
+                    if fn.supports(value)
+                    else fn.lm.vocabulary.decode(fn.token_ids(value))
+                )
+                texts.append(f"{name}={str(text)!r}")
             elif is_latent(node):
                 texts.append(f"{name}={value.tolist() if torch.is_tensor(value) else value!r}")
         error.add_note(note + (f"; so far: {', '.join(texts)}" if texts else ""))
+
+
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = 60
 
 
 class _Recorder(TraceMessenger):

@@ -344,11 +344,61 @@ def test_what_belongs_to_another_guide_is_not_resumed(tmp_path):
         )  # fmt: skip
 
 
+def made(max_tokens, reward):
+    def program(x, y):
+        z = lm_sample("z", x, max_tokens=max_tokens, stop=".")
+        pyro.factor("reward", torch.tensor(_times(reward) * z.count("a")))
+
+    return program
+
+
+def _times(reward):
+    return 2.0 * reward
+
+
+def test_what_a_program_closes_over_and_calls_makes_it_the_one_that_it_is(tmp_path, monkeypatch):
+    run(tmp_path / "run", steps=3, program=made(2, 1.0))
+    again = run(tmp_path / "run", steps=3, program=made(2, 1.0), resume=True)
+    assert len(again.history) == 3
+    for other in (made(3, 1.0), made(2, -5.0)):
+        with pytest.raises(ValueError, match="its program differs"):
+            run(tmp_path / "run", steps=3, program=other, resume=True)
+    monkeypatch.setitem(globals(), "_times", lambda reward: 3.0 * reward)
+    with pytest.raises(ValueError, match="its program differs"):
+        run(tmp_path / "run", steps=3, program=made(2, 1.0), resume=True)
+
+
+def test_a_program_that_counts_its_calls_is_resumed(tmp_path):
+    calls = 0
+
+    def program(x, y):
+        nonlocal calls
+        calls += 1
+        lm_sample("z", x, max_tokens=2, stop=".")
+
+    run(tmp_path / "run", steps=3, program=program)
+    assert calls > 0
+    run(tmp_path / "run", steps=3, program=program, resume=True)
+
+
+def test_other_demonstrations_and_arguments_to_simulate_on_are_another_run(tmp_path):
+    sft = {"loss": "sft", "data": [("ab.", "a")], "steps": 3}
+    run(tmp_path / "one", demonstrations=[{"z": "a."}], **sft)
+    run(tmp_path / "one", demonstrations=[{"z": "a."}], resume=True, **sft)
+    with pytest.raises(ValueError, match="its data differs"):
+        run(tmp_path / "one", demonstrations=[{"z": "bb"}], resume=True, **sft)
+    endless = {"simulate": math.inf, "steps": 3}
+    run(tmp_path / "two", data=[("ab.", "a")], **endless)
+    run(tmp_path / "two", data=[("ab.", "a")], resume=True, **endless)
+    with pytest.raises(ValueError, match="its arguments to simulate on differs"):
+        run(tmp_path / "two", data=[("ba", "a")], resume=True, **endless)
+
+
 @pytest.mark.slow
 def test_a_fingerprint_does_not_depend_on_the_process():
     script = """
         import functools
-        from lmppl.guides.checkpoints import program_fingerprint
+        from lmppl.guides.identity import program_fingerprint
         def program(x, n=1): return x in {"a", "b", "c", "dd", "eee"}
         print(program_fingerprint(program))
         print(len({program_fingerprint(functools.partial(program, n=n)) for n in (2, 3)}))

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from types import SimpleNamespace
 
 import pyro
 import pyro.distributions as dist
@@ -287,7 +288,7 @@ def test_learning_stops_at_the_best_held_out_evidence(monkeypatch):
         learn(guide, DATA, 1, patience=2)
     with pytest.raises(ValueError, match="eval_every=0"):
         learn(guide, DATA, 1, eval_data=DATA, eval_every=0)
-    with pytest.raises(TypeError, match="item 1 of the data"):
+    with pytest.raises(TypeError, match="item 1 of eval_data"):
         learn(guide, DATA, 1, eval_data=[("ba", 0.0), "ba"])
 
 
@@ -369,12 +370,12 @@ def test_the_checkpoint_of_other_learning_is_refused(tmp_path):
 
 def test_learning_goes_on_with_parameters_that_are_hard_to_find(tmp_path):
     """A branch that a resumed run has not come to has parameters all the same."""
-    open_branch = True
+    branch = SimpleNamespace(is_open=True)
 
     def program(x, label):
         lm_sample("z", x, max_tokens=1)
         p = pyro.param("p", torch.tensor(0.5), constraint=dist.constraints.unit_interval)
-        if open_branch:
+        if branch.is_open:
             p = p * pyro.param("rare", torch.tensor(0.5), constraint=dist.constraints.positive)
         pyro.sample("label", dist.Bernoulli(p), obs=torch.tensor(label))
 
@@ -385,7 +386,7 @@ def test_learning_goes_on_with_parameters_that_are_hard_to_find(tmp_path):
     run()
     learned = pyro.param("rare").detach().clone()
     pyro.clear_param_store()
-    open_branch = False
+    branch.is_open = False
     with pytest.raises(ValueError, match="'params.rare', which no run of the program has used"):
         run(resume=True)
     pyro.param("rare", torch.tensor(0.5), constraint=dist.constraints.positive)

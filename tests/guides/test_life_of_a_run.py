@@ -106,6 +106,32 @@ def test_an_endless_stream_of_simulations():
     assert [figures["inputs"] for figures in guide.history] == [2, 2, 2]
 
 
+def test_simulations_without_an_observation_teach_nothing():
+    with pytest.warns(UserWarning, match=r"observes nothing.*condition_on=.*sites: z, y"):
+        new_guide().fit([("ab.",)], simulate=4, steps=1, **QUICK)
+
+
+def test_map_style_data_sets_are_read():
+    """As of ``torch.utils.data.Dataset``: a length and items, and nothing to iterate."""
+
+    class Table:
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, index):
+            return ("ab.", "ab"[: index + 1]) if index < 2 else "ab."
+
+    with pytest.raises(TypeError, match="item 2 of the data .* it is a str"):
+        new_guide().fit(Table(), steps=1, **QUICK)
+
+
+def test_an_error_of_a_program_names_its_input():
+    data = [("ab.", "a")] * 3 + [("ab.", "xyz")]
+    with pytest.raises(ValueError, match="cannot encode 'xyz'") as caught:
+        new_guide().fit(data, steps=4, **QUICK)
+    assert "of infill('ab.', 'xyz'), at or after site 'z'" in caught.value.__notes__[0]
+
+
 def test_factors_cannot_be_simulated():
     with pytest.raises(ValueError, match="is a factor, which simulated draws would ignore"):
         new_guide(CASES["factor"].program).fit([("ba.", -1.5)], steps=1, simulate=2, **QUICK)
@@ -190,7 +216,7 @@ def test_smc_particles_can_be_distilled():
     "given, message",
     [
         ({"z": "a"}, "a list as long as the data, one entry an input .1., given one"),
-        ([{"z": "a"}, None], "given 2"),
+        ([{"z": "a"}, None], "given 2$"),
         ([{"w": "a"}], "a demonstration of input 0 has a value for 'w'"),
     ],
 )
@@ -442,6 +468,11 @@ def test_options_that_would_teach_nothing(option):
         ({"replay_capacity": 0}, ValueError, "replay_capacity=0"),
         ({"subtb_lambda": 0.0}, ValueError, "subtb_lambda=0.0"),
         ({"loss": "subtb", "truncations": 0}, ValueError, "truncations=0 has none"),
+        ({"inputs_per_step": 2.0}, TypeError, "inputs_per_step=2.0: it must be an int"),
+        ({"reward_temperature": 2}, TypeError, "reward_temperature=2: give the first and the last"),
+        ({"eval_data": ["ab."]}, TypeError, "item 0 of eval_data does not fit"),
+        ({"eval_data": "ab."}, TypeError, "eval_data must be a list of inputs, given one str"),
+        ({"demonstrations": iter([None])}, ValueError, "given one list_iterator"),
     ],
 )
 def test_bad_options(options, error, message):

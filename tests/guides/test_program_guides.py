@@ -150,6 +150,9 @@ def test_text_sites_must_fit():
     def longer(x, y):
         lm_sample("z", x, max_tokens=6)
 
+    def unclosed(x, y):
+        lm_sample("z", "ab", max_tokens=3, temperature=9.0)
+
     def number(x, y):
         pyro.sample("z", dist.Normal(0.0, 1.0))
 
@@ -160,6 +163,7 @@ def test_text_sites_must_fit():
 
     for program, message in [
         (longer, "site 'z': the guide draws up to 6 tokens, the model's site holds 3"),
+        (unclosed, "site 'z': the guide draws '.*there a text ends sooner or later.*stop"),
         (number, "site 'z': the guide draws from Normal, the model from LMText"),
         (other_tokens, "site 'z': the guide's model 'tiny-ab-1' has another tokenizer"),
     ]:
@@ -167,6 +171,23 @@ def test_text_sites_must_fit():
         with pytest.raises(ValueError, match=message):
             for seed in range(20):
                 draw_samples(guide, case.program, case.args, 4, seed=seed)
+
+
+@pytest.mark.parametrize("loss", ["vargrad", "elbo", "wake"])
+def test_a_choice_that_the_model_has_not_is_a_dead_trace(loss):
+    q = LM.adapter()
+
+    def program(x, y):
+        z = lm_sample("z", x, choices=["ab", "ba."])
+        lm_sample("y", [x, z], obs=y)
+
+    def wider(x, y):
+        lm_sample("z", x, choices=["ab", "ba.", "bb"], lm=q)
+
+    guide = lmppl.LMGuide(program, lm=LM, program=wider)
+    guide.fit([("ab.", "a")], steps=40, loss=loss, seed=0, batch_size=16, progress=False)
+    assert min(guide.history.column("alive")) < 1.0
+    assert guide.history[-1]["alive"] > guide.history[0]["alive"]
 
 
 # --- traces that end early, other orders, other supports -----------------------------------------

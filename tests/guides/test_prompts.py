@@ -224,6 +224,12 @@ def test_a_prompt_replaces_all_that_the_guide_would_see():
     assert prompts(program, "ab", "b.") == {"z": (BOS, *ids("ab.b."))}
 
 
+def two_echoes(x):
+    z = lm_sample("z", x, max_tokens=6, temperature=9.0)
+    lm_sample("echo", x, obs="b" + str(z))
+    lm_sample("other", x, obs="a" + str(z))
+
+
 def test_condition_on_settles_it_too():
     def program(x, y):
         z = lm_sample("z", x, max_tokens=6, temperature=9.0)
@@ -232,18 +238,26 @@ def test_condition_on_settles_it_too():
 
     with pytest.raises(ValueError, match="'echo' differently"):
         observed(program, "ab", "b", lm=PLAIN)
+    with pytest.raises(ValueError, match="'other' differently"):
+        observed(two_echoes, "ab", lm=PLAIN, condition_on=["other"])
     assert observed(program, "ab", "b", lm=PLAIN, condition_on=["y"]) == {"y": ids("b", PLAIN)}
 
 
-def test_what_a_rejected_run_lacks_says_nothing():
-    def program(x, y):
+def test_a_rejected_run_hides_no_observation():
+    """The guide would read other prompts on other inputs, or in use than in training."""
+
+    def program(x, y, wanted="b"):
         z = lm_sample("z", x, max_tokens=1)
-        require("b", "b" in z)
+        require("wanted", z == wanted)
         lm_sample("y", [x, z], obs=y)
 
     for prefix in ("a", "b", "ab", "ba", "aab", "ab."):
-        assert observed(program, prefix, "b", lm=PLAIN) in ({"y": ids("b", PLAIN)}, {})
-    assert any(observed(program, p, "b", lm=PLAIN) for p in ("a", "b", "ab", "ba", "aab"))
+        assert observed(program, prefix, "b", lm=PLAIN) == {"y": ids("b", PLAIN)}
+        only = observed(program, prefix, "b", lm=PLAIN, condition_on=["y"])
+        assert only == {"y": ids("b", PLAIN)}
+    assert observed(program, "a", "b", "never", lm=PLAIN) == {}
+    with pytest.raises(ValueError, match="none of 64 runs of it came to its end"):
+        observed(program, "a", "b", "never", lm=PLAIN, condition_on=["y"])
 
 
 # --- what counts, and how it is shown ------------------------------------------------------------

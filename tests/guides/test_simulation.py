@@ -225,6 +225,21 @@ def test_pyros_own_tools_run_the_conditioned_program():
     assert plain(trace.nodes["y"]["value"]) == each.observations["y"].token_ids
 
 
+def test_a_branch_that_cannot_produce_the_simulated_text_is_dead():
+    def model(x, y="a"):
+        z = lm_sample("z", x, max_tokens=1, temperature=2.0)
+        lm_sample("y", [x, z], max_tokens=3 if z == "a" else 1, obs=y)
+
+    for each in run(model, ("ab.",), 20):
+        long = len(each.observations["y"].token_ids) > 1
+        posterior = lmppl.infer(each.program(model), "ab.", lm=LM, method="exact")
+        assert (posterior.probs("z").get("a", 0.0) > 0.999) == long
+        weights = lmppl.infer(
+            each.program(model), "ab.", lm=LM, method="importance", num_samples=300, seed=0
+        )
+        assert weights.log_evidence == pytest.approx(posterior.log_evidence, abs=0.5)
+
+
 def test_observations_of_latents_have_no_conditioned_program():
     def names(x, y):
         z = lm_sample("z", x, max_tokens=1)
@@ -339,6 +354,12 @@ def subsampled(x):
         pyro.sample(f"y{int(i)}", dist.Bernoulli(0.5), obs=torch.tensor(1.0))
 
 
+def tilted(x):
+    z = lm_sample("z", x, max_tokens=1)
+    fn = dist.Delta(torch.tensor(1.0), log_density=1.0 + z.count("a"))
+    pyro.sample("tilt", fn, obs=torch.tensor(1.0))
+
+
 def masked_distribution(x):
     pyro.sample("y", dist.Normal(torch.zeros(2), 1.0).mask(False).to_event(1), obs=torch.zeros(2))
 
@@ -351,6 +372,7 @@ def masked_distribution(x):
         (scaled_latent, ("a",), r"'z' is scaled by 0.5"),
         (subsampled, ("a",), r"'y\d' is scaled by 2.0"),
         (masked_distribution, ("a",), r"'y' has a distribution with a mask"),
+        (tilted, ("a",), r"'tilt' is a Delta with a log_density"),
     ],
 )
 def test_programs_whose_simulated_latents_are_no_posterior_draws_are_refused(

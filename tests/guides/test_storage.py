@@ -133,12 +133,14 @@ def test_what_cannot_be_loaded(tmp_path):
         ValueError, match="trained on the base model 'tiny-ab.-0', given 'tiny-ab.-1"
     ):
         lmppl.LMGuide.load(path, CHAIN.program, lm=tiny_lm("ab.", seed=1))
+    with pytest.raises(ValueError, match="whose weights or tokens are others"):
+        lmppl.LMGuide.load(path, CHAIN.program, lm=tiny_lm("ba.", seed=0))
     with pytest.raises(ValueError, match="kind 'automatic': leave out program="):
         lmppl.LMGuide.load(path, CHAIN.program, lm=CHAIN.lm, program=CHAIN.program)
     lmppl.LMGuide.load(path, CHAIN.program, lm=tiny_lm("ab.", seed=0))  # an equal base is that base
     description = json.loads((path / "guide.json").read_text())
     (path / "guide.json").write_text(json.dumps(description | {"format": 99}))
-    with pytest.raises(ValueError, match="has format 99; this version of lmppl reads 3"):
+    with pytest.raises(ValueError, match="has format 99; this version of lmppl reads 4"):
         lmppl.LMGuide.load(path, CHAIN.program, lm=CHAIN.lm)
 
 

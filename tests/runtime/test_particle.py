@@ -420,7 +420,7 @@ def test_an_exception_keeps_its_type_and_tells_site_and_text():
     (note,) = caught.value.__notes__
     z = str(caught.value.args[0])
     assert (
-        note == f"raised in particle 7 of the program, at or after site 'u'; so far: z={z!r}, u=2.5"
+        note == f"raised in particle 7 of program(), at or after site 'u'; so far: z={z!r}, u=2.5"
     )
 
 
