@@ -247,7 +247,7 @@ def test_a_rejected_run_hides_no_observation():
     """The guide would read other prompts on other inputs, or in use than in training."""
 
     def program(x, y, wanted="b"):
-        z = lm_sample("z", x, max_tokens=1)
+        z = lm_sample("z", x, max_tokens=1, temperature=4.0)
         require("wanted", z == wanted)
         lm_sample("y", [x, z], obs=y)
 
