@@ -75,6 +75,9 @@ class LMText(TorchDistribution):
     name = ""
     """The site that it stands at, for error messages."""
 
+    texts_in_prefix: frozenset[tuple[int, ...]]
+    """The tokens of each ``Text`` in the prefix, EOS removed."""
+
     def __init__(
         self,
         lm: LM,
@@ -108,6 +111,7 @@ class LMText(TorchDistribution):
         self.temperature = temperature
         self.choices = None if choices is None else _encode_choices(lm, choices, stops)
         self._rows: tuple[tuple[int, ...], ...] = (lm.encode(prefix),)
+        self.texts_in_prefix = _texts_in(prefix)
         if self.choices is not None:
             width = max(len(choice) for choice in self.choices)
         else:
@@ -274,6 +278,12 @@ class LMText(TorchDistribution):
         if expand:
             values = values.expand((-1,) + tuple(self.batch_shape) + tuple(self.event_shape))
         return values
+
+
+def _texts_in(prefix: str | Sequence[str]) -> frozenset[tuple[int, ...]]:
+    parts = [prefix] if isinstance(prefix, str) else prefix
+    own = [part for text in parts if isinstance(text, Text) for part in text.parts]
+    return frozenset(part for part in own if isinstance(part, tuple))
 
 
 def _encode_choices(

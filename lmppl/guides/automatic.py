@@ -17,7 +17,7 @@ from torch import nn
 
 from lmppl.distributions import LMText, score_texts
 from lmppl.guides.heads import Head, moved, num_moves
-from lmppl.guides.prompts import Observations, guide_prompt
+from lmppl.guides.prompts import OPENING, Observations, guide_prompt, lines
 from lmppl.guides.sites import TrainedSites
 from lmppl.lm import LM
 from lmppl.lm.requests import Scored
@@ -175,7 +175,9 @@ class AutomaticProposer:
             else:
                 numbers.append(value.detach().float().reshape(-1))
         if not tokens:
-            tokens = base.vocabulary.bos_ids + sum(self._observations.values(), ())
+            seen = self._observations
+            vocabulary = base.vocabulary
+            tokens = (*vocabulary.bos_ids, *lines(seen, vocabulary), *seen.get(OPENING, ()))
         # As many features without a token to read: on another input there may be one.
         state = torch.zeros(base.hidden_size)
         if tokens:

@@ -14,7 +14,7 @@ from lmppl import runtime
 from lmppl.guides.automatic import AutomaticProposer, SiteScore, score_draws
 from lmppl.guides.history import History
 from lmppl.guides.program import PriorProposer, ProgramProposer, score_program
-from lmppl.guides.prompts import Observations, find_observations, show
+from lmppl.guides.prompts import Observations, find_observations, number_comes_first, show
 from lmppl.guides.records import Recaller
 from lmppl.guides.sites import TrainedSites
 from lmppl.guides.trainables import Trainables, trainable
@@ -184,7 +184,7 @@ class LMGuide:
         """
         if self.program is not None:
             return {}
-        if not one.is_all_observed:
+        if not one.is_all_observed or number_comes_first(one.sites):
             return None
         sites = {
             name: node

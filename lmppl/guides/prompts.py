@@ -1,13 +1,16 @@
 """What the automatic guide reads before it draws a latent text.
 
-Its prompt holds marks for the latent texts before it, the observations that come later in the
-program, a line each, and then what the model's own prefix holds. The prefix stands last, so that an
-untrained guide continues it much as the model does.
+Its prompt holds marks for the latents before it, with those that its prefix does not hold, the
+observations that come later in the program, a line each, and then what the model's own prefix
+holds. The prefix stands last, so that an untrained guide continues it much as the model does.
 """
 
 from __future__ import annotations
 
 import inspect
+import itertools
+import json
+import re
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import lru_cache
@@ -17,12 +20,16 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_factor
 
 from lmppl import runtime
+from lmppl._sites import is_continuous
 from lmppl.distributions import LMText, ToolCall
 from lmppl.lm.vocabulary import Vocabulary
 from lmppl.runtime import is_latent
 
 Observations = Mapping[str, tuple[int, ...]]
 """Name of an observed site to the tokens that show it."""
+
+OPENING = ""
+"""Among them, how the program's first text begins, if a number is drawn before it."""
 
 
 def find_observations(
@@ -109,7 +116,41 @@ def _observations_of(
                 "infer={'guide_prompt': text}, or name what it may see in condition_on=[...]"
             )
         return {}
-    return show(found, particles[0].program, vocabulary, strict=strict)
+    shown = show(found, particles[0].program, vocabulary, strict=strict)
+    return {**_opening(particles, vocabulary), **shown}
+
+
+def _opening(
+    particles: Sequence[runtime.Particle], vocabulary: Vocabulary
+) -> dict[str, tuple[int, ...]]:
+    """What the first texts of some runs have in common, where a head has no text to read."""
+    if not number_comes_first(particles[0].sites):
+        return {}
+    texts = [
+        next((n["fn"] for n in particle.sites.values() if _is_text(n, vocabulary)), None)
+        for particle in particles
+    ]
+    prefixes = [fn.prefix_ids for fn in texts if fn is not None]
+    if len(prefixes) < len(texts):
+        return {}
+    common = [same[0] for same in itertools.takewhile(_are_equal, zip(*prefixes, strict=False))]
+    bos = vocabulary.bos_ids
+    return {OPENING: tuple(common[len(bos) :] if tuple(common[: len(bos)]) == bos else common)}
+
+
+def number_comes_first(sites: Mapping[str, Any]) -> bool:
+    """Whether a run has drawn something else before its first text."""
+    first = next((node for node in sites.values() if is_latent(node)), None)
+    return first is not None and not isinstance(first["fn"], LMText)
+
+
+def _is_text(node: Any, vocabulary: Vocabulary) -> bool:
+    fn = node["fn"]
+    return isinstance(fn, LMText) and not fn.batch_shape and fn.lm.vocabulary.same_as(vocabulary)
+
+
+def _are_equal(values: tuple[int, ...]) -> bool:
+    return len(set(values)) == 1
 
 
 def show(
@@ -197,42 +238,106 @@ def guide_prompt(site: Any, trace: Trace, observations: Observations) -> tuple[i
     own = site["infer"].get("guide_prompt")
     if own is not None:
         return fn.lm.encode(own, name=site["name"])
-    newline = _encode("\n", vocabulary) or ()
-    later = [ids for name, ids in observations.items() if name not in trace.nodes]
-    lines = tuple(token for ids in later for token in (*ids, *newline))
-    eos = vocabulary.eos_id
-    head = () if eos is None else _marks(trace, fn.prefix_ids, eos)
+    later = {name: ids for name, ids in observations.items() if name not in trace.nodes}
+    below = lines(later, vocabulary)
+    limit = fn.lm.context_length
+    room = _MOST_SHOWN
+    if limit is not None:
+        room = min(room, limit - len(below) - len(fn.prefix_ids) - fn.event_shape[0])
+    head = (*_earlier(trace, fn, vocabulary, room), *below)
     bos = vocabulary.bos_ids
     if bos and fn.prefix_ids[: len(bos)] == bos:
-        return (*bos, *head, *lines, *fn.prefix_ids[len(bos) :])
-    return (*head, *lines, *fn.prefix_ids)
+        return (*bos, *head, *fn.prefix_ids[len(bos) :])
+    return (*head, *fn.prefix_ids)
 
 
-def _marks(trace: Trace, prefix_ids: tuple[int, ...], eos: int) -> tuple[int, ...]:
-    """What stands in front, for each latent text that the run has drawn: EOS; and if it ended by
-    EOS, another one, with the text between them where it is the end of the prefix.
+def lines(observations: Observations, vocabulary: Vocabulary) -> tuple[int, ...]:
+    """Observations, a line each where the vocabulary has a newline, and less ``OPENING``."""
+    newline = _encode("\n", vocabulary) or ()
+    shown = [ids for name, ids in observations.items() if name != OPENING]
+    return tuple(token for ids in shown for token in (*ids, *newline))
 
-    A text that ended by EOS leaves no mark of its end in a later prefix. So the prompt of a second
-    site can be that of the middle of the first; and with ``[x, z]`` as the prefix of w, "a" then
-    "b" is z = "ab", or z = "a" and the beginning of w, or w alone. The model answers all of them
-    alike; the posterior does not. The marks tell them apart, and mean no more to the untrained
-    model than that other documents came before.
+
+def _earlier(trace: Trace, fn: LMText, vocabulary: Vocabulary, room: int) -> tuple[int, ...]:
+    """What stands in front, for each latent that the run has drawn, in about ``room`` tokens.
+
+    A text that the prefix holds has EOS alone; if it ended by EOS, another one, with the text
+    between them where it is the end of the prefix. A text that ended by EOS leaves no mark of its
+    end in a later prefix. So the prompt of a second site can be that of the middle of the first; and
+    with ``[x, z]`` as the prefix of w, "a" then "b" is z = "ab", or z = "a" and the beginning of w,
+    or w alone. The model answers all of them alike; the posterior does not. The marks tell them
+    apart, and mean no more to the untrained model than that other documents came before.
+
+    What the prefix does not hold, the model's text does not depend on, but the posterior may: an
+    observation or a factor that follows can depend on both. It stands there as a document of its own,
+    a text as it is, a number as ``name = value``. If there is no room for all, the latest do.
     """
-    marks: list[int] = []
-    for node in trace.nodes.values():
-        fn = node.get("fn")
-        if node["type"] != "sample" or not isinstance(fn, LMText) or not is_latent(node):
-            continue
-        if len(marks) >= _MOST_MARKS:
-            break
-        marks.append(eos)
-        if fn.batch_shape:
-            continue
-        *ids, last = fn.token_ids(node["value"])
-        if last in fn.lm.vocabulary.eos_ids:
-            adjoins = ids and prefix_ids[-len(ids) :] == tuple(ids)
-            marks += [*ids, eos] if adjoins else [eos]
-    return tuple(marks)
+    latents = [
+        node
+        for node in trace.nodes.values()
+        if node["type"] == "sample" and "fn" in node and is_latent(node)
+    ]
+    marks: list[tuple[int, ...]] = []
+    for node in reversed(latents[-_MOST_MARKS:]):
+        mark = _mark(node, fn, vocabulary)
+        room -= len(mark)
+        marks.append(mark if room >= 0 else _eos(vocabulary))
+    return tuple(token for mark in reversed(marks) for token in mark)
+
+
+def _eos(vocabulary: Vocabulary) -> tuple[int, ...]:
+    return () if vocabulary.eos_id is None else (vocabulary.eos_id,)
+
+
+def _mark(node: Any, fn: LMText, vocabulary: Vocabulary) -> tuple[int, ...]:
+    eos = _eos(vocabulary)
+    other = node["fn"]
+    if not isinstance(other, LMText) or other.batch_shape:
+        return _as_document(_written(node, vocabulary), vocabulary)
+    ids = other.token_ids(node["value"])
+    if not other.lm.vocabulary.same_as(vocabulary):
+        text = _encode(str(other.text(node["value"])), vocabulary)
+        return _as_document(text, vocabulary) or eos
+    visible = tuple(token for token in ids if token not in vocabulary.eos_ids)
+    if visible and visible not in fn.texts_in_prefix:
+        return _as_document(visible, vocabulary)
+    if ids[-1] not in vocabulary.eos_ids:
+        return eos
+    adjoins = visible and fn.prefix_ids[-len(visible) :] == visible
+    return (*eos, *visible, *eos) if adjoins and eos else (*eos, *eos)
+
+
+def _as_document(ids: tuple[int, ...] | None, vocabulary: Vocabulary) -> tuple[int, ...]:
+    """Tokens on their own, so that they run into nothing that follows."""
+    eos = _eos(vocabulary)
+    return () if ids is None else (*eos, *ids, *(_encode("\n", vocabulary) or eos))
+
+
+def _written(node: Any, vocabulary: Vocabulary) -> tuple[int, ...] | None:
+    """The tokens of a latent that is no text; None where there is no way to write it.
+
+    A vocabulary without digits writes whole numbers in binary, by its first two ordinary tokens.
+    """
+    value = node["value"]
+    if is_continuous(node):
+        if value.numel() > _MOST_NUMBERS:
+            return None
+        written = json.dumps(value.tolist(), default=str)
+        rounded = _NUMBER.sub(lambda found: f"{float(found[0]):.3g}", written)
+        return _encode(f"{node['name']} = {rounded}", vocabulary)
+    ids = _encode(f"{node['name']} = {value.tolist()}", vocabulary)
+    digits = [t for t in range(min(vocabulary.size, 64)) if t not in vocabulary.special_ids][:2]
+    if ids is not None or len(digits) < 2:
+        return ids
+    bits: list[int] = []
+    for number in value.reshape(-1).long().tolist():
+        code = 2 * number if number >= 0 else -2 * number - 1  # signs folded away
+        bits += [digits[int(bit)] for bit in f"{code:0{_BITS}b}"]
+    return tuple(bits)
 
 
 _MOST_MARKS = 16
+_MOST_SHOWN = 256
+_MOST_NUMBERS = 16
+_BITS = 4  # at least; what is longer shows by its length
+_NUMBER = re.compile(r"-?\d+\.?\d*(?:[eE][-+]?\d+)?")

@@ -56,7 +56,7 @@ class Vocabulary:
                 bare, full = self._tokenize(text or "", False), self._tokenize(text or "", True)
             except Exception:  # a vocabulary without this text
                 continue
-            if bare and set(bare).isdisjoint(self._special_ids):
+            if bare and set(bare).isdisjoint(self.special_ids):
                 for start in range(len(full) - len(bare) + 1):
                     if full[start : start + len(bare)] == bare:
                         return full[:start]
@@ -259,7 +259,7 @@ class Vocabulary:
         return {int(token): getattr(entry, "content", str(entry)) for token, entry in added.items()}
 
     @cached_property
-    def _special_ids(self) -> frozenset[int]:
+    def special_ids(self) -> frozenset[int]:
         return frozenset(self.tokenizer.all_special_ids)
 
     # Identity.

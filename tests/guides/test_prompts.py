@@ -96,13 +96,24 @@ def test_marks_tell_sites_and_the_ends_of_texts_apart():
     assert found == {True, False}
 
 
-def test_no_two_states_of_a_run_have_one_prompt():
+def after(x):
+    z = lm_sample("z", x, max_tokens=2, stop=".")
+    lm_sample("w", [x, z], max_tokens=3, stop=".")
+
+
+def beside(x):
+    lm_sample("z", x, max_tokens=2, stop=".")
+    lm_sample("w", x, max_tokens=3, stop=".")
+
+
+def by_half(x):
+    z = lm_sample("z", x, max_tokens=2, stop=".")
+    lm_sample("w", [x, z] if "a" in z else x, max_tokens=3, stop=".")
+
+
+@pytest.mark.parametrize("program", [after, beside, by_half])
+def test_no_two_states_of_a_run_have_one_prompt(program):
     """All that was drawn before a token, from the tokens that the guide has seen by then."""
-
-    def program(x):
-        z = lm_sample("z", x, max_tokens=2, stop=".")
-        lm_sample("w", [x, z], max_tokens=3, stop=".")
-
     guide = lmppl.LMGuide(program, lm=PLAIN)
     states = {}
     for sample in draw_samples(guide, program, ("a",), 300, temperature=3.0):
@@ -135,13 +146,78 @@ def test_a_text_that_ended_is_not_repeated_where_something_follows_it():
 
 def test_no_more_than_sixteen_marks():
     def program(x):
+        drawn = []
         for i in range(20):
-            lm_sample(f"z{i}", x, choices=["a", "b"])
+            drawn.append(lm_sample(f"z{i}", [*drawn, x], choices=["a", "b"]))
 
     found = prompts(program, "a", lm=PLAIN)
     eos = PLAIN.vocabulary.eos_id
     assert [each.count(eos) for each in found.values()] == [*range(16), 16, 16, 16, 16]
     assert all(each[-1:] == ids("a", PLAIN) for each in found.values())
+
+
+def apart(x, y):
+    """What is observed in the end ties texts that do not depend on each other."""
+    z = lm_sample("z", x, max_tokens=2, stop=".")
+    w = lm_sample("w", x, max_tokens=2, stop=".")
+    lm_sample("y", [x, z, w], obs=y)
+
+
+def test_a_text_that_the_prefix_does_not_hold_stands_in_front():
+    guide = lmppl.LMGuide(apart, lm=LM)
+    for sample in draw_samples(guide, apart, ("a", "b."), 20):
+        z = tuple(t for t in latent_ids(sample.particle)["z"] if t != EOS)
+        mark = (EOS, *z, *ids("\n")) if z else (EOS, EOS)
+        prompt = sample.proposer.draws["w"].fn.prefix_ids
+        assert prompt == (BOS, *mark, *ids("b.\n"), *ids("a"))
+
+
+def test_numbers_stand_in_front():
+    def program(x):
+        pyro.sample("b", dist.Bernoulli(0.5))
+        pyro.sample("a", dist.Delta(torch.tensor([1.0 + 1e-9, 0.1])).to_event(1))
+        lm_sample("z", x, max_tokens=2)
+
+    guide = lmppl.LMGuide(program, lm=tiny_lm([*"ab.\n =10[],"], seed=0))
+    eos = guide.base.vocabulary.eos_id
+    seen = set()
+    for sample in draw_samples(guide, program, ("a",), 8):
+        b = float(sample.particle.sites["b"]["value"])
+        shown = [ids(f"{text}\n", guide.base) for text in (f"b = {b}", "a = [1, 0.1]")]
+        prompt = sample.proposer.draws["z"].fn.prefix_ids
+        assert prompt == (eos, *shown[0], eos, *shown[1], *ids("a", guide.base))
+        seen.add(b)
+    assert seen == {0.0, 1.0}
+
+
+def test_whole_numbers_are_told_apart_without_digits():
+    def program(x):
+        pyro.sample("k", dist.Poisson(9.0))
+        pyro.sample("s", dist.Bernoulli(0.5).expand([3]).to_event(1))
+        lm_sample("z", x, max_tokens=2)
+
+    guide = lmppl.LMGuide(program, lm=PLAIN)
+    prompts_of = {}
+    for sample in draw_samples(guide, program, ("a",), 100):
+        sites = sample.particle.sites
+        state = (float(sites["k"]["value"]), *sites["s"]["value"].tolist())
+        prompts_of.setdefault(state, set()).add(sample.proposer.draws["z"].fn.prefix_ids)
+    assert len(prompts_of) > 20 and all(len(each) == 1 for each in prompts_of.values())
+    assert len({each for own in prompts_of.values() for each in own}) == len(prompts_of)
+
+
+def test_the_latest_stand_in_front_where_there_is_no_room_for_all():
+    def program(x):
+        for i in range(5):
+            lm_sample(f"z{i}", x, choices=["ab" * 40, "ba" * 40])
+        lm_sample("w", x, max_tokens=2)
+
+    found = prompts(program, "a", lm=PLAIN)["w"]  # of a model with a context of 256 tokens
+    eos = PLAIN.vocabulary.eos_id
+    assert found[:2] == (eos, eos) and found.count(eos) == 2 + 3 * 2
+    assert len(found) == 2 + 3 * 82 + 1
+    long = prompts(program, "a" * 150, lm=PLAIN)["w"]
+    assert long.count(eos) == 4 + 2 and len(long) == 4 + 82 + 150
 
 
 def test_an_eos_in_an_observation_is_not_shown():

@@ -8,6 +8,7 @@ from guide_helpers import draw_samples, shaken
 
 import lmppl
 from lmppl import lm_sample, runtime, tool
+from lmppl.guides.prompts import OPENING
 from lmppl.guides.records import Record, record_of_simulation, revive
 from lmppl.guides.samples import Sample
 from lmppl.guides.simulation import simulate
@@ -200,7 +201,8 @@ def test_what_a_simulation_found_out_is_what_the_program_computes(case, latents_
             assert log_r[0] == pytest.approx(log_r[1], abs=1e-4)
             assert log_r[0] == pytest.approx(one.log_joint, abs=1e-4)
             found = guide.observations_of_simulation(one, program)
-            assert found == guide.observations(case.args, program)
+            by_runs = guide.observations(case.args, program)
+            assert found == by_runs or (found is None and OPENING in by_runs)
 
 
 def test_a_simulation_asks_no_model_again():
