@@ -145,7 +145,8 @@ class AutomaticProposer:
         key = self._head_key(site["name"], trace)
         if features is None:
             features = self._features(site["name"], trace)
-        head_for(self._networks.heads, key, len(features), moves)
+        numbers = len(features) - self._networks.base.hidden_size
+        head_for(self._networks.heads, key, site["name"], len(features), moves, numbers)
         return HeadDraw(key, features, site["fn"], torch.empty(0))
 
     def _head_key(self, name: str, trace: Trace) -> str:
@@ -155,7 +156,7 @@ class AutomaticProposer:
             for other, node in trace.nodes.items()
             if node["type"] == "sample" and is_latent(node) and not isinstance(node["fn"], LMText)
         ]
-        return "-".join([name, *others]).replace(".", "_")
+        return _key([name, *others])
 
     def _features(self, name: str, trace: Trace) -> torch.Tensor:
         """What a head sees: the LM's state after the texts so far, and the other latents."""
@@ -202,17 +203,37 @@ class AutomaticProposer:
         """Nothing of it is suspended on its own."""
 
 
-def head_for(heads: nn.ModuleDict, key: str, num_features: int, num_moves: int) -> Head:
-    """The head of a site, made when the site is first met."""
+def _key(names: list[str]) -> str:
+    """Names of sites as the name of a module, which has no dots and is no attribute of modules."""
+    escaped = [name.replace("_", "__").replace(".", "_d").replace("-", "_h") for name in names]
+    return "-".join(["head", *escaped])
+
+
+def head_for(
+    heads: nn.ModuleDict,
+    key: str,
+    name: str,
+    num_features: int,
+    num_moves: int,
+    num_numbers: int,
+) -> Head:
+    """The head of a site, made when the site is first met.
+
+    Args:
+        heads: those that there are.
+        key: of the head.
+        name: of the site, for messages.
+        num_features, num_moves, num_numbers: see ``Head``.
+    """
     if key not in heads:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(len(heads))
-            heads[key] = Head(num_features, num_moves)
+            heads[key] = Head(num_features, num_moves, num_numbers)
     head = heads[key]
     assert isinstance(head, Head)
     if (head.num_features, head.num_moves) != (num_features, num_moves):
         raise ValueError(
-            f"site '{key}': its guide was made for {head.num_features} features and "
+            f"site '{name}': its guide was made for {head.num_features} features and "
             f"{head.num_moves} parameters, and now there are {num_features} and {num_moves}: a "
             "latent site must keep its shape and the latents before it on every run"
         )

@@ -353,6 +353,7 @@ def _pack(record: Record, packed: _Packer) -> dict[str, Any]:
         "features": {name: packed.add(tensor) for name, tensor in record.features.items()},
         "log_r": record.log_r,
         "tokens": list(record.tokens),
+        "counts": sorted(record.counts),
     }
 
 
@@ -374,4 +375,5 @@ def _unpack(packed: Mapping[str, Any], unpack: Callable[[Sequence[Any]], torch.T
         features={name: unpack(tensor) for name, tensor in packed["features"].items()},
         log_r=packed["log_r"],
         tokens=tuple(packed["tokens"]),
+        counts=frozenset(packed["counts"]),
     )

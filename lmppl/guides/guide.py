@@ -166,9 +166,10 @@ class LMGuide:
         """The same of many inputs, pairs of program and arguments, in one batch of runs."""
         if self.program is not None:
             return [{} for _ in inputs]
-        return find_observations(
-            inputs, self.base.vocabulary, self.condition_on, strict=self._strict
-        )
+        with use(self.base):
+            return find_observations(
+                inputs, self.base.vocabulary, self.condition_on, strict=self._strict
+            )
 
     def observations_of_simulation(
         self, one: Simulated, program: Callable[..., Any]

@@ -18,19 +18,29 @@ _WIDTH = 64
 
 
 class Head(nn.Module):
-    """From features (N, num_features) to moves of unconstrained parameters (N, num_moves)."""
+    """From features (N, num_features) to moves of unconstrained parameters (N, num_moves).
 
-    def __init__(self, num_features: int, num_moves: int) -> None:
+    Args:
+        num_features: numbers, and then the state of a language model.
+        num_moves: parameters to move.
+        num_numbers: of the features. They may be of any size, and are not to drown the state, nor be
+            drowned by it.
+    """
+
+    def __init__(self, num_features: int, num_moves: int, num_numbers: int = 0) -> None:
         super().__init__()
         self.num_features, self.num_moves = num_features, num_moves
-        self.norm = nn.LayerNorm(num_features)
+        self.num_numbers = num_numbers
+        self.norm = nn.LayerNorm(num_features - num_numbers)
         self.hidden = nn.Linear(num_features, _WIDTH)
         self.out = nn.Linear(_WIDTH, num_moves)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return self.out(torch.tanh(self.hidden(self.norm(features))))
+        numbers, state = features.tensor_split([self.num_numbers], -1)
+        read = torch.cat([numbers.asinh(), self.norm(state)], -1)
+        return self.out(torch.tanh(self.hidden(read)))
 
 
 def num_moves(fn: Any) -> int | None:

@@ -17,18 +17,30 @@ if TYPE_CHECKING:
 
 _RATE = "samples_per_second"  # computed, not stored
 
-_COLUMNS = ("step", "loss", "log_z", "elbo", "ess", "alive", "length", _RATE)
-_LABELS = {"log_z": "log Z", "elbo": "ELBO", "eubo": "EUBO", "ess": "ESS", _RATE: "samples/s"}
+_MODEL = ("log_evidence", "model_loss", "model_ess")
+_COLUMNS = ("step", *_MODEL, "loss", "log_z", "elbo", "ess", "alive", "length")
+_LABELS = {
+    "log_evidence": "log evidence",
+    "model_loss": "model loss",
+    "model_ess": "model ESS",
+    "log_z": "log Z",
+    "elbo": "ELBO",
+    "eubo": "EUBO",
+    "ess": "ESS",
+    _RATE: "samples/s",
+}
 _HELD_OUT = "eval_"
 
 _PANELS = (
+    ("log_evidence",),
+    ("model_ess",),
     ("loss",),
     ("log_z", "elbo", "eval_log_z", "eval_elbo", "eval_eubo"),
     ("ess", "eval_ess"),
     ("length",),
     (_RATE,),
 )
-_FRACTIONS = ("ess", "alive")
+_FRACTIONS = ("ess", "alive", "model_ess")
 _COLOURS = {"elbo": ("#c8452c", "#eec2b8")}  # of lines and of points
 _BLUE = ("#1b6ca8", "#b3cde1")
 
@@ -114,9 +126,8 @@ class History(list[dict[str, Any]]):
 
     def _grid(self, rows: int) -> dict[str, Any]:
         keys = dict.fromkeys(key for figures in self for key in figures)
-        names = [
-            name for name in _COLUMNS if name in keys or (name == _RATE and _finite(self, _RATE))
-        ]
+        names = [name for name in _COLUMNS if name in keys and self._tells(name)]
+        names += [_RATE] if _finite(self, _RATE) else []
         names += [name for name in keys if name.startswith(_HELD_OUT)]
         seconds, samples = self._seconds(), sum(_finite(self, "samples"))
         above = f"History: {len(self):,} step{'s' * (len(self) != 1)}, {samples:,.0f} samples"
@@ -129,6 +140,10 @@ class History(list[dict[str, Any]]):
             "above": above,
             "below": f"time: {', '.join(split)}" if split else "",
         }
+
+    def _tells(self, name: str) -> bool:
+        """Whether a figure is known of any step (of a guide that draws nothing, some never are)."""
+        return name == "loss" or not all(math.isnan(value) for value in self.column(name))
 
     def _spaced(self, rows: int) -> list[int]:
         """Which steps the table shows: the first, the last, and some between."""
@@ -237,7 +252,8 @@ class History(list[dict[str, Any]]):
             axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         elif first in ("length", _RATE):
             axis.set_ylim(bottom=0)
-        unit = {"log_z": " (nats)", "elbo": " (nats)", "length": " (tokens)"}.get(first, "")
+        nats = dict.fromkeys(("log_z", "elbo", "log_evidence"), " (nats)")
+        unit = {**nats, "length": " (tokens)"}.get(first, "")
         shown = [_label(name) for name in names if not name.startswith(_HELD_OUT)]
         axis.set_title(" and ".join(shown or [_label(names[0])]) + unit)
         axis.set_xlabel("step")
@@ -295,7 +311,7 @@ def _cell(name: str, figures: dict[str, Any]) -> str:
         return show(value)
     if base in _FRACTIONS:
         return percent(value)
-    if base in ("log_z", "elbo", "eubo") and abs(value) < 1e6:
+    if base in ("log_z", "elbo", "eubo", "log_evidence") and abs(value) < 1e6:
         return f"{value:.2f}"
     if base in ("length", _RATE):
         return f"{value:,.1f}"

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from pyro.poutine.trace_struct import Trace
 
+from lmppl._sites import is_continuous
 from lmppl.distributions import LMText, ToolCall
 from lmppl.lm.requests import Scored
 from lmppl.runtime import Given, Particle, Proposer, is_latent
@@ -38,6 +39,8 @@ class Record:
         features: site to what the guide's head read there.
         log_r: log R, untempered, nats; NaN if it is not known.
         tokens: the tokens of all latent texts, one after the other.
+        counts: the latents that are no texts and have discrete values, by name. (A Bernoulli's are
+            floating-point, so their type does not tell.)
     """
 
     values: Mapping[str, Value]
@@ -46,6 +49,7 @@ class Record:
     features: Mapping[str, torch.Tensor] = field(default_factory=dict)
     log_r: float = math.nan
     tokens: tuple[int, ...] = ()
+    counts: frozenset[str] = frozenset()
 
     @property
     def discrete_key(self) -> tuple[Any, ...]:
@@ -54,8 +58,19 @@ class Record:
         Continuous values never repeat: by them the most probable text would crowd out the others.
         """
         tensors = {name: torch.as_tensor(value) for name, value in self.values.items()}
-        discrete = {n: t for n, t in tensors.items() if not t.is_floating_point()}
+        discrete = {
+            n: t for n, t in tensors.items() if n in self.counts or not t.is_floating_point()
+        }
         return tuple((name, *t.reshape(-1).tolist()) for name, t in (discrete or tensors).items())
+
+    @property
+    def counts_key(self) -> tuple[Any, ...]:
+        """Equal for traces whose discrete latents but for texts are equal."""
+        return tuple(
+            (name, *torch.as_tensor(value).reshape(-1).tolist())
+            for name, value in self.values.items()
+            if name in self.counts
+        )
 
     def forgotten(self) -> Record:
         """Without its log-probabilities, to be scored anew: the model has changed. The log R that
@@ -85,7 +100,12 @@ def record_of(particle: Particle, draws: Mapping[str, Any]) -> Record:
         features={name: draw.features for name, draw in draws.items() if hasattr(draw, "features")},
         log_r=particle.log_joint,
         tokens=tuple(tokens),
+        counts=frozenset(name for name, node in latents.items() if _is_count(node)),
     )
+
+
+def _is_count(node: Any) -> bool:
+    return not isinstance(node["fn"], LMText) and not is_continuous(node)
 
 
 def record_of_simulation(one: Simulated, *, latents_known: bool) -> Record:

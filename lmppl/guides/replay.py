@@ -23,7 +23,8 @@ class ReplayBuffer:
     Args:
         capacity: how many it keeps; beyond it the worst goes.
         near_duplicates: two traces are near duplicates if the edit distance of their latent
-            tokens is below this fraction of the shorter one's length.
+            tokens is below this fraction of the shorter one's length, and their other discrete
+            latents are equal.
     """
 
     def __init__(self, capacity: int = 64, near_duplicates: float = 0.0) -> None:
@@ -76,7 +77,7 @@ class ReplayBuffer:
             return []
         found = []
         for key, other in self._records.items():
-            if not record.tokens or not other.tokens:
+            if not record.tokens or not other.tokens or record.counts_key != other.counts_key:
                 continue
             bound = self._near * min(len(record.tokens), len(other.tokens))
             # Distances above the cutoff are not computed to their end.

@@ -17,7 +17,8 @@ import torch
 
 from lmppl import runtime
 from lmppl.distributions import LMText, ToolCall
-from lmppl.guides.automatic import SiteScore
+from lmppl.guides.automatic import SiteScore, TextDraw
+from lmppl.guides.prompts import Observations
 from lmppl.guides.records import Recalled, Record, record_of
 from lmppl.lm.requests import Scored
 from lmppl.runtime import Given, Particle, is_latent
@@ -95,6 +96,18 @@ class Truncation:
         others = [score for name, (score, _) in scores.items() if name != self.name]
         total = closed_log_prob(own, self.length) + self.sample.left_to_model(scores)
         return total + sum(other.to(total.device) for other in others)
+
+
+def first_reading(samples: Sequence[Sample], observations: Observations | None) -> Any:
+    """What the automatic guide reads before it draws anything, by which it tells inputs apart. None
+    if it draws nothing, or the user said what it is to read."""
+    for sample in samples:
+        for name, draw in sample.proposer.draws.items():
+            if not isinstance(draw, TextDraw):
+                return tuple((observations or {}).items())
+            own = sample.particle.sites[name]["infer"].get("guide_prompt")
+            return draw.fn.prefix_ids if own is None else None
+    return None
 
 
 def closed_log_prob(scored: Scored, length: int) -> torch.Tensor:

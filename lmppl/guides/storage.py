@@ -89,7 +89,7 @@ def write_guide(guide: LMGuide, folder: Path) -> None:
     heads: dict[str, list[int]] = {}
     for key, head in guide.heads.items():
         assert isinstance(head, Head)
-        heads[key] = [head.num_features, head.num_moves]
+        heads[key] = [head.num_features, head.num_moves, head.num_numbers]
         for name, tensor in head.state_dict().items():
             tensors[f"heads.{key}.{name}"] = tensor.contiguous()
     store = pyro.get_param_store()
@@ -178,9 +178,9 @@ def read_parameters(guide: LMGuide, path: Path, description: dict[str, Any]) -> 
     sites = [""] if description["adapted_sites"] is None else description["adapted_sites"]
     for site, adapter in zip(sites, state["adapters"], strict=True):
         _set_adapter(guide.adapter_for(site), adapter)
-    for key, (num_features, num_moves) in description["heads"].items():
+    for key, sizes in description["heads"].items():
         if key not in guide.heads:
-            guide.heads[key] = Head(num_features, num_moves)
+            guide.heads[key] = Head(*sizes)
         prefix = f"heads.{key}."
         guide.heads[key].load_state_dict(
             {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}

@@ -23,11 +23,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lmppl import runtime
+from lmppl.guides.identity import digest_of
 from lmppl.guides.inputs import Input, observe
 from lmppl.guides.losses import Batch, LogZ, loss_of, prompt_state
 from lmppl.guides.options import FitOptions
 from lmppl.guides.records import Record, revive
-from lmppl.guides.samples import Origin, Sample, Truncation, truncate
+from lmppl.guides.samples import Origin, Sample, Truncation, first_reading, truncate
 from lmppl.guides.sources import Source
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ _LOG_Z_RATE = 25.0
 
 _PRIOR_STOCK = 8
 """For how many steps of an input traces of the program itself are drawn at a time, at most."""
+
+_MOST_READINGS = 10_000
 
 _TRIAL_STEPS = 8
 _FEWEST_TRUNCATIONS = 0.05
@@ -94,6 +97,8 @@ class Trainer:
         self.members: list[Input] = []
         self._dead: set[int] = set()  # inputs all of whose traces were dead
         self._any_alive = False
+        self._readings: dict[Any, tuple[str, int]] = {}  # what was read, and of which input
+        self._alike_told = False
         self._traces_cut = [0, 0]  # in the steps of trial: traces, and truncations of them
         self._cuts = options.kind.truncations and options.truncations > 0
 
@@ -223,10 +228,34 @@ class Trainer:
                 each.stock.append(sample.record)
             else:
                 batches[k].append(sample)
-        for each in members:
+        for each, batch in zip(members, batches, strict=True):
+            if each.visits == 1:
+                self._check_told_apart(each, batch)
             self._any_alive |= each.alive
             (self._dead.discard if each.alive else self._dead.add)(each.index)
         return batches
+
+    def _check_told_apart(self, each: Input, batch: Sequence[Sample]) -> None:
+        """Warn, once, of inputs that differ in what the guide does not read. (The arguments of
+        simulated ones do not say what was observed.)"""
+        guide = self.guide
+        automatic = guide.program is None and guide.condition_on == "all"
+        if not automatic or each.exact or self._alike_told:
+            return
+        read = first_reading(batch, each.observations)
+        if read is None or len(self._readings) >= _MOST_READINGS:
+            return
+        given = digest_of(each.args)
+        other, index = self._readings.setdefault(read, (given, each.index))
+        if other != given:
+            self._alike_told = True
+            warnings.warn(
+                f"inputs {index} and {each.index} of the data have other arguments, but the guide "
+                "reads the same of both, their observations and the prefix of the first text. Where "
+                "their posteriors differ it can be right for neither: let it read what they differ "
+                "in, by a prefix or infer={'guide_prompt': text}",
+                stacklevel=6,
+            )
 
     def _given(self, each: Input, share: int) -> list[Record]:
         """Latents that the user gave: always for losses on them; else once each, to seed the

@@ -11,6 +11,7 @@ from guide_helpers import draw_samples, latent_ids, shaken
 import lmppl
 from lmppl import lm_sample
 from lmppl.guides.automatic import HeadDraw, TextDraw
+from lmppl.guides.heads import Head
 from lmppl.testing import (
     enumerate_program,
     enumerate_site,
@@ -192,11 +193,84 @@ def test_head_features_hold_the_texts_and_numbers_before():
     guide = lmppl.LMGuide(program, lm=LM)
     (sample,) = draw_samples(guide, program, ("ab",), 1)
     draw = sample.proposer.draws["b"]
-    assert list(guide.heads) == ["a", "b-a"]
+    assert list(guide.heads) == ["head-a", "head-b-a"]
     with lmppl.use(LM):
         state = LM.hidden([LM.vocabulary.encode("ab") + latent_ids_of(sample)])[0]
     a = sample.particle.latents["a"]["value"].reshape(1)
     torch.testing.assert_close(draw.features, torch.cat([a, state]), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [0.0, 1.0])
+def test_numbers_of_any_size_and_the_state_are_both_read(size):
+    """The normalisation of all features would leave of one number its sign, and of a state beside a
+    large number nothing."""
+    head = Head(2 + 8, 1, num_numbers=2)
+    torch.nn.init.ones_(head.out.weight)
+    state = size * torch.randn(8, generator=torch.Generator().manual_seed(0))
+
+    def found(*numbers, state=state):
+        return head(torch.cat([torch.tensor(numbers), state])).item()
+
+    values = [found(a, b) for a in (-1e3, 0.5, 1.0) for b in (0.0, 0.1)]
+    assert len({round(each, 4) for each in values}) == 6
+    if size:
+        assert abs(found(1e3, 0.0) - found(1e3, 0.0, state=-state)) > 1e-3
+
+
+def test_sites_may_be_called_what_a_module_has():
+    """``nn.ModuleDict`` refuses names of its own attributes, and dots."""
+
+    def program():
+        for name in ("type", "keys", "training", "half", "a.b", "a_b", "a-b"):
+            pyro.sample(name, dist.Bernoulli(0.5))
+        lm_sample("z", "ab", max_tokens=1)
+
+    guide = lmppl.LMGuide(program, lm=LM)
+    draw_samples(guide, program, (), 1)
+    assert len(guide.heads) == 7
+
+    def either(first):
+        pyro.sample("x-y" if first else "y", dist.Bernoulli(0.5))
+        pyro.sample("z" if first else "z-x", dist.Bernoulli(0.5))
+        lm_sample("w", "ab", max_tokens=1)
+
+    guide = lmppl.LMGuide(either, lm=LM)
+    for first in (True, False):
+        draw_samples(guide, either, (first,), 1)
+    assert len(guide.heads) == 4
+
+
+def test_a_head_reads_as_many_features_where_there_is_no_text_to_read():
+    """A label that is not known when the guide is used, an empty text, and no token in front."""
+
+    def program(x, y=None):
+        pyro.sample("k", dist.Bernoulli(0.5))
+        lm_sample("y", x, max_tokens=2, obs=y)
+
+    guide = lmppl.LMGuide(program, lm=LM)
+    guide.fit([("ab.", "ab"), ("ab.", "")], steps=2, batch_size=8, seed=0, progress=False)
+    for y in ("", "a", None):
+        lmppl.infer(program, "ab.", y, lm=LM, method="importance", guide=guide, num_samples=4)
+
+
+def test_a_head_before_any_text_reads_how_the_first_text_begins():
+    def program(x, first, last):
+        k = pyro.sample("k", dist.Bernoulli(0.5))
+        z = lm_sample("z", [x, "ab"[int(k)]], max_tokens=2, stop=".")
+        lm_sample("y1", [x, z], obs=first)
+        lm_sample("y2", [x, "ab"[int(k)]], obs=last)
+
+    lm = tiny_lm("ab.\n", seed=0)
+    guide = lmppl.LMGuide(program, lm=lm)
+    found = []
+    for args in (("ab.", "ab", "a"), ("ba", "ab", "a"), ("ab.", "a", "ba")):
+        with lmppl.use(lm):
+            observations = guide.observations(args)
+        assert observations[""][: len(args[0])] == lm.vocabulary.encode(args[0])
+        (sample,) = draw_samples(guide, program, args, 1)
+        found.append(sample.proposer.draws["k"].features)
+    assert not torch.allclose(found[0], found[1], atol=1e-3)
+    assert not torch.allclose(found[0], found[2], atol=1e-3)
 
 
 def latent_ids_of(sample):

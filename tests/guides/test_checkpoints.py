@@ -346,7 +346,7 @@ def test_what_belongs_to_another_guide_is_not_resumed(tmp_path):
 
 def made(max_tokens, reward):
     def program(x, y):
-        z = lm_sample("z", x, max_tokens=max_tokens, stop=".")
+        z = lm_sample("z", [x, y], max_tokens=max_tokens, stop=".")
         pyro.factor("reward", torch.tensor(_times(reward) * z.count("a")))
 
     return program
@@ -374,7 +374,7 @@ def test_a_program_that_counts_its_calls_is_resumed(tmp_path):
     def program(x, y):
         nonlocal calls
         calls += 1
-        lm_sample("z", x, max_tokens=2, stop=".")
+        lm_sample("z", [x, y], max_tokens=2, stop=".")
 
     run(tmp_path / "run", steps=3, program=program)
     assert calls > 0

@@ -263,3 +263,19 @@ def test_without_matplotlib(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"pip install lmppl\[plot\]"):
         run().plot()
+
+
+def test_learning_shows_what_it_is_about():
+    """Of a guide that imitates and draws nothing, the figures of its draws are left out."""
+    history = History(
+        {
+            "step": i, "log_evidence": -9.0 + i, "model_loss": 8.0, "model_ess": 0.25, "loss": 1.0,
+            "log_z": NAN, "elbo": NAN, "ess": NAN, "alive": NAN, "length": 2.0,
+        }
+        for i in range(3)
+    )  # fmt: skip
+    lines = history.table().splitlines()
+    headings = "step log evidence model loss model ESS loss length"
+    assert " ".join(lines[1].split()) == headings
+    assert lines[3].split() == ["0", "-9.00", "8", "25.0%", "1", "2.0"]
+    assert titles(history.plot())[:2] == ["log evidence (nats)", "model ESS"]

@@ -132,6 +132,30 @@ def test_an_error_of_a_program_names_its_input():
     assert "of infill('ab.', 'xyz'), at or after site 'z'" in caught.value.__notes__[0]
 
 
+def rewarded(x, reward):
+    z = lm_sample("z", x, max_tokens=2, stop=".")
+    pyro.factor("reward", torch.tensor(reward * z.count("b")))
+
+
+def test_inputs_that_look_alike_to_the_guide_are_reported():
+    with pytest.warns(UserWarning, match="inputs 0 and 1 of the data have other arguments"):
+        new_guide(rewarded).fit([("ab.", -2.0), ("ab.", 2.0)], steps=2, **QUICK)
+
+
+def test_inputs_that_do_not_look_alike_are_not():
+    new_guide(rewarded).fit([("ab.", -2.0), ("ba", 2.0)], steps=2, **QUICK)
+    new_guide(rewarded).fit([("ab.", 2.0), ("ab.", 2.0)], steps=2, **QUICK)
+    new_guide(infill).fit([("ab.", "b"), ("ab.", "a")], steps=2, **QUICK)
+
+    def prompted(x, reward):
+        z = lm_sample("z", x, max_tokens=2, infer={"guide_prompt": "a" if reward > 0 else "b"})
+        pyro.factor("reward", torch.tensor(reward * z.count("b")))
+
+    new_guide(prompted).fit([("ab.", -2.0), ("ab.", 2.0)], steps=2, **QUICK)
+    hiding = new_guide(infill, condition_on=[])  # what differs is not to be seen
+    hiding.fit([("ab.", "b"), ("ab.", "a")], steps=2, **QUICK)
+
+
 def test_factors_cannot_be_simulated():
     with pytest.raises(ValueError, match="is a factor, which simulated draws would ignore"):
         new_guide(CASES["factor"].program).fit([("ba.", -1.5)], steps=1, simulate=2, **QUICK)

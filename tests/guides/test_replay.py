@@ -2,9 +2,13 @@
 
 import math
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
+from guide_helpers import draw_samples, new_guide
 
+from lmppl import lm_sample
 from lmppl.guides.records import Record
 from lmppl.guides.replay import ReplayBuffer
 
@@ -42,6 +46,28 @@ def test_equal_texts_with_other_numbers_are_one():
     buffer.add(record_of(-1.0, [1, 2], theta=0.3))
     buffer.add(record_of(-0.5, [1, 2], theta=0.4))
     assert len(buffer) == 1
+
+
+def test_equal_texts_with_other_discrete_numbers_are_several():
+    """Floating-point as a Bernoulli's are, and however alike the texts."""
+    text = list(range(12))
+    for near in (0.0, 0.25):
+        buffer = ReplayBuffer(near_duplicates=near)
+        for k in (0.0, 1.0, 1.0):
+            values = {"z": torch.tensor(text), "k": torch.tensor(k)}
+            buffer.add(Record(values, log_r=k, tokens=tuple(text), counts=frozenset(["k"])))
+        assert rewards(buffer) == [0.0, 1.0]
+
+
+def test_records_know_their_discrete_latents():
+    def program(x):
+        pyro.sample("k", dist.Bernoulli(0.5))
+        pyro.sample("j", dist.Categorical(torch.ones(3)))
+        pyro.sample("theta", dist.Beta(1.0, 1.0))
+        lm_sample("z", x, max_tokens=2)
+
+    (sample,) = draw_samples(new_guide(program), program, ("ab",), 1)
+    assert sample.record.counts == {"k", "j"}
 
 
 def test_of_near_duplicates_the_best_is_kept():

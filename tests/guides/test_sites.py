@@ -55,7 +55,7 @@ def test_choices_are_other_texts():
 
 
 def test_what_differs_between_training_inputs_is_free():
-    guide = trained(("a", 3), ("a", 5))
+    guide = trained(("a", 3), ("b", 5))
     use(guide, write, "a", 4)
     with pytest.warns(UserWarning, match="temperature=2"):
         use(guide, functools.partial(write, temperature=2.0), "a", 4)
