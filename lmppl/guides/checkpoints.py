@@ -24,6 +24,7 @@ from lmppl.distributions import ToolResult
 from lmppl.guides.history import History
 from lmppl.guides.identity import identity
 from lmppl.guides.inputs import Input
+from lmppl.guides.optimizer_state import optimizer_tensors, restore_optimizer
 from lmppl.guides.records import Record
 from lmppl.guides.sites import TrainedSites
 from lmppl.guides.storage import read_parameters, replace_folder, write_guide
@@ -164,9 +165,8 @@ def write(
     }
     tensors = packed.tensors()
     tensors["generator"] = trainer.generator.get_state()
-    tensors |= _prefixed(
-        "optimizer", optimizer_tensors(trainer.optimizer, trainer.named_parameters())
-    )
+    state = optimizer_tensors(trainer.optimizer, trainer.named_parameters())
+    tensors |= _prefixed("optimizer", trainer.late_state | state)
     if trainer.log_z is not None:
         tensors |= _prefixed("log_z", trainer.log_z.state_dict())
     for name, part in parts.items():
@@ -227,40 +227,11 @@ def read(
     if trainer.log_z is not None:
         trainer.log_z.load_state_dict(under(tensors, "log_z."))
     trainer.adopt_new_parameters()
-    restore_optimizer(trainer.optimizer, trainer.named_parameters(), under(tensors, "optimizer."))
+    trainer.late_state = under(tensors, "optimizer.")
+    restore_optimizer(trainer.optimizer, trainer.named_parameters(), trainer.late_state)
     for name, part in parts.items():
         part.restore(description[name], under(tensors, f"{name}."))
     return int(description["done"])
-
-
-def optimizer_tensors(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.nn.Parameter]
-) -> dict[str, torch.Tensor]:
-    """The state of an optimiser, for each parameter that has had a gradient: ``{name}.{key}``."""
-    return {
-        f"{name}.{key}": value
-        for name, parameter in parameters.items()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
-
-
-def restore_optimizer(
-    optimizer: torch.optim.Optimizer,
-    parameters: Mapping[str, torch.nn.Parameter],
-    tensors: Mapping[str, torch.Tensor],
-) -> None:
-    """Put back what ``optimizer_tensors`` gave."""
-    for name, parameter in parameters.items():
-        own = {
-            key.removeprefix(f"{name}."): tensor
-            for key, tensor in tensors.items()
-            if key.startswith(f"{name}.") and "." not in key.removeprefix(f"{name}.")
-        }
-        if own:
-            # AdamW counts its steps on the CPU.
-            step = {"step": own.pop("step")}
-            moved = {k: t.to(parameter.device, parameter.dtype) for k, t in own.items()}
-            optimizer.state[parameter] = step | moved
 
 
 def _prefixed(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

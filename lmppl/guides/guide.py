@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from lmppl.guides.history import History
 from lmppl.guides.program import PriorProposer, ProgramProposer, score_program
 from lmppl.guides.prompts import Observations, find_observations, number_comes_first, show
 from lmppl.guides.records import Recaller
+from lmppl.guides.saved_params import SavedParams
 from lmppl.guides.sites import TrainedSites
 from lmppl.guides.trainables import Trainables, trainable
 from lmppl.lm import LM
@@ -93,6 +95,7 @@ class LMGuide:
             self._adapters[""] = _adapter(lm, lora)
         self._trainables = Trainables(lm)  # of a guide program
         self._pending: dict[str, Any] | None = None  # loaded state of a program not yet run
+        self.saved_params = SavedParams()  # of a guide program, which it has not come to yet
         self.strict_prompts = False  # set by fit: several inputs must be told apart
         self.tempered_target: float | None = None
         self.sites = TrainedSites()
@@ -326,17 +329,23 @@ class LMGuide:
 
     def restore_later(self, state: dict[str, Any]) -> None:
         """Loaded parameters of a guide program, which are not known before it is run."""
+        assert self.program is not None
         self._pending = state
+        self.saved_params = SavedParams()
+        self.program = self.saved_params.around(inspect.unwrap(self.program))
 
     def restore_pending(self, args: tuple[Any, ...] | None) -> None:
-        """Put them in, by a run on an input (None: it was run before)."""
+        """Put them in, by a run on an input (None: it was run before). Those that it does not come
+        to are put in later."""
         if self._pending is not None:
             from lmppl.guides.storage import restore_program
 
+            state, self._pending = self._pending, None
+            self.saved_params.waiting = dict(state["params"])
             if args is not None:
                 self._find_trainables(args)
-            restore_program(self.adapters(), self.param_names, self._pending)
-            self._pending = None
+            restore_program(self.adapters(), self.param_names, state)
+            self.saved_params.put_in(self.param_names)
 
     def __repr__(self) -> str:
         kind = "automatic" if self.program is None else getattr(self.program, "__name__", "program")

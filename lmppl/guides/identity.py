@@ -66,6 +66,7 @@ def program_fingerprint(program: Callable[..., Any]) -> str:
     """The name of a program and a hash of what it does: its code (comments and line numbers don't
     count), the constants that it closes over or reads, and the functions of its module that it
     calls. What it assigns to itself, as a counter, and objects that can change don't count."""
+    program = inspect.unwrap(program)
     fn = inspect.unwrap(getattr(program, "func", program))
     name = getattr(fn, "__qualname__", type(fn).__name__)
     if isinstance(program, functools.partial):

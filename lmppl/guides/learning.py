@@ -14,7 +14,9 @@ identity). ``method="wake-sleep"`` trains the guide on what the model dreams, in
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -30,6 +32,7 @@ from lmppl.guides.identity import digest_of
 from lmppl.guides.inputs import Input, read_inputs
 from lmppl.guides.maximisation import MStep
 from lmppl.guides.options import FitOptions
+from lmppl.guides.saved_params import SavedParams
 from lmppl.guides.simulation import simulate
 from lmppl.guides.sources import Collection, Source
 from lmppl.guides.trainer import Trainer
@@ -115,14 +118,15 @@ def learn(
     seed, own_seed = runtime.slot_seeds(runtime.fresh_seed(seed), 2)  # the guide's, the M-step's
     held_out = HeldOut(eval_every, eval_samples, seed)
     generator = torch.Generator().manual_seed(seed % 2**63)
-    with use(guide.base):
+    saved = SavedParams()
+    with use(guide.base), _restoring(guide, saved):
         held_out = replace(held_out, inputs=held_out_inputs(guide, eval_data, settings))
         stopping = held_out.stopping(patience)
         inputs = [
             Input(guide.model, args, i, settings)
             for i, args in enumerate(read_inputs(guide.model, data))
         ]
-        m_step = MStep(guide, inputs, settings, model_learning_rate)
+        m_step = MStep(guide, inputs, settings, model_learning_rate, saved)
         guide.strict_prompts = len(inputs) > 1
         guide.tempered_target = settings.tempered_target
         guide.prepare(inputs[0].args)
@@ -175,7 +179,23 @@ def learn(
                     break
         stopping.finish(_parameters(guide, m_step))
         trainer.report_dead()
+    for name in saved.waiting:
+        warnings.warn(
+            f"the parameter {name!r} had been learned, but no run of the program came to it since "
+            "learning was resumed: its value is in the checkpoint alone",
+            stacklevel=3,
+        )
     return history
+
+
+@contextmanager
+def _restoring(guide: LMGuide, saved: SavedParams) -> Iterator[None]:
+    """A resumed run may come late to parameters that it had learned."""
+    model, guide.model = guide.model, saved.around(guide.model)
+    try:
+        yield
+    finally:
+        guide.model = model
 
 
 def _parameters(guide: LMGuide, m_step: MStep) -> dict[str, torch.nn.Parameter]:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import pyro
 import torch
 
 from lmppl import runtime
-from lmppl.guides.checkpoints import optimizer_tensors, restore_optimizer, under
+from lmppl.guides.checkpoints import under
 from lmppl.guides.inputs import Input, observe
+from lmppl.guides.optimizer_state import optimizer_tensors, restore_optimizer
 from lmppl.guides.options import FitOptions
 from lmppl.guides.records import Record, record_of
+from lmppl.guides.saved_params import SavedParams
 from lmppl.guides.trainables import Trainables
 from lmppl.guides.trainer import mean
 from lmppl.runtime import Given, Particle
@@ -30,15 +31,23 @@ class MStep:
         inputs: of the data.
         options: of the training.
         rate: AdamW's; None: the guide's.
+        saved: is around the program, for parameters of a resumed run that it comes to late.
 
     Raises:
         ValueError: if the program has no parameters, or shares them with its guide.
     """
 
     def __init__(
-        self, guide: LMGuide, inputs: Sequence[Input], options: FitOptions, rate: float | None
+        self,
+        guide: LMGuide,
+        inputs: Sequence[Input],
+        options: FitOptions,
+        rate: float | None,
+        saved: SavedParams | None = None,
     ) -> None:
         self._guide, self._inputs, self._options = guide, inputs, options
+        self._saved = saved or SavedParams()
+        self._late_state: dict[str, torch.Tensor] = {}
         self._trainables = Trainables(guide.base)
         self._trainables.find(guide.model, inputs[0].args)
         self._parameters = list(self.named_parameters().values())
@@ -62,10 +71,11 @@ class MStep:
         for lm in self._trainables.adapters:
             lm.memory = self._options.memory(lm.memory)
         known = {id(p) for p in self._parameters}
-        new = [p for p in self.named_parameters().values() if id(p) not in known]
+        new = {n: p for n, p in self.named_parameters().items() if id(p) not in known}
         if new:
-            self._optimizer.add_param_group({"params": new})
-            self._parameters += new
+            self._optimizer.add_param_group({"params": list(new.values())})
+            self._parameters += new.values()
+            restore_optimizer(self._optimizer, new, self._late_state)
 
     def step(self, members: Sequence[Input], num: int, seed: int) -> dict[str, float]:
         """Raise the likelihood of some inputs' observations. Returns its figures."""
@@ -107,44 +117,43 @@ class MStep:
             lm.forget()
 
     def state(self) -> dict[str, Any]:
-        return {"parameters": list(self.named_parameters())}
+        return {}
 
     def tensors(self) -> dict[str, torch.Tensor]:
         named = self.named_parameters()
         values = {f"values.{name}": p.detach() for name, p in named.items()}
-        state = optimizer_tensors(self._optimizer, named)
-        return values | {f"optimizer.{name}": tensor for name, tensor in state.items()}
+        waiting = {f"values.params.{n}": value for n, value in self._saved.waiting.items()}
+        state = self._late_state | optimizer_tensors(self._optimizer, named)
+        return values | waiting | {f"optimizer.{name}": tensor for name, tensor in state.items()}
 
     def restore(self, state: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
-        for name in self._find(state["parameters"]):
-            raise ValueError(
-                f"the run to be resumed had learned the parameter {name!r}, which no run of the "
-                "program has used as yet: make it, by pyro.param or a run of the program, and "
-                "resume then"
-            )
+        values = under(tensors, "values.")
+        self._find(values)
         self._adopt()
         named = self.named_parameters()
+        for name in values:
+            if name not in named and not name.startswith("params."):
+                raise ValueError(
+                    f"the run to be resumed had learned {name!r}, a weight of an adapter that no run "
+                    "of the program has used as yet: give it the inputs that it was begun with"
+                )
         with torch.no_grad():
-            for name in state["parameters"]:
-                named[name].copy_(tensors[f"values.{name}"])
-        restore_optimizer(self._optimizer, named, under(tensors, "optimizer."))
+            for name in values.keys() & named.keys():
+                named[name].copy_(values[name])
+        self._saved.waiting = under(
+            {name: value for name, value in values.items() if name not in named}, "params."
+        )
+        self._late_state = under(tensors, "optimizer.")
+        restore_optimizer(self._optimizer, named, self._late_state)
         self.forget()
 
-    def _find(self, names: Sequence[str]) -> list[str]:
-        """Look for parameters that only some inputs and branches use. Returns those not found."""
+    def _find(self, names: Iterable[str]) -> None:
+        """Look for parameters that only some inputs and branches use."""
         for each in self._inputs:
             known = self.named_parameters()
             if all(name in known for name in names):
                 break
             self._trainables.find(each.program, each.args)
-        # What there is from before is found also if no run came to it.
-        store = pyro.get_param_store()
-        for name in names:
-            own = name.removeprefix("params.")
-            if own != name and own in store and own not in self._trainables.param_names:
-                self._trainables.param_names.append(own)
-        known = self.named_parameters()
-        return [name for name in names if name not in known]
 
     # --- a step ----------------------------------------------------------------------------------
 

@@ -95,6 +95,8 @@ def write_guide(guide: LMGuide, folder: Path) -> None:
     store = pyro.get_param_store()
     for name in guide.param_names:
         tensors[f"params.{name}"] = store._params[name].detach().contiguous()
+    for name, tensor in guide.saved_params.waiting.items():
+        tensors[f"params.{name}"] = tensor.contiguous()
     for i, adapter in enumerate(guide.adapters()):
         adapter.model.save_pretrained(folder / f"adapter-{i}")
     save_file(tensors, folder / "tensors.safetensors")
@@ -188,22 +190,24 @@ def read_parameters(guide: LMGuide, path: Path, description: dict[str, Any]) -> 
 
 
 def restore_program(adapters: list[LM], names: list[str], state: dict[str, Any]) -> None:
-    """Put loaded parameters into a guide program's adapters and ``pyro.param``s.
+    """Put loaded parameters into a guide program's adapters.
+
+    Args:
+        adapters: of the program.
+        names: of the ``pyro.param``s that runs of it have come to.
+        state: what was saved.
 
     Raises:
         ValueError: if the program has others than the one that was saved.
     """
-    if len(adapters) != len(state["adapters"]) or set(names) != set(state["params"]):
+    known = not state["params"] or bool(set(names) & set(state["params"]))
+    if len(adapters) != len(state["adapters"]) or not known:
         raise ValueError(
             f"the saved guide program had {len(state['adapters'])} adapters and the parameters "
             f"{sorted(state['params'])}, this one has {len(adapters)} and {sorted(names)}"
         )
     for adapter, tensors in zip(adapters, state["adapters"], strict=True):
         _set_adapter(adapter, tensors)
-    store = pyro.get_param_store()
-    with torch.no_grad():
-        for name, tensor in state["params"].items():
-            store._params[name].copy_(tensor)
 
 
 def _set_adapter(adapter: LM, tensors: dict[str, torch.Tensor]) -> None:

@@ -26,6 +26,7 @@ from lmppl import runtime
 from lmppl.guides.identity import digest_of
 from lmppl.guides.inputs import Input, observe
 from lmppl.guides.losses import Batch, LogZ, loss_of, prompt_state
+from lmppl.guides.optimizer_state import restore_optimizer
 from lmppl.guides.options import FitOptions
 from lmppl.guides.records import Record, revive
 from lmppl.guides.samples import Origin, Sample, Truncation, first_reading, truncate
@@ -66,6 +67,8 @@ class Trainer:
 
     Attributes:
         members: the inputs of the last step.
+        late_state: of the optimiser of a run that is resumed: also of parameters that it has not come
+            to yet.
     """
 
     def __init__(
@@ -81,6 +84,7 @@ class Trainer:
         self.seed, self.generator = seed, generator
         self._rate = options.rate(guide.base.hidden_size)
         self.log_z: LogZ | None = None
+        self.late_state: dict[str, torch.Tensor] = {}
         # Gradients of a variance shrink with it, so a memory of 1,000 steps of their size (0.999)
         # would hold the last steps back.
         groups: list[dict[str, Any]] = [{"params": []}]
@@ -409,6 +413,10 @@ class Trainer:
         ):
             if parameters:
                 self._add_group(parameters, rate)
+        if new and self.late_state:
+            ids = {id(p) for p in new}
+            named = {n: p for n, p in self.named_parameters().items() if id(p) in ids}
+            restore_optimizer(self.optimizer, named, self.late_state)
 
     def report_dead(self) -> None:
         """Say which inputs had no trace of positive probability.

@@ -29,7 +29,8 @@ class Snapshot:
     def put_back(self, parameters: Parameters) -> None:
         with torch.no_grad():
             for name, tensor in self.tensors.items():
-                parameters[name].copy_(tensor)
+                if name in parameters:  # a resumed run may not have come to all of them yet
+                    parameters[name].copy_(tensor)
 
 
 class DivergenceGuard:

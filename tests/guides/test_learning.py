@@ -1,6 +1,7 @@
 """Learning the program's parameters, against the evidence by enumeration."""
 
 import math
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -375,7 +376,7 @@ def test_the_checkpoint_of_other_learning_is_refused(tmp_path):
 
 
 def test_learning_goes_on_with_parameters_that_are_hard_to_find(tmp_path):
-    """A branch that a resumed run has not come to has parameters all the same."""
+    """A resumed run comes to a branch late, and its parameter goes on from where it was."""
     branch = SimpleNamespace(is_open=True)
 
     def program(x, label):
@@ -385,16 +386,53 @@ def test_learning_goes_on_with_parameters_that_are_hard_to_find(tmp_path):
             p = p * pyro.param("rare", torch.tensor(0.5), constraint=dist.constraints.positive)
         pyro.sample("label", dist.Bernoulli(p), obs=torch.tensor(label))
 
-    def run(**options):
-        settings = {"seed": 0, "batch_size": 8, "checkpoint": tmp_path / "run", "progress": False}
-        learn(lmppl.LMGuide(program, lm=LM), [("a", 1.0)], 3, **settings, **options)
+    def run(folder, stop_at=None, opens_at=None, **options):
+        def look(figures):
+            if figures["step"] == stop_at:
+                raise _Stop
+            branch.is_open = branch.is_open or figures["step"] == opens_at
 
-    run()
+        settings = {"seed": 0, "batch_size": 8, "checkpoint": tmp_path / folder, "progress": False}
+        settings |= {"checkpoint_every": 1, "callback": look}
+        guide = lmppl.LMGuide(program, lm=LM)
+        learn(guide, [("a", 1.0)], 5, **settings, **options)
+        found = "rare" in pyro.get_param_store()
+        return pyro.param("rare").detach().clone() if found else None
+
+    whole = run("whole")
+    pyro.clear_param_store()
+    with pytest.raises(_Stop):
+        run("broken", stop_at=2)  # after a step that no checkpoint has
     learned = pyro.param("rare").detach().clone()
+    for each in range(3):
+        shutil.copytree(tmp_path / "broken", tmp_path / f"copy{each}")
+    pyro.clear_param_store()
+    assert torch.equal(run("copy0", resume=True), whole)
     pyro.clear_param_store()
     branch.is_open = False
-    with pytest.raises(ValueError, match="'params.rare', which no run of the program has used"):
+    late = run("copy1", opens_at=2, resume=True)  # step 2 without it, steps 3 and 4 with
+    assert late != learned and late != whole and late != 0.5
+    pyro.clear_param_store()
+    branch.is_open = False
+    with pytest.warns(UserWarning, match="'rare' had been learned, but no run of the program"):
+        assert run("copy2", resume=True) is None
+
+
+def test_a_weight_that_no_run_uses_any_more_is_an_error(tmp_path):
+    uses = SimpleNamespace(adapter=LM.adapter())
+
+    def program(x):
+        lm_sample("z", x, max_tokens=1)
+        pyro.param("p", torch.tensor(0.5))
+        lm_sample("y", x, obs="a", lm=uses.adapter)
+
+    def run(**options):
+        settings = {"seed": 0, "batch_size": 8, "checkpoint": tmp_path / "run", "progress": False}
+        learn(lmppl.LMGuide(program, lm=LM), [("a",)], 2, **settings, **options)
+
+    run()
+    uses.adapter = None
+    with pytest.raises(
+        ValueError, match="a weight of an adapter that no run of the program has used"
+    ):
         run(resume=True)
-    pyro.param("rare", torch.tensor(0.5), constraint=dist.constraints.positive)
-    run(resume=True)
-    assert torch.equal(pyro.param("rare"), learned) and learned != 0.5

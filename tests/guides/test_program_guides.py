@@ -290,3 +290,81 @@ def test_a_guide_program_cannot_see_simulated_observations():
     guide = lmppl.LMGuide(model, lm=LM, program=categorical_guide)
     with pytest.raises(ValueError, match="a guide program reads its arguments.*simulated"):
         guide.fit([("ab", "ba")], steps=1, simulate=3, **SMALL)
+
+
+# --- parameters of some inputs only --------------------------------------------------------------
+
+
+def by_input(x, y):
+    k = pyro.sample("k", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(k, 0.5), obs=torch.tensor(y))
+    lm_sample("z", x, max_tokens=1)
+
+
+def guide_by_input(x, y):
+    loc = pyro.param(f"loc_{x}", torch.tensor(0.0))
+    scale = pyro.param(f"scale_{x}", torch.tensor(1.0), constraint=dist.constraints.positive)
+    pyro.sample("k", dist.Normal(loc, scale))
+
+
+BY_INPUT = [("ab.", 2.0), ("ba", -1.0)]
+
+
+def fitted_by_input(**options):
+    pyro.clear_param_store()
+    guide = lmppl.LMGuide(by_input, lm=LM, program=guide_by_input)
+    settings = {"learning_rate": 0.05, "inputs_per_step": 1, **SMALL}
+    return guide.fit(BY_INPUT, steps=8, **(settings | options))
+
+
+def values_by_input():
+    names = sorted(pyro.get_param_store().keys())
+    return {name: pyro.param(name).detach().clone() for name in names}
+
+
+def test_a_saved_guide_with_parameters_of_each_input_works_on_all(tmp_path):
+    fitted_by_input().save(tmp_path / "guide")
+    trained = values_by_input()
+    assert len(trained) == 4 and trained["scale_ba"] != 1.0
+    for order in (BY_INPUT, BY_INPUT[::-1]):
+        pyro.clear_param_store()
+        again = lmppl.LMGuide.load(tmp_path / "guide", by_input, lm=LM, program=guide_by_input)
+        for i, args in enumerate(order):
+            lmppl.infer(
+                by_input, *args, lm=LM, method="importance", guide=again, num_samples=4, seed=0
+            )
+            assert len(values_by_input()) == 2 * (i + 1)
+            if i == 0:
+                again.save(tmp_path / f"half-{args[0]}")  # with what it has not come to yet
+        assert values_by_input() == trained
+    pyro.clear_param_store()
+    half = lmppl.LMGuide.load(tmp_path / "half-ba", by_input, lm=LM, program=guide_by_input)
+    draw_samples(half, by_input, BY_INPUT[0], 1)
+    draw_samples(half, by_input, BY_INPUT[1], 1)
+    assert values_by_input() == trained
+
+    def other_shape(x, y):
+        loc = pyro.param(f"loc_{x}", torch.zeros(2))
+        pyro.sample("k", dist.Normal(loc.sum(), 1.0))
+
+    pyro.clear_param_store()
+    other = lmppl.LMGuide.load(tmp_path / "guide", by_input, lm=LM, program=other_shape)
+    with pytest.raises(ValueError, match=r"parameter 'loc_ab.' has the shape \(\).*\(2,\)"):
+        draw_samples(other, by_input, BY_INPUT[0], 1)
+
+
+def test_a_resumed_run_comes_late_to_parameters(tmp_path):
+    class Stop(Exception):
+        pass
+
+    def stop(figures):
+        if figures["step"] == 4:
+            raise Stop
+
+    options = {"checkpoint_every": 3}
+    fitted_by_input(checkpoint=tmp_path / "whole", **options)
+    whole = values_by_input()
+    with pytest.raises(Stop):
+        fitted_by_input(checkpoint=tmp_path / "broken", callback=stop, **options)
+    resumed = fitted_by_input(checkpoint=tmp_path / "broken", resume=True, **options)
+    assert values_by_input() == whole and len(resumed.history) == 8
