@@ -35,12 +35,15 @@ from lmppl.guides.options import FitOptions
 from lmppl.guides.saved_params import SavedParams
 from lmppl.guides.simulation import simulate
 from lmppl.guides.sources import Collection, Source
-from lmppl.guides.trainer import Trainer
+from lmppl.guides.tracking import tracker
+from lmppl.guides.trainer import Trainer, mean
 from lmppl.primitives import use
 from lmppl.progress import progress_bar
 
 if TYPE_CHECKING:
     from lmppl.guides.guide import LMGuide
+
+_FEWEST_EFFECTIVE = 3.0
 
 
 def learn(
@@ -59,6 +62,8 @@ def learn(
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 20,
     resume: bool = False,
+    log_with: Any = None,
+    logging_dir: str | Path = "runs",
     seed: int | None = None,
     progress: bool | None = None,
     callback: Callable[[dict[str, Any]], None] | None = None,
@@ -86,6 +91,7 @@ def learn(
             None: it never stops early.
         checkpoint, checkpoint_every, resume: a folder for checkpoints, M-steps between them, and
             whether to go on from the one that is there: to the same result as an unbroken run.
+        log_with, logging_dir: trackers of each step's figures, and where they write; see ``fit``.
         seed: makes the run reproducible.
         progress: show a progress bar; None: on a terminal.
         callback: called with each step's figures.
@@ -115,7 +121,9 @@ def learn(
     own = inspect.signature(learn).parameters.values()
     settings = FitOptions.of(options, [each.name for each in own if each.kind is each.KEYWORD_ONLY])
     checkpoints = Checkpoints.of(checkpoint, checkpoint_every, resume, seed)
-    seed, own_seed = runtime.slot_seeds(runtime.fresh_seed(seed), 2)  # the guide's, the M-step's
+    seed = runtime.fresh_seed(seed)
+    config = {"steps": steps, "seed": seed, "method": method, "loss": settings.loss}
+    seed, own_seed = runtime.slot_seeds(seed, 2)  # the guide's, the M-step's
     held_out = HeldOut(eval_every, eval_samples, seed)
     generator = torch.Generator().manual_seed(seed % 2**63)
     saved = SavedParams()
@@ -146,7 +154,10 @@ def learn(
         }
         history = progress_of.history
         done = checkpoints.begin(trainer, parts, this_run)
-        with progress_bar("learning the model", steps, show=progress) as bar:
+        with (
+            progress_bar("learning the model", steps, show=progress) as bar,
+            tracker(log_with, directory=logging_dir, name="lmppl", config=config) as track,
+        ):
             bar.advance(done)
             for number in range(done, done if stopping.over else steps):
                 figures: dict[str, Any] = {}
@@ -160,6 +171,7 @@ def learn(
                 history.append({"step": number, **figures, **found, **tried})
                 guide.history.append({**figures, "step": len(guide.history)})
                 bar.advance(log_evidence=found["log_evidence"])
+                track.log(history[-1], number)
                 if callback is not None:
                     callback(history[-1])
                 stop = bool(tried) and stopping.should_stop(
@@ -179,6 +191,7 @@ def learn(
                     break
         stopping.finish(_parameters(guide, m_step))
         trainer.report_dead()
+        guide.notes += _poor_draws(history, num_samples)
     for name in saved.waiting:
         warnings.warn(
             f"the parameter {name!r} had been learned, but no run of the program came to it since "
@@ -186,6 +199,19 @@ def learn(
             stacklevel=3,
         )
     return history
+
+
+def _poor_draws(history: History, num_samples: int) -> list[str]:
+    """A note, if the last quarter of the M-steps had few effective samples."""
+    last = [figures["model_ess"] for figures in history[-max(1, len(history) // 4) :]]
+    effective = mean(last) * num_samples
+    if not effective < _FEWEST_EFFECTIVE:
+        return []
+    return [
+        f"the M-steps had {effective:.1f} effective samples of {num_samples} draws for each input: so "
+        "few pull the program's parameters towards what the guide draws. Raise num_samples or "
+        "guide_steps, or let the guide read what is observed"
+    ]
 
 
 @contextmanager

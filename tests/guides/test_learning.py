@@ -9,6 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from accelerate.tracking import GeneralTracker
 
 import lmppl
 from lmppl import lm_sample, require
@@ -258,6 +259,49 @@ def test_held_out_evidence():
     exact = evidence(labelled, [("ba", 1.0), ("ba", 0.0)]) / 2
     assert history[-1]["eval_log_z"] == pytest.approx(exact, abs=0.1)
     assert history[-1]["eval_elbo"] <= history[-1]["eval_log_z"] + 1e-6
+
+
+class _Tracker(GeneralTracker):
+    name = "list"
+    requires_logging_directory = False
+    tracker = None
+
+    def __init__(self):
+        super().__init__()
+        self.config, self.figures = {}, []
+
+    def store_init_configuration(self, values):
+        self.config = values
+
+    def log(self, values, step=None, **kwargs):
+        self.figures.append({**values, "step": step})
+
+
+def test_figures_of_learning_go_to_trackers():
+    log = _Tracker()
+    options = {"seed": 3, "batch_size": 8, "guide_steps": 1, "progress": False}
+    history = learn(lmppl.LMGuide(labelled, lm=LM), DATA, 3, log_with=log, **options)
+    assert log.config == {"steps": 3, "seed": 3, "method": "em", "loss": "vargrad"}
+    assert [each["log_evidence"] for each in log.figures] == history.column("log_evidence")
+    assert [each["step"] for each in log.figures] == [0, 1, 2]
+
+
+def test_few_effective_samples_are_noted():
+    def hard(x, label):
+        lm_sample("z", x, max_tokens=2, stop=".")
+        t = pyro.sample("t", dist.Normal(0.0, 1.0))
+        p = pyro.param("p", torch.tensor(0.5), constraint=dist.constraints.unit_interval)
+        pyro.factor("hard", -1e4 * (t - 1.0) ** 2)
+        pyro.sample("label", dist.Bernoulli(p), obs=torch.tensor(label))
+
+    options = {"seed": 0, "batch_size": 8, "guide_steps": 1, "progress": False}
+    guide = lmppl.LMGuide(hard, lm=LM)
+    learn(guide, DATA, 2, num_samples=16, learning_rate=1e-6, **options)
+    (note,) = [each for each in guide.notes if "effective samples" in each]
+    assert note.startswith("the M-steps had ") and "of 16 draws" in note
+    guide = lmppl.LMGuide(labelled, lm=LM)
+    learn(guide, DATA, 2, num_samples=16, **options)
+    assert not any("effective samples" in each for each in guide.notes)
 
 
 def test_learning_stops_at_the_best_held_out_evidence(monkeypatch):
