@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 
 _RATE = "samples_per_second"  # computed, not stored
 
-_MODEL = ("log_evidence", "model_loss", "model_ess")
-_COLUMNS = ("step", *_MODEL, "loss", "log_z", "elbo", "ess", "alive", "length")
+_COLUMNS = ("step", "loss", "log_z", "elbo", "ess", "alive", "length", _RATE)
+# Of ``learn``: those of the program, and as many of the guide as there is room for.
+_LEARNING = ("step", "log_evidence", "model_ess", "loss", "elbo", "ess", "length")
+_LEARNING_HELD_OUT = ("eval_log_z", "eval_ess")
 _LABELS = {
     "log_evidence": "log evidence",
     "model_loss": "model loss",
@@ -126,9 +128,12 @@ class History(list[dict[str, Any]]):
 
     def _grid(self, rows: int) -> dict[str, Any]:
         keys = dict.fromkeys(key for figures in self for key in figures)
-        names = [name for name in _COLUMNS if name in keys and self._tells(name)]
-        names += [_RATE] if _finite(self, _RATE) else []
-        names += [name for name in keys if name.startswith(_HELD_OUT)]
+        held_out = [name for name in keys if name.startswith(_HELD_OUT)]
+        columns: Sequence[str] = _COLUMNS
+        if "log_evidence" in keys:
+            columns = _LEARNING
+            held_out = [name for name in _LEARNING_HELD_OUT if name in keys]
+        names = [name for name in columns if self._tells(name)] + held_out
         seconds, samples = self._seconds(), sum(_finite(self, "samples"))
         above = f"History: {len(self):,} step{'s' * (len(self) != 1)}, {samples:,.0f} samples"
         if seconds:
@@ -143,7 +148,10 @@ class History(list[dict[str, Any]]):
 
     def _tells(self, name: str) -> bool:
         """Whether a figure is known of any step (of a guide that draws nothing, some never are)."""
-        return name == "loss" or not all(math.isnan(value) for value in self.column(name))
+        if name == _RATE:
+            return bool(_finite(self, name))
+        there = any(name in figures for figures in self)
+        return there and (name == "loss" or not all(map(math.isnan, self.column(name))))
 
     def _spaced(self, rows: int) -> list[int]:
         """Which steps the table shows: the first, the last, and some between."""
