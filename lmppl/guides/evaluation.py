@@ -6,7 +6,8 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from numbers import Integral
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -39,8 +40,12 @@ class HeldOut:
     inputs: Sequence[Input] = ()
 
     def __post_init__(self) -> None:
-        for name, value in (("eval_every", self.every), ("eval_samples", self.num_samples)):
-            if not isinstance(value, int) or value < 1:
+        given: list[tuple[str, Any]] = [
+            ("eval_every", self.every),
+            ("eval_samples", self.num_samples),
+        ]
+        for name, value in given:
+            if not isinstance(value, Integral) or value < 1:
                 raise ValueError(f"{name}={value!r}: it must be an int of at least 1")
 
     def stopping(self, patience: int | None) -> EarlyStopping:
@@ -77,7 +82,8 @@ def evaluate(
     Returns:
         ``eval_ess`` (the effective sample size as a fraction of ``num_samples``; upward biased
         where it is below a few samples), ``eval_elbo`` of live draws (nats), ``eval_log_z`` (log of
-        the mean weight: a lower bound, nats), ``eval_alive``. Of simulated inputs also
+        the mean weight: a lower bound, nats; of inputs with a live draw), ``eval_alive``, and
+        ``eval_dead``, how many inputs had no live draw, if any had none. Of simulated inputs also
         ``eval_eubo``, the mean of log R - log q over their exact posterior draws: an upper bound. If
         no draw is dead (``eval_alive`` is 1), KL(q || p) is below ``eval_eubo - eval_elbo`` and above
         ``eval_log_z - eval_elbo``; else it is infinite.
@@ -104,6 +110,9 @@ def evaluate(
         "eval_log_z": _mean([runtime.log_mean_exp(u) for u in rows if bool((u > -math.inf).any())]),
         "eval_alive": _mean([len(u) / num_samples for u in live]),
     }
+    dead = sum(not len(u) for u in live)
+    if dead:
+        figures["eval_dead"] = float(dead)
     if all(each.exact for each in inputs):
         figures["eval_eubo"] = _eubo(guide, inputs)
     return figures

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
@@ -84,6 +83,7 @@ class LMGuide:
                 "own adapters, q = lm.adapter(LoraConfig(...))"
             )
         self.model, self.base, self.program = model, lm, program
+        self._given_program = program
         self.condition_on = condition_on
         self.adapter_per_site = adapter_per_site
         self.history = History()
@@ -329,10 +329,10 @@ class LMGuide:
 
     def restore_later(self, state: dict[str, Any]) -> None:
         """Loaded parameters of a guide program, which are not known before it is run."""
-        assert self.program is not None
+        assert self._given_program is not None
         self._pending = state
         self.saved_params = SavedParams()
-        self.program = self.saved_params.around(inspect.unwrap(self.program))
+        self.program = self.saved_params.around(self._given_program)
 
     def restore_pending(self, args: tuple[Any, ...] | None) -> None:
         """Put them in, by a run on an input (None: it was run before). Those that it does not come

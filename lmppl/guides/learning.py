@@ -14,6 +14,7 @@ identity). ``method="wake-sleep"`` trains the guide on what the model dreams, in
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -175,7 +176,9 @@ def learn(
                 if callback is not None:
                     callback(history[-1])
                 stop = bool(tried) and stopping.should_stop(
-                    number, tried["eval_log_z"], _parameters(guide, m_step)
+                    number,
+                    -math.inf if tried.get("eval_dead") else tried["eval_log_z"],
+                    _parameters(guide, m_step),
                 )
                 if stop:
                     guide.notes.append(
@@ -205,7 +208,7 @@ def _poor_draws(history: History, num_samples: int) -> list[str]:
     """A note, if the last quarter of the M-steps had few effective samples."""
     last = [figures["model_ess"] for figures in history[-max(1, len(history) // 4) :]]
     effective = mean(last) * num_samples
-    if not effective < _FEWEST_EFFECTIVE:
+    if not effective < min(_FEWEST_EFFECTIVE, num_samples / 2):
         return []
     return [
         f"the M-steps had {effective:.1f} effective samples of {num_samples} draws for each input: so "

@@ -6,6 +6,7 @@ import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from numbers import Integral
 from typing import Any, Literal
 
 from lmppl.lm.memory import Memory
@@ -130,7 +131,7 @@ class FitOptions:
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "inputs_per_step", "replay_capacity", "ppo_updates"):
-            if not isinstance(getattr(self, name), int):
+            if not isinstance(getattr(self, name), Integral):
                 raise TypeError(f"{name}={getattr(self, name)!r}: it must be an int")
         if not (
             isinstance(self.reward_temperature, Sequence) and len(self.reward_temperature) == 2

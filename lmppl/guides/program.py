@@ -225,10 +225,10 @@ def _text_value(name: str, model_fn: Any, guide_fn: Any, value: Any) -> Any:
             f"site '{name}': the guide draws up to {guide_fn.event_shape[0]} tokens, the model's "
             f"site holds {model_fn.event_shape[0]}: give both the same max_tokens and stop"
         )
-    given = model_fn.value(ids)
-    if model_fn.choices is None and not model_fn.supports(given):
+    closed = None if model_fn.choices is not None else model_fn.closing.scan(ids)
+    if closed is not None and closed[0] < len(ids):
         raise ValueError(
-            f"site '{name}': the guide draws {str(guide_fn.text(value))!r}, which the model's site does "
-            "not: there a text ends sooner or later. Give both the same max_tokens and stop"
+            f"site '{name}': the guide draws {str(guide_fn.text(value))!r}, and the model's site ends "
+            f"after token {closed[0]} of it: give both the same max_tokens and stop"
         )
-    return given
+    return model_fn.value(ids)

@@ -63,14 +63,14 @@ def find_observations(
                 runs[i] += runtime.start(program, args, num, seed=number)
                 particles += runs[i][-num:]
             runtime.complete(particles)
-            pending = [i for i in pending if len(_ended(runs[i])) < 2]
+            pending = [i for i in pending if not _ended(runs[i])]
             if not pending:
                 break
     return [_observations_of(own, vocabulary, condition_on, strict) for own in runs]
 
 
 _ROUNDS = (2, 2, 4, 8, 16, 32)
-"""Runs of an input at a time, until two have come to their end."""
+"""Runs of an input at a time, until one has come to its end."""
 
 
 def _ended(particles: Sequence[runtime.Particle]) -> list[runtime.Particle]:
@@ -277,11 +277,15 @@ def _earlier(trace: Trace, fn: LMText, vocabulary: Vocabulary, room: int) -> tup
         for node in trace.nodes.values()
         if node["type"] == "sample" and "fn" in node and is_latent(node)
     ]
+    # Room for a mark of each is kept, if there is any.
+    latents = latents[-_MOST_MARKS:]
+    least = _eos(vocabulary) if room >= len(latents) else ()
+    room -= len(least) * len(latents)
     marks: list[tuple[int, ...]] = []
-    for node in reversed(latents[-_MOST_MARKS:]):
+    for node in reversed(latents):
         mark = _mark(node, fn, vocabulary)
-        room -= len(mark)
-        marks.append(mark if room >= 0 else _eos(vocabulary))
+        room -= len(mark) - len(least)
+        marks.append(mark if room >= 0 else least)
     return tuple(token for mark in reversed(marks) for token in mark)
 
 
@@ -319,25 +323,29 @@ def _written(node: Any, vocabulary: Vocabulary) -> tuple[int, ...] | None:
     A vocabulary without digits writes whole numbers in binary, by its first two ordinary tokens.
     """
     value = node["value"]
+    if value.numel() > _MOST_NUMBERS:
+        return None
+    has_digits = _encode("0123456789", vocabulary) is not None
     if is_continuous(node):
-        if value.numel() > _MOST_NUMBERS:
+        if not has_digits:
             return None
         written = json.dumps(value.tolist(), default=str)
         rounded = _NUMBER.sub(lambda found: f"{float(found[0]):.3g}", written)
         return _encode(f"{node['name']} = {rounded}", vocabulary)
-    ids = _encode(f"{node['name']} = {value.tolist()}", vocabulary)
+    ids = _encode(f"{node['name']} = {value.tolist()}", vocabulary) if has_digits else None
     digits = [t for t in range(min(vocabulary.size, 64)) if t not in vocabulary.special_ids][:2]
     if ids is not None or len(digits) < 2:
         return ids
     bits: list[int] = []
     for number in value.reshape(-1).long().tolist():
         code = 2 * number if number >= 0 else -2 * number - 1  # signs folded away
-        bits += [digits[int(bit)] for bit in f"{code:0{_BITS}b}"]
+        written = f"{code + 1:b}"
+        # As many zeros in front as digits follow the first (Elias, 1975): so it tells its own end.
+        bits += [digits[int(bit)] for bit in "0" * (len(written) - 1) + written]
     return tuple(bits)
 
 
 _MOST_MARKS = 16
 _MOST_SHOWN = 256
 _MOST_NUMBERS = 16
-_BITS = 4  # at least; what is longer shows by its length
 _NUMBER = re.compile(r"-?\d+\.?\d*(?:[eE][-+]?\d+)?")

@@ -244,7 +244,8 @@ class Trainer:
         simulated ones do not say what was observed.)"""
         guide = self.guide
         automatic = guide.program is None and guide.condition_on == "all"
-        if not automatic or each.exact or self._alike_told:
+        alone = self.source.num_inputs == 1
+        if not automatic or each.exact or alone or self._alike_told:
             return
         read = first_reading(batch, each.observations)
         if read is None or len(self._readings) >= _MOST_READINGS:

@@ -1,5 +1,6 @@
 """Checkpoints: a resumed run ends as an unbroken one, and none but the same run is resumed."""
 
+import functools
 import itertools
 import json
 import math
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -19,6 +21,7 @@ from safetensors import SafetensorError
 
 import lmppl
 from lmppl import lm_sample
+from lmppl.guides.identity import digest_of, program_fingerprint
 from lmppl.testing import tiny_lm
 from lmppl.testing.programs import CASES
 
@@ -368,12 +371,69 @@ def test_what_a_program_closes_over_and_calls_makes_it_the_one_that_it_is(tmp_pa
         run(tmp_path / "run", steps=3, program=made(2, 1.0), resume=True)
 
 
+class _Programs:
+    step = 1
+
+    def first(self, x, y):
+        return lm_sample("z", [x, y], max_tokens=2)
+
+    def second(self, x, y):
+        return lm_sample("z", [x, y], max_tokens=3)
+
+    second.__qualname__, second.__name__ = first.__qualname__, "first"
+
+    def __call__(self, x, y):
+        return x.step
+
+
+step = 1  # of no program, though one has an attribute of that name
+
+
+def swapped(program, order):
+    @functools.wraps(program)
+    def wrapper(x, y):
+        return program(*(x, y)[::order])
+
+    return wrapper
+
+
+def test_what_makes_a_program_another_one(monkeypatch):
+    programs = _Programs()
+    prints = {
+        program_fingerprint(each)
+        for each in (
+            programs, programs.first, programs.second, infill, swapped(infill, 1),
+            swapped(infill, -1), functools.partial(infill, y="a"), functools.partial(infill, y="b"),
+        )
+    }  # fmt: skip
+    assert len(prints) == 8
+    assert program_fingerprint(swapped(infill, 1)) == program_fingerprint(swapped(infill, 1))
+    before = program_fingerprint(programs)
+    monkeypatch.setitem(globals(), "step", 2)
+    assert program_fingerprint(programs) == before
+
+
+def test_odd_data_has_a_digest():
+    cyclic = [1]
+    cyclic.append(cyclic)
+    odd = [
+        cyclic, torch.eye(3).to_sparse(), torch.zeros(2, dtype=torch.bfloat16), torch.tensor(1.0),
+        np.ones(2), np.zeros(2), {"a": torch.ones(2)}, object(), frozenset({"a", "b"}), b"a", None,
+    ]  # fmt: skip
+    assert len({digest_of(each) for each in odd}) == len(odd)
+    assert digest_of(torch.ones(2)) == digest_of(torch.ones(2)) != digest_of(torch.ones(2, 1))
+
+
 def test_a_program_that_counts_its_calls_is_resumed(tmp_path):
     calls = 0
 
-    def program(x, y):
+    def tick():
         nonlocal calls
         calls += 1
+
+    def program(x, y):
+        tick()
+        assert calls
         lm_sample("z", [x, y], max_tokens=2, stop=".")
 
     run(tmp_path / "run", steps=3, program=program)

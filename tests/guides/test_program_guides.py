@@ -1,5 +1,6 @@
 """Guides that the user wrote as programs."""
 
+import functools
 import math
 
 import pyro
@@ -163,7 +164,7 @@ def test_text_sites_must_fit():
 
     for program, message in [
         (longer, "site 'z': the guide draws up to 6 tokens, the model's site holds 3"),
-        (unclosed, "site 'z': the guide draws '.*there a text ends sooner or later.*stop"),
+        (unclosed, "site 'z': the guide draws '.*model's site ends after token 1 of it.*stop"),
         (number, "site 'z': the guide draws from Normal, the model from LMText"),
         (other_tokens, "site 'z': the guide's model 'tiny-ab-1' has another tokenizer"),
     ]:
@@ -351,6 +352,24 @@ def test_a_saved_guide_with_parameters_of_each_input_works_on_all(tmp_path):
     other = lmppl.LMGuide.load(tmp_path / "guide", by_input, lm=LM, program=other_shape)
     with pytest.raises(ValueError, match=r"parameter 'loc_ab.' has the shape \(\).*\(2,\)"):
         draw_samples(other, by_input, BY_INPUT[0], 1)
+
+
+def test_a_loaded_guide_program_keeps_its_decorators(tmp_path):
+    def swapped(program):
+        @functools.wraps(program)
+        def wrapper(x, y):
+            return program({"ab.": "ba", "ba": "ab."}[x], y)
+
+        return wrapper
+
+    fitted_by_input().save(tmp_path / "guide")
+    trained = values_by_input()
+    pyro.clear_param_store()
+    program = swapped(guide_by_input)
+    again = lmppl.LMGuide.load(tmp_path / "guide", by_input, lm=LM, program=program)
+    (sample,) = draw_samples(again, by_input, BY_INPUT[0], 1)
+    q = sample.proposer.draws["k"]["fn"]
+    assert q.loc.item() == trained["loc_ba"] != trained["loc_ab."]
 
 
 def test_a_resumed_run_comes_late_to_parameters(tmp_path):

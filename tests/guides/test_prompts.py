@@ -178,7 +178,7 @@ def test_numbers_stand_in_front():
         pyro.sample("a", dist.Delta(torch.tensor([1.0 + 1e-9, 0.1])).to_event(1))
         lm_sample("z", x, max_tokens=2)
 
-    guide = lmppl.LMGuide(program, lm=tiny_lm([*"ab.\n =10[],"], seed=0))
+    guide = lmppl.LMGuide(program, lm=tiny_lm([*"ab.\n =[],0123456789"], seed=0))
     eos = guide.base.vocabulary.eos_id
     seen = set()
     for sample in draw_samples(guide, program, ("a",), 8):
@@ -218,6 +218,21 @@ def test_the_latest_stand_in_front_where_there_is_no_room_for_all():
     assert len(found) == 2 + 3 * 82 + 1
     long = prompts(program, "a" * 150, lm=PLAIN)["w"]
     assert long.count(eos) == 4 + 2 and len(long) == 4 + 82 + 150
+
+
+@pytest.mark.parametrize("context_length", range(19, 30))
+def test_what_stands_in_front_fits_the_context(context_length):
+    """Wherever the prefix and the text themselves do."""
+
+    def program(x):
+        for i in range(3):
+            lm_sample(f"z{i}", x, max_tokens=9)
+
+    lm = tiny_lm("ab.\n", seed=0, context_length=context_length)
+    guide = lmppl.LMGuide(program, lm=lm)
+    for sample in draw_samples(guide, program, ("ab",), 64):
+        for draw in sample.proposer.draws.values():
+            assert len(draw.fn.prefix_ids) + 9 <= context_length
 
 
 def test_an_eos_in_an_observation_is_not_shown():
