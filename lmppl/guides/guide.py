@@ -340,12 +340,13 @@ class LMGuide:
         if self._pending is not None:
             from lmppl.guides.storage import restore_program
 
-            state, self._pending = self._pending, None
+            state = self._pending
             self.saved_params.waiting = dict(state["params"])
             if args is not None:
                 self._find_trainables(args)
             restore_program(self.adapters(), self.param_names, state)
             self.saved_params.put_in(self.param_names)
+            self._pending = None  # not before: after an error it is tried again
 
     def __repr__(self) -> str:
         kind = "automatic" if self.program is None else getattr(self.program, "__name__", "program")

@@ -28,7 +28,8 @@ def identity(trainer: Trainer) -> dict[str, Any]:
     """What must be equal for a run to be the same one, in JSON's types."""
     guide = trainer.guide
     own = None if guide.program is None else program_fingerprint(guide.program)
-    options = json.loads(json.dumps(dataclasses.asdict(trainer.options)))
+    # (NumPy's integers are integers, too.)
+    options = json.loads(json.dumps(dataclasses.asdict(trainer.options), default=int))
     return {
         "program": program_fingerprint(guide.model),
         "guide program": own,
@@ -84,7 +85,9 @@ def _layers(program: Any) -> tuple[list[FunctionType], list[Any]]:
     ``functools.partial`` has bound. (Decorators of lmppl and Pyro don't count.)"""
     functions: list[FunctionType] = []
     bound: list[Any] = []
-    while program is not None:
+    seen: list[Any] = []
+    while program is not None and all(program is not each for each in seen):
+        seen.append(program)
         if isinstance(program, functools.partial):
             bound += [program.args, program.keywords]
             program = program.func

@@ -52,7 +52,7 @@ def find_observations(
 
     Raises:
         ValueError: ``strict`` and the runs observe different things, or ``condition_on`` names a
-            site that neither run observes.
+            site that no run observes.
     """
     runs: list[list[runtime.Particle]] = [[] for _ in inputs]
     pending = list(range(len(inputs)))
@@ -130,8 +130,8 @@ def _opening(
         next((n["fn"] for n in particle.sites.values() if _is_text(n, vocabulary)), None)
         for particle in particles
     ]
-    prefixes = [fn.prefix_ids for fn in texts if fn is not None]
-    if len(prefixes) < len(texts):
+    prefixes = [fn.prefix_ids for fn in texts if fn is not None]  # a rejected run may have none
+    if not prefixes:
         return {}
     common = [same[0] for same in itertools.takewhile(_are_equal, zip(*prefixes, strict=False))]
     bos = vocabulary.bos_ids
@@ -259,7 +259,7 @@ def lines(observations: Observations, vocabulary: Vocabulary) -> tuple[int, ...]
 
 
 def _earlier(trace: Trace, fn: LMText, vocabulary: Vocabulary, room: int) -> tuple[int, ...]:
-    """What stands in front, for each latent that the run has drawn, in about ``room`` tokens.
+    """What stands in front, for each latent that the run has drawn, in at most ``room`` tokens.
 
     A text that the prefix holds has EOS alone; if it ended by EOS, another one, with the text
     between them where it is the end of the prefix. A text that ended by EOS leaves no mark of its

@@ -9,7 +9,7 @@ import torch
 from guide_helpers import draw_samples, latent_ids, shaken
 
 import lmppl
-from lmppl import lm_sample
+from lmppl import lm_sample, require
 from lmppl.guides.automatic import HeadDraw, TextDraw
 from lmppl.guides.heads import Head
 from lmppl.testing import (
@@ -271,6 +271,17 @@ def test_a_head_before_any_text_reads_how_the_first_text_begins():
         found.append(sample.proposer.draws["k"].features)
     assert not torch.allclose(found[0], found[1], atol=1e-3)
     assert not torch.allclose(found[0], found[2], atol=1e-3)
+
+
+def test_a_rejected_run_does_not_hide_how_the_first_text_begins():
+    def program(x, first):
+        k = pyro.sample("k", dist.Bernoulli(0.5))
+        require("wanted", bool(k == first))
+        lm_sample("z", x, max_tokens=2)
+
+    for first in (0.0, 1.0):
+        found = lmppl.LMGuide(program, lm=LM).observations(("ab.", first))
+        assert found == {"": LM.vocabulary.encode("ab.")}
 
 
 def latent_ids_of(sample):

@@ -413,6 +413,19 @@ def test_what_makes_a_program_another_one(monkeypatch):
     assert program_fingerprint(programs) == before
 
 
+def test_integers_of_numpy_are_integers(tmp_path):
+    run(tmp_path / "run", steps=3, batch_size=np.int64(8))
+    run(tmp_path / "run", steps=3, batch_size=8, resume=True)
+
+
+def test_a_program_that_wraps_itself_has_a_fingerprint():
+    def program(x, y):
+        return lm_sample("z", [x, y], max_tokens=2)
+
+    program.__wrapped__ = program
+    assert program_fingerprint(program) == program_fingerprint(program)
+
+
 def test_odd_data_has_a_digest():
     cyclic = [1]
     cyclic.append(cyclic)

@@ -10,6 +10,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from accelerate.tracking import GeneralTracker
+from safetensors.torch import load_file
 
 import lmppl
 from lmppl import lm_sample, require
@@ -261,6 +262,32 @@ def test_held_out_evidence():
     assert history[-1]["eval_elbo"] <= history[-1]["eval_log_z"] + 1e-6
 
 
+def test_a_model_under_which_a_held_out_input_is_dead_is_not_the_best(monkeypatch):
+    """The others' evidence alone may be better."""
+    values = [{"eval_log_z": z} for z in (-3.0, -1.0, -2.0, -2.5, -2.2)]
+    values[1]["eval_dead"] = 1.0
+    found = iter(values)
+    monkeypatch.setattr("lmppl.guides.evaluation.evaluate", lambda *args, **options: next(found))
+    options = {"seed": 0, "batch_size": 8, "guide_steps": 1, "progress": False}
+    guide = lmppl.LMGuide(labelled, lm=LM)
+    held_out = {"eval_data": [("ba", 0.0)], "eval_every": 1, "patience": 2}
+    learn(guide, DATA, 5, **held_out, **options)
+    (note,) = guide.notes
+    assert note.endswith("after 5 M-steps: no better held-out log evidence since step 2")
+
+
+def test_dead_held_out_inputs_are_counted():
+    def program(x, possible, label):
+        labelled(x, label)
+        require("r", possible)
+
+    options = {"seed": 0, "batch_size": 8, "guide_steps": 1, "progress": False, "eval_samples": 8}
+    guide = lmppl.LMGuide(program, lm=LM)
+    held_out = [("ab.", True, 1.0), ("ab.", False, 1.0)]
+    history = learn(guide, [("ab.", True, 1.0)], 1, eval_data=held_out, **options)
+    assert history[-1]["eval_dead"] == 1.0 and math.isfinite(history[-1]["eval_log_z"])
+
+
 class _Tracker(GeneralTracker):
     name = "list"
     requires_logging_directory = False
@@ -419,7 +446,7 @@ def test_the_checkpoint_of_other_learning_is_refused(tmp_path):
         lmppl.LMGuide(labelled, lm=LM).fit(DATA, 10, seed=0, checkpoint=path, resume=True)
 
 
-def test_learning_goes_on_with_parameters_that_are_hard_to_find(tmp_path):
+def test_learning_goes_on_with_parameters_that_are_hard_to_find(tmp_path, monkeypatch):
     """A resumed run comes to a branch late, and its parameter goes on from where it was."""
     branch = SimpleNamespace(is_open=True)
 
@@ -430,11 +457,10 @@ def test_learning_goes_on_with_parameters_that_are_hard_to_find(tmp_path):
             p = p * pyro.param("rare", torch.tensor(0.5), constraint=dist.constraints.positive)
         pyro.sample("label", dist.Bernoulli(p), obs=torch.tensor(label))
 
-    def run(folder, stop_at=None, opens_at=None, **options):
+    def run(folder, stop_at=None, **options):
         def look(figures):
             if figures["step"] == stop_at:
                 raise _Stop
-            branch.is_open = branch.is_open or figures["step"] == opens_at
 
         settings = {"seed": 0, "batch_size": 8, "checkpoint": tmp_path / folder, "progress": False}
         settings |= {"checkpoint_every": 1, "callback": look}
@@ -447,19 +473,33 @@ def test_learning_goes_on_with_parameters_that_are_hard_to_find(tmp_path):
     pyro.clear_param_store()
     with pytest.raises(_Stop):
         run("broken", stop_at=2)  # after a step that no checkpoint has
-    learned = pyro.param("rare").detach().clone()
+    kept = load_file(tmp_path / "broken" / "state.safetensors")["m_step.values.params.rare"]
     for each in range(3):
         shutil.copytree(tmp_path / "broken", tmp_path / f"copy{each}")
     pyro.clear_param_store()
     assert torch.equal(run("copy0", resume=True), whole)
+
+    # The first step comes to it, and no run before: value and optimiser are as they were.
+    restore = MStep.restore
+
+    def restore_and_open(*args):
+        restore(*args)
+        branch.is_open = True
+
     pyro.clear_param_store()
     branch.is_open = False
-    late = run("copy1", opens_at=2, resume=True)  # step 2 without it, steps 3 and 4 with
-    assert late != learned and late != whole and late != 0.5
+    with monkeypatch.context() as patch:
+        patch.setattr(MStep, "restore", restore_and_open)
+        assert torch.equal(run("copy1", resume=True), whole)
+
+    # No run comes to it. The checkpoints have it all the same.
     pyro.clear_param_store()
     branch.is_open = False
     with pytest.warns(UserWarning, match="'rare' had been learned, but no run of the program"):
         assert run("copy2", resume=True) is None
+    branch.is_open = True
+    run("copy2", resume=True)
+    assert torch.equal(pyro.get_param_store()._params["rare"].detach(), kept)
 
 
 def test_a_weight_that_no_run_uses_any_more_is_an_error(tmp_path):

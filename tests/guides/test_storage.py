@@ -210,10 +210,11 @@ def test_another_guide_program(tmp_path):
         lm_sample("z", [y, x], max_tokens=2, lm=q)
 
     loaded = lmppl.LMGuide.load(tmp_path / "guide", model, lm=lm, program=other)
-    with pytest.raises(
-        ValueError, match=r"had 1 adapters and the parameters \['p'\], this one has"
-    ):
-        draw_samples(loaded, model, args, 1)
+    for _ in range(2):  # it is not forgotten that it could not be restored
+        with pytest.raises(
+            ValueError, match=r"had 1 adapters and the parameters \['p'\], this one has"
+        ):
+            draw_samples(loaded, model, args, 1)
 
 
 def test_a_guide_with_an_adapter_each_is_saved_before_it_is_used(tmp_path):
