@@ -33,9 +33,9 @@ import lmppl
 from benchmarks.infilling_task import Task
 from benchmarks.machine import machine
 from lmppl import use
-from lmppl.guides.data import simulated_inputs, simulations
-from lmppl.guides.evaluation import evaluate
-from lmppl.guides.options import FitOptions
+from lmppl.training.data import simulated_inputs, simulations
+from lmppl.training.evaluation import evaluate
+from lmppl.training.options import FitOptions
 
 SEED_OF_HELD_OUT = 1_000_003
 CALIBRATION_STEPS = 3

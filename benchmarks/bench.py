@@ -14,8 +14,8 @@ import torch
 import lmppl
 from benchmarks.measuring import Contender, Local, Timed, Work, in_turns, kept
 from lmppl.lm import embedded
-from lmppl.lm.closing import Closing
-from lmppl.lm.requests import Draw, Score
+from lmppl.lm.batches.requests import Draw, Score
+from lmppl.lm.tokens.stopping import Closing
 
 Mode = Literal["smoke", "quick", "full"]
 REPEATS: dict[Mode, int] = {"smoke": 1, "quick": 3, "full": 5}

@@ -12,7 +12,7 @@ from __future__ import annotations
 from benchmarks.bench import Bench
 from benchmarks.products import Products
 from benchmarks.results import Goal, Row
-from lmppl.lm.decoding import Decoding
+from lmppl.lm.batches.decoding import Decoding
 
 GOALS = {256: 0.6}
 FIRST = 4  # steps that are not counted: the prompt, and what is allocated at first

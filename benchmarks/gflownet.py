@@ -25,10 +25,9 @@ from benchmarks.measuring import Timed
 from benchmarks.peers import gfn_lm_tuning
 from benchmarks.results import Goal, Row, Skipped
 from lmppl import lm_sample, use
-from lmppl.guides.inputs import Input
-from lmppl.guides.options import FitOptions
-from lmppl.guides.sources import Collection
-from lmppl.guides.trainer import Trainer
+from lmppl.training.inputs import Collection, Input
+from lmppl.training.options import FitOptions
+from lmppl.training.trainer import Trainer
 
 GOAL = 5.0
 ON_POLICY: dict[str, Any] = {

@@ -23,7 +23,7 @@ from benchmarks.bench import Bench
 from benchmarks.measuring import synchronize
 from benchmarks.results import Goal, Row
 from lmppl import lm_sample
-from lmppl.lm.runner import Runner
+from lmppl.lm.network.runner import Runner
 
 GOAL = 0.10
 

@@ -18,7 +18,7 @@ import torch
 from benchmarks.bench import Bench
 from benchmarks.measuring import synchronize
 from benchmarks.results import Goal, Row
-from lmppl.lm.decoding import Decoding
+from lmppl.lm.batches.decoding import Decoding
 
 GOAL = 0.10
 MEMORY_GOAL = 8 << 30

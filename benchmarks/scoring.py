@@ -18,7 +18,7 @@ import torch
 from benchmarks.bench import Bench
 from benchmarks.measuring import Timed, ratios, synchronize
 from benchmarks.results import Goal, Row
-from lmppl.lm.requests import Score
+from lmppl.lm.batches.requests import Score
 
 GOAL, MEMORY_GOAL = 4.0, 5.0
 PREFIX, LATENT, OBSERVED = 128, 16, 24  # tokens of x, z and y

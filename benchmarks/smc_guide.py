@@ -39,8 +39,8 @@ from benchmarks.machine import machine
 from benchmarks.results import write
 from lmppl import use
 from lmppl.engines import Engine
-from lmppl.guides.data import simulations
 from lmppl.runtime import log_mean_exp
+from lmppl.training.data import simulations
 
 METHODS: dict[str, Engine] = {
     "prior": lmppl.SMC(),

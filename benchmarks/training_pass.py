@@ -16,7 +16,7 @@ import torch
 from benchmarks.bench import Bench
 from benchmarks.products import Products
 from benchmarks.results import Goal, Row
-from lmppl.lm.requests import Score
+from lmppl.lm.batches.requests import Score
 
 GOAL = 0.4
 

@@ -1,19 +1,19 @@
 """lmppl: probabilistic programming with language models, on Pyro."""
 
-from lmppl._infer import infer
-from lmppl._infer_batch import infer_batch
-from lmppl.diagnostics import Diagnosis, diagnose
+from lmppl.diagnostics.diagnose import Diagnosis, diagnose
 from lmppl.distributions import LMText
 from lmppl.engines import SMC, Engine, Exact, GFlowNet, Importance, register_engine
-from lmppl.guides import LMGuide
-from lmppl.guides.learning import learn
+from lmppl.engines.dispatch import infer
+from lmppl.engines.infer_batch import infer_batch
 from lmppl.lm import LM
-from lmppl.lm.memory import Memory
+from lmppl.lm.network.memory import Memory
+from lmppl.lm.tokens.text import Text
 from lmppl.posterior import Posterior, ZeroEvidenceError
 from lmppl.primitives import chat, lm_sample, require, tool, use
-from lmppl.profiling import Profile, profile
+from lmppl.report.profiling import Profile, profile
 from lmppl.runtime import ReplayError
-from lmppl.text import Text
+from lmppl.training.learn import learn
+from lmppl.training.lm_guide import LMGuide
 
 __version__ = "0.1.0"
 

@@ -19,9 +19,9 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch.distributions import constraints
 
 from lmppl.lm import LM
-from lmppl.lm.closing import Closing
-from lmppl.lm.requests import Draw, Score, Scored
-from lmppl.text import Text
+from lmppl.lm.batches.requests import Draw, Score, Scored
+from lmppl.lm.tokens.stopping import Closing
+from lmppl.lm.tokens.text import Text
 
 PAD = -1  # never a token, so a value cannot be confused with one that ends in EOS
 

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from pyro.poutine import Trace
 
-from lmppl._sites import has_value, is_continuous, is_latent, key_of, value_of, values_of
-from lmppl._table import html_table, text_table
+from lmppl.report.tables import html_table, text_table
+from lmppl.runtime.sites import has_value, is_continuous, is_latent, key_of, value_of, values_of
 
 if TYPE_CHECKING:
-    from lmppl.profiling import Profile
+    from lmppl.report.profiling import Profile
 
 
 class ZeroEvidenceError(RuntimeError):

@@ -23,7 +23,7 @@ from pyro.poutine.trace_messenger import TraceMessenger
 
 from lmppl.distributions import LMText, ToolCall, ToolResult
 from lmppl.lm import LM
-from lmppl.text import Text
+from lmppl.lm.tokens.text import Text
 
 # --- which language model ------------------------------------------------------------------------
 

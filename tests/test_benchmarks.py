@@ -20,7 +20,7 @@ from benchmarks.peers import gfn_lm_tuning
 from benchmarks.peers.process import PeerContender, PeerProcess
 from benchmarks.products import Products
 from benchmarks.results import LOCAL, Goal, Result, Row, Skipped, load_all, write
-from lmppl.lm.requests import Score
+from lmppl.lm.batches.requests import Score
 from lmppl.testing import tiny_lm
 
 CPU = torch.device("cpu")

@@ -10,7 +10,7 @@ import math
 import pytest
 import torch
 
-from lmppl import objectives
+from lmppl.training import objectives
 
 DEAD = -math.inf
 STRINGS = ["".join(s) for n in range(4) for s in itertools.product("ab", repeat=n)]

@@ -18,8 +18,8 @@ from pyro.poutine import Trace
 from rich.cells import cell_len
 
 from lmppl import Posterior, ZeroEvidenceError
-from lmppl._table import MAX_ROWS, bar, text_table
 from lmppl.distributions import ToolCall, ToolResult
+from lmppl.report.tables import MAX_ROWS, bar, text_table
 
 NO_WEIGHT = -math.inf
 

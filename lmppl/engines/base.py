@@ -11,10 +11,10 @@ from typing import Any, Protocol
 
 import torch
 
-from lmppl.guides import proposer_factory
-from lmppl.lm.usage import Usage
+from lmppl.guides.guide import proposer_factory
+from lmppl.lm.meter.usage import Usage
 from lmppl.posterior import Posterior
-from lmppl.progress import progress_bar
+from lmppl.report.progress import progress_bar
 from lmppl.runtime import Particle, own_usage
 
 __all__ = ["Engine", "Meter", "finish", "proposer_factory"]

@@ -20,7 +20,7 @@ import torch
 from lmppl import runtime
 from lmppl.distributions import LMText, choice_log_probs
 from lmppl.engines.base import Meter, finish
-from lmppl.lm.enumeration import enumerate_sequences
+from lmppl.lm.batches.enumeration import enumerate_sequences
 from lmppl.posterior import Posterior
 from lmppl.runtime import Given, Particle, Wait
 

@@ -21,8 +21,8 @@ import torch
 
 from lmppl import runtime
 from lmppl.engines.base import Meter, finish, proposer_factory
-from lmppl.guides import LMGuide
 from lmppl.posterior import Posterior
+from lmppl.training.lm_guide import LMGuide
 
 if TYPE_CHECKING:
     from peft import LoraConfig

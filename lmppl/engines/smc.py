@@ -37,8 +37,8 @@ from lmppl.engines.base import Meter, finish, proposer_factory
 from lmppl.engines.resampling import SCHEMES, settle_in_place
 from lmppl.engines.twists import Twist
 from lmppl.lm import LM
-from lmppl.lm.decoding import Decoding
-from lmppl.lm.requests import Draw
+from lmppl.lm.batches.decoding import Decoding
+from lmppl.lm.batches.requests import Draw
 from lmppl.posterior import Posterior
 from lmppl.runtime import Particle, Wait, ess, log_mean_exp
 

@@ -21,9 +21,9 @@ from typing import Protocol
 import torch
 
 from lmppl.distributions import LMText
-from lmppl.lm.decoding import Decoding
+from lmppl.lm.batches.decoding import Decoding
+from lmppl.lm.tokens.text import Text
 from lmppl.runtime import Given, Particle, Proposer, closing, is_latent, settle
-from lmppl.text import Text
 
 Twist = Callable[[Text], float]
 """log psi (nats) of a site's text so far; finite wherever a completion has mass."""

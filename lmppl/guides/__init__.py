@@ -1,31 +1,5 @@
 """Guides: distributions over a program's latent sites that stand in for its posterior."""
 
-from __future__ import annotations
+from lmppl.guides.guide import proposer_factory
 
-from collections.abc import Callable
-from typing import Any
-
-from lmppl.guides.guide import LMGuide
-from lmppl.guides.options import FitOptions
-from lmppl.guides.program import ProgramProposer
-from lmppl.runtime import Proposer
-
-__all__ = ["FitOptions", "LMGuide", "proposer_factory"]
-
-
-def proposer_factory(guide: Any, args: tuple[Any, ...]) -> Callable[[int, int], Proposer] | None:
-    """What makes the proposer of each particle, from its slot and a seed.
-
-    Args:
-        guide: None (the program's prior), a guide program, or an ``LMGuide``.
-        args: the program's arguments.
-    """
-    if guide is None:
-        return None
-    if hasattr(guide, "proposer_factory"):
-        return guide.proposer_factory(args)
-    if callable(guide):
-        return lambda slot, seed: ProgramProposer.make(guide, args, slot, seed)
-    raise TypeError(
-        f"guide= takes a lmppl.LMGuide or a guide program (a callable), given {type(guide).__name__}"
-    )
+__all__ = ["proposer_factory"]

@@ -16,7 +16,7 @@ from pyro.poutine.trace_struct import Trace
 from lmppl import runtime
 from lmppl.distributions import LMText
 from lmppl.guides.automatic import SiteScore
-from lmppl.lm.requests import Scored
+from lmppl.lm.batches.requests import Scored
 from lmppl.runtime import Given, Particle, Proposer, is_latent, suspend
 
 

@@ -20,10 +20,10 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_factor
 
 from lmppl import runtime
-from lmppl._sites import is_continuous
 from lmppl.distributions import LMText, ToolCall
-from lmppl.lm.vocabulary import Vocabulary
+from lmppl.lm.tokens.vocabulary import Vocabulary
 from lmppl.runtime import is_latent
+from lmppl.runtime.sites import is_continuous
 
 Observations = Mapping[str, tuple[int, ...]]
 """Name of an observed site to the tokens that show it."""

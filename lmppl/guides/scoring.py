@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from lmppl import runtime
-from lmppl.guides.guide import LMGuide
 from lmppl.guides.program import PriorProposer, score_program
 from lmppl.guides.prompts import Observations
-from lmppl.guides.records import Record, Value, revive
 from lmppl.runtime import Particle
+from lmppl.runtime.records import Record, Value, revive
+from lmppl.training.lm_guide import LMGuide
 
 
 @dataclass(frozen=True, eq=False)

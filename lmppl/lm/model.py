@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lmppl.lm.closing import Closing
-from lmppl.lm.memory import Memory
-from lmppl.lm.observed import encode_observed
-from lmppl.lm.requests import Draw, Drawn, Score, Scored
-from lmppl.lm.usage import Usage
-from lmppl.lm.vocabulary import Vocabulary
-from lmppl.lm.work import watch_backward
-from lmppl.text import Text
+from lmppl.lm.batches.requests import Draw, Drawn, Score, Scored
+from lmppl.lm.meter.usage import Usage
+from lmppl.lm.meter.work import watch_backward
+from lmppl.lm.network.memory import Memory
+from lmppl.lm.tokens.stopping import Closing, encode_observed
+from lmppl.lm.tokens.text import Text
+from lmppl.lm.tokens.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -272,7 +271,7 @@ class LM:
 
         Contents that are ``Text``s keep their tokens.
         """
-        from lmppl.lm.chat import apply_chat_template
+        from lmppl.lm.tokens.chat import apply_chat_template
 
         return apply_chat_template(
             self.vocabulary, messages, add_generation_prompt=add_generation_prompt
@@ -289,7 +288,7 @@ class LM:
 
     def draw(self, draws: Sequence[Draw]) -> list[Drawn]:
         """Draw a sequence for every request, all of them side by side."""
-        from lmppl.lm.decoding import Decoding
+        from lmppl.lm.batches.decoding import Decoding
 
         if not draws:
             return []
@@ -305,7 +304,7 @@ class LM:
             scores: the requests; equal ones are computed once.
             grad: keep the graph, for the parameters of an adapter.
         """
-        from lmppl.lm.scoring import score
+        from lmppl.lm.batches.scoring import score
 
         for request in scores:
             self.check_context(len(request.prefix), len(request.continuation), request.name)
@@ -316,7 +315,7 @@ class LM:
 
     def hidden(self, prefixes: Sequence[tuple[int, ...]]) -> torch.Tensor:
         """The last layer's state at the last token of each prefix, (N, hidden_size) float32."""
-        from lmppl.lm.scoring import hidden
+        from lmppl.lm.batches.scoring import hidden
 
         for prefix in prefixes:
             self.check_context(len(prefix), 0, "")
@@ -338,7 +337,7 @@ class LM:
 
         Merged weights make a decoding step faster; they are renewed when the adapter has changed.
         """
-        from lmppl.lm.adapter import sampler
+        from lmppl.lm.network.adapter import sampler
 
         return sampler(self)
 
@@ -352,7 +351,7 @@ class LM:
 
     def adapter(self, config: LoraConfig | None = None) -> LM:
         """A new model: this one's weights, shared, and a trainable LoRA adapter."""
-        from lmppl.lm.adapter import add_lora
+        from lmppl.lm.network.adapter import add_lora
 
         return add_lora(self, config)
 

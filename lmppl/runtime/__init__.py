@@ -1,5 +1,15 @@
 """Running many copies of one program side by side, batching their language-model calls."""
 
+from lmppl.runtime.batching import (
+    closing,
+    complete,
+    draw,
+    fresh_seed,
+    nth_seed,
+    settle,
+    slot_seeds,
+    start,
+)
 from lmppl.runtime.coroutine import suspend
 from lmppl.runtime.particle import (
     Given,
@@ -11,17 +21,7 @@ from lmppl.runtime.particle import (
     is_latent,
     site_log_weight,
 )
-from lmppl.runtime.serving import (
-    closing,
-    complete,
-    draw,
-    fresh_seed,
-    nth_seed,
-    settle,
-    slot_seeds,
-    start,
-)
-from lmppl.runtime.together import Member, advance, own_usage
+from lmppl.runtime.scheduler import Member, advance, own_usage
 from lmppl.runtime.weights import ess, log_mean_exp
 
 __all__ = [

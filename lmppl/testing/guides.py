@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from lmppl.guides import LMGuide
 from lmppl.guides.scoring import score_latents
 from lmppl.lm import LM
 from lmppl.primitives import use
 from lmppl.runtime import Particle
 from lmppl.testing.oracle import Enumeration, ExactTrace, enumerate_program
+from lmppl.training.lm_guide import LMGuide
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ import torch
 from pyro import poutine
 
 from lmppl.lm import LM
+from lmppl.lm.tokens.text import Text
 from lmppl.primitives import lm_sample, require, tool
 from lmppl.testing.oracle import Enumeration, enumerate_program
 from lmppl.testing.tiny import tiny_lm
-from lmppl.text import Text
 
 
 @dataclass(frozen=True)

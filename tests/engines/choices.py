@@ -7,7 +7,7 @@ few, that expectation is a finite sum, and no test statistic is needed:
         with the sampler's random numbers taken from choices: run it
         total += choices.probability * estimate
 
-Tokens are drawn by ``lmppl.lm.rows.invert``, a piecewise constant function of a uniform, so its
+Tokens are drawn by ``lmppl.lm.batches.rows.invert``, a piecewise constant function of a uniform, so its
 cells are the tokens. A resampling scheme is a piecewise constant function of its uniforms, too: it
 is run as it is, on one point of every cell.
 """
@@ -24,8 +24,8 @@ import torch
 from lmppl import distributions
 from lmppl.engines import resampling
 from lmppl.engines.resampling import SCHEMES
-from lmppl.lm import rows
-from lmppl.lm.inverse_cdf import tempered
+from lmppl.lm.batches import rows
+from lmppl.lm.batches.inverse_cdf import tempered
 
 
 class Choices:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from lmppl.lm import LM, decoding, rows
-from lmppl.lm.rows import Rows
-from lmppl.lm.runner import runner_of
+from lmppl.lm import LM
+from lmppl.lm.batches import decoding, rows
+from lmppl.lm.batches.rows import Rows
+from lmppl.lm.network.runner import runner_of
 
 
 class TableRows:
-    """``Rows`` that looks the logits up, by model and tokens. See ``lmppl.lm.rows``."""
+    """``Rows`` that looks the logits up, by model and tokens. See ``lmppl.lm.batches.rows``."""
 
     def __init__(self, runner, sequences, table):
         self._runner, self._table, self._sequences = runner, table, sequences
@@ -41,7 +42,7 @@ class TableRows:
 
 
 class _Start:
-    """What stands for the class ``Rows`` in ``lmppl.lm.decoding``."""
+    """What stands for the class ``Rows`` in ``lmppl.lm.batches.decoding``."""
 
     def __init__(self):
         self._table = {}

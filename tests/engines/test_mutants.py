@@ -10,7 +10,8 @@ from test_smc import check_lookaheads_draw_apart
 
 from lmppl import distributions
 from lmppl.engines import resampling, smc, twists
-from lmppl.runtime import particle, together
+from lmppl.runtime import particle
+from lmppl.runtime import scheduler as together
 
 pytestmark = pytest.mark.usefixtures("remembered")
 

@@ -11,12 +11,11 @@ from guide_helpers import draw_samples
 
 import lmppl
 from lmppl import lm_sample, require
-from lmppl.guides.inputs import Input
-from lmppl.guides.options import FitOptions
-from lmppl.guides.sources import Collection
-from lmppl.guides.trainer import Trainer
 from lmppl.testing import enumerate_program, guide_report, tiny_lm
 from lmppl.testing.programs import CASES
+from lmppl.training.inputs import Collection, Input
+from lmppl.training.options import FitOptions
+from lmppl.training.trainer import Trainer
 
 LM = tiny_lm("ab.", seed=0)
 
@@ -198,7 +197,7 @@ SMALL = {"batch_size": 16, "seed": 0, "progress": False}
 
 def fit_and_watch(guide, monkeypatch, *args, **options):
     """The batches of a short training run."""
-    from lmppl.guides import losses
+    from lmppl.training import losses
 
     batches, original = [], losses.Batch.of
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmppl.lm import LM, embedded
-from lmppl.lm.closing import Closing
+from lmppl.lm.tokens.stopping import Closing
 
 # Without a conversion.
 

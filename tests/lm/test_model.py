@@ -7,11 +7,11 @@ import torch
 from transformers import LlamaForCausalLM
 
 from lmppl.lm import LM
-from lmppl.lm.closing import Closing
+from lmppl.lm.batches.requests import Draw, Score
 from lmppl.lm.loading import choose_device, choose_dtype
-from lmppl.lm.requests import Draw, Score
+from lmppl.lm.tokens.stopping import Closing
+from lmppl.lm.tokens.text import Text
 from lmppl.testing import tiny_lm
-from lmppl.text import Text
 
 A, B, DOT, EOS, BOS = range(5)
 

@@ -16,7 +16,7 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from lmppl.lm.vocabulary import Vocabulary
+from lmppl.lm.tokens.vocabulary import Vocabulary
 
 CORPUS = "the cat sat on the mat. The dog, the log.\n\nnaïve café résumé 日本語 日本 🙂🙃"
 

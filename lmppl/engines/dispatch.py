@@ -1,0 +1,150 @@
+"""``infer``: one function in front of all engines."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from typing import Any
+
+from lmppl.engines import ENGINES, Engine
+from lmppl.lm import LM
+from lmppl.posterior import Posterior, ZeroEvidenceError
+from lmppl.primitives import use
+from lmppl.report import profiling
+
+
+def infer(
+    model: Callable[..., Any],
+    *args: Any,
+    method: str | Engine = "smc",
+    lm: LM | None = None,
+    num_samples: int = 64,
+    guide: Any = None,
+    seed: int | None = None,
+    progress: bool | None = None,
+    callback: Callable[[dict[str, Any]], None] | None = None,
+    profile: bool = False,
+    **options: Any,
+) -> Posterior:
+    """The posterior of a program's latent sites.
+
+    ```python
+    posterior = lmppl.infer(infill, x, y, lm=lm, method="smc", num_samples=64)
+    ```
+
+    Args:
+        model: a Pyro program with ``lm_sample`` sites.
+        *args: the program's positional arguments. (Bind its keyword arguments with
+            ``functools.partial``.)
+        method: ``"smc"``, ``"importance"``, ``"gflownet"``, ``"exact"``, a name that was
+            registered with ``lmppl.register_engine``, or an engine object such as
+            ``lmppl.SMC(ess_threshold=0.5)``.
+        lm: the language model of sites that name none.
+        num_samples: how many weighted traces.
+        guide: a proposal: a ``LMGuide`` or a guide program; None: the program's prior (and
+            ``"gflownet"`` trains a guide).
+        seed: makes the run reproducible; None: taken from torch's random stream.
+        progress: show a progress bar; None: on a terminal.
+        callback: called with a dict of figures at every stage.
+        profile: measure where the time goes; the posterior's ``.profile`` says it.
+        **options: the engine's, for example ``ess_threshold`` and ``twist`` for ``"smc"``.
+
+    Returns:
+        A ``Posterior``.
+
+    Raises:
+        ValueError: unknown method, no language model, arguments that do not fit the program.
+        TypeError: an option that the engine does not have.
+        ZeroEvidenceError: every sample has probability zero; it names the sites that killed them.
+    """
+    engine = prepare(model, method, num_samples, options)
+    check_arguments(model, args)
+    # Without lm=, sites fall back on lmppl.use, or name their own; one that cannot says so.
+    with (
+        nullcontext() if lm is None else use(lm),
+        profiling.profile() if profile else nullcontext() as measured,
+    ):
+        try:
+            posterior = engine.run(
+                model,
+                *args,
+                num_samples=num_samples,
+                guide=guide,
+                seed=seed,
+                progress=progress,
+                callback=callback,
+            )
+        except ZeroEvidenceError as error:
+            error.posterior.profile = measured
+            raise
+        if measured is not None:
+            posterior.profile = measured
+        return posterior
+
+
+def prepare(
+    model: Callable[..., Any], method: str | Engine, num_samples: int, options: dict[str, Any]
+) -> Engine:
+    """The engine of a call; raises for what is wrong with it whatever the program's arguments."""
+    engine = _engine(method, options)
+    if not callable(model):
+        raise TypeError(f"model must be a function, given {type(model).__name__}")
+    if not isinstance(num_samples, int) or num_samples < 1:
+        raise ValueError(f"num_samples={num_samples!r}: it must be an int of at least 1")
+    return engine
+
+
+def _engine(method: str | Engine, options: dict[str, Any]) -> Engine:
+    """The engine object of a method and its options."""
+    if not isinstance(method, str):
+        if not hasattr(method, "run"):
+            raise TypeError(
+                f"method= takes a name or an engine object, given {type(method).__name__}; "
+                f"names: {', '.join(ENGINES)}"
+            )
+        if options:
+            raise TypeError(
+                f"options {sorted(options)} beside an engine object: give them to the object, "
+                f"{type(method).__name__}({', '.join(f'{name}=...' for name in options)})"
+            )
+        return method
+    if method not in ENGINES:
+        raise ValueError(f"unknown method {method!r}{_nearest(method, ENGINES)}")
+    engine = ENGINES[method]
+    allowed = [
+        name
+        for name, parameter in inspect.signature(engine).parameters.items()
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    ]
+    for name in options:
+        if name not in allowed:
+            common = ["lm", "num_samples", "guide", "seed", "progress", "callback", "profile"]
+            raise TypeError(
+                f"method={method!r} has no option {name!r}{_nearest(name, [*allowed, *common])}. "
+                "(Keywords are the engine's; bind the program's with functools.partial.)"
+            )
+    return engine(**options)
+
+
+def _nearest(name: str, allowed: Iterable[str]) -> str:
+    names = list(allowed)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+    guess = f"; did you mean {near[0]!r}?" if near else "."
+    return f"{guess} Allowed: {', '.join(names)}"
+
+
+def check_arguments(model: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    """Raises ``TypeError`` if the program does not take these positional arguments."""
+    try:
+        signature = inspect.signature(model)
+    except (TypeError, ValueError):  # some callables have none
+        return
+    try:
+        signature.bind(*args)
+    except TypeError as error:
+        name = getattr(model, "__name__", type(model).__name__)
+        raise TypeError(
+            f"the program {name}{signature} was given {len(args)} positional arguments: {error}"
+        ) from None

@@ -1,0 +1,179 @@
+"""``infer_batch``: the posteriors of many inputs, whose particles share the LM's batches."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from typing import Any, Literal
+
+import torch
+
+from lmppl import runtime
+from lmppl.engines import Engine, GFlowNet
+from lmppl.engines.dispatch import infer, prepare
+from lmppl.lm import LM
+from lmppl.posterior import Posterior
+from lmppl.primitives import default_lm
+from lmppl.report.progress import progress_bar
+from lmppl.runtime import Member
+from lmppl.runtime.coroutine import Ambient
+from lmppl.training.inputs import items_of, positional, signature_of
+
+# Each row more makes a batch cheaper by the row, but little so beyond some hundreds, while every
+# particle takes memory: a stack, a trace, a row of the cache. A few samples for each of very many
+# inputs would be bounded by this late, and inputs that run ahead are work lost if the loop is left.
+_PARTICLES = 512
+_INPUTS = 64
+
+
+def infer_batch(
+    model: Callable[..., Any],
+    inputs: Iterable[Any],
+    *,
+    method: str | Engine = "smc",
+    lm: LM | None = None,
+    num_samples: int = 64,
+    guide: Any = None,
+    seed: int | None = None,
+    progress: bool | None = None,
+    callback: Callable[[dict[str, Any]], None] | None = None,
+    on_error: Literal["raise", "return"] = "raise",
+    at_once: int | None = None,
+    **options: Any,
+) -> Generator[Posterior | Exception, None, None]:
+    """The posterior of each of many inputs, in their order.
+
+    ```python
+    for posterior in lmppl.infer_batch(infill, [(x1, y1), (x2, y2)], lm=lm, guide=guide):
+        print(posterior.best("z"))
+    ```
+
+    Each is what ``infer`` gives on that input with the seed ``posterior.info["seed"]`` (up to
+    rounding, as the LM's batches have other shapes). But several inputs run side by side, and
+    what their particles ask of a language model at the same time is answered in one batch. Not
+    shared are the draws of SMC within a twisted site, and the enumeration of ``"exact"``.
+
+    Inputs are taken as they are needed: never more than ``at_once`` beyond the last posterior
+    that was asked for. Leaving the loop early, or closing the iterator, ends what runs.
+
+    Args:
+        model: a Pyro program with ``lm_sample`` sites.
+        inputs: tuples (or lists) of the program's positional arguments, or dicts of its arguments
+            by name: a list, a generator, the rows of a data set.
+        method: as of ``infer``. ``"gflownet"`` needs ``guide=`` here.
+        lm: the language model of sites that name none.
+        num_samples: how many weighted traces for each input.
+        guide: a proposal, one for all inputs: a ``LMGuide`` or a guide program.
+        seed: makes the run reproducible. Input i gets the seed
+            ``SeedSequence(seed, spawn_key=(i,))`` (numpy), so that neither ``at_once`` nor the other
+            inputs change its posterior. None: taken from torch's random stream.
+        progress: show a progress bar, in inputs; None: on a terminal.
+        callback: called with a dict of figures at every stage of every input; ``"input"`` is its
+            number, from 0.
+        on_error: ``"raise"``: an input's exception ends the run, in its turn. ``"return"``: it is
+            yielded in place of the input's posterior. It has a note that names the input.
+        at_once: how many inputs run side by side; None: as many as make 512 particles, and at
+            most 64.
+        **options: the engine's.
+
+    Yields:
+        A ``Posterior`` for each input; with ``on_error="return"`` or the ``Exception`` that the
+        input raised. ``posterior.info`` has the ``"input"``'s number and its ``"seed"``; its
+        tokens are the input's own, its ``"seconds"`` those of all that ran beside it as well.
+
+    Raises:
+        ValueError, TypeError: as ``infer``, when called; ``"gflownet"`` without a guide.
+        Exception: what an input raises (``on_error="raise"``): ``TypeError`` if it does not fit the
+            program, ``ZeroEvidenceError``, or whatever the program raises.
+    """
+    if "profile" in options:
+        raise TypeError("infer_batch has no profile=: put the loop in `with lmppl.profile() as p:`")
+    engine = prepare(model, method, num_samples, options)
+    if isinstance(engine, GFlowNet) and guide is None:
+        raise ValueError(
+            "method='gflownet' without guide= would train a guide for every single input: train "
+            "one on many, guide = lmppl.LMGuide(model, lm=lm).fit(inputs), and give it as guide="
+        )
+    source = enumerate(items_of(inputs))
+    signature = signature_of(model)
+    if on_error not in ("raise", "return"):
+        raise ValueError(f"on_error={on_error!r}, allowed: 'raise', 'return'")
+    if at_once is None:
+        at_once = max(1, min(_INPUTS, _PARTICLES // num_samples))
+    if not isinstance(at_once, int) or at_once < 1:
+        raise ValueError(f"at_once={at_once!r}: it must be an int of at least 1")
+    lm = default_lm() if lm is None else lm  # of here, wherever the posteriors are asked for
+    seed = runtime.fresh_seed(seed)
+
+    def run(index: int, item: Any, its_seed: int) -> Posterior:
+        """One input alone."""
+
+        def report(figures: dict[str, Any]) -> None:
+            if callback is not None:
+                callback({"input": index, **figures})
+
+        try:
+            posterior = infer(
+                model,
+                *positional(signature, item, index),
+                method=engine,
+                lm=lm,
+                num_samples=num_samples,
+                guide=guide,
+                seed=its_seed,
+                progress=False,
+                callback=report,
+            )
+        except Exception as error:
+            error.add_note(f"raised for input {index} of the batch (seed={its_seed})")
+            raise
+        posterior.info.update(input=index, seed=its_seed)
+        return posterior
+
+    def start(index: int, item: Any) -> Member:
+        its_seed = runtime.nth_seed(seed, index)
+        ambient = Ambient.fresh(its_seed, grad=torch.is_grad_enabled())
+        return Member(lambda: run(index, item, its_seed), ambient)
+
+    bar = progress_bar(f"{engine.name}, inputs", operator.length_hint(inputs) or None, progress)
+    return _in_order(source, start, at_once, on_error, bar)
+
+
+def _in_order(
+    source: Iterator[tuple[int, Any]],
+    start: Callable[[int, Any], Member],
+    at_once: int,
+    on_error: str,
+    bar: progress_bar,
+) -> Generator[Posterior | Exception, None, None]:
+    """Run a member for each input, ``at_once`` side by side, and yield what comes of them."""
+    window: list[Member] = []  # taken, and not yet yielded
+    broken: Exception | None = None  # raised by the iterable, in its turn
+    with bar, runtime.closing(window):
+        ended = False
+        while True:
+            while len(window) < at_once and not ended:
+                try:
+                    index, item = next(source)
+                except StopIteration:
+                    ended = True
+                except Exception as error:
+                    ended, broken = True, error
+                else:
+                    window.append(start(index, item))
+                    window[-1].go_on()
+            if not window:
+                break
+            first = window[0]
+            while not first.finished:
+                runtime.advance(window)
+            window.pop(0)
+            bar.advance()
+            if first.error is None:
+                yield first.result
+            elif on_error == "raise":
+                raise first.error
+            else:
+                yield first.error
+    if broken is not None:
+        raise broken

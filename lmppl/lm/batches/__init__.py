@@ -1,0 +1,1 @@
+"""Many sequences at once: drawing, scoring and enumerating them in batches."""

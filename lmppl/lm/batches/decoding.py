@@ -1,0 +1,297 @@
+"""Decoding: many sites' sequences drawn side by side, one token a step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from lmppl.lm.batches.requests import Draw, Drawn
+from lmppl.lm.batches.rows import Rows
+from lmppl.lm.meter.work import timed
+from lmppl.lm.network.memory import batch_rows
+from lmppl.lm.network.runner import runner_of, without_grad
+from lmppl.lm.tokens.stopping import ClosingState
+from lmppl.lm.tokens.text import FinishReason
+
+if TYPE_CHECKING:
+    from lmppl.lm.model import LM
+
+
+class Decoding:
+    """Sequences that grow together.
+
+    ::
+
+        decoding = Decoding([(lm, draw), ...])
+        while not decoding.done:
+            decoding.step()
+            decoding.select(ancestors)      # if particles are resampled here
+        drawn = decoding.results()
+
+    Every slot's tokens are a function of its own uniforms: token k is drawn with ``uniforms[k]``,
+    whichever sequence the slot holds by then. Sequences leave the batch as they close.
+
+    Args:
+        draws: the language model and the request of each slot. Models may differ.
+
+    Attributes:
+        token_ids: the tokens of each slot.
+        log_probs: the log-probability of each of them under what it was drawn from, in nats.
+        reasons: why each slot's sequence closed, None while it is open.
+        num_steps: steps made.
+
+    Raises:
+        ValueError: a draw that does not fit the model's context, with fewer uniforms than that, with a
+            temperature that is not positive, or with an empty prefix.
+    """
+
+    @timed("sampled")
+    def __init__(self, draws: Sequence[tuple[LM, Draw]]) -> None:
+        self._draws = list(draws)
+        self._uniforms: list[list[float]] = []
+        for lm, draw in self._draws:
+            _check(draw)
+            lm.check_context(len(draw.prefix), _longest(draw), draw.name)
+            self._uniforms.append(draw.uniforms.tolist())
+        self.token_ids: list[list[int]] = [[] for _ in self._draws]
+        self.log_probs: list[list[float]] = [[] for _ in self._draws]
+        self.reasons: list[FinishReason | None] = [None] * len(self._draws)
+        self.num_steps = 0
+        self._states: list[ClosingState] = [draw.closing.start() for _, draw in self._draws]
+        self._batches: list[_Batch] = []
+        by_model: dict[int, list[int]] = {}
+        for slot, (lm, _) in enumerate(self._draws):
+            by_model.setdefault(id(lm), []).append(slot)
+        for slots in by_model.values():
+            lm = self._draws[slots[0]][0]
+            own = [self._draws[slot][1] for slot in slots]
+            longest = max(len(draw.prefix) + _longest(draw) for draw in own)
+            size = batch_rows(runner_of(lm.sampler), lm.memory, longest)
+            # Slots whose prefixes are alike stand together, so that a part shares them as well.
+            slots = sorted(slots, key=lambda slot: self._draws[slot][1].prefix)
+            parts = -(-len(slots) // size)
+            step = -(-len(slots) // parts)
+            for at in range(0, len(slots), step):
+                part = sorted(slots[at : at + step])
+                self._batches.append(_Batch(lm, part, self._draws))
+
+    def __len__(self) -> int:
+        return len(self._draws)
+
+    @property
+    def done(self) -> bool:
+        """Whether every sequence has closed."""
+        return not self._batches
+
+    def draw_of(self, slot: int) -> tuple[LM, Draw]:
+        """What the slot's sequence is drawn from; its uniforms are the ancestor's."""
+        return self._draws[slot]
+
+    @timed("sampled")
+    @without_grad
+    def step(self) -> None:
+        """Draw one token for every open sequence.
+
+        Raises:
+            ValueError: the model's logits define no distribution, or a slot that took over a
+                longer sequence has no uniform left; the message names the site.
+        """
+        for batch in self._batches:
+            slots = batch.slots
+            batch.advance([self.token_ids[slot] for slot in slots])
+            uniforms = [self._uniform(slot) for slot in slots]
+            temperatures = [self._draws[slot][1].temperature for slot in slots]
+            tokens, log_probs = batch.rows.draw(
+                torch.tensor(uniforms, dtype=torch.float64), temperatures
+            )
+            # The one wait for the device in a step: both at once. (float32 holds every id.)
+            drawn, scored = torch.stack([tokens.to(log_probs.dtype), log_probs]).tolist()
+            for slot, token, log_prob in zip(slots, map(int, drawn), scored, strict=True):
+                if math.isnan(log_prob):
+                    raise self._invalid(slot)
+                self.token_ids[slot].append(token)
+                self.log_probs[slot].append(log_prob)
+                reason = self._states[slot].push(token)
+                if reason is None and len(self.token_ids[slot]) == _longest(self._draws[slot][1]):
+                    reason = "length"  # a draw of a given number of tokens, which nothing closes
+                self.reasons[slot] = reason
+            batch.lm.usage.count(sampled=len(slots))
+            batch.keep([row for row, slot in enumerate(slots) if self.reasons[slot] is None])
+        self._batches = [batch for batch in self._batches if batch.slots]
+        self.num_steps += 1
+
+    @timed("sampled")
+    @without_grad
+    def closing_log_probs(self) -> list[float]:
+        """The log-probability (nats) that the next token of each open sequence is its closing
+        token; ``-inf`` where it has none, NaN of a sequence that has closed.
+
+        It costs the next step nothing, which needs the same passes through the model.
+
+        Raises:
+            ValueError: the model's logits define no distribution; the message names the site.
+        """
+        found = [math.nan] * len(self)
+        for batch in self._batches:
+            slots = batch.slots
+            batch.advance([self.token_ids[slot] for slot in slots])
+            draws = [self._draws[slot][1] for slot in slots]
+            tokens = [draw.closing.closing_token for draw in draws]
+            log_probs = batch.rows.log_probs(
+                [token or 0 for token in tokens], [draw.temperature for draw in draws]
+            )
+            for slot, token, log_prob in zip(slots, tokens, log_probs.tolist(), strict=True):
+                if math.isnan(log_prob):
+                    raise self._invalid(slot)
+                found[slot] = -math.inf if token is None else log_prob
+        return found
+
+    @timed("sampled")
+    def select(self, ancestors: Sequence[int]) -> None:
+        """Slot i becomes a copy of slot ``ancestors[i]``, and keeps its own uniforms.
+
+        Raises:
+            IndexError: an ancestor that is no slot.
+            ValueError: not one ancestor a slot.
+        """
+        ancestors = [int(a) for a in ancestors]
+        if len(ancestors) != len(self):
+            raise ValueError(f"{len(ancestors)} ancestors for {len(self)} slots")
+        if not all(0 <= a < len(self) for a in ancestors):
+            raise IndexError(f"ancestors {ancestors} are not all among the {len(self)} slots")
+        self._draws = [self._draws[a] for a in ancestors]
+        self.token_ids = [list(self.token_ids[a]) for a in ancestors]
+        self.log_probs = [list(self.log_probs[a]) for a in ancestors]
+        self.reasons = [self.reasons[a] for a in ancestors]
+        self._states = [self._states[a].copy() for a in ancestors]
+        for batch in self._batches:
+            batch.select(ancestors)
+        self._batches = [batch for batch in self._batches if batch.slots]
+
+    def results(self) -> list[Drawn]:
+        """The sequences, all of them closed.
+
+        Raises:
+            RuntimeError: one of them is open.
+        """
+        drawn = []
+        for slot, reason in enumerate(self.reasons):
+            if reason is None:
+                name = self._draws[slot][1].name
+                raise RuntimeError(f"site {name!r}: its sequence in slot {slot} is still open")
+            log_probs = torch.tensor(self.log_probs[slot], dtype=torch.float32)
+            drawn.append(Drawn(tuple(self.token_ids[slot]), log_probs, reason))
+        return drawn
+
+    def _uniform(self, slot: int) -> float:
+        position = len(self.token_ids[slot])
+        uniforms = self._uniforms[slot]
+        if position >= len(uniforms):
+            raise ValueError(
+                f"site {self._draws[slot][1].name!r}: slot {slot} has {len(uniforms)} uniforms, "
+                f"and its sequence now needs one for token {position + 1}; give every slot as "
+                "many as the largest max_tokens"
+            )
+        return uniforms[position]
+
+    def _invalid(self, slot: int) -> ValueError:
+        lm, draw = self._draws[slot]
+        text = lm.vocabulary.decode(self.token_ids[slot])
+        return ValueError(
+            f"site {draw.name!r}, token {len(self.token_ids[slot]) + 1}: the model's logits after "
+            f"{text!r} define no distribution: they "
+            "contain NaN or +inf, or give every token probability zero. Check the model's "
+            "weights, its dtype (float16 overflows), and any adapter that was trained"
+        )
+
+
+class _Batch:
+    """The open sequences of one model. Row i belongs to ``slots[i]``."""
+
+    def __init__(self, lm: LM, slots: list[int], draws: list[tuple[LM, Draw]]) -> None:
+        self.lm = lm
+        self.slots = slots
+        requests = [draws[slot][1] for slot in slots]
+        longest = max(_longest(r) for r in requests)
+        self.rows = Rows.start(runner_of(lm.sampler), [r.prefix for r in requests], longest)
+        self._read = 0  # tokens of each sequence that the rows have read
+
+    def advance(self, token_ids: list[list[int]]) -> None:
+        """Let the rows read the last tokens, which the slots got in the last step."""
+        drawn = len(token_ids[0])
+        if drawn > self._read:
+            self.rows.extend([ids[-1] for ids in token_ids])
+            self._read = drawn
+
+    def keep(self, open_rows: list[int]) -> None:
+        """Drop the other rows. Holes are filled from the end, so that few rows are copied."""
+        if len(open_rows) == len(self.slots):
+            return
+        if open_rows:
+            self._reorder(_compact(open_rows))
+        else:
+            self.slots = []
+
+    def select(self, ancestors: list[int]) -> None:
+        """New slots for copies of the rows, each a row."""
+        row_of = {slot: row for row, slot in enumerate(self.slots)}
+        new = [(slot, row_of[a]) for slot, a in enumerate(ancestors) if a in row_of]
+        copies: dict[int, list[int]] = {}
+        for slot, row in new:
+            copies.setdefault(row, []).append(slot)
+        if not copies:
+            self.slots = []
+            return
+        # One copy of each surviving row stays where it is; the others take the place of dead rows.
+        order: list[tuple[int, int] | None] = [None] * max(len(new), len(self.slots))
+        for row, slots in copies.items():
+            order[row] = (slots.pop(), row)
+        rest = [(slot, row) for row, slots in copies.items() for slot in slots]
+        free = [at for at, taken in enumerate(order) if taken is None]
+        for at, pair in zip(free, rest, strict=False):
+            order[at] = pair
+        filled = [at for at, taken in enumerate(order) if taken is not None]
+        placed = [order[at] for at in _compact(filled)]
+        self.rows.select([pair[1] for pair in placed if pair is not None])
+        self.slots = [pair[0] for pair in placed if pair is not None]
+
+    def _reorder(self, order: list[int]) -> None:
+        self.rows.select(order)
+        self.slots = [self.slots[row] for row in order]
+
+
+def _compact(rows: list[int]) -> list[int]:
+    """The same rows (increasing) in an order that leaves as many as possible in their places."""
+    size = len(rows)
+    order = list(range(size))
+    present = {row for row in rows if row < size}
+    late = [row for row in rows if row >= size]
+    for hole in (at for at in range(size) if at not in present):
+        order[hole] = late.pop()
+    return order
+
+
+def _longest(draw: Draw) -> int:
+    """The most tokens it can have: those of its site, or one for each uniform."""
+    return draw.closing.max_tokens or draw.uniforms.numel()
+
+
+def _check(draw: Draw) -> None:
+    where = f"site {draw.name!r}: "
+    if draw.closing.closes and draw.closing.max_tokens is None:
+        raise ValueError(where + "a latent text needs max_tokens")
+    if not 0 < _longest(draw) <= draw.uniforms.numel():
+        raise ValueError(
+            where + f"{draw.uniforms.numel()} uniforms for max_tokens={draw.closing.max_tokens}: "
+            "each token takes one"
+        )
+    if not draw.temperature > 0 or math.isinf(draw.temperature):
+        raise ValueError(where + f"temperature={draw.temperature}: it must be positive and finite")
+    if not draw.prefix:
+        raise ValueError(
+            where + "the prefix has no tokens, and this model has no BOS token to start from; "
+            "give a prefix"
+        )

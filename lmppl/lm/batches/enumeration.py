@@ -1,0 +1,59 @@
+"""All sequences of a site with their probabilities, for small vocabularies and lengths."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from lmppl.lm.batches.rows import Rows
+from lmppl.lm.meter.work import timed
+from lmppl.lm.network.runner import runner_of
+from lmppl.lm.tokens.stopping import Closing, ClosingState
+
+if TYPE_CHECKING:
+    from lmppl.lm.model import LM
+
+
+@timed("read")
+def enumerate_sequences(
+    lm: LM,
+    prefix: tuple[int, ...],
+    closing: Closing,
+    temperature: float,
+    *,
+    limit: int,
+) -> list[tuple[tuple[int, ...], torch.Tensor]] | None:
+    """Every closed sequence of positive probability with its log-density (0-d float32, nats).
+
+    Breadth first, one batched pass a token. Returns None if there are more than ``limit``.
+
+    Raises:
+        ValueError: the model's logits define no distribution.
+    """
+    complete: list[tuple[tuple[int, ...], torch.Tensor]] = []
+    level: list[tuple[tuple[int, ...], torch.Tensor, ClosingState]] = [
+        ((), torch.zeros(()), closing.start())
+    ]
+    while level:
+        rows = Rows.start(runner_of(lm), [prefix + ids for ids, _, _ in level], 1)
+        log_probs = torch.log_softmax(rows.logits.float() / temperature, -1).cpu()  # (B, V)
+        for (ids, _, _), row in zip(level, log_probs, strict=True):
+            if bool(row.isnan().any()):
+                raise ValueError(
+                    f"the model's logits after {lm.vocabulary.decode(ids)!r} define no "
+                    "distribution: they contain NaN or +inf, or give every token probability zero"
+                )
+        following = []
+        for (ids, log_prob, state), row in zip(level, log_probs, strict=True):
+            for token in torch.nonzero(row > -torch.inf).flatten().tolist():
+                after = state.copy()
+                longer, total = (*ids, token), log_prob + row[token]
+                if after.push(token) is not None:
+                    complete.append((longer, total))
+                else:
+                    following.append((longer, total, after))
+                if len(complete) + len(following) > limit:
+                    return None
+        level = following
+    return complete

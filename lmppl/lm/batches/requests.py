@@ -1,0 +1,57 @@
+"""What a program asks of a language model: draw a sequence, or score one.
+
+Requests are plain data about token ids. A caller gathers as many as it can, since the model
+serves a batch for little more than the price of one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from lmppl.lm.tokens.stopping import Closing
+from lmppl.lm.tokens.text import FinishReason
+
+
+@dataclass(frozen=True, eq=False)
+class Draw:
+    """Draw one sequence that continues ``prefix`` until ``closing`` closes it.
+
+    A draw is a deterministic function of its uniforms: token k is the inverse of the k-th
+    conditional distribution function at ``uniforms[k]``.
+    """
+
+    prefix: tuple[int, ...]
+    closing: Closing
+    uniforms: torch.Tensor  # (max_tokens,) float64 in [0, 1), on the CPU
+    temperature: float = 1.0
+    name: str = ""  # the site, for error messages
+
+
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """A sequence, and the log-probability of each of its tokens under what it was drawn from."""
+
+    token_ids: tuple[int, ...]
+    log_probs: torch.Tensor  # (n,) float32, nats, on the CPU
+    reason: FinishReason
+
+
+@dataclass(frozen=True)
+class Score:
+    """Score the tokens of ``continuation`` after ``prefix``."""
+
+    prefix: tuple[int, ...]
+    continuation: tuple[int, ...]
+    temperature: float = 1.0
+    closing_token: int | None = None  # also score this token at every position
+    name: str = field(default="", compare=False)  # the site, for error messages
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """Log-probabilities of a continuation, token by token."""
+
+    log_probs: torch.Tensor  # (n,) float32: log p(t_k | prefix, t_<k)
+    closing_log_probs: torch.Tensor | None = None  # (n,) float32: log p(c | prefix, t_<k)

@@ -1,0 +1,280 @@
+"""What the language models of this process do, and how long it takes: recorded while somebody asks.
+
+A *region* is a stretch of work of one kind; regions do not overlap, as an inner one stops the clock
+of the outer. While nobody records, a region or a pass costs one comparison with None. (How many
+tokens were drawn and scored is counted always, by ``usage``.)
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
+
+import torch
+
+from lmppl.lm.meter.roofline import Matrices, wait_for
+from lmppl.lm.meter.usage import Usage, total_usage
+
+if TYPE_CHECKING:
+    from lmppl.lm.batches.requests import Scored
+    from lmppl.lm.network.runner import Runner
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+Kind = Literal["sampled", "scored", "trained", "read"]
+"""Kinds of work: drawing; scoring; scoring with a gradient, and the backward pass; reading the next
+token's distribution or a state for something else (enumeration, heads of guides)."""
+
+KINDS: tuple[Kind, ...] = ("sampled", "scored", "trained", "read")
+
+_ledger: Ledger | None = None  # there while somebody records
+_num_recording = 0
+_recordings = threading.Lock()  # of the two above
+_NOTHING = nullcontext()
+
+
+@dataclass
+class Passes:
+    """Forward passes of one kind of work through models of one shape.
+
+    Attributes:
+        passes: how many.
+        rows: of their batches, summed.
+        positions: rows times length, summed: padding included.
+        outputs: positions that went through the output layer.
+        matrices: of one of the models.
+    """
+
+    matrices: Matrices
+    passes: int = 0
+    rows: int = 0
+    positions: int = 0
+    outputs: int = 0
+
+    def __add__(self, other: Passes) -> Passes:
+        return Passes(
+            other.matrices,
+            self.passes + other.passes,
+            self.rows + other.rows,
+            self.positions + other.positions,
+            self.outputs + other.outputs,
+        )
+
+    def __sub__(self, other: Passes) -> Passes:
+        return Passes(
+            self.matrices,
+            self.passes - other.passes,
+            self.rows - other.rows,
+            self.positions - other.positions,
+            self.outputs - other.outputs,
+        )
+
+
+@dataclass
+class Record:
+    """What was done in a time.
+
+    Attributes:
+        seconds: of the wall clock, but for what measuring itself took.
+        usage: tokens.
+        kinds: seconds of each kind of work; of several threads they are added.
+        passes: by kind and shape of the model.
+    """
+
+    seconds: float = 0.0
+    usage: Usage = field(default_factory=Usage)
+    kinds: dict[Kind, float] = field(default_factory=lambda: dict.fromkeys(KINDS, 0.0))
+    passes: dict[tuple[Kind, Any], Passes] = field(default_factory=dict)
+
+    def fill(self, before: Record, after: Record) -> None:
+        """Become the difference of two readings of one ledger."""
+        self.seconds = after.seconds - before.seconds
+        self.usage = after.usage - before.usage
+        self.kinds = {kind: after.kinds[kind] - before.kinds[kind] for kind in KINDS}
+        for key, passes in after.passes.items():
+            new = passes - before.passes[key] if key in before.passes else passes
+            if new.passes:
+                self.passes[key] = new
+
+
+class Ledger:
+    """Adds up the work while anybody records. A recording is a difference of two readings, so
+    recordings may nest or overlap in any way."""
+
+    def __init__(self) -> None:
+        self._kinds: dict[Kind, float] = dict.fromkeys(KINDS, 0.0)
+        self._passes: dict[tuple[Kind, Any], Passes] = {}
+        self._paused = 0.0
+        self._devices: set[torch.device] = set()
+        self._local = threading.local()
+        self._lock = threading.Lock()
+        self._backward: tuple[int, float] = (-1, 0.0)  # the last one's number, and when it began
+
+    def now(self) -> float:
+        """Seconds, when the devices have done what they were given."""
+        for device in tuple(self._devices):
+            with suppress(RuntimeError):  # its errors are for whoever uses it next
+                wait_for(device)
+        return time.perf_counter()
+
+    @property
+    def regions(self) -> list[Region]:
+        """Those of this thread that are open, the innermost last."""
+        if not hasattr(self._local, "regions"):
+            self._local.regions = []
+        return self._local.regions
+
+    def charge(self, kind: Kind, seconds: float) -> None:
+        with self._lock:
+            self._kinds[kind] += seconds
+
+    def count(
+        self, matrices: Matrices, device: torch.device, shape: torch.Size, outputs: int
+    ) -> None:
+        """One forward pass of the present region's kind. (Outside regions nobody asked for it.)"""
+        if not self.regions:
+            return
+        one = Passes(matrices, 1, shape[0], shape.numel(), outputs)
+        key = (self.regions[-1].kind, matrices.key)
+        with self._lock:
+            self._devices.add(device)
+            known = self._passes.get(key)
+            self._passes[key] = one if known is None else known + one
+
+    def read(self) -> Record:
+        """All that was done since the ledger was opened."""
+        now = self.now()
+        with self._lock:
+            return Record(now - self._paused, total_usage(), dict(self._kinds), dict(self._passes))
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """What happens here is nobody's time."""
+        began = self.now()
+        try:
+            yield
+        finally:
+            self._paused += self.now() - began
+
+    # The backward pass belongs to whoever calls it, so it is found by the gradients that reach a
+    # language model's output. The engine numbers its runs: one that failed never says so.
+
+    def gradient_arrived(self, _: torch.Tensor) -> None:
+        if _ledger is not self:
+            return
+        number = torch._C._current_graph_task_id()
+        if number != self._backward[0]:
+            self._backward = (number, self.now())
+            engine: Any = torch.autograd.Variable._execution_engine
+            engine.queue_callback(self._backward_ended)
+
+    def _backward_ended(self) -> None:
+        self.charge("trained", self.now() - self._backward[1])
+
+
+class Region:
+    """A stretch of work of one kind, within a ``with`` block."""
+
+    def __init__(self, ledger: Ledger, kind: Kind) -> None:
+        self._ledger, self.kind = ledger, kind
+        self._since = 0.0
+
+    def _stop(self, now: float) -> None:
+        self._ledger.charge(self.kind, now - self._since)
+
+    def __enter__(self) -> None:
+        now, regions = self._ledger.now(), self._ledger.regions
+        if regions:
+            regions[-1]._stop(now)
+        self._since = now
+        regions.append(self)
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        regions = self._ledger.regions
+        regions.pop()
+        now = self._ledger.now()
+        self._stop(now)
+        if regions:
+            regions[-1]._since = now
+
+
+def region(kind: Kind) -> AbstractContextManager[None]:
+    """``with region("scored"):`` what is done in the block is work of that kind."""
+    return _NOTHING if _ledger is None else Region(_ledger, kind)
+
+
+def timed(kind: Kind) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """A decorator: all that the function does is work of that kind."""
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+            if _ledger is None:
+                return function(*args, **kwargs)
+            with Region(_ledger, kind):
+                return function(*args, **kwargs)
+
+        return wrapped
+
+    return decorate
+
+
+def count_pass(runner: Runner, tokens: torch.Tensor, outputs: torch.Tensor | None) -> None:
+    """A forward pass of (B, T) ``tokens``, of which the positions ``outputs`` (None: all) go
+    through the output layer."""
+    if _ledger is not None:
+        num = tokens.numel() if outputs is None else outputs.numel()
+        _ledger.count(runner.matrices, tokens.device, tokens.shape, num)
+
+
+def watch_backward(scores: Iterable[Scored]) -> None:
+    """A backward pass through these log-probabilities is work of the kind ``"trained"``."""
+    if _ledger is not None:
+        for scored in scores:
+            for output in (scored.log_probs, scored.closing_log_probs):
+                if output is not None and output.requires_grad:
+                    output.register_hook(_ledger.gradient_arrived)
+
+
+@contextmanager
+def recording() -> Iterator[tuple[Ledger, Record]]:
+    """Record what all language models of the process do in the block.
+
+    Yields:
+        The ledger, and a record that is filled when the block ends, however it ends.
+    """
+    record = Record()
+    with _open_ledger() as ledger:
+        before = ledger.read()
+        try:
+            yield ledger, record
+        finally:
+            record.fill(before, ledger.read())
+
+
+@contextmanager
+def _open_ledger() -> Iterator[Ledger]:
+    """One ledger for all who record at the same time."""
+    global _ledger, _num_recording
+    with _recordings:
+        ledger = _ledger = _ledger or Ledger()
+        _num_recording += 1
+    try:
+        yield ledger
+    finally:
+        with _recordings:
+            _num_recording -= 1
+            if not _num_recording:
+                _ledger = None

@@ -1,0 +1,1 @@
+"""One forward or backward pass of a Hugging Face model, fast."""

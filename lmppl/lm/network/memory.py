@@ -1,0 +1,88 @@
+"""Memory: what a language model's batches may take, and how large a pass is for the best speed."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from lmppl.lm.network.runner import Runner
+
+# The widest activation of a pass on a CPU: larger buffers come fresh from the system at every use.
+_CPU_ACTIVATION_BYTES = 32 << 20
+_FREE_SHARE = 0.5  # of the free memory, for one batch
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What batches may take. Results do not depend on it, beyond rounding.
+
+    Args:
+        batch_bytes: bound on the memory of one batch: caches, activations, logits. Larger ones are
+            split. (A single sequence may exceed it, and so may a part whose sequences are
+            resampled in place of another part's.) None: half of what is free.
+        gradient_checkpointing: in training, keep only what enters each layer, and compute the
+            rest anew in the backward pass: about a third more time, for memory that no longer
+            grows with all of a layer's activations.
+        training_tokens: in training, read at most so many tokens (padding included) a pass, and
+            each pass anew in the backward pass: the gradient is that of the whole batch, in the
+            memory of one pass. None: the whole batch at once.
+
+    Raises:
+        ValueError: a number below 1.
+    """
+
+    batch_bytes: int | None = None
+    gradient_checkpointing: bool = False
+    training_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("batch_bytes", "training_tokens"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name}={value!r}: it must be a positive int, or None")
+
+    def available(self, device: torch.device) -> int:
+        """Bytes that one batch may take on a device."""
+        if self.batch_bytes is not None:
+            return self.batch_bytes
+        return int(_FREE_SHARE * _free_bytes(device))
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return free + reserved  # what torch holds, but does not use, is free as well
+    try:
+        with open("/proc/meminfo") as file:
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    except (ValueError, OSError, AttributeError):  # Windows
+        return 4 << 30
+
+
+def pass_tokens(runner: Runner, memory: Memory) -> int:
+    """How many tokens a pass without gradients reads, padding included."""
+    bytes_a_token = runner.activation_bytes
+    most = memory.available(runner.device) // (6 * bytes_a_token)  # as many are alive at a time
+    if runner.device.type == "cpu":
+        most = min(most, _CPU_ACTIVATION_BYTES // bytes_a_token)
+    return max(1, most)
+
+
+def batch_rows(runner: Runner, memory: Memory, num_slots: int) -> int:
+    """How many rows with so many tokens of their own may grow together."""
+    logits = 4 * runner.size  # one chunk of them at a time, but on a GPU in one piece
+    if runner.device.type == "cpu":
+        logits = 0
+    row = num_slots * runner.cache_bytes + 6 * runner.activation_bytes + 3 * logits
+    return max(1, memory.available(runner.device) // row)

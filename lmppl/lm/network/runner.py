@@ -1,0 +1,499 @@
+"""The forward passes of one language model: with shared prefixes, or plain.
+
+A runner works on clones of the model that share its parameters, so the user's object keeps its
+attention implementation, its output layer and its training flags. Whether the fast path is right
+for a model is decided by a probe that compares it with the plain one, never by the model's name.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+import torch
+from peft import PeftModel
+
+from lmppl.lm.meter.roofline import Matrices, Product
+from lmppl.lm.meter.work import count_pass
+from lmppl.lm.network.adapter import clone
+from lmppl.lm.network.attention import ATTENTION, Group, LayerKV, PrefixCache, Tree
+from lmppl.lm.network.linear import InputLog, can_pack, pack, packed_products
+from lmppl.lm.network.lora import fuse
+from lmppl.lm.network.output import Head, OutputLayer
+from lmppl.lm.network.recompute import Checkpointing
+
+if TYPE_CHECKING:
+    from lmppl.lm.model import LM
+
+Tokens = tuple[int, ...]
+
+# What a score costs beside its two products: as many FLOPs of a matrix product would take as long.
+_SOFTMAX_FLOPS = 600.0
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
+    """Run a function outside the caller's autocast: log-probabilities must not depend on who asks."""
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        with ExitStack() as stack:
+            for kind in ("cpu", "cuda", "mps"):
+                if torch.is_autocast_enabled(kind):
+                    stack.enter_context(torch.autocast(kind, enabled=False))
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
+def without_grad(function: Callable[P, R]) -> Callable[P, R]:
+    """Run a function in ``no_grad``, and outside the caller's inference mode and autocast.
+
+    Not in inference mode: its tensors could not be used in a later backward pass, and caches
+    outlive the call.
+    """
+    alone = without_autocast(function)
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        with ExitStack() as stack:
+            if torch.is_inference_mode_enabled():
+                stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.no_grad())
+            return alone(*args, **kwargs)
+
+    return wrapped
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """Keys and values of a prefix: per layer (H_kv, P, D)."""
+
+    tokens: Tokens
+    layers: Sequence[LayerKV]
+
+    def group(self, num_rows: int) -> Group:
+        """For so many rows of a pass."""
+        return Group(self.layers, len(self.tokens), num_rows)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for layer in self.layers for t in layer)
+
+    def head(self, length: int) -> Prompt:
+        """The first ``length`` tokens."""
+        if length == len(self.tokens):
+            return self
+        if length == 0:
+            return NO_PROMPT
+        return Prompt(
+            self.tokens[:length], [(k[:, :length], v[:, :length]) for k, v in self.layers]
+        )
+
+
+NO_PROMPT = Prompt((), ())
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a pass costs, in any unit.
+
+    Attributes:
+        token: of a token, without attention.
+        score: of one token's attention to one other.
+        prefix: length of the prefix that every token sees.
+    """
+
+    token: float
+    score: float
+    prefix: int
+
+    def of(self, num_rows: int, length: int) -> float:
+        """The cost of a batch of rows."""
+        return num_rows * length * (self.token + self.score * (self.prefix + length))
+
+
+class Runner:
+    """Runs one model.
+
+    Args:
+        model: a causal LM of transformers, or a ``PeftModel`` on one.
+        max_prompt_bytes: bound on the memory of remembered prompts.
+
+    Attributes:
+        fast: whether prefixes can be shared (found by a probe on first use).
+        slow_reason: why not.
+        size: width of the logits.
+        hidden: (N, hidden): what would have entered the output layer in the last pass.
+    """
+
+    hidden: torch.Tensor
+
+    def __init__(self, model: Any, *, max_prompt_bytes: int = 256 << 20) -> None:
+        if isinstance(model, PeftModel):
+            if any(c.is_prompt_learning for c in model.peft_config.values()):
+                raise ValueError(
+                    "prompt-learning adapters (prefix or prompt tuning) are not supported: their "
+                    "virtual tokens would be lost; use LoRA or another adapter of the weights"
+                )
+            model = model.get_base_model()
+        self._model = clone(model).eval()
+        output = self._model.get_output_embeddings()
+        if output is None:
+            raise TypeError(f"{type(model).__name__} has no output layer: it is no causal LM")
+        self._head = Head(output)
+        self._model.set_output_embeddings(self._head)
+        self._output = OutputLayer(self._model, self._head)  # ready once ``fast`` is known
+        self._checkpointing = Checkpointing()
+        self._fast_model: Any = None
+        self._parameters = tuple(self._model.parameters())
+        self._prompts: OrderedDict[Tokens, Prompt] = OrderedDict()
+        self._prompt_bytes = 0
+        self._max_prompt_bytes = max_prompt_bytes
+        self._versions: tuple[int, ...] = ()
+        self.slow_reason: str | None = None
+        devices = {p.device for p in self._parameters}
+        self.can_record = len(devices) == 1  # decoding steps, on CUDA
+        self.computed_tokens = 0  # positions that went through the model, padding included
+
+    @property
+    def device(self) -> torch.device:
+        return self._model.get_input_embeddings().weight.device
+
+    @property
+    def size(self) -> int:
+        return int(self._head.weight.shape[0])
+
+    @property
+    def num_layers(self) -> int:
+        return int(_text_config(self._model).num_hidden_layers)
+
+    @property
+    def num_heads(self) -> int:
+        return int(_text_config(self._model).num_attention_heads)
+
+    # What a pass costs.
+
+    @property
+    def trains(self) -> bool:
+        """Whether any of its parameters needs a gradient."""
+        return any(p.requires_grad for p in self._parameters)
+
+    @functools.cached_property
+    def matrices(self) -> Matrices:
+        """What a forward pass multiplies by."""
+        return Matrices(self._model, self._head, self._packed)
+
+    def _packed(self) -> tuple[list[Product], list[Product]]:
+        """What it multiplies by instead where it can: outside the output layer, and in it."""
+        fast = () if self._fast_model is None else self._fast_model.modules()
+        output = self._output.packed
+        return [*packed_products(fast)], [*packed_products([output] if output else [])]
+
+    @property
+    def activation_bytes(self) -> int:
+        """Of the widest activation of a token (two layers of that width may be one product)."""
+        widest = max((max(m.shape) for m in self.matrices.body), default=self.size)
+        return 2 * widest * self._head.weight.element_size()
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of a token's keys and values."""
+        config = _text_config(self._model)
+        heads = getattr(config, "num_key_value_heads", None) or self.num_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // self.num_heads
+        return 2 * self.num_layers * int(heads) * int(width) * self._head.weight.element_size()
+
+    def costs(self, prefix: int) -> Costs:
+        """In FLOPs, of tokens that see a prefix of so many."""
+        token = float(self.matrices.flops(1, 0)[0])
+        config = _text_config(self._model)
+        width = getattr(config, "head_dim", None) or config.hidden_size // self.num_heads
+        score = 4.0 * int(width) + _SOFTMAX_FLOPS
+        return Costs(token, self.num_layers * self.num_heads * score, prefix)
+
+    @functools.cached_property
+    def fast(self) -> bool:
+        check = without_grad(self._output.check)
+        check(torch.tensor([[1, 0, 2]], device=self.device) % self.size)
+        self.slow_reason = self._probe()
+        if self.slow_reason is not None:
+            warnings.warn(
+                f"{type(self._model).__name__} runs on the slow path, which computes every prefix "
+                f"anew at every token: {self.slow_reason}",
+                stacklevel=2,
+            )
+        return self.slow_reason is None
+
+    # Forward passes. They end at what enters the output layer: most of its rows are never asked for.
+
+    def run_plain(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """States (N, hidden) at ``positions`` of the flattened right-padded ``tokens`` (B, T).
+
+        The model as it is: its own attention, no cache. Differentiable.
+        """
+        self.count(tokens, positions)
+        with self._head.asking_for(positions):
+            out = self._model(input_ids=tokens, use_cache=False, return_dict=True)
+        return self._states(out)
+
+    def run_cached(
+        self,
+        tokens: torch.Tensor,
+        cache: PrefixCache,
+        positions: torch.Tensor | None = None,
+        *,
+        counted: bool = True,
+    ) -> torch.Tensor:
+        """States (N, hidden) at ``positions`` of the flattened ``tokens`` (B, T) that continue
+        ``cache``; at all of them if None. The cache then holds the tokens' keys and values."""
+        if counted:
+            self.count(tokens, positions)
+        at = cache.positions(tokens.shape[1], tokens.device).expand(tokens.shape[0], -1)
+        if self._last_position is not None:  # padding may stand behind it, nothing else does
+            at = at.clamp(max=self._last_position)
+        with self._head.asking_for(positions):
+            out = self._fast_model(
+                input_ids=tokens,
+                position_ids=at,
+                past_key_values=cache,
+                use_cache=True,
+                return_dict=True,
+                lmppl_cache=cache,
+            )
+        return self._states(out)
+
+    @functools.cached_property
+    def _last_position(self) -> int | None:
+        config = _text_config(self._model)
+        length = getattr(config, "max_position_embeddings", None)
+        return length - 1 if isinstance(length, int) and length > 0 else None
+
+    def count(self, tokens: torch.Tensor, positions: torch.Tensor | None) -> None:
+        """A pass of ``tokens`` (B, T) is made, of which ``positions`` are asked for (None: all)."""
+        self.computed_tokens += tokens.numel()
+        count_pass(self, tokens, positions)
+
+    def _states(self, out: Any) -> torch.Tensor:
+        states = self._head.take()
+        self.hidden = states.detach()
+        return out.logits if self._head.opaque else states
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """The next token's logits after states that a pass has returned: (N, hidden) to (N, V)."""
+        return self._output(states)
+
+    @property
+    def output(self) -> OutputLayer:
+        """From states to logits."""
+        return self._output
+
+    @contextmanager
+    def checkpointing(self, on: bool) -> Iterator[None]:
+        """Passes with gradients inside keep only what enters each layer, and compute the rest anew
+        in the backward pass."""
+        before, self._checkpointing.on = self._checkpointing.on, on
+        try:
+            yield
+        finally:
+            self._checkpointing.on = before
+
+    # Prompts
+
+    def shared_prompt(self, sequences: Sequence[Tokens], limit: int | None = None) -> Prompt:
+        """The keys and values of what the sequences have in common.
+
+        At least the last token of each sequence is left over, so that a forward pass of what
+        remains has the next token's logits.
+
+        Args:
+            sequences: non-empty.
+            limit: the most tokens it may have.
+        """
+        shortest = min(len(s) for s in sequences) - 1
+        limit = shortest if limit is None else min(limit, shortest)
+        low, high = min(sequences), max(sequences)
+        common = common_length(low, high, limit)
+        known = max((common_length(t, low, common) for t in self._remembered()), default=0)
+        if (common - known) * len(sequences) <= 16:
+            common = known  # a few tokens in each row cost less than a pass for them alone
+        return self.prompt(low[:common])
+
+    @without_grad
+    def prompt(self, tokens: Tokens) -> Prompt:
+        """The keys and values of ``tokens``, computed as far as they aren't remembered."""
+        if not tokens:
+            return NO_PROMPT
+        remembered = self._remembered()
+        best = max(remembered.values(), key=lambda p: common_length(p.tokens, tokens), default=None)
+        base = NO_PROMPT if best is None else best.head(common_length(best.tokens, tokens))
+        if best is not None and base.tokens:
+            remembered.move_to_end(best.tokens)
+        if base.tokens == tokens:
+            return base
+        prompt = self.extend_prompt(base, tokens)
+        if self._remembers:
+            self._remember(prompt)
+        return prompt
+
+    def extend_prompt(self, base: Prompt, tokens: Tokens) -> Prompt:
+        """The keys and values of ``tokens``, which begin with those of ``base``. Differentiable."""
+        known = len(base.tokens)
+        if self.trains:
+            self.forget()
+        cache = PrefixCache([base.group(1)])
+        new = torch.tensor([tokens[known:]], device=self.device)
+        with self.checkpointing(False):  # its keys and values are wanted, not its output
+            self.run_cached(new, cache, torch.zeros(1, dtype=torch.long, device=self.device))
+        layers: list[LayerKV] = [(k[0], v[0]) for k, v in cache.suffix]
+        if known:
+            layers = [
+                (torch.cat([k0, k], 1), torch.cat([v0, v], 1))
+                for (k0, v0), (k, v) in zip(base.layers, layers, strict=True)
+            ]
+        return Prompt(tokens, layers)
+
+    @property
+    def _remembers(self) -> bool:
+        # An optimiser can change trainable weights at any time, and nothing need tell us.
+        return not self.trains
+
+    def _remembered(self) -> OrderedDict[Tokens, Prompt]:
+        """Prompts by their tokens, all of them, from the least to the most recently used."""
+        versions = tuple(p._version for p in self._parameters if not p.is_inference())
+        if not self._remembers or versions != self._versions:
+            self.forget()
+            self._versions = versions
+        return self._prompts
+
+    def forget(self) -> None:
+        """Drop the remembered prompts."""
+        self._prompts.clear()
+        self._prompt_bytes = 0
+
+    def _remember(self, prompt: Prompt) -> None:
+        if prompt.num_bytes > self._max_prompt_bytes:
+            return
+        self._prompts[prompt.tokens] = prompt
+        self._prompt_bytes += prompt.num_bytes
+        while self._prompt_bytes > self._max_prompt_bytes or len(self._prompts) > 32:
+            self._prompt_bytes -= self._prompts.popitem(last=False)[1].num_bytes
+
+    # The probe
+
+    @without_grad
+    def _probe(self) -> str | None:
+        """Try the shared-prefix path. Returns what is wrong with it, or None."""
+        config = _text_config(self._model)
+        unknown = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
+        if unknown:
+            return f"it has layers of type {', '.join(sorted(unknown))}"
+        try:
+            self._fast_model = self._make_fast_model()
+            reason = self._compare(config)
+            if reason is None and self._remembers and can_pack(self._fast_model):
+                self._try_to_pack(config)
+            return reason
+        except Exception as error:  # whatever the model's code raises: it isn't supported
+            return f"its attention can't be reached ({type(error).__name__}: {error})"
+
+    def _try_to_pack(self, config: Any) -> None:
+        """Pack the layers below the output layer, if the logits stay the same."""
+        try:
+            with InputLog(self._fast_model) as log:
+                self.extend_prompt(NO_PROMPT, (0,))
+            outside = {id(layer) for layer in self._head.modules()}
+            names = {n for n, m in self._fast_model.named_modules() if id(m) in outside}
+            pack(self._fast_model, [g for g in log.groups() if not names.intersection(g)])
+            good = self._compare(config) is None
+        except RuntimeError:  # kernels that this machine turns out not to have
+            good = False
+        if not good:
+            self._fast_model = self._make_fast_model()
+
+    def _make_fast_model(self) -> Any:
+        model = clone(self._model)
+        model.set_output_embeddings(torch.nn.Identity())  # what follows is for the layers below it
+        fuse(model)
+        model.config._attn_implementation = ATTENTION
+        # One output layer serves both, so that asking it for positions reaches both.
+        model.set_output_embeddings(self._head)
+        self._checkpointing.wrap(model)
+        return model
+
+    def _compare(self, config: Any) -> str | None:
+        device = self.device
+        prompt = self.extend_prompt(NO_PROMPT, tuple(i % self.size for i in (1, 2, 0)))
+        ids = torch.tensor([[3, 1, 4, 1, 5], [2, 7, 1, 8, 2]], device=device) % self.size
+        # The second row is a tree: 7 and 1 follow 2; 8 and then 2 follow that 1.
+        ends = torch.tensor([[5, 5, 5, 5, 5], [5, 2, 5, 5, 5]], device=device)
+        depths = torch.tensor([[0, 1, 2, 3, 4], [0, 1, 1, 2, 3]], device=device)
+        cache = PrefixCache([prompt.group(2)], tree=Tree(depths, ends))
+        got = self.logits(self.run_cached(ids, cache)).float()
+        other = [ids[1, [0, 1]], ids[1, [0, 2, 3, 4]]]
+        want = torch.cat([self._plain_logits(prompt.tokens, row) for row in (ids[0], *other)])
+        got = got[[0, 1, 2, 3, 4, 5, 6, 5, 7, 8, 9]]
+        num_layers = self.num_layers
+        if cache.calls != num_layers:
+            return f"{cache.calls} of its {num_layers} layers have an attention that can be shared"
+        # Windows are longer than a probe: that they are handed over must do.
+        window = getattr(config, "sliding_window", None)
+        types = getattr(config, "layer_types", None)
+        sliding = (
+            [t == "sliding_attention" for t in types] if types else [bool(window)] * num_layers
+        )
+        if [w is not None for w in cache.windows] != sliding[:num_layers]:
+            return "its attention layers don't say which of them have a sliding window"
+        exact = prompt.layers[0][0].dtype in (torch.float32, torch.float64)
+        tolerance = (1e-3 if exact else 0.1) * want.std() + 1e-6
+        valid = bool(torch.isfinite(want).all())  # else whoever runs the model reports it
+        if valid and not bool((got - want).abs().mean() <= tolerance):
+            return "its logits are not those of the plain model"
+        return None
+
+    def _plain_logits(self, prefix: Tokens, tokens: torch.Tensor) -> torch.Tensor:
+        """The model's own logits (T, V) of ``tokens`` after ``prefix``, float32."""
+        ids = torch.tensor([prefix], device=self.device)
+        full = torch.cat([ids, tokens.unsqueeze(0)], 1)
+        with self._head.as_it_is():
+            logits = self._model(input_ids=full, use_cache=False, return_dict=True).logits
+        return logits[0, len(prefix) :].float()
+
+
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
+
+
+def _text_config(model: Any) -> Any:
+    """The configuration of the part that writes text (some models have several parts)."""
+    config = model.config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def common_length(a: Tokens, b: Tokens, limit: int | None = None) -> int:
+    """Length of the common prefix, at most ``limit``."""
+    most = min(len(a), len(b)) if limit is None else min(len(a), len(b), limit)
+    if a[:most] == b[:most]:
+        return most
+    return next(n for n in range(most) if a[n] != b[n])
+
+
+def padded(sequences: Sequence[Tokens], device: torch.device) -> torch.Tensor:
+    """(B, T), padded on the right with token 0."""
+    longest = max(map(len, sequences))
+    rows = [list(s) + [0] * (longest - len(s)) for s in sequences]
+    return torch.tensor(rows, device=device)
+
+
+def runner_of(lm: LM) -> Runner:
+    """The runner of a language model, made on first use."""
+    runner = getattr(lm, "_engine", None)
+    if runner is None:
+        runner = lm._engine = Runner(lm.model)
+    return runner

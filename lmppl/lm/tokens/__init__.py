@@ -1,0 +1,1 @@
+"""Text and token sequences, without any network."""

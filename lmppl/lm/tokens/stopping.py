@@ -1,0 +1,278 @@
+"""Closing: when the sequence of a site ends.
+
+A sequence closes at the first token that is an EOS, or that completes an occurrence of a stop
+string in the site's own text, or that is the last of ``max_tokens``. Stop strings are searched in
+UTF-8 bytes: the encoding is self-synchronising, so an occurrence in the bytes is one in the text,
+even where a stop string spans tokens or a character is split between two of them.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+from lmppl.lm.tokens.text import FinishReason, Text
+from lmppl.lm.tokens.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True, eq=False)
+class Closing:
+    """What closes a sequence.
+
+    With neither ``stop`` nor ``max_tokens`` nothing does, not even EOS: such a site is a prefix
+    likelihood.
+
+    Args:
+        vocabulary: the tokens of the model.
+        stop: strings that close it (one string, several, or None).
+        max_tokens: the most tokens it may have, the closing one included; None for no limit.
+
+    Raises:
+        ValueError: an empty stop string, or ``max_tokens`` below 1.
+        TypeError: one of another type.
+    """
+
+    vocabulary: Vocabulary
+    stop: tuple[str, ...] = ()
+    max_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop", _as_stop(self.stop))
+        object.__setattr__(self, "max_tokens", _as_max_tokens(self.max_tokens))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Closing):
+            return NotImplemented
+        return (
+            (self.stop, self.max_tokens) == (other.stop, other.max_tokens)
+            and self.vocabulary.eos_ids == other.vocabulary.eos_ids
+            and self.vocabulary.same_as(other.vocabulary)
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.stop, self.max_tokens))
+
+    @property
+    def closes(self) -> bool:
+        """Whether anything closes the sequence; False for a prefix likelihood."""
+        return bool(self.stop) or self.max_tokens is not None
+
+    @cached_property
+    def closing_token(self) -> int | None:
+        """One token that closes the site from any open state, or None.
+
+        A stop string that is a single token, else EOS.
+        """
+        if not self.closes:
+            return None
+        if self.vocabulary.concatenates:
+            for stop in self.stop:
+                ids = self.vocabulary.encode(stop)
+                if len(ids) == 1 and stop.encode() in self.vocabulary.token_bytes(ids[0]):
+                    return ids[0]
+        return self.vocabulary.eos_id
+
+    def start(self) -> ClosingState:
+        """The state before the first token."""
+        return ClosingState(self)
+
+    def scan(self, ids: Iterable[int]) -> tuple[int, FinishReason, str | None] | None:
+        """Where ``ids`` close: number of tokens up to there, the reason, the stop string.
+
+        None if they are still open. At one token EOS goes before stop, and stop before length.
+        """
+        state = self.start()
+        for token in ids:
+            reason = state.push(token)
+            if reason is not None:
+                return state.length, reason, state.stop
+        return None
+
+    def text(self, ids: Iterable[int]) -> Text:
+        """The value of a site whose tokens are ``ids``, open or closed by the last of them.
+
+        Raises:
+            ValueError: ``ids`` go on after they closed.
+        """
+        ids = tuple(int(t) for t in ids)
+        closed = self.scan(ids)
+        vocabulary = self.vocabulary
+        string = vocabulary.decode([t for t in ids if t not in vocabulary.eos_ids])
+        if closed is None:
+            return Text(string, ids, vocabulary)
+        length, reason, stop = closed
+        if length < len(ids):
+            raise ValueError(
+                f"{len(ids)} tokens for a sequence that closes at token {length} ({reason}): "
+                f"{string!r}"
+            )
+        body = string
+        if stop is not None:
+            # In bytes, as it was found: a half character before it decodes to a longer U+FFFD.
+            found = _first_stop(self._bytes(ids), self._stop_bytes)
+            assert found is not None
+            body = self._bytes(ids)[: found[0]].decode("utf-8", errors="replace")
+        return Text(string, ids, vocabulary, body=body, finish_reason=reason, stop=stop)
+
+    def _bytes(self, ids: Iterable[int]) -> bytes:
+        if self.vocabulary.concatenates:
+            return b"".join(map(self.vocabulary.token_bytes, ids))
+        return self.vocabulary.decode(tuple(ids)).encode()
+
+    @cached_property
+    def _stop_bytes(self) -> list[bytes]:
+        return [stop.encode() for stop in self.stop]
+
+
+class ClosingState:
+    """How far one sequence is from closing. ``push`` takes its tokens one by one.
+
+    Attributes:
+        length: tokens pushed.
+        reason: what closed it; None while it is open.
+        stop: the stop string that closed it, if one did.
+    """
+
+    __slots__ = ("_closing", "_ids", "_tail", "length", "reason", "stop")
+
+    def __init__(self, closing: Closing) -> None:
+        self._closing = closing
+        self._tail = b""  # the text's last bytes, one fewer than the longest stop string
+        self._ids: list[int] = []  # only where text is not the concatenation of its tokens
+        self.length = 0
+        self.reason: FinishReason | None = None
+        self.stop: str | None = None
+
+    def push(self, token: int) -> FinishReason | None:
+        """Add a token. Returns why the sequence closed at it, or None while it is open.
+
+        Raises:
+            ValueError: the sequence is closed already.
+        """
+        if self.reason is not None:
+            raise ValueError(f"the sequence has closed ({self.reason}) at token {self.length}")
+        closing = self._closing
+        self.length += 1
+        if not closing.closes:
+            return None
+        if token in closing.vocabulary.eos_ids:
+            self.reason = "eos"
+        elif closing.stop and self._find_stop(token):
+            self.reason = "stop"
+        elif self.length == closing.max_tokens:
+            self.reason = "length"
+        return self.reason
+
+    def copy(self) -> ClosingState:
+        """An independent copy, as a fork of the sequence needs."""
+        other = ClosingState(self._closing)
+        other._tail, other._ids = self._tail, list(self._ids)
+        other.length, other.reason, other.stop = self.length, self.reason, self.stop
+        return other
+
+    def _find_stop(self, token: int) -> bool:
+        closing = self._closing
+        vocabulary, stops = closing.vocabulary, closing._stop_bytes
+        if vocabulary.concatenates:
+            text = self._tail + vocabulary.token_bytes(token)
+            keep = max(map(len, stops)) - 1
+            self._tail = text[-keep:] if keep else b""
+        else:
+            self._ids.append(int(token))
+            text = vocabulary.decode(self._ids).encode()
+        found = _first_stop(text, stops)
+        if found is None:
+            return False
+        self.stop = closing.stop[found[1]]
+        return True
+
+
+def _first_stop(text: bytes, stops: list[bytes]) -> tuple[int, int] | None:
+    """The occurrence that ends first, and of those the longest: its start, and which stop it is."""
+    found = [(start, n) for n, stop in enumerate(stops) if (start := text.find(stop)) >= 0]
+    return min(found, key=lambda f: (f[0] + len(stops[f[1]]), f[0]), default=None)
+
+
+def _as_stop(stop: object) -> tuple[str, ...]:
+    if stop is None:
+        return ()
+    strings = (stop,) if isinstance(stop, str) else stop
+    if not isinstance(strings, Iterable):
+        raise TypeError(f"stop={stop!r}: it must be a string or a list of strings")
+    strings = tuple(strings)
+    for string in strings:
+        if not isinstance(string, str):
+            raise TypeError(f"stop={stop!r}: {string!r} is not a string")
+        if not string:
+            raise ValueError(
+                f"stop={stop!r}: a stop string must not be empty; leave stop out to have none"
+            )
+    return tuple(dict.fromkeys(str(string) for string in strings))
+
+
+def _as_max_tokens(max_tokens: object) -> int | None:
+    if max_tokens is None:
+        return None
+    try:
+        if isinstance(max_tokens, bool):
+            raise TypeError
+        number = operator.index(max_tokens)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"max_tokens={max_tokens!r}: it must be a whole number of tokens") from None
+    if number < 1:
+        raise ValueError(f"max_tokens={number}: a sequence has at least 1 token")
+    return number
+
+
+# --- observed text: the tokens that are scored, or why the site could not have produced it ---------
+
+
+def encode_observed(obs: str, closing: Closing, site: str = "") -> tuple[int, ...]:
+    """See :meth:`lmppl.lm.LM.encode_observed`; ``site`` begins every message."""
+    if not isinstance(obs, str):
+        raise TypeError(f"{site}an observed text is a str or a Text, not {type(obs).__name__}")
+    vocabulary = closing.vocabulary
+    try:
+        ids = obs.token_ids if isinstance(obs, Text) else vocabulary.encode(obs)
+    except ValueError as error:
+        raise ValueError(f"{site}{error}") from error
+    if not closing.closes:
+        if not ids:
+            raise ValueError(
+                f"{site}the observed text is empty, so without stop or max_tokens it says nothing"
+            )
+        return ids
+    closed = closing.scan(ids)
+    if closed is None:
+        if vocabulary.eos_id is None:
+            raise ValueError(
+                f"{site}the observed text {str(obs)!r} does not close the site "
+                f"({_closers(closing)}), and the model has no EOS token that could be appended. "
+                "Let it end as the site would, or leave out stop and max_tokens to score it as the "
+                "beginning of a text."
+            )
+        return (*ids, vocabulary.eos_id)
+    length, reason, stop = closed
+    if length == len(ids):
+        return ids
+    where = f"at token {length} (character {len(vocabulary.decode(ids[:length]))})"
+    if reason == "length":
+        raise ValueError(
+            f"{site}the observed text has {len(ids)} tokens, but max_tokens={closing.max_tokens} "
+            f"closes the site {where}: {str(obs)!r}. Raise max_tokens or shorten the text."
+        )
+    what = f"stop string {stop!r}" if reason == "stop" else "an EOS token"
+    rest = vocabulary.decode(ids[length:])
+    raise ValueError(
+        f"{site}the observed text {str(obs)!r} runs past its close: {what} closes it {where}, but "
+        f"{rest!r} follows. Cut the text there, or change the site's stop."
+    )
+
+
+def _closers(closing: Closing) -> str:
+    what = [f"stop={list(closing.stop)!r}"] if closing.stop else []
+    if closing.max_tokens is not None:
+        what.append(f"max_tokens={closing.max_tokens}")
+    return ", ".join(what)

@@ -1,0 +1,137 @@
+"""Text: a string that remembers the tokens it was made of.
+
+A language model defines a density over *token sequences*, not over strings: ``"ab"`` may be one
+token or two. A value drawn from a model therefore carries its tokens with it, and keeps them
+when it becomes part of a later prefix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from lmppl.lm.tokens.vocabulary import Vocabulary
+
+FinishReason = Literal["stop", "eos", "length"]
+
+
+class Text(str):
+    """An immutable ``str`` with its tokens.
+
+    Only ``+`` keeps tokens: ``x + z`` is a ``Text`` whose parts are those of ``x`` and ``z``. All
+    other ``str`` operations (f-strings, slices, ``strip``, ...) return a plain ``str``, which is
+    tokenised anew when it becomes a prefix.
+
+    Attributes:
+        token_ids: the tokens, the closing one included; of a concatenation, the tokens it
+            contributes to a prefix.
+        body: the text without the stop string that closed it.
+        finish_reason: what closed it: ``"stop"``, ``"eos"``, ``"length"``; None if nothing did.
+        stop: the stop string that closed it, or None.
+        parts: what it contributes to a prefix: token tuples (EOS removed), and ``str`` to tokenise.
+        vocabulary: the vocabulary that its tokens belong to.
+    """
+
+    __slots__ = ("_token_ids", "body", "finish_reason", "parts", "stop", "vocabulary")
+
+    _token_ids: tuple[int, ...] | None
+    body: str
+    finish_reason: FinishReason | None
+    parts: tuple[str | tuple[int, ...], ...]
+    stop: str | None
+    vocabulary: Vocabulary
+
+    def __new__(
+        cls,
+        string: str,
+        token_ids: Iterable[int],
+        vocabulary: Vocabulary,
+        *,
+        body: str | None = None,
+        finish_reason: FinishReason | None = None,
+        stop: str | None = None,
+    ) -> Text:
+        ids = tuple(token_ids)
+        return cls._make(
+            string,
+            ids,
+            vocabulary,
+            body=string if body is None else body,
+            finish_reason=finish_reason,
+            stop=stop,
+            parts=(tuple(t for t in ids if t not in vocabulary.eos_ids),),
+        )
+
+    @classmethod
+    def _joined(cls, string: str, parts: Iterable[Any], vocabulary: Vocabulary) -> Text:
+        return cls._make(
+            string,
+            None,
+            vocabulary,
+            body=string,
+            finish_reason=None,
+            stop=None,
+            parts=tuple(parts),
+        )
+
+    @classmethod
+    def _make(
+        cls, string: str, ids: tuple[int, ...] | None, vocabulary: Vocabulary, **fields: Any
+    ) -> Text:
+        self = super().__new__(cls, string)
+        for name, value in {"_token_ids": ids, "vocabulary": vocabulary, **fields}.items():
+            object.__setattr__(self, name, value)
+        return self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Particles and traces share texts.
+        raise AttributeError(f"a Text is immutable: its {name!r} cannot be set")
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"a Text is immutable: its {name!r} cannot be deleted")
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        if self._token_ids is not None:
+            return self._token_ids
+        ids: list[int] = []
+        for part in self.parts:
+            ids.extend(self.vocabulary.encode(part) if isinstance(part, str) else part)
+        return tuple(ids)
+
+    def __add__(self, other: str) -> Text:  # type: ignore[override]
+        if not isinstance(other, str):
+            return NotImplemented
+        self._check_vocabulary(other)
+        return Text._joined(str(self) + str(other), (*self.parts, *_parts(other)), self.vocabulary)
+
+    def __radd__(self, other: str) -> Text:
+        if not isinstance(other, str):
+            return NotImplemented
+        return Text._joined(str(other) + str(self), (*_parts(other), *self.parts), self.vocabulary)
+
+    def _check_vocabulary(self, other: str) -> None:
+        if isinstance(other, Text) and not self.vocabulary.same_as(other.vocabulary):
+            raise ValueError(
+                f"cannot join {str(self)!r} and {str(other)!r}: their tokens belong to different "
+                "tokenizers. Join str(z) instead of z to tokenise one of them anew."
+            )
+
+    # Equality and hash are those of the string (inherited): caches must key on token_ids.
+
+    def __repr__(self) -> str:
+        return f"Text({str(self)!r})"
+
+    def __getnewargs_ex__(self) -> Any:  # pragma: no cover - copying shares, pickling is refused
+        raise TypeError("a Text holds a tokenizer and is not pickled: store str(z) and z.token_ids")
+
+    def __copy__(self) -> Text:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Text:
+        return self
+
+
+def _parts(value: str) -> tuple[Any, ...]:
+    return value.parts if isinstance(value, Text) else (str(value),)

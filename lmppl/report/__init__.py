@@ -1,0 +1,1 @@
+"""What people look at: tables, progress bars, the history of a training run, profiles."""

@@ -1,0 +1,336 @@
+"""What training reports: the figures of every step, as a table and as plots."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lmppl.report.tables import ABSENT, duration, grid_html, grid_text, percent, show
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_RATE = "samples_per_second"  # computed, not stored
+
+_COLUMNS = ("step", "loss", "log_z", "elbo", "ess", "alive", "length", _RATE)
+# Of ``learn``: those of the program, and as many of the guide as there is room for.
+_LEARNING = ("step", "log_evidence", "model_ess", "loss", "elbo", "ess", "length")
+_LEARNING_HELD_OUT = ("eval_log_z", "eval_ess")
+_LABELS = {
+    "log_evidence": "log evidence",
+    "model_loss": "model loss",
+    "model_ess": "model ESS",
+    "log_z": "log Z",
+    "elbo": "ELBO",
+    "eubo": "EUBO",
+    "ess": "ESS",
+    _RATE: "samples/s",
+}
+_HELD_OUT = "eval_"
+
+_PANELS = (
+    ("log_evidence",),
+    ("model_ess",),
+    ("loss",),
+    ("log_z", "elbo", "eval_log_z", "eval_elbo", "eval_eubo"),
+    ("ess", "eval_ess"),
+    ("length",),
+    (_RATE,),
+)
+_FRACTIONS = ("ess", "alive", "model_ess")
+_COLOURS = {"elbo": ("#c8452c", "#eec2b8")}  # of lines and of points
+_BLUE = ("#1b6ca8", "#b3cde1")
+
+
+class History(list[dict[str, Any]]):
+    """The figures of a training run: a list of dicts, one a step.
+
+    It equals a plain list of the same dicts, and ``json`` writes it as one. It is printed as a
+    table; a slice (``history[-100:]``) is a history too.
+    """
+
+    def __getitem__(self, key: Any) -> Any:
+        found = super().__getitem__(key)
+        return History(found) if isinstance(key, slice) else found
+
+    # --- figures ---------------------------------------------------------------------------------
+
+    def column(self, name: str) -> list[float]:
+        """One figure of every step; NaN at steps that lack it.
+
+        Args:
+            name: a key of the steps' dicts, or ``"samples_per_second"`` (of the step's seconds
+                without those of its evaluation).
+
+        Raises:
+            ValueError: if no step has it; says which there are.
+        """
+        values = [_number(_figure(figures, name)) for figures in self]
+        if self and name != _RATE and not any(name in figures for figures in self):
+            known = sorted({key for figures in self for key in figures} | {_RATE})
+            raise ValueError(f"no step has the figure {name!r}, allowed: {', '.join(known)}")
+        return values
+
+    def smoothed(self, name: str, window: int) -> list[float]:
+        """Running mean of a figure over the ``window`` steps around each (fewer at the ends).
+
+        What is not finite is left out; NaN where nothing is left.
+        """
+        if window < 1:
+            raise ValueError(f"window={window}: it must be at least 1")
+        values, back = self.column(name), (window - 1) // 2
+        means = []
+        for i in range(len(values)):
+            near = [v for v in values[max(0, i - back) : i - back + window] if math.isfinite(v)]
+            means.append(statistics.fmean(near) if near else math.nan)
+        return means
+
+    def time_split(self) -> dict[str, float]:
+        """Where the time went: the share of each part, ``seconds_*``, of all steps' seconds.
+
+        The parts are ``"sampling"``, ``"truncations"`` (their rewards), ``"gradient"`` and, if
+        there was one, ``"evaluation"``. Empty if no time was measured.
+        """
+        seconds = self._seconds()
+        total = sum(seconds.values())
+        return {name: part / total for name, part in seconds.items()} if total > 0 else {}
+
+    def _seconds(self) -> dict[str, float]:
+        seconds: dict[str, float] = {}
+        for figures in self:
+            for name, part in _parts(figures).items():
+                seconds[name] = seconds.get(name, 0.0) + part
+        return seconds
+
+    # --- table -----------------------------------------------------------------------------------
+
+    def table(self, rows: int = 10) -> str:
+        """A few steps, evenly spaced, as text no wider than the terminal.
+
+        Where held-out figures (``eval_*``) are only at some steps, rows move to the nearest of
+        them. ESS and alive are shares of the samples; log Z and the ELBO are in nats. The last line
+        says where the time went.
+        """
+        if not self:
+            return _EMPTY
+        return grid_text(**self._grid(rows))
+
+    def __repr__(self) -> str:
+        return self.table()
+
+    def _repr_html_(self) -> str:
+        return grid_html(**self._grid(10)) if self else f"<div>{_EMPTY}</div>"
+
+    def _grid(self, rows: int) -> dict[str, Any]:
+        keys = dict.fromkeys(key for figures in self for key in figures)
+        held_out = [name for name in keys if name.startswith(_HELD_OUT)]
+        columns: Sequence[str] = _COLUMNS
+        if "log_evidence" in keys:
+            columns = _LEARNING
+            held_out = [name for name in _LEARNING_HELD_OUT if name in keys]
+        names = [name for name in columns if self._tells(name)] + held_out
+        seconds, samples = self._seconds(), sum(_finite(self, "samples"))
+        above = f"History: {len(self):,} step{'s' * (len(self) != 1)}, {samples:,.0f} samples"
+        if seconds:
+            above += f", {duration(sum(seconds.values()))}"
+        split = [f"{show(k, quote=False)} {percent(v)}" for k, v in self.time_split().items()]
+        return {
+            "columns": [_label(name, gap="\n") for name in names],
+            "rows": [[_cell(name, self[i]) for name in names] for i in self._spaced(rows)],
+            "above": above,
+            "below": f"time: {', '.join(split)}" if split else "",
+        }
+
+    def _tells(self, name: str) -> bool:
+        """Whether a figure is known of any step (of a guide that draws nothing, some never are)."""
+        if name == _RATE:
+            return bool(_finite(self, name))
+        there = any(name in figures for figures in self)
+        return there and (name == "loss" or not all(map(math.isnan, self.column(name))))
+
+    def _spaced(self, rows: int) -> list[int]:
+        """Which steps the table shows: the first, the last, and some between."""
+        if rows < 1:
+            raise ValueError(f"rows={rows}: it must be at least 1")
+        last = len(self) - 1
+        if len(self) <= rows or rows == 1:
+            return list(range(len(self)))[-rows:]
+        gap = last / (rows - 1)
+        held_out = [i for i, f in enumerate(self) if any(key.startswith(_HELD_OUT) for key in f)]
+        chosen = {0, last}
+        for place in (k * gap for k in range(1, rows - 1)):
+            near = min(held_out, key=lambda i: abs(i - place), default=-last)
+            chosen.add(near if abs(near - place) <= gap / 2 else round(place))
+        return sorted(chosen)
+
+    # --- plots -----------------------------------------------------------------------------------
+
+    def plot(
+        self, path: str | os.PathLike[str] | None = None, columns: Sequence[str] | None = None
+    ) -> Figure:
+        """Draw the run: points are steps, lines their running means, rings held-out figures.
+
+        Args:
+            path: also write it to this file; its ending says the format (none: PNG). The file is
+                there either whole or not at all.
+            columns: what to draw instead of the usual, a panel each; see ``column``.
+
+        Returns:
+            The matplotlib ``Figure``. Notebooks show it; pyplot does not know it.
+
+        Raises:
+            ImportError: if matplotlib is not installed.
+            ValueError: if there is nothing to draw yet, or for an unknown column.
+        """
+        try:
+            import matplotlib
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError("plots need matplotlib: pip install lmppl[plot]") from error
+
+        class Shown(Figure):
+            # Notebooks know how to show a figure only once pyplot has been imported.
+            def _repr_png_(self) -> bytes:
+                self.savefig(out := io.BytesIO(), format="png")
+                return out.getvalue()
+
+        style: Any = {
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "grid.alpha": 0.25,
+            "axes.titlesize": 10,
+            "font.size": 9,
+            "figure.constrained_layout.use": True,
+        }
+        panels = self._panels(columns)
+        across = min(3, len(panels))
+        down = math.ceil(len(panels) / across)
+        with matplotlib.rc_context(style):
+            figure = Shown(figsize=(3.6 * across, 2.6 * down), dpi=120)
+            axes = figure.subplots(down, across, squeeze=False).flatten()
+            for axis, names in zip(axes, panels, strict=False):
+                self._draw(axis, names)
+            for axis in axes[len(panels) :]:
+                axis.remove()
+            if path is not None:
+                _write(figure, Path(path))
+        return figure
+
+    def _panels(self, columns: Sequence[str] | None) -> list[list[str]]:
+        """The names of each panel's figures: those of which some value can be drawn."""
+        if columns is None:
+            keys = {key for figures in self for key in figures} | {_RATE}
+            wanted = [[name for name in names if name in keys] for names in _PANELS]
+        else:
+            wanted = [[name] for name in ([columns] if isinstance(columns, str) else columns)]
+            for (name,) in wanted:
+                self.column(name)  # unknown ones are an error, not a panel less
+        panels = [[name for name in names if _finite(self, name)] for names in wanted]
+        panels = [names for names in panels if names]
+        if not panels:
+            raise ValueError("nothing to plot: no step has a finite figure yet")
+        return panels
+
+    def _draw(self, axis: Any, names: Sequence[str]) -> None:
+        steps = self._steps()
+        window = min(math.isqrt(len(self)), 100)
+        for name in names:
+            colour, faint = _COLOURS.get(name.removeprefix(_HELD_OUT), _BLUE)
+            values = self.column(name)
+            there = [i for i, value in enumerate(values) if math.isfinite(value)]
+            at, points = [steps[i] for i in there], [values[i] for i in there]
+            if name.startswith(_HELD_OUT):
+                axis.plot(at, points, "o--", c=colour, mfc="white", ms=5, lw=1, label=_label(name))
+                continue
+            # A tint: where points are many, transparent ones would add up and hide the line.
+            axis.plot(at, points, ".", c=faint, ms=4, mew=0, zorder=1.5)
+            smooth = self.smoothed(name, window)
+            axis.plot(at, [smooth[i] for i in there], c=colour, lw=1.5, label=_label(name))
+        first = names[0].removeprefix(_HELD_OUT)
+        if first == "loss" and min(_finite(self, names[0])) > 0:
+            axis.set_yscale("log")
+        elif first in _FRACTIONS:
+            axis.set_ylim(0, 1.02)
+            axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        elif first in ("length", _RATE):
+            axis.set_ylim(bottom=0)
+        nats = dict.fromkeys(("log_z", "elbo", "log_evidence"), " (nats)")
+        unit = {**nats, "length": " (tokens)"}.get(first, "")
+        shown = [_label(name) for name in names if not name.startswith(_HELD_OUT)]
+        axis.set_title(" and ".join(shown or [_label(names[0])]) + unit)
+        axis.set_xlabel("step")
+        if len(names) > 1:
+            axis.legend(frameon=False, fontsize=8)
+
+    def _steps(self) -> list[float]:
+        numbers = [_number(figures.get("step")) for figures in self]
+        return [n if math.isfinite(n) else float(i) for i, n in enumerate(numbers)]
+
+
+_EMPTY = "History: no steps yet"
+
+
+def _figure(figures: dict[str, Any], name: str) -> Any:
+    if name != _RATE:
+        return figures.get(name)
+    # Without evaluations, which train on nothing: at their steps training would seem slow.
+    seconds = sum(part for key, part in _parts(figures).items() if key != "evaluation")
+    rate = _number(figures.get("samples")) / seconds if seconds > 0 else math.nan
+    return rate if math.isfinite(rate) else None
+
+
+def _parts(figures: dict[str, Any]) -> dict[str, float]:
+    """Seconds of a step, by what they were spent on."""
+    parts = {
+        key.removeprefix("seconds_"): _number(value)
+        for key, value in figures.items()
+        if key.startswith("seconds_")
+    }
+    return {name: part for name, part in parts.items() if math.isfinite(part)}
+
+
+def _finite(history: History, name: str) -> list[float]:
+    if name != _RATE and not any(name in figures for figures in history):
+        return []
+    return [value for value in history.column(name) if math.isfinite(value)]
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, (int, float)) else math.nan
+
+
+def _label(name: str, gap: str = " ") -> str:
+    base = name.removeprefix(_HELD_OUT)
+    label = _LABELS.get(base) or show(base.replace("_", " "), quote=False)
+    return f"eval{gap}{label}" if name.startswith(_HELD_OUT) else label
+
+
+def _cell(name: str, figures: dict[str, Any]) -> str:
+    value, base = _figure(figures, name), name.removeprefix(_HELD_OUT)
+    if value is None:
+        return ABSENT
+    if not math.isfinite(_number(value)):
+        return show(value)
+    if base in _FRACTIONS:
+        return percent(value)
+    if base in ("log_z", "elbo", "eubo", "log_evidence") and abs(value) < 1e6:
+        return f"{value:.2f}"
+    if base in ("length", _RATE):
+        return f"{value:,.1f}"
+    return show(value)
+
+
+def _write(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}-{os.getpid()}")
+    try:
+        figure.savefig(temporary, format=path.suffix[1:] or "png", facecolor="white")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,234 @@
+"""Where the time of a run goes: ``with lmppl.profile() as p:`` and ``infer(..., profile=True)``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from lmppl.lm.meter.work import KINDS, Kind, Ledger, Record, recording
+from lmppl.report.tables import profile_html, profile_text
+
+# A pass with a gradient: the products forward, and as many again for the gradients of their
+# inputs. The base is frozen, so no product is needed for the gradients of its weights.
+_PASSES_OF_TRAINING = 2
+
+
+@dataclass(frozen=True)
+class Work:
+    """One kind of language-model work.
+
+    Attributes:
+        kind: ``"sampled"``, ``"scored"``, ``"trained"`` or ``"read"`` (see ``Profile``).
+        tokens: that were drawn, scored or trained on; 0 for ``"read"``. Equal requests are
+            computed once and count once.
+        seconds: that the work took, its bookkeeping included.
+        passes: forward passes through a model.
+        rows: of their batches, all passes together; a row may hold several texts.
+        positions: computed in the forward passes, with prompts and padding (and the probe of a
+            model that is met for the first time).
+        outputs: positions that went through the output layer.
+        flops: of the matrix products with the models' weights: 2 a parameter and position
+            (parameters of the output layer: and position that goes through it), and twice that
+            for ``"trained"``, as the backward pass of a frozen model with a LoRA adapter needs
+            gradients of inputs only: 4 a parameter and position in all. Attention's own
+            products, which grow with the context, are not among them.
+        gemm_seconds: what these products would take alone, at the rate that ``F.linear`` reaches
+            on this device with the models' own weights and as many rows as a pass has on
+            average (the nearest power of two); None if it could not be measured.
+    """
+
+    kind: str
+    tokens: int
+    seconds: float
+    passes: int
+    rows: int
+    positions: int
+    outputs: int
+    flops: int
+    gemm_seconds: float | None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Tokens a second; None if there are no tokens."""
+        return self.tokens / self.seconds if self.tokens and self.seconds else None
+
+    @property
+    def mean_batch(self) -> float | None:
+        """Rows of a forward pass, on average; None if there were no passes."""
+        return self.rows / self.passes if self.passes else None
+
+    @property
+    def roofline(self) -> float | None:
+        """The share of the seconds that the matrix products need; 1 is as fast as can be.
+
+        None if there were no passes, or the rate could not be measured.
+        """
+        if not self.seconds or self.gemm_seconds is None:
+            return None
+        return self.gemm_seconds / self.seconds
+
+
+class Profile:
+    """Where the time went.
+
+    Its figures are there when its block, or ``infer``, has ended. All language models of the
+    process count, those of other threads too. Time is never counted twice.
+
+    Raises:
+        RuntimeError: a figure is asked for before the block has ended.
+    """
+
+    def __init__(self) -> None:
+        self._works: dict[Kind, Work] | None = None
+        self._seconds = 0.0
+
+    def _fill(self, record: Record, ledger: Ledger) -> None:
+        with ledger.pause():  # of whoever profiles what is around this one
+            works = {kind: _work(kind, record) for kind in KINDS}
+        self._works, self._seconds = works, record.seconds
+
+    def _of(self, kind: Kind) -> Work:
+        if self._works is None:
+            raise RuntimeError("a profile has its figures when its with block has ended")
+        return self._works[kind]
+
+    @property
+    def sampled(self) -> Work:
+        """Drawing texts, prompts included."""
+        return self._of("sampled")
+
+    @property
+    def scored(self) -> Work:
+        """Scoring texts without a gradient: observations, choices, rewards, lookaheads."""
+        return self._of("scored")
+
+    @property
+    def trained(self) -> Work:
+        """Scoring texts with a gradient to trained parameters, and the backward passes."""
+        return self._of("trained")
+
+    @property
+    def read(self) -> Work:
+        """Reading what comes next, or a state, without drawing or scoring a text: enumeration by
+        ``"exact"``, and the heads of guides."""
+        return self._of("read")
+
+    @property
+    def works(self) -> list[Work]:
+        """The kinds of work that were done."""
+        return [work for work in map(self._of, KINDS) if work.passes or work.seconds]
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole, by the wall clock."""
+        self._of("sampled")
+        return self._seconds
+
+    @property
+    def seconds_outside(self) -> float:
+        """Seconds outside the language models: programs, tools, weights, optimiser, ..."""
+        return max(0.0, self.seconds - sum(work.seconds for work in self.works))
+
+    @property
+    def share_outside(self) -> float:
+        """``seconds_outside`` as a share of all seconds."""
+        return self.seconds_outside / self.seconds if self.seconds else 0.0
+
+    @property
+    def passes(self) -> int:
+        """Forward passes through language models."""
+        return sum(work.passes for work in self.works)
+
+    @property
+    def mean_batch(self) -> float | None:
+        """Rows of a forward pass, on average; None if there were no passes."""
+        return sum(work.rows for work in self.works) / self.passes if self.passes else None
+
+    def summary(self) -> dict[str, Any]:
+        """The profile in plain Python values, as the table shows it.
+
+        ``"works"`` has one dict a kind of work, with the attributes and properties of ``Work``.
+        """
+        return {
+            "seconds": self.seconds,
+            "seconds_outside": self.seconds_outside,
+            "share_outside": self.share_outside,
+            "passes": self.passes,
+            "mean_batch": self.mean_batch,
+            "works": [
+                {
+                    **vars(work),
+                    "tokens_per_second": work.tokens_per_second,
+                    "mean_batch": work.mean_batch,
+                    "roofline": work.roofline,
+                }
+                for work in self.works
+            ],
+        }
+
+    def __repr__(self) -> str:
+        if self._works is None:
+            return "Profile: its with block has not ended"
+        return profile_text(self.summary())
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{self!r}</pre>" if self._works is None else profile_html(self.summary())
+
+
+@contextmanager
+def profile() -> Iterator[Profile]:
+    """Measure where time goes in the block.
+
+    ```python
+    with lmppl.profile() as p:
+        guide.fit(inputs, steps=100)
+    print(p)
+    ```
+
+    Anything that runs language models can be in the block: ``infer`` (whose ``profile=True`` is a
+    use of this), ``LM.sample``, ``LMGuide.fit``, engines and training loops of your own. Blocks may
+    nest; each sees all that happens in it. While no profile is taken, nothing is measured. While
+    one is, every call of a language model waits for its device at its begin and end.
+
+    The rates that the work is compared with are measured when the block ends, in a fraction of a
+    second that no profile counts, and remembered.
+
+    Yields:
+        A ``Profile``, which has its figures when the block has ended, also by an exception.
+    """
+    result = Profile()
+    ledger, record = None, Record()
+    try:
+        with recording() as (ledger, record):
+            yield result
+    finally:
+        if ledger is not None:
+            result._fill(record, ledger)
+
+
+def _work(kind: Kind, record: Record) -> Work:
+    groups = [passes for (its, _), passes in record.passes.items() if its == kind]
+    times = _PASSES_OF_TRAINING if kind == "trained" else 1
+    flops, gemm_seconds = 0, 0.0
+    known = bool(groups)
+    for group in groups:
+        flops += times * sum(group.matrices.flops(group.positions, group.outputs))
+        try:
+            alone = group.matrices.seconds(group.positions, group.outputs, group.passes)
+        except RuntimeError:  # of the device: too little memory, or what ended the block
+            alone = None
+        known = known and alone is not None
+        gemm_seconds += times * (alone or 0.0)
+    return Work(
+        kind,
+        getattr(record.usage, f"tokens_{kind}", 0),
+        record.kinds[kind],
+        sum(group.passes for group in groups),
+        sum(group.rows for group in groups),
+        sum(group.positions for group in groups),
+        sum(group.outputs for group in groups),
+        flops,
+        gemm_seconds if known else None,
+    )

@@ -1,0 +1,125 @@
+"""Serve what particles wait for, together.
+
+``start`` makes particles and runs each to its first wait; ``settle`` scores until nobody waits for
+a score; ``draw`` draws for everyone who waits for a draw. An engine is a loop over these. (Whether
+it has the language models to itself is not its business: see ``together``.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+
+from lmppl.runtime.particle import Particle, Proposer
+from lmppl.runtime.scheduler import ask
+
+
+def fresh_seed(seed: int | None) -> int:
+    """``seed``, or one taken from torch's random stream (so that ``pyro.set_rng_seed`` governs)."""
+    return int(torch.randint(2**62, ())) if seed is None else int(seed)
+
+
+def slot_seeds(seed: int, num: int) -> list[int]:
+    """Seeds of ``num`` independent streams."""
+    return [int(s) for s in np.random.SeedSequence(seed).generate_state(num, np.uint64)]
+
+
+def nth_seed(seed: int, index: int) -> int:
+    """Seed of the ``index``-th of endlessly many independent streams, below ``2**63``."""
+    stream = np.random.SeedSequence(seed, spawn_key=(index,))
+    return int(stream.generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def start(
+    program: Callable[..., Any],
+    args: tuple[Any, ...],
+    num: int,
+    *,
+    seed: int,
+    proposer: Callable[[int, int], Proposer] | None = None,
+    **options: Any,
+) -> list[Particle]:
+    """``num`` particles of one program, each at its first wait.
+
+    Args:
+        program: a Pyro program.
+        args: its positional arguments.
+        num: how many.
+        seed: of all their streams.
+        proposer: makes a particle's proposer from its slot and a seed.
+        options: further arguments of ``Particle``.
+    """
+    particles = []
+    for slot, each in enumerate(slot_seeds(seed, num)):
+        own = None if proposer is None else proposer(slot, each ^ 0x5DEECE66D)
+        particles.append(Particle(program, args, seed=each, proposer=own, slot=slot, **options))
+    try:
+        for particle in particles:
+            particle.resume()
+    except BaseException:
+        with closing(particles):
+            raise
+    return particles
+
+
+def settle(particles: Sequence[Particle], *, grad: bool = False) -> None:
+    """Answer scores and hidden states, in batched rounds, until all wait for a draw or have ended."""
+    while True:
+        asking = [_waiting(particles, "score"), _waiting(particles, "hidden")]
+        if not any(asking):
+            return
+        for members in asking:
+            _serve(members, grad=grad)
+
+
+def draw(particles: Sequence[Particle]) -> None:
+    """Draw, in one batched call, for every particle that waits for a draw."""
+    _serve(_waiting(particles, "draw"))
+
+
+def _waiting(particles: Sequence[Particle], kind: str) -> list[Particle]:
+    return [p for p in particles if p.waiting is not None and p.waiting.kind == kind]
+
+
+def _serve(particles: Sequence[Particle], *, grad: bool = False) -> None:
+    """Give each what it waits for, which is of one kind."""
+    if not particles:
+        return
+    answers = ask([p.waiting for p in particles if p.waiting is not None], grad=grad)
+    for particle, answer in zip(particles, answers, strict=True):
+        particle.resume(answer)
+
+
+def complete(particles: Sequence[Particle]) -> None:
+    """Run all to their ends."""
+    settle(particles)
+    while any(not p.finished for p in particles):
+        draw(particles)
+        settle(particles)
+
+
+class _Closes(Protocol):
+    def close(self) -> None: ...
+
+
+_C = TypeVar("_C", bound=_Closes)
+
+
+@contextmanager
+def closing(particles: list[_C]) -> Iterator[list[_C]]:
+    """Ends whatever is still suspended when an engine leaves, also on an exception.
+
+    A suspended program must not be left to the garbage collector: its ``finally`` blocks would run
+    in somebody else's handlers.
+    """
+    with ExitStack() as ends:
+        try:
+            yield particles
+        finally:
+            # All of them, also if the ``finally`` block of one raises.
+            for particle in reversed(particles):
+                ends.callback(particle.close)

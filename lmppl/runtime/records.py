@@ -1,0 +1,265 @@
+"""Records of traces: what is kept of a run, so that it can be run again without asking a model.
+
+A replay buffer, the stock of prior traces, demonstrations and checkpoints all hold records. A
+record is plain tensors. ``revive`` runs the program again on its latents: log-probabilities that
+are known are not computed again, those that are not (of a demonstration, or after the model has
+changed) are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from pyro.poutine.trace_struct import Trace
+
+from lmppl.distributions import LMText, ToolCall
+from lmppl.lm.batches.requests import Scored
+from lmppl.runtime import Given, Particle, Proposer, is_latent
+from lmppl.runtime.sites import is_continuous
+
+if TYPE_CHECKING:
+    from lmppl.runtime.simulation import Simulated
+
+Value = torch.Tensor | str | float
+"""What a user may give for a latent site: a text (kept as its tokens) or numbers."""
+
+
+@dataclass(frozen=True, eq=False)
+class Record:
+    """The latents of one trace.
+
+    Attributes:
+        values: latent site to its value.
+        tools: tool site to its result.
+        known: language-model site to its log-probability (0-d, unscaled, nats) and its terms.
+        features: site to what the guide's head read there.
+        log_r: log R, untempered, nats; NaN if it is not known.
+        tokens: the tokens of all latent texts, one after the other.
+        counts: the latents that are no texts and have discrete values, by name. (A Bernoulli's are
+            floating-point, so their type does not tell.)
+    """
+
+    values: Mapping[str, Value]
+    tools: Mapping[str, Any] = field(default_factory=dict)
+    known: Mapping[str, tuple[torch.Tensor, Scored | None]] = field(default_factory=dict)
+    features: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    log_r: float = math.nan
+    tokens: tuple[int, ...] = ()
+    counts: frozenset[str] = frozenset()
+
+    @property
+    def discrete_key(self) -> tuple[Any, ...]:
+        """Equal for traces with the same texts and other discrete latents (if there are any).
+
+        Continuous values never repeat: by them the most probable text would crowd out the others.
+        """
+        tensors = {name: torch.as_tensor(value) for name, value in self.values.items()}
+        discrete = {
+            n: t for n, t in tensors.items() if n in self.counts or not t.is_floating_point()
+        }
+        return tuple((name, *t.reshape(-1).tolist()) for name, t in (discrete or tensors).items())
+
+    @property
+    def counts_key(self) -> tuple[Any, ...]:
+        """Equal for traces whose discrete latents but for texts are equal."""
+        return tuple(
+            (name, *torch.as_tensor(value).reshape(-1).tolist())
+            for name, value in self.values.items()
+            if name in self.counts
+        )
+
+    def forgotten(self) -> Record:
+        """Without its log-probabilities, to be scored anew: the model has changed. The log R that
+        it had stays, to rank it by."""
+        return replace(self, known={})
+
+
+def record_of(particle: Particle, draws: Mapping[str, Any]) -> Record:
+    """The record of a finished run.
+
+    Args:
+        particle: the run.
+        draws: what its proposer drew, by site.
+    """
+    known: dict[str, tuple[torch.Tensor, Scored | None]] = {}
+    tokens: list[int] = []
+    latents = particle.latents
+    for name, node in particle.sites.items():
+        fn = node["fn"]
+        if isinstance(fn, LMText) and not fn.batch_shape:
+            known[name] = (_own(node["unscaled_log_prob"]), _own_terms(node.get("scored")))
+            tokens += fn.token_ids(node["value"]) if name in latents else ()
+    return Record(
+        values={name: node["value"] for name, node in latents.items()},
+        tools=_tools(particle.sites),
+        known=known,
+        features={name: draw.features for name, draw in draws.items() if hasattr(draw, "features")},
+        log_r=particle.log_joint,
+        tokens=tuple(tokens),
+        counts=frozenset(name for name, node in latents.items() if _is_count(node)),
+    )
+
+
+def _is_count(node: Any) -> bool:
+    return not isinstance(node["fn"], LMText) and not is_continuous(node)
+
+
+def record_of_simulation(one: Simulated, *, latents_known: bool) -> Record:
+    """The record of the latents that were simulated together with observations.
+
+    Args:
+        one: the simulation.
+        latents_known: whether to keep the log-probabilities of the latents. A draw has no terms
+            for the truncations of its text; without them it is scored anew, and then has.
+    """
+    known = {
+        name: (_own(node["unscaled_log_prob"]), None)
+        for name, node in one.sites.items()
+        if isinstance(node["fn"], LMText)
+        and not node["fn"].batch_shape
+        and (latents_known or name in one.observations)
+    }
+    return Record(values=one.latents, tools=_tools(one.sites), known=known)
+
+
+def _tools(sites: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: node["value"] for name, node in sites.items() if isinstance(node["fn"], ToolCall)}
+
+
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that keeps no larger one, that of a whole batch, in memory."""
+    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
+
+
+def _own_terms(scored: Scored | None) -> Scored | None:
+    if scored is None:
+        return None
+    closing = scored.closing_log_probs
+    return Scored(_own(scored.log_probs), None if closing is None else _own(closing))
+
+
+class Recaller(Proposer, Protocol):
+    """A proposer that can also be told what it drew."""
+
+    @property
+    def draws(self) -> dict[str, Any]:
+        """What it drew, by site."""
+
+    def recall(
+        self, site: Any, trace: Trace, value: torch.Tensor, features: torch.Tensor | None
+    ) -> None:
+        """Remember ``value`` as the proposer's own draw, if it is a site that it draws."""
+
+
+class Recalled:
+    """Proposes the values of a record, and lets a proposer remember them as its own draws.
+
+    Args:
+        inner: the proposer.
+        record: the values.
+        what: they are, for messages.
+        complete: whether a latent site without a value is an error; else the proposer draws it.
+    """
+
+    def __init__(self, inner: Recaller, record: Record, what: str, *, complete: bool) -> None:
+        self.inner, self._record = inner, record
+        self._what, self._complete = what, complete
+
+    def propose(self, site: Any, trace: Trace) -> Given | None:
+        name, values = site["name"], self._record.values
+        if name not in values:
+            if self._complete:
+                raise ValueError(
+                    f"{self._what} has no value for latent site '{name}', to which the program "
+                    f"comes; it has: {', '.join(values) or 'none'}"
+                )
+            return self.inner.propose(site, trace)
+        value = self._tensor(site, values[name])
+        self.inner.recall(site, trace, value, self._record.features.get(name))
+        return Given(value)
+
+    def _tensor(self, site: Any, value: Value) -> torch.Tensor:
+        """A value as its site's distribution has it."""
+        name, fn = site["name"], site["fn"]
+        if isinstance(value, str):
+            if not isinstance(fn, LMText):
+                raise ValueError(
+                    f"{self._what}: site '{name}' is no text but a {type(fn).__name__}, given "
+                    f"{str(value)!r}: give a number or a tensor"
+                )
+            try:
+                return fn.encode(value)
+            except ValueError as error:
+                raise ValueError(f"{self._what}: site '{name}': {error}") from None
+        tensor = torch.as_tensor(value)
+        if not torch.is_tensor(value) and tensor.shape == fn.shape():
+            with torch.random.fork_rng(devices=[]):
+                tensor = tensor.to(fn.sample().dtype)  # of a Bernoulli 1 is 1.0
+        if tensor.shape != fn.shape():
+            raise ValueError(
+                f"{self._what}: site '{name}' has shape {tuple(fn.shape())}, given "
+                f"{tuple(tensor.shape)}"
+            )
+        return tensor
+
+    def finish(self, trace: Trace) -> None:
+        latents = [n for n, s in trace.nodes.items() if s["type"] == "sample" and is_latent(s)]
+        extra = [name for name in self._record.values if name not in latents]
+        if extra:
+            raise ValueError(
+                f"{self._what} has a value for '{extra[0]}', which is no latent site of the program "
+                f"on this input and branch; its latents: {', '.join(latents) or 'none'}"
+            )
+        self.inner.finish(trace)
+
+    def fork(self, streams: Proposer) -> Proposer:
+        raise NotImplementedError("a recalled trace is not forked")
+
+    def close(self) -> None:
+        self.inner.close()
+
+
+def revive(
+    record: Record,
+    program: Callable[..., Any],
+    args: tuple[Any, ...],
+    proposer: Recaller,
+    *,
+    what: str = "a record",
+    complete: bool = False,
+    seed: int = 0,
+    slot: int = 0,
+) -> Particle:
+    """A run of the program on the latents of a record, at its first wait.
+
+    It needs no language model if all is known.
+
+    Args:
+        record: the latents.
+        program: the program.
+        args: its positional arguments.
+        proposer: whose draws they are to be.
+        what: the record is, for messages.
+        complete: whether it must have all latents; else ``proposer`` draws the others.
+        seed: of what is drawn.
+        slot: number of the run, for messages.
+
+    Raises:
+        ValueError: if a site cannot have its value, or there is no such site; says which.
+    """
+    particle = Particle(
+        program,
+        args,
+        seed=seed,
+        proposer=Recalled(proposer, record, what, complete=complete),
+        given={name: Given(value) for name, value in record.tools.items()},
+        known=record.known,
+        closing=True,
+        slot=slot,
+    )
+    particle.resume()
+    return particle

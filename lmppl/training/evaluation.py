@@ -1,0 +1,139 @@
+"""A guide on inputs that it was not trained on."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from numbers import Integral
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lmppl import runtime
+from lmppl.guides.scoring import score_traces
+from lmppl.runtime import Proposer
+from lmppl.training.callbacks import EarlyStopping
+from lmppl.training.inputs import Input, observe
+
+if TYPE_CHECKING:
+    from lmppl.training.lm_guide import LMGuide
+
+_MOST_PARTICLES = 512
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Inputs held out from a run, and how a guide is tried on them.
+
+    Args:
+        every: steps between evaluations. (One more is at the end.)
+        num_samples: draws of the guide for each input.
+        seed: of the draws, the same each time.
+        inputs: none: it never is.
+    """
+
+    every: int
+    num_samples: int
+    seed: int
+    inputs: Sequence[Input] = ()
+
+    def __post_init__(self) -> None:
+        given: list[tuple[str, Any]] = [
+            ("eval_every", self.every),
+            ("eval_samples", self.num_samples),
+        ]
+        for name, value in given:
+            if not isinstance(value, Integral) or value < 1:
+                raise ValueError(f"{name}={value!r}: it must be an int of at least 1")
+
+    def stopping(self, patience: int | None) -> EarlyStopping:
+        """Of the run, by its figures.
+
+        Raises:
+            ValueError: if there are none.
+        """
+        if patience is not None and not self.inputs:
+            raise ValueError(f"patience={patience} needs eval_data=, held-out inputs")
+        return EarlyStopping(patience)
+
+    def figures(self, guide: LMGuide, number: int, steps: int) -> dict[str, float]:
+        """What ``evaluate`` finds after step ``number`` of ``steps``; nothing if it is not time."""
+        due = (number + 1) % self.every == 0 or number == steps - 1
+        if not self.inputs or not due:
+            return {}
+        began = time.perf_counter()
+        found = evaluate(guide, self.inputs, self.num_samples, seed=self.seed)
+        return found | {"seconds_evaluation": time.perf_counter() - began}
+
+
+def evaluate(
+    guide: LMGuide | None, inputs: Sequence[Input], num_samples: int, *, seed: int
+) -> dict[str, float]:
+    """Figures of a guide as a proposal, each the mean over the inputs.
+
+    Args:
+        guide: the guide; None: the program's prior.
+        inputs: held out from training.
+        num_samples: draws for each input.
+        seed: the same seed compares the same uniforms, so that differences are less noisy.
+
+    Returns:
+        ``eval_ess`` (the effective sample size as a fraction of ``num_samples``; upward biased
+        where it is below a few samples), ``eval_elbo`` of live draws (nats), ``eval_log_z`` (log of
+        the mean weight: a lower bound, nats; of inputs with a live draw), ``eval_alive``, and
+        ``eval_dead``, how many inputs had no live draw, if any had none. Of simulated inputs also
+        ``eval_eubo``, the mean of log R - log q over their exact posterior draws: an upper bound. If
+        no draw is dead (``eval_alive`` is 1), KL(q || p) is below ``eval_eubo - eval_elbo`` and above
+        ``eval_log_z - eval_elbo``; else it is infinite.
+    """
+    if guide is not None:
+        observe(guide, inputs)
+    seeds = runtime.slot_seeds(seed, len(inputs))
+    at_once = max(1, _MOST_PARTICLES // num_samples)
+    rows = []
+    for begin in range(0, len(inputs), at_once):
+        members = inputs[begin : begin + at_once]
+        with torch.no_grad(), runtime.closing([]) as particles:
+            for each, own in zip(members, seeds[begin:], strict=False):
+                particles += runtime.start(
+                    each.program, each.args, num_samples, seed=own, proposer=_proposer(guide, each)
+                )
+            runtime.complete(particles)
+            weights = [particle.take_log_weight() for particle in particles]
+        rows += list(torch.tensor(weights, dtype=torch.float64).reshape(len(members), num_samples))
+    live = [row[row > -math.inf] for row in rows]
+    figures = {
+        "eval_ess": _mean([runtime.ess(row) / num_samples for row in rows]),
+        "eval_elbo": _mean([float(u.mean()) for u in live if len(u)]),
+        "eval_log_z": _mean([runtime.log_mean_exp(u) for u in rows if bool((u > -math.inf).any())]),
+        "eval_alive": _mean([len(u) / num_samples for u in live]),
+    }
+    dead = sum(not len(u) for u in live)
+    if dead:
+        figures["eval_dead"] = float(dead)
+    if all(each.exact for each in inputs):
+        figures["eval_eubo"] = _eubo(guide, inputs)
+    return figures
+
+
+def _proposer(guide: LMGuide | None, each: Input) -> Callable[[int, int], Proposer] | None:
+    if guide is None:
+        return None
+    return guide.proposer_factory(each.args, observations=each.observations)
+
+
+def _eubo(guide: LMGuide | None, inputs: Sequence[Input]) -> float:
+    """Mean of log R - log q over the exact posterior draws of simulated inputs."""
+    pairs = [(each, record) for each in inputs for record in each.given]
+    scores = score_traces(
+        guide,
+        [(each.program, each.args, record.values) for each, record in pairs],
+        [each.observations or {} for each, _ in pairs],
+    )
+    return float((scores.log_joint - scores.log_q).mean())
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan

@@ -1,0 +1,287 @@
+"""The inputs that a guide is trained on: checked against the program's signature, one by one."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lmppl.guides.prompts import Observations
+from lmppl.runtime.records import Record
+from lmppl.training.options import FitOptions
+from lmppl.training.samples import ReplayBuffer
+
+if TYPE_CHECKING:
+    from lmppl.training.lm_guide import LMGuide
+
+
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+import torch
+
+Args = tuple[Any, ...]
+
+
+class Input:
+    """One input, and what training keeps of it.
+
+    Args:
+        program: the model; of a simulated input, the model that observes what was simulated.
+        args: its positional arguments.
+        index: its number in the data.
+        options: of the training.
+        given: latents that the user gave, or that were simulated.
+        exact: whether those are exact draws of the posterior, as simulated ones are.
+
+    Attributes:
+        buffer: the best traces seen.
+        stock: traces of the program itself, drawn ahead and not used yet.
+        observations: what the guide reads of it, once that was found.
+        features: what the network of a learned log Z reads of it, once that was found.
+        visits: how many steps have used it.
+        alive: whether any trace of it had a positive probability.
+        rejects: whether any trace of it had probability zero.
+    """
+
+    def __init__(
+        self,
+        program: Callable[..., Any],
+        args: Args,
+        index: int,
+        options: FitOptions,
+        given: Sequence[Record] = (),
+        *,
+        exact: bool = False,
+    ) -> None:
+        self.program, self.args, self.index = program, args, index
+        self.given, self.exact = list(given), exact
+        self.buffer = ReplayBuffer(options.replay_capacity, options.near_duplicates)
+        self.stock: list[Record] = []
+        self.observations: Observations | None = None
+        self.features: Any = None
+        self.visits = 0
+        self.alive = self.rejects = False
+
+    def rescore(self) -> None:
+        """The model has changed: forget what was found out about stored traces."""
+        self.buffer.records = [record.forgotten() for record in self.buffer.records]
+        self.given = [record.forgotten() for record in self.given]
+        self.stock.clear()  # drawn from the model as it was
+
+
+def observe(guide: LMGuide, inputs: Sequence[Input]) -> None:
+    """Find what the guide reads of inputs for which that is not known yet."""
+    new = [each for each in inputs if each.observations is None]
+    if new:
+        found = guide.observations_of([(each.program, each.args) for each in new])
+        for each, observations in zip(new, found, strict=True):
+            each.observations = observations
+
+
+def read_inputs(program: Callable[..., Any], data: Iterable[Any], what: str = "data") -> list[Args]:
+    """Inputs as tuples of positional arguments.
+
+    Args:
+        program: the program.
+        data: tuples (or lists) of positional arguments, or dicts of arguments by name.
+        what: the argument that they are given as, for messages.
+
+    Raises:
+        TypeError: an item of another type, or one that does not fit the program; says which.
+        ValueError: if there is no item.
+    """
+    signature = signature_of(program)
+    items = items_of(data, what)
+    inputs = [positional(signature, item, i, what) for i, item in enumerate(items)]
+    if not inputs:
+        raise ValueError(f"{what} holds no input: give at least one, [(x, y)]")
+    return inputs
+
+
+def signature_of(program: Callable[..., Any]) -> inspect.Signature:
+    """What inputs are to fit: all but what ``functools.partial`` or a default has bound by name."""
+    signature = inspect.signature(program)
+    return signature.replace(
+        parameters=[
+            each
+            for each in signature.parameters.values()
+            if each.kind is not each.KEYWORD_ONLY or each.default is each.empty
+        ]
+    )
+
+
+def items_of(data: Any, what: str = "data") -> Iterable[Any]:
+    """The items of a collection. (A map-style ``torch.utils.data.Dataset`` has a length and an item
+    for each index, and nothing to iterate.)
+
+    Raises:
+        TypeError: for what is one input and not a collection of them.
+    """
+    if isinstance(data, (str, bytes, Mapping)):
+        indexed = False
+    elif isinstance(data, Iterable):
+        return data
+    else:
+        indexed = hasattr(data, "__len__") and hasattr(data, "__getitem__")
+    if not indexed:
+        raise TypeError(
+            f"{what} must be a list of inputs, given one {type(data).__name__}: put it in a list, "
+            "[(x, y)] or [{'x': x, 'y': y}]"
+        )
+    return (data[index] for index in range(len(data)))
+
+
+def positional(signature: inspect.Signature, item: Any, index: int, what: str = "data") -> Args:
+    """One item of the data as positional arguments.
+
+    Args:
+        signature: of ``signature_of(program)``.
+        item: a tuple or a dict.
+        index: its number, for messages.
+        what: the argument that it is of, for messages.
+
+    Raises:
+        TypeError: if it does not fit the program; says which item.
+    """
+    try:
+        if isinstance(item, Mapping):
+            bound = signature.bind(**item)
+        elif isinstance(item, (tuple, list)):
+            bound = signature.bind(*item)
+        else:
+            raise TypeError(
+                f"it is a {type(item).__name__}; an input is a tuple of positional arguments, "
+                "(x,), or a dict of arguments by name"
+            )
+    except TypeError as error:
+        raise TypeError(
+            f"item {index} of {_the(what)} does not fit the program {signature}: {error}"
+        ) from None
+    bound.apply_defaults()
+    if bound.kwargs:
+        raise TypeError(
+            f"item {index} of {_the(what)}: the program's keyword-only arguments "
+            f"{sorted(bound.kwargs)} are bound with functools.partial, not given with the inputs"
+        )
+    return bound.args
+
+
+def _the(what: str) -> str:
+    return "the data" if what == "data" else what
+
+
+# --- where the inputs of each step come from -----------------------------------------------------
+
+
+class Source(ABC):
+    """Gives each step its inputs.
+
+    Attributes:
+        num_inputs: how many come again and again; 0 for a stream, each of whose inputs comes once.
+        origin: what they are simulated from.
+    """
+
+    num_inputs: int = 0
+    origin: Sequence[Args] = ()
+
+    @abstractmethod
+    def next(self, num: int) -> list[Input]:
+        """The inputs of one step: ``num``, or fewer at the end of a stream."""
+
+    @property
+    @abstractmethod
+    def kept(self) -> list[Input]:
+        """The inputs whose buffers matter for the steps to come."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Any]:
+        """Where it is, in JSON's types."""
+
+    @abstractmethod
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from ``state()``."""
+
+
+class Collection(Source):
+    """Inputs in rounds; each round has all of them once, in a random order."""
+
+    def __init__(self, inputs: Sequence[Input], generator: torch.Generator) -> None:
+        self._inputs, self._generator = list(inputs), generator
+        self._queue: list[int] = []
+        self.num_inputs = len(self._inputs)
+
+    def next(self, num: int) -> list[Input]:
+        num = min(num, len(self._inputs))
+        if len(self._queue) < num:
+            order = torch.randperm(len(self._inputs), generator=self._generator).tolist()
+            # All of them once more; those that still wait come last, so that no step has one twice.
+            self._queue += sorted(order, key=lambda i: i in self._queue)
+        chosen, self._queue = self._queue[:num], self._queue[num:]
+        return [self._inputs[i] for i in chosen]
+
+    @property
+    def kept(self) -> list[Input]:
+        return self._inputs
+
+    def state(self) -> dict[str, Any]:
+        return {"queue": list(self._queue)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._queue = list(state["queue"])
+
+
+class Stream(Source):
+    """Inputs that come once, made as they are needed.
+
+    Args:
+        inputs: makes them; asked again from the beginning when training is resumed.
+        skip: leaves out so many that are to come, where that is cheaper than to make them.
+        origin: what they are simulated from.
+    """
+
+    def __init__(
+        self,
+        inputs: Iterator[Input],
+        skip: Callable[[int], None] | None = None,
+        origin: Sequence[Args] = (),
+    ) -> None:
+        self._inputs, self._skip, self.origin = inputs, skip, origin
+        self._taken = 0
+
+    def next(self, num: int) -> list[Input]:
+        chosen = list(itertools.islice(self._inputs, num))
+        for index, each in enumerate(chosen, self._taken):
+            each.index = index  # what was skipped counts
+        self._taken += len(chosen)
+        return chosen
+
+    @property
+    def kept(self) -> list[Input]:
+        return []
+
+    def state(self) -> dict[str, Any]:
+        return {"taken": self._taken}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        if self._skip is not None:
+            self._skip(state["taken"])
+            self._taken = state["taken"]
+            return
+        skipped = len(self.next(state["taken"]))
+        if skipped < state["taken"]:
+            raise ValueError(
+                f"the data ended after {skipped} inputs, but the run to be resumed had used "
+                f"{state['taken']}: give the same data again, from its beginning"
+            )
+
+
+def read_stream(
+    program: Callable[..., Any], data: Iterable[Any], options: FitOptions
+) -> Iterator[Input]:
+    """The inputs of an iterator, checked one by one as they come."""
+    signature = signature_of(program)
+    for index, item in enumerate(data):
+        args: Args = positional(signature, item, index)
+        yield Input(program, args, index, options)

@@ -1,0 +1,1 @@
+"""Helper modules in this folder can be imported by all tests."""
