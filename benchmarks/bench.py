@@ -15,7 +15,7 @@ import lmppl
 from benchmarks.measuring import Contender, Local, Timed, Work, in_turns, kept
 from lmppl.lm import embedded
 from lmppl.lm.batches.requests import Draw, Score
-from lmppl.lm.tokens.stopping import Closing
+from lmppl.lm.tokens.stopping import Stopping
 
 Mode = Literal["smoke", "quick", "full"]
 REPEATS: dict[Mode, int] = {"smoke": 1, "quick": 3, "full": 5}
@@ -155,7 +155,7 @@ class Bench:
         """Requests for continuations of exactly so many tokens, which nothing closes."""
         generator = torch.Generator().manual_seed(seed)
         uniforms = torch.rand((num, length), generator=generator, dtype=torch.float64)
-        closing = Closing(self.lm.vocabulary)
+        closing = Stopping(self.lm.vocabulary)
         return [Draw(prompt, closing, row) for row in uniforms]
 
     # Measuring

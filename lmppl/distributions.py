@@ -20,7 +20,7 @@ from torch.distributions import constraints
 
 from lmppl.lm import LM
 from lmppl.lm.batches.requests import Draw, Score, Scored
-from lmppl.lm.tokens.stopping import Closing
+from lmppl.lm.tokens.stopping import Stopping
 from lmppl.lm.tokens.text import Text
 
 PAD = -1  # never a token, so a value cannot be confused with one that ends in EOS
@@ -107,7 +107,7 @@ class LMText(TorchDistribution):
         if max_tokens is not None and (not isinstance(max_tokens, int) or max_tokens < 1):
             raise ValueError(f"max_tokens={max_tokens!r}: it must be an int of at least 1")
         self.lm = lm
-        self.closing = Closing(lm.vocabulary, stops, None if choices is not None else max_tokens)
+        self.stopping = Stopping(lm.vocabulary, stops, None if choices is not None else max_tokens)
         self.temperature = temperature
         self.choices = None if choices is None else _encode_choices(lm, choices, stops)
         self._rows: tuple[tuple[int, ...], ...] = (lm.encode(prefix),)
@@ -171,8 +171,8 @@ class LMText(TorchDistribution):
             and self.batch_shape == other.batch_shape
             and self.event_shape == other.event_shape
             and self.choices == other.choices
-            and self.closing.stop == other.closing.stop
-            and self.closing.max_tokens == other.closing.max_tokens
+            and self.stopping.stop == other.stopping.stop
+            and self.stopping.max_tokens == other.stopping.max_tokens
             and self.temperature == other.temperature
             and self.lm is other.lm
         )
@@ -200,7 +200,7 @@ class LMText(TorchDistribution):
 
     def text(self, value: torch.Tensor) -> Text:
         """The ``Text`` of one value."""
-        return self.closing.text(self.token_ids(value))
+        return self.stopping.text(self.token_ids(value))
 
     def encode(self, obs: str) -> torch.Tensor:
         """A string as a value of this distribution, shape ``event_shape``.
@@ -209,10 +209,10 @@ class LMText(TorchDistribution):
             ValueError: where the site could not have produced it.
         """
         if self.choices is None:
-            ids = self.lm.encode_observed(obs, self.closing)
+            ids = self.lm.encode_observed(obs, self.stopping)
         else:
             ids = obs.token_ids if isinstance(obs, Text) else self.lm.vocabulary.encode(obs)
-            closed = [ids + self.lm.vocabulary.encode(stop) for stop in self.closing.stop]
+            closed = [ids + self.lm.vocabulary.encode(stop) for stop in self.stopping.stop]
             ids = next((each for each in (ids, *closed) if each in self.choices), ids)
             if ids not in self.choices:
                 allowed = [self.lm.vocabulary.decode(choice) for choice in self.choices]
@@ -233,9 +233,9 @@ class LMText(TorchDistribution):
             return False
         if self.choices is not None:
             return ids in self.choices
-        if self.closing.max_tokens is None:
+        if self.stopping.max_tokens is None:
             return len(ids) == self.event_shape[0]
-        closed = self.closing.scan(ids)
+        closed = self.stopping.scan(ids)
         return closed is not None and closed[0] == len(ids)
 
     # --- the distribution ---------------------------------------------------------------------
@@ -354,7 +354,7 @@ def draw_texts(
 
 
 def draw_request(d: LMText, uniforms: torch.Tensor, name: str) -> Draw:
-    return Draw(d.prefix_ids, d.closing, uniforms, d.temperature, name)
+    return Draw(d.prefix_ids, d.stopping, uniforms, d.temperature, name)
 
 
 def score_texts(
@@ -363,7 +363,7 @@ def score_texts(
     names: Sequence[str] | None = None,
     *,
     grad: bool = False,
-    closing: bool = False,
+    score_closing: bool = False,
 ) -> list[tuple[torch.Tensor, Scored | None]]:
     """Score one value under each (unbatched) distribution.
 
@@ -372,7 +372,7 @@ def score_texts(
         values: for each, a value of shape ``event_shape``.
         names: the sites' names, for error messages.
         grad: keep the graph to the models' parameters that require a gradient.
-        closing: also score the site's closing token at every position (``Scored``).
+        score_closing: also score the site's closing token at every position (``Scored``).
 
     Returns:
         N pairs: the log-density (0-d float32, nats; ``-inf`` outside the support), and its
@@ -390,7 +390,7 @@ def score_texts(
         elif not d.token_ids(value):
             results[i] = (torch.tensor(0.0), None)  # an empty prefix likelihood
         else:
-            c = d.closing.closing_token if closing else None
+            c = d.stopping.closing_token if score_closing else None
             request = Score(d.prefix_ids, d.token_ids(value), d.temperature, c, names[i])
             by_lm.setdefault(d.lm, []).append((i, request))
     for lm, requests in by_lm.items():

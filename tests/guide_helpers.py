@@ -29,10 +29,10 @@ def draw_samples(guide, program, args, num, seed=0, **options):
             num,
             seed=seed,
             proposer=guide.proposer_factory(args, **options),
-            closing=True,
+            score_closing=True,
         )
-        with runtime.closing(particles):
-            runtime.complete(particles)
+        with runtime.ending(particles):
+            runtime.run_to_end(particles)
     return [Sample.of(p, "guide") for p in particles]
 
 

@@ -61,9 +61,9 @@ class Exact:
         finished: list[Particle] = []
         with Meter(self.name, progress, callback) as meter:
             frontier = runtime.start(model, args, 1, seed=seed, enumerate_latents=True)
-            with runtime.closing(frontier):
+            with runtime.ending(frontier):
                 while frontier:
-                    runtime.settle(frontier)
+                    runtime.run_to_draws(frontier)
                     finished += [particle for particle in frontier if particle.finished]
                     waiting = [particle for particle in frontier if not particle.finished]
                     frontier[:] = self._branch(waiting, len(finished))
@@ -106,7 +106,7 @@ class Exact:
             else:
                 try:
                     sequences = enumerate_sequences(
-                        fn.lm, fn.prefix_ids, fn.closing, fn.temperature, limit=max(room, 0)
+                        fn.lm, fn.prefix_ids, fn.stopping, fn.temperature, limit=max(room, 0)
                     )
                 except ValueError as error:
                     raise ValueError(f"site '{wait.name}': {error}") from error
@@ -142,4 +142,4 @@ def _key(wait: Wait) -> Any:
     fn = wait.fn
     if not isinstance(fn, LMText) or fn.batch_shape:
         return id(wait)
-    return (wait.name, id(fn.lm), fn.prefix_ids, fn.closing, fn.choices, fn.temperature)
+    return (wait.name, id(fn.lm), fn.prefix_ids, fn.stopping, fn.choices, fn.temperature)

@@ -91,8 +91,8 @@ class GFlowNet:
                 notes.append(f"the guide's own target is tempered (temperature {target:g})")
             proposer = proposer_factory(guide, args)
             particles = runtime.start(model, args, num_samples, seed=seed, proposer=proposer)
-            with runtime.closing(particles):
-                runtime.complete(particles)
+            with runtime.ending(particles):
+                runtime.run_to_end(particles)
             log_weights = torch.tensor(
                 [particle.take_log_weight() for particle in particles], dtype=torch.float64
             )

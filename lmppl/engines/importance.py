@@ -45,11 +45,11 @@ class Importance:
         proposer = proposer_factory(guide, args)
         with Meter(self.name, progress, callback) as meter:
             particles = runtime.start(model, args, num_samples, seed=seed, proposer=proposer)
-            with runtime.closing(particles):
+            with runtime.ending(particles):
                 log_weights = torch.zeros(num_samples, dtype=torch.float64)
                 stage = 0
                 while True:
-                    runtime.settle(particles)
+                    runtime.run_to_draws(particles)
                     for i, particle in enumerate(particles):
                         log_weights[i] += particle.take_log_weight()
                         if log_weights[i] == -torch.inf and not particle.finished:
@@ -58,6 +58,6 @@ class Importance:
                     meter.report(stage=stage, finished=num_samples - unfinished, of=num_samples)
                     if not unfinished:
                         break
-                    runtime.draw(particles)
+                    runtime.serve_draws(particles)
                     stage += 1
             return finish(self.name, particles, log_weights, meter, iid=True)

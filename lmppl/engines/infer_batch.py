@@ -16,7 +16,7 @@ from lmppl.posterior import Posterior
 from lmppl.primitives import default_lm
 from lmppl.report.progress import progress_bar
 from lmppl.runtime import Member
-from lmppl.runtime.coroutine import Ambient
+from lmppl.runtime.coroutine import GlobalState
 from lmppl.training.inputs import items_of, positional, signature_of
 
 # Each row more makes a batch cheaper by the row, but little so beyond some hundreds, while every
@@ -132,8 +132,8 @@ def infer_batch(
 
     def start(index: int, item: Any) -> Member:
         its_seed = runtime.nth_seed(seed, index)
-        ambient = Ambient.fresh(its_seed, grad=torch.is_grad_enabled())
-        return Member(lambda: run(index, item, its_seed), ambient)
+        global_state = GlobalState.fresh(its_seed, grad=torch.is_grad_enabled())
+        return Member(lambda: run(index, item, its_seed), global_state)
 
     bar = progress_bar(f"{engine.name}, inputs", operator.length_hint(inputs) or None, progress)
     return _in_order(source, start, at_once, on_error, bar)
@@ -149,7 +149,7 @@ def _in_order(
     """Run a member for each input, ``at_once`` side by side, and yield what comes of them."""
     window: list[Member] = []  # taken, and not yet yielded
     broken: Exception | None = None  # raised by the iterable, in its turn
-    with bar, runtime.closing(window):
+    with bar, runtime.ending(window):
         ended = False
         while True:
             while len(window) < at_once and not ended:

@@ -113,11 +113,11 @@ class SMC:
         proposer = proposer_factory(guide, args)
         with Meter(self.name, progress, callback) as meter:
             particles = runtime.start(model, args, num_samples, seed=seed, proposer=proposer)
-            with runtime.closing(particles):
+            with runtime.ending(particles):
                 log_weights = torch.zeros(num_samples, dtype=torch.float64)
                 log_evidence, barrier, resamplings = 0.0, 0, 0
                 while True:
-                    runtime.settle(particles)
+                    runtime.run_to_draws(particles)
                     for i, particle in enumerate(particles):
                         log_weights[i] += particle.take_log_weight()
                         if log_weights[i] == -math.inf and not particle.finished:
@@ -165,7 +165,7 @@ class SMC:
             if guess is not None
             and particle.waiting is not None
             and particle.waiting.kind == "draw"
-            and particle.waiting.fn.closing.max_tokens is not None  # else it is drawn as a whole
+            and particle.waiting.fn.stopping.max_tokens is not None  # else it is drawn as a whole
             and guess.takes(particle)
         ]
         chosen = set(twisted)
@@ -173,7 +173,7 @@ class SMC:
         resamplings = 0
         if guess is not None and twisted:
             resamplings = self._draw_twisted(particles, twisted, log_weights, generator, guess)
-        runtime.draw([p for i, p in enumerate(particles) if i not in chosen])
+        runtime.serve_draws([p for i, p in enumerate(particles) if i not in chosen])
         return resamplings
 
     def _draw_twisted(

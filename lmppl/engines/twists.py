@@ -23,7 +23,7 @@ import torch
 from lmppl.distributions import LMText
 from lmppl.lm.batches.decoding import Decoding
 from lmppl.lm.tokens.text import Text
-from lmppl.runtime import Given, Particle, Proposer, closing, is_latent, settle
+from lmppl.runtime import Given, Particle, Proposer, ending, is_latent, run_to_draws
 
 Twist = Callable[[Text], float]
 """log psi (nats) of a site's text so far; finite wherever a completion has mass."""
@@ -154,7 +154,7 @@ class OfText:
             assert wait is not None
             twist = self._of(wait.name)
             assert twist is not None
-            value = float(twist(wait.fn.closing.text(decoding.token_ids[slot])))
+            value = float(twist(wait.fn.stopping.text(decoding.token_ids[slot])))
             values.append(None if value == -math.inf else value)
         return values
 
@@ -190,8 +190,8 @@ class Lookahead:
             one = torch.zeros(())
             given = Given(wait.fn.value(ids), log_prob=one, proposal_log_prob=one)
             forks.append(particle.fork(streams=self._aside, given={wait.name: given}))
-        with closing(forks):
-            settle(forks)
+        with ending(forks):
+            run_to_draws(forks)
             weights = [fork.take_log_weight() for fork in forks]
         return [None if weight == -math.inf else weight for weight in weights]
 
@@ -229,7 +229,7 @@ class Flow:
             name == wait.name
             and wait.fn is not fn
             and isinstance(fn, LMText)
-            and wait.fn.closing.closing_token is not None
+            and wait.fn.stopping.closing_token is not None
         )
 
     def __call__(
@@ -258,8 +258,8 @@ class Flow:
             at.append(k)
             forks.append(particle.fork(streams=self._aside, given={name: given}))
         names: set[str] = set()
-        with closing(forks):
-            settle(forks)
+        with ending(forks):
+            run_to_draws(forks)
             for k, fork in zip(at, forks, strict=True):
                 name = sites[k][0]  # type: ignore[index]
                 before = particles[k].trace.nodes
@@ -284,7 +284,7 @@ def _closed(decoding: Decoding, slot: int) -> list[int] | None:
     ids = decoding.token_ids[slot]
     if decoding.reasons[slot] is not None:
         return ids
-    c = decoding.draw_of(slot)[1].closing.closing_token
+    c = decoding.draw_of(slot)[1].stopping.closing_token
     return None if c is None else [*ids, c]
 
 

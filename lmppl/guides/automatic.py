@@ -257,7 +257,7 @@ def score_draws(
         [draw.value for _, _, draw in texts],
         [name for _, name, _ in texts],
         grad=grad,
-        closing=True,
+        score_closing=True,
     )
     for (i, name, _), result in zip(texts, results, strict=True):
         scores[i][name] = result
@@ -318,8 +318,8 @@ class TrainedSites:
 
 def _law_of(fn: LMText) -> Law:
     return {
-        "max_tokens": fn.closing.max_tokens,
-        "stop": list(fn.closing.stop),
+        "max_tokens": fn.stopping.max_tokens,
+        "stop": list(fn.stopping.stop),
         "choices": fn.choices is not None,  # which ones may depend on the input
         "temperature": fn.temperature,
     }

@@ -37,8 +37,8 @@ class Trainables:
     def find(self, program: Callable[..., Any], args: tuple[Any, ...]) -> None:
         """Add what some runs of the program use."""
         runs = runtime.start(program, args, _RUNS, seed=0)
-        with runtime.closing(runs):
-            runtime.complete(runs)
+        with runtime.ending(runs):
+            runtime.run_to_end(runs)
         self.add(runs)
 
     def add(self, runs: Iterable[Particle]) -> None:

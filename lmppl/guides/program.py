@@ -96,7 +96,7 @@ class ProgramProposer:
         assert isinstance(streams, ProgramProposer)
         if not self._began:
             fresh = Particle(self.run.program, self.run.args, seed=0, slot=streams.run.slot)
-            fresh.coroutine.ambient.take_streams(streams.run.coroutine.ambient)
+            fresh.coroutine.global_state.take_streams(streams.run.coroutine.global_state)
             return ProgramProposer(fresh)
         forked = ProgramProposer(self.run.fork(streams.run))
         forked._began = True
@@ -167,12 +167,18 @@ def score_program(
     for slot, proposer in enumerate(proposers):
         values = {name: Given(node["value"]) for name, node in proposer.draws.items()}
         run = Particle(
-            program, proposer.args, seed=slot, given=values, closing=True, grad=grad, slot=slot
+            program,
+            proposer.args,
+            seed=slot,
+            given=values,
+            score_closing=True,
+            grad=grad,
+            slot=slot,
         )
         run.resume()
         runs.append(run)
-    with runtime.closing(runs):
-        runtime.settle(runs, grad=grad)
+    with runtime.ending(runs):
+        runtime.run_to_draws(runs, grad=grad)
         if seen is not None:
             seen(runs)
         for run, proposer in zip(runs, proposers, strict=True):
@@ -199,10 +205,10 @@ def _terms(name: str, run: Particle, proposer: Any) -> Scored | None:
     and the token that closes it in the model closes it in the guide as well."""
     if list(run.latents)[-1] != name or not isinstance(proposer.fns.get(name), LMText):
         return None
-    c = proposer.fns[name].closing.closing_token
+    c = proposer.fns[name].stopping.closing_token
     return (
         run.latents[name].get("scored")
-        if run.sites[name]["fn"].closing.closing_token == c
+        if run.sites[name]["fn"].stopping.closing_token == c
         else None
     )
 
@@ -225,7 +231,7 @@ def _text_value(name: str, model_fn: Any, guide_fn: Any, value: Any) -> Any:
             f"site '{name}': the guide draws up to {guide_fn.event_shape[0]} tokens, the model's "
             f"site holds {model_fn.event_shape[0]}: give both the same max_tokens and stop"
         )
-    closed = None if model_fn.choices is not None else model_fn.closing.scan(ids)
+    closed = None if model_fn.choices is not None else model_fn.stopping.scan(ids)
     if closed is not None and closed[0] < len(ids):
         raise ValueError(
             f"site '{name}': the guide draws {str(guide_fn.text(value))!r}, and the model's site ends "

@@ -56,13 +56,13 @@ def find_observations(
     """
     runs: list[list[runtime.Particle]] = [[] for _ in inputs]
     pending = list(range(len(inputs)))
-    with runtime.closing([]) as particles:
+    with runtime.ending([]) as particles:
         for number, num in enumerate(_ROUNDS):
             for i in pending:
                 program, args = inputs[i]
                 runs[i] += runtime.start(program, args, num, seed=number)
                 particles += runs[i][-num:]
-            runtime.complete(particles)
+            runtime.run_to_end(particles)
             pending = [i for i in pending if not _ended(runs[i])]
             if not pending:
                 break

@@ -13,7 +13,7 @@ from lmppl import runtime
 from lmppl.guides.program import PriorProposer, score_program
 from lmppl.guides.prompts import Observations
 from lmppl.runtime import Particle
-from lmppl.runtime.records import Record, Value, revive
+from lmppl.runtime.records import Record, Value, rescore
 from lmppl.training.lm_guide import LMGuide
 
 
@@ -84,15 +84,15 @@ def score_traces(
         proposers = [PriorProposer(guide or program, args) for program, args, _ in traces]
     with torch.no_grad():
         runs = [
-            revive(
+            rescore(
                 Record(latents), program, args, proposer, what=f"{what}[{i}]", complete=True, slot=i
             )
             for i, ((program, args, latents), proposer) in enumerate(
                 zip(traces, proposers, strict=True)
             )
         ]
-        with runtime.closing(runs):
-            runtime.settle(runs)
+        with runtime.ending(runs):
+            runtime.run_to_draws(runs)
         scores: list[Any] = [{} for _ in traces]
         if isinstance(guide, LMGuide):
             scores = guide.score(proposers, grad=False)

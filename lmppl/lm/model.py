@@ -13,7 +13,7 @@ from lmppl.lm.batches.requests import Draw, Drawn, Score, Scored
 from lmppl.lm.meter.usage import Usage
 from lmppl.lm.meter.work import watch_backward
 from lmppl.lm.network.memory import Memory
-from lmppl.lm.tokens.stopping import Closing, encode_observed
+from lmppl.lm.tokens.stopping import Stopping, encode_observed
 from lmppl.lm.tokens.text import Text
 from lmppl.lm.tokens.vocabulary import Vocabulary
 
@@ -159,14 +159,14 @@ class LM:
         if max_tokens is None:
             raise ValueError("max_tokens is required: how long may a sample become, in tokens?")
         _check_temperature(temperature)
-        closing = self._closing(stop, max_tokens)
+        stopping = self._stopping(stop, max_tokens)
         ids = self.encode(prefix)
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         uniforms = torch.rand(
             (num_samples, int(max_tokens)), generator=generator, dtype=torch.float64, device="cpu"
         )
-        drawn = self.draw([Draw(ids, closing, row, temperature) for row in uniforms])
-        texts = [closing.text(d.token_ids) for d in drawn]
+        drawn = self.draw([Draw(ids, stopping, row, temperature) for row in uniforms])
+        texts = [stopping.text(d.token_ids) for d in drawn]
         return texts, _totals(d.log_probs for d in drawn)
 
     def log_prob(
@@ -196,14 +196,14 @@ class LM:
         if isinstance(continuations, str):
             continuations = [continuations]
         _check_temperature(temperature)
-        closing = self._closing(stop, max_tokens)
+        stopping = self._stopping(stop, max_tokens)
         ids = self.encode(prefix)
-        observed = [self.encode_observed(text, closing) for text in continuations]
+        observed = [self.encode_observed(text, stopping) for text in continuations]
         scored = self.score([Score(ids, tokens, temperature) for tokens in observed])
         return _totals(s.log_probs for s in scored)
 
-    def _closing(self, stop: str | Sequence[str] | None, max_tokens: int | None) -> Closing:
-        return Closing(self.vocabulary, stop, max_tokens)  # type: ignore[arg-type]
+    def _stopping(self, stop: str | Sequence[str] | None, max_tokens: int | None) -> Stopping:
+        return Stopping(self.vocabulary, stop, max_tokens)  # type: ignore[arg-type]
 
     # Text to tokens.
 
@@ -250,7 +250,7 @@ class LM:
             )
         return ids
 
-    def encode_observed(self, obs: str, closing: Closing, *, name: str = "") -> tuple[int, ...]:
+    def encode_observed(self, obs: str, stopping: Stopping, *, name: str = "") -> tuple[int, ...]:
         """The tokens that are scored when ``obs`` is observed at a site.
 
         A ``str`` is scored as its canonical tokens, a ``Text`` as its own. If something closes the
@@ -262,7 +262,7 @@ class LM:
         site = f"site '{name}': " if name else ""
         if isinstance(obs, Text):
             self._check_text(obs, site)
-        return encode_observed(obs, closing, site)
+        return encode_observed(obs, stopping, site)
 
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True

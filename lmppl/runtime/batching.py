@@ -1,8 +1,8 @@
 """Serve what particles wait for, together.
 
-``start`` makes particles and runs each to its first wait; ``settle`` scores until nobody waits for
-a score; ``draw`` draws for everyone who waits for a draw. An engine is a loop over these. (Whether
-it has the language models to itself is not its business: see ``together``.)
+``start`` makes particles and runs each to its first wait; ``run_to_draws`` scores until nobody waits
+for a score; ``serve_draws`` draws for everyone who waits for a draw. An engine is a loop over these.
+(Whether it has the language models to itself is not its business: see ``scheduler``.)
 """
 
 from __future__ import annotations
@@ -61,12 +61,12 @@ def start(
         for particle in particles:
             particle.resume()
     except BaseException:
-        with closing(particles):
+        with ending(particles):
             raise
     return particles
 
 
-def settle(particles: Sequence[Particle], *, grad: bool = False) -> None:
+def run_to_draws(particles: Sequence[Particle], *, grad: bool = False) -> None:
     """Answer scores and hidden states, in batched rounds, until all wait for a draw or have ended."""
     while True:
         asking = [_waiting(particles, "score"), _waiting(particles, "hidden")]
@@ -76,7 +76,7 @@ def settle(particles: Sequence[Particle], *, grad: bool = False) -> None:
             _serve(members, grad=grad)
 
 
-def draw(particles: Sequence[Particle]) -> None:
+def serve_draws(particles: Sequence[Particle]) -> None:
     """Draw, in one batched call, for every particle that waits for a draw."""
     _serve(_waiting(particles, "draw"))
 
@@ -94,12 +94,12 @@ def _serve(particles: Sequence[Particle], *, grad: bool = False) -> None:
         particle.resume(answer)
 
 
-def complete(particles: Sequence[Particle]) -> None:
+def run_to_end(particles: Sequence[Particle]) -> None:
     """Run all to their ends."""
-    settle(particles)
+    run_to_draws(particles)
     while any(not p.finished for p in particles):
-        draw(particles)
-        settle(particles)
+        serve_draws(particles)
+        run_to_draws(particles)
 
 
 class _Closes(Protocol):
@@ -110,7 +110,7 @@ _C = TypeVar("_C", bound=_Closes)
 
 
 @contextmanager
-def closing(particles: list[_C]) -> Iterator[list[_C]]:
+def ending(particles: list[_C]) -> Iterator[list[_C]]:
     """Ends whatever is still suspended when an engine leaves, also on an exception.
 
     A suspended program must not be left to the garbage collector: its ``finally`` blocks would run

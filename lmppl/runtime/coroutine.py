@@ -2,7 +2,7 @@
 
 A program is ordinary code that calls ``lm_sample`` deep in its stack. To batch the model calls of
 many programs, each must wait at its call while the others reach theirs. A greenlet gives every
-run a stack of its own. What a stack does not hold, the *ambient* state that Pyro and torch keep in
+run a stack of its own. What a stack does not hold, the *global_state* state that Pyro and torch keep in
 globals (handlers, plates, grad mode, autocast, default device, the random stream), is swapped at
 every switch, so that no program sees another's.
 """
@@ -22,7 +22,7 @@ from torch.utils import _device
 _DEVICES = ("cpu", "cuda")
 
 
-class Ambient:
+class GlobalState:
     """The global state that belongs to one run, taken off when it is suspended."""
 
     _guard: Any = None
@@ -43,7 +43,7 @@ class Ambient:
             self._cuda_rng = torch.cuda.get_rng_state_all()
 
     @classmethod
-    def suspend(cls) -> Ambient:
+    def suspend(cls) -> GlobalState:
         """Take the present state, to be put back by ``install``."""
         self = cls()
         if torch.is_inference_mode_enabled():
@@ -53,7 +53,7 @@ class Ambient:
         return self
 
     @classmethod
-    def fresh(cls, seed: int, *, grad: bool = False) -> Ambient:
+    def fresh(cls, seed: int, *, grad: bool = False) -> GlobalState:
         """A state for a new run: no handlers, no plates, a random stream of its own."""
         self = cls()
         self._handlers, self._dims, self._enum, self._grad = [], [], {}, grad
@@ -63,7 +63,7 @@ class Ambient:
             self._cuda_rng = [stream.manual_seed(seed % 2**63).get_state() for stream in streams]
         return self
 
-    def take_streams(self, other: Ambient) -> None:
+    def take_streams(self, other: GlobalState) -> None:
         """Go on with the random streams of another run."""
         self.rng, self._cuda_rng = other.rng, other._cuda_rng
 
@@ -115,19 +115,19 @@ class Coroutine:
 
     Args:
         fn: the function.
-        ambient: the global state that it begins in.
+        global_state: the global state that it begins in.
         stack: the class of the greenlet that it runs on.
 
     Attributes:
-        ambient: its global state, while it does not run.
+        global_state: its global state, while it does not run.
         finished: whether it returned or raised.
         result: what it returned.
     """
 
     def __init__(
-        self, fn: Callable[[], Any], ambient: Ambient, stack: type[greenlet] = greenlet
+        self, fn: Callable[[], Any], global_state: GlobalState, stack: type[greenlet] = greenlet
     ) -> None:
-        self.ambient = ambient
+        self.global_state = global_state
         self.finished = False
         self.result: Any = None
         self._greenlet = stack(fn)
@@ -167,13 +167,13 @@ class Coroutine:
             )
 
     def _switch(self, go: Callable[[], Any]) -> Any:
-        outer = Ambient.suspend()
+        outer = GlobalState.suspend()
         self._greenlet.parent = getcurrent()
-        self.ambient.install()
+        self.global_state.install()
         try:
             value = go()
         finally:
-            self.ambient = Ambient.suspend()
+            self.global_state = GlobalState.suspend()
             self.finished = self._greenlet.dead
             outer.install()
         if self.finished:

@@ -22,7 +22,7 @@ from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.poutine.trace_struct import Trace
 
 from lmppl.distributions import LMText, ToolCall
-from lmppl.runtime.coroutine import Ambient, Coroutine, suspend
+from lmppl.runtime.coroutine import Coroutine, GlobalState, suspend
 
 Site = Any  # a Pyro message
 
@@ -45,7 +45,7 @@ class Wait:
     fn: Any
     value: torch.Tensor | None = None
     uniforms: torch.Tensor | None = None
-    closing: bool = False
+    score_closing: bool = False
     prefix: tuple[int, ...] = ()
 
 
@@ -98,7 +98,7 @@ class Particle:
         known: what scoring a site would find, by name: ``(log_prob, scored)``, unscaled.
         replay: sites of an earlier run to repeat before anything new happens.
         enumerate_latents: suspend at every latent site with ``"choose"`` or ``"draw"``.
-        closing: ask for closing-token log-probabilities when scoring latent sites.
+        score_closing: ask for closing-token log-probabilities when scoring latent sites.
         grad: run with gradients enabled.
         slot: its number, for error messages.
 
@@ -122,7 +122,7 @@ class Particle:
         known: Mapping[str, tuple[torch.Tensor, Any]] | None = None,
         replay: Mapping[str, Any] | None = None,
         enumerate_latents: bool = False,
-        closing: bool = False,
+        score_closing: bool = False,
         grad: bool = False,
         slot: int = 0,
     ) -> None:
@@ -137,12 +137,12 @@ class Particle:
         self._replay = dict(replay or {})
         self._to_repeat = set(self._replay)
         self._counted = len(self._replay)
-        self._enumerate, self._closing, self._grad = enumerate_latents, closing, grad
+        self._enumerate, self._score_closing, self._grad = enumerate_latents, score_closing, grad
         self._site = ""
         self._at: tuple[str, Any] | None = None  # the site that it is at, and its distribution
         self._expected: tuple[str, Any] | None = None  # the same of the run that it repeats
         self._recorder = _Recorder(self)
-        self.coroutine = Coroutine(self._run, Ambient.fresh(seed, grad=grad))
+        self.coroutine = Coroutine(self._run, GlobalState.fresh(seed, grad=grad))
 
     # --- life ----------------------------------------------------------------------------------
 
@@ -208,12 +208,12 @@ class Particle:
             known=self._known,
             replay=self.sites,
             enumerate_latents=self._enumerate,
-            closing=self._closing,
+            score_closing=self._score_closing,
             grad=self._grad,
             slot=streams.slot,
         )
         new._expected = None if self.waiting is None else self._at
-        new.coroutine.ambient.take_streams(streams.coroutine.ambient)
+        new.coroutine.global_state.take_streams(streams.coroutine.global_state)
         new.resume()
         return new
 
@@ -223,8 +223,8 @@ class Particle:
         new = copy(self)
         new.slot, new.proposer = streams.slot, streams.proposer
         new.coroutine = copy(self.coroutine)
-        new.coroutine.ambient = copy(self.coroutine.ambient)
-        new.coroutine.ambient.take_streams(streams.coroutine.ambient)
+        new.coroutine.global_state = copy(self.coroutine.global_state)
+        new.coroutine.global_state.take_streams(streams.coroutine.global_state)
         return new
 
     # --- what it found -------------------------------------------------------------------------
@@ -358,8 +358,10 @@ class Particle:
             return log_prob
         if not _is_lm_site(fn):
             return fn.log_prob(value, *site["args"], **site["kwargs"])
-        closing = self._closing and not site["is_observed"]
-        log_prob, scored = suspend(Wait("score", site["name"], fn, value, closing=closing))
+        score_closing = self._score_closing and not site["is_observed"]
+        log_prob, scored = suspend(
+            Wait("score", site["name"], fn, value, score_closing=score_closing)
+        )
         site["scored"] = scored
         return log_prob
 

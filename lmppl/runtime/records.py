@@ -1,7 +1,7 @@
 """Records of traces: what is kept of a run, so that it can be run again without asking a model.
 
 A replay buffer, the stock of prior traces, demonstrations and checkpoints all hold records. A
-record is plain tensors. ``revive`` runs the program again on its latents: log-probabilities that
+record is plain tensors. ``rescore`` runs the program again on its latents: log-probabilities that
 are known are not computed again, those that are not (of a demonstration, or after the model has
 changed) are.
 """
@@ -155,7 +155,7 @@ class Recaller(Proposer, Protocol):
         """Remember ``value`` as the proposer's own draw, if it is a site that it draws."""
 
 
-class Recalled:
+class ReplayProposer:
     """Proposes the values of a record, and lets a proposer remember them as its own draws.
 
     Args:
@@ -223,7 +223,7 @@ class Recalled:
         self.inner.close()
 
 
-def revive(
+def rescore(
     record: Record,
     program: Callable[..., Any],
     args: tuple[Any, ...],
@@ -255,10 +255,10 @@ def revive(
         program,
         args,
         seed=seed,
-        proposer=Recalled(proposer, record, what, complete=complete),
+        proposer=ReplayProposer(proposer, record, what, complete=complete),
         given={name: Given(value) for name, value in record.tools.items()},
         known=record.known,
-        closing=True,
+        score_closing=True,
         slot=slot,
     )
     particle.resume()

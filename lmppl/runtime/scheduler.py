@@ -1,6 +1,6 @@
 """Several engines side by side, whose particles share the language models' batches.
 
-An engine is a loop that settles its own particles and draws for them (``serving``). Run as a
+An engine is a loop that settles its own particles and draws for them (``batching``). Run as a
 *member*, a coroutine of its own, it suspends where it would call a language model:
 
     until the first member has ended:
@@ -23,7 +23,7 @@ from greenlet import getcurrent, greenlet
 
 from lmppl.distributions import draw_texts, score_texts
 from lmppl.lm.meter.usage import Usage, total_usage
-from lmppl.runtime.coroutine import Ambient, Coroutine, suspend
+from lmppl.runtime.coroutine import Coroutine, GlobalState, suspend
 from lmppl.runtime.particle import Wait
 
 
@@ -40,15 +40,15 @@ class Member(Coroutine):
 
     Args:
         fn: the function.
-        ambient: the global state that it begins in.
+        global_state: the global state that it begins in.
 
     Attributes:
         waiting: what its particles wait for, all of one kind; empty when it has ended.
         error: the exception that it ended with, or None.
     """
 
-    def __init__(self, fn: Callable[[], Any], ambient: Ambient) -> None:
-        super().__init__(fn, ambient, _Stack)
+    def __init__(self, fn: Callable[[], Any], global_state: GlobalState) -> None:
+        super().__init__(fn, global_state, _Stack)
         self.waiting: Sequence[Wait] = ()
         self.error: Exception | None = None
         self._spent = Usage()
@@ -106,8 +106,8 @@ def answer(waits: Sequence[Wait], *, grad: bool = False) -> list[Any]:
     if kind == "draw":
         return draw_texts(fns, [w.uniforms for w in waits if w.uniforms is not None], names)
     values = [wait.value for wait in waits if wait.value is not None]
-    closing = any(wait.closing for wait in waits)
-    return score_texts(fns, values, names, grad=grad, closing=closing)
+    score_closing = any(wait.score_closing for wait in waits)
+    return score_texts(fns, values, names, grad=grad, score_closing=score_closing)
 
 
 def own_usage() -> Usage:

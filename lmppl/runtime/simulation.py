@@ -242,10 +242,10 @@ def _simulate_each(
             Particle(program, inputs[i], seed=each, slot=i)
             for i, each in zip(slots, seeds, strict=True)
         ]
-        with torch.no_grad(), runtime.closing(particles):
+        with torch.no_grad(), runtime.ending(particles):
             for particle in particles:
                 particle.resume()
-            runtime.complete(particles)
+            runtime.run_to_end(particles)
         for i, particle in zip(slots, particles, strict=True):
             if particle.rejected_by is not None:
                 rejections[particle.rejected_by] += 1
@@ -344,7 +344,7 @@ class _Observe(Messenger):
         value = self._observations[name]
         if isinstance(value, Text):
             ids, width = value.token_ids, fn.event_shape[0]
-            if fn.choices is None and not fn.closing.closes and len(ids) != width:
+            if fn.choices is None and not fn.stopping.closes and len(ids) != width:
                 raise ValueError(
                     f"site '{name}' observes the first {width} tokens of a text, in its simulation "
                     f"{len(ids)}. {_SAME} (Or give the site stop or max_tokens.)"

@@ -307,7 +307,7 @@ class _Search(Messenger):
             scores = [each / fn.temperature for each in sums]
             total = _logsumexp(scores)
             return {ids: each - total for ids, each in zip(fn.choices, scores, strict=True)}
-        stop, max_tokens = fn.closing.stop, fn.closing.max_tokens
+        stop, max_tokens = fn.stopping.stop, fn.stopping.max_tokens
         if max_tokens is None:
             return naive.enumerate_beginnings(fn.prefix_ids, fn.event_shape[0], fn.temperature)
         return naive.enumerate(fn.prefix_ids, max_tokens, stop, fn.temperature)
@@ -318,7 +318,7 @@ class _Search(Messenger):
         if fn.choices is not None:
             return self._lm_table(fn)[ids]
         naive = self._naive_lm(fn)
-        stop, max_tokens = fn.closing.stop, fn.closing.max_tokens
+        stop, max_tokens = fn.stopping.stop, fn.stopping.max_tokens
         if max_tokens is not None and not naive.closes_first_at_end(ids, stop, max_tokens):
             raise ValueError(f"site '{name}': the observed tokens {ids} are no complete value")
         return float(naive.log_prob(fn.prefix_ids, ids, fn.temperature).sum())

@@ -95,12 +95,12 @@ def evaluate(
     rows = []
     for begin in range(0, len(inputs), at_once):
         members = inputs[begin : begin + at_once]
-        with torch.no_grad(), runtime.closing([]) as particles:
+        with torch.no_grad(), runtime.ending([]) as particles:
             for each, own in zip(members, seeds[begin:], strict=False):
                 particles += runtime.start(
                     each.program, each.args, num_samples, seed=own, proposer=_proposer(guide, each)
                 )
-            runtime.complete(particles)
+            runtime.run_to_end(particles)
             weights = [particle.take_log_weight() for particle in particles]
         rows += list(torch.tensor(weights, dtype=torch.float64).reshape(len(members), num_samples))
     live = [row[row > -math.inf] for row in rows]

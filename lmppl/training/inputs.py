@@ -64,7 +64,7 @@ class Input:
         self.visits = 0
         self.alive = self.rejects = False
 
-    def rescore(self) -> None:
+    def forget_scores(self) -> None:
         """The model has changed: forget what was found out about stored traces."""
         self.buffer.records = [record.forgotten() for record in self.buffer.records]
         self.given = [record.forgotten() for record in self.given]

@@ -166,7 +166,7 @@ def learn(
                 members = source.next(settings.inputs_per_step)
                 found = m_step.step(members, num_samples, runtime.nth_seed(own_seed, number))
                 for each in inputs:
-                    each.rescore()
+                    each.forget_scores()
                 tried = held_out.figures(guide, number, steps)
                 history.append({"step": number, **figures, **found, **tried})
                 guide.history.append({**figures, "step": len(guide.history)})
@@ -257,7 +257,9 @@ class _Dreams(Source):
         for index, one in enumerate(drawn, self._taken):
             batch.append(simulated_input(guide, args, one, index, options))
             if options.kind.draws != "given":
-                batch[-1].rescore()  # the model may change before the last of the batch is used
+                batch[
+                    -1
+                ].forget_scores()  # the model may change before the last of the batch is used
         self._taken += len(batch)
         return batch
 

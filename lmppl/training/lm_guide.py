@@ -240,8 +240,8 @@ class LMGuide:
                 observations = self.observations(args, model)
             factory = self.proposer_factory(args, observations=observations)
             particles = runtime.start(model, args, 2, seed=0, proposer=factory)
-            with runtime.closing(particles):
-                runtime.complete(particles)
+            with runtime.ending(particles):
+                runtime.run_to_end(particles)
 
     def adapters(self) -> list[LM]:
         """The language models with trainable parameters, in the order in which it uses them."""

@@ -162,11 +162,11 @@ class MStep:
         """Draws of the guide for each input, with their log-weights (nats)."""
         seeds = runtime.slot_seeds(seed, len(members))
         observe(self._guide, members)
-        with runtime.closing([]) as particles:
+        with runtime.ending([]) as particles:
             for each, own in zip(members, seeds, strict=True):
                 factory = self._guide.proposer_factory(each.args, observations=each.observations)
                 particles += runtime.start(each.program, each.args, num, seed=own, proposer=factory)
-            runtime.complete(particles)
+            runtime.run_to_end(particles)
             pairs = [(record_of(p, {}), p.take_log_weight()) for p in particles]
         return [pairs[k * num : (k + 1) * num] for k in range(len(members))]
 
@@ -179,8 +179,8 @@ class MStep:
             run = Particle(each.program, each.args, seed=slot, given=given, grad=True, slot=slot)
             run.resume()
             runs.append(run)
-        with runtime.closing(runs):
-            runtime.settle(runs, grad=True)
+        with runtime.ending(runs):
+            runtime.run_to_draws(runs, grad=True)
             self._trainables.add(runs)
         return [torch.stack([n["log_prob_sum"] for n in run.sites.values()]).sum() for run in runs]
 

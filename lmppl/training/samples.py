@@ -22,7 +22,7 @@ from lmppl.guides.automatic import SiteScore, TextDraw
 from lmppl.guides.prompts import Observations
 from lmppl.lm.batches.requests import Scored
 from lmppl.runtime import Given, Particle, is_latent
-from lmppl.runtime.records import Recalled, Record, record_of
+from lmppl.runtime.records import Record, ReplayProposer, record_of
 
 Origin = Literal["guide", "tempered", "prior", "replay", "given"]
 
@@ -49,7 +49,7 @@ class Sample:
     def of(cls, particle: Particle, origin: Origin) -> Sample:
         """The sample of a finished run."""
         proposer = particle.proposer
-        inner = proposer.inner if isinstance(proposer, Recalled) else proposer
+        inner = proposer.inner if isinstance(proposer, ReplayProposer) else proposer
         return cls(particle, inner, particle.log_joint, origin)
 
     @property
@@ -153,8 +153,8 @@ def truncate(
     for key, (sample, name, length, _) in zip(keys, chosen, strict=True):
         if key not in runs:
             runs[key] = _rerun(sample, name, length)
-    with runtime.closing(list(runs.values())):
-        runtime.settle(list(runs.values()))
+    with runtime.ending(list(runs.values())):
+        runtime.run_to_draws(list(runs.values()))
         return [
             Truncation(sample, name, length, runs[key].log_joint)
             for key, (sample, name, length, _) in zip(keys, chosen, strict=True)
@@ -198,7 +198,7 @@ def _cuts(node: Any) -> range:
     """Lengths t at which the text can be cut; the complete trace itself is not among them."""
     fn: LMText = node["fn"]
     ids = fn.token_ids(node["value"])
-    ends_with_c = ids[-1] == fn.closing.closing_token
+    ends_with_c = ids[-1] == fn.stopping.closing_token
     return range(0, len(ids) - 1 if ends_with_c else len(ids))
 
 
@@ -220,7 +220,7 @@ def _rerun(sample: Sample, name: str, length: int) -> Particle:
     node = original.sites[name]
     fn: LMText = node["fn"]
     ids = fn.token_ids(node["value"])[:length]
-    c = fn.closing.closing_token
+    c = fn.stopping.closing_token
     assert c is not None  # _last_text asked for its scores
     value = fn.value([*ids, c])
     before: dict[str, Any] = {}

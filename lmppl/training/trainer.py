@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lmppl import runtime
-from lmppl.runtime.records import Record, revive
+from lmppl.runtime.records import Record, rescore
 from lmppl.training.fingerprints import digest_of
 from lmppl.training.inputs import Input, Source, observe
 from lmppl.training.losses import Batch, LogZ, loss_of, prompt_state
@@ -178,7 +178,7 @@ class Trainer:
         runs: list[tuple[int, Origin, runtime.Particle, Record | None]] = []
         mixed = options.kind.draws == "mixture"
         observe(self.guide, members)
-        with runtime.closing([]) as started:
+        with runtime.ending([]) as started:
             for k, each in enumerate(members):
                 each.visits += 1
                 given = self._given(each, share)
@@ -215,7 +215,7 @@ class Trainer:
                     particle = self._revive(each, kept, origin, own[slot], slot)
                     started.append(particle)
                     runs.append((k, origin, particle, kept))
-            runtime.complete(started)
+            runtime.run_to_end(started)
         batches: list[list[Sample]] = [[] for _ in members]
         for k, origin, particle, record in runs:
             each, sample = members[k], Sample.of(particle, origin)
@@ -285,7 +285,7 @@ class Trainer:
             each.args, temperature=temperature, observations=each.observations
         )
         return runtime.start(
-            each.program, each.args, num, seed=seed, proposer=factory, closing=True
+            each.program, each.args, num, seed=seed, proposer=factory, score_closing=True
         )
 
     def _revive(
@@ -294,7 +294,7 @@ class Trainer:
         assert each.observations is not None
         recaller = self.guide.recaller(each.args, each.observations)
         is_given = origin == "given"
-        return revive(
+        return rescore(
             record,
             each.program,
             each.args,

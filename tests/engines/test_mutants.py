@@ -10,8 +10,7 @@ from test_smc import check_lookaheads_draw_apart
 
 from lmppl import distributions
 from lmppl.engines import resampling, smc, twists
-from lmppl.runtime import particle
-from lmppl.runtime import scheduler as together
+from lmppl.runtime import particle, scheduler
 
 pytestmark = pytest.mark.usefixtures("remembered")
 
@@ -47,12 +46,12 @@ def drop_the_end_factor(patch):
         for fn, (log_prob, scored) in zip(
             fns, score_texts(fns, values, names, **options), strict=True
         ):
-            if scored is not None and fn.closing.max_tokens is not None:
+            if scored is not None and fn.stopping.max_tokens is not None:
                 log_prob = log_prob - scored.log_probs[-1]
             results.append((log_prob, scored))
         return results
 
-    patch.setattr(together, "score_texts", mutant)
+    patch.setattr(scheduler, "score_texts", mutant)
 
 
 def count_observations_twice(patch):

@@ -278,7 +278,7 @@ def test_slots_of_a_finished_run_keep_their_own_streams():
 
     with lmppl.use(CASES["chain"].lm):
         particles = lmppl.runtime.start(program, (), 16, seed=0)
-        with lmppl.runtime.closing(particles):
+        with lmppl.runtime.ending(particles):
             ended = next(i for i, p in enumerate(particles) if p.finished)
             running = next(i for i, p in enumerate(particles) if not p.finished)
             ancestors = torch.full((16,), ended)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmppl.lm import LM, embedded
-from lmppl.lm.tokens.stopping import Closing
+from lmppl.lm.tokens.stopping import Stopping
 
 # Without a conversion.
 
@@ -217,7 +217,7 @@ def test_stop_strings_anywhere(lm: LM, data: st.DataObject) -> None:
     stop = whole[data.draw(st.integers(0, 5)) :][: data.draw(st.integers(1, 4))]
     if not stop or "\ufffd" in stop:
         return
-    closed = Closing(v, (stop,)).scan(ids)
+    closed = Stopping(v, (stop,)).scan(ids)
     ends = [n for n in range(1, len(ids) + 1) if stop in v.decode(ids[:n])]
     eos = [n for n, t in enumerate(ids, 1) if t in v.eos_ids]
     assert closed is not None

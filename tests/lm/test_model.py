@@ -9,7 +9,7 @@ from transformers import LlamaForCausalLM
 from lmppl.lm import LM
 from lmppl.lm.batches.requests import Draw, Score
 from lmppl.lm.loading import choose_device, choose_dtype
-from lmppl.lm.tokens.stopping import Closing
+from lmppl.lm.tokens.stopping import Stopping
 from lmppl.lm.tokens.text import Text
 from lmppl.testing import tiny_lm
 
@@ -22,7 +22,7 @@ def lm() -> LM:
 
 
 def text_of(lm: LM, *ids: int, **options: object) -> Text:
-    return Closing(lm.vocabulary, **options).text(ids)  # type: ignore[arg-type]
+    return Stopping(lm.vocabulary, **options).text(ids)  # type: ignore[arg-type]
 
 
 def naive(lm: LM, prefix: tuple[int, ...], ids: tuple[int, ...], temperature: float = 1.0) -> float:
@@ -115,7 +115,7 @@ def test_bad_prefixes(lm: LM) -> None:
     ],
 )
 def test_observed_strings(lm, obs, stop, max_tokens, expected) -> None:
-    assert lm.encode_observed(obs, Closing(lm.vocabulary, stop, max_tokens)) == expected
+    assert lm.encode_observed(obs, Stopping(lm.vocabulary, stop, max_tokens)) == expected
 
 
 @pytest.mark.parametrize(
@@ -130,26 +130,26 @@ def test_observed_strings(lm, obs, stop, max_tokens, expected) -> None:
 )
 def test_text_that_the_site_could_not_have_produced(lm, obs, stop, max_tokens, message) -> None:
     with pytest.raises(ValueError, match="site 'y': .*" + message):
-        lm.encode_observed(obs, Closing(lm.vocabulary, stop, max_tokens), name="y")
+        lm.encode_observed(obs, Stopping(lm.vocabulary, stop, max_tokens), name="y")
 
 
 def test_observed_texts_are_scored_as_their_tokens() -> None:
     lm = tiny_lm(["a", "b", "ab", "."])
-    closing = Closing(lm.vocabulary, (".",), 4)
-    assert lm.encode_observed(text_of(lm, 0, 1, 3), closing) == (0, 1, 3)
-    assert lm.encode_observed(text_of(lm, 0, 1), closing) == (0, 1, lm.vocabulary.eos_id)
+    stopping = Stopping(lm.vocabulary, (".",), 4)
+    assert lm.encode_observed(text_of(lm, 0, 1, 3), stopping) == (0, 1, 3)
+    assert lm.encode_observed(text_of(lm, 0, 1), stopping) == (0, 1, lm.vocabulary.eos_id)
     with pytest.raises(ValueError, match="another tokenizer"):
-        lm.encode_observed(text_of(tiny_lm("abc."), 0), closing)
+        lm.encode_observed(text_of(tiny_lm("abc."), 0), stopping)
     with pytest.raises(TypeError, match="not int"):
-        lm.encode_observed(3, closing)  # type: ignore[arg-type]
+        lm.encode_observed(3, stopping)  # type: ignore[arg-type]
 
 
 def test_without_eos_a_text_must_close_by_itself() -> None:
     lm = tiny_lm("ab.", eos=False)
-    closing = Closing(lm.vocabulary, (".",), 4)
-    assert lm.encode_observed("ab.", closing) == (A, B, DOT)
+    stopping = Stopping(lm.vocabulary, (".",), 4)
+    assert lm.encode_observed("ab.", stopping) == (A, B, DOT)
     with pytest.raises(ValueError, match="no EOS token"):
-        lm.encode_observed("ab", closing)
+        lm.encode_observed("ab", stopping)
 
 
 # Densities and draws.
@@ -211,11 +211,11 @@ def test_bad_arguments(lm: LM) -> None:
 
 def test_context_length_is_checked_and_named() -> None:
     lm = tiny_lm("ab.", context_length=8)
-    closing = Closing(lm.vocabulary, (), 4)
+    stopping = Stopping(lm.vocabulary, (), 4)
     uniforms = torch.full((4,), 0.5, dtype=torch.float64)
-    lm.draw([Draw((A,) * 4, closing, uniforms, name="z")])
+    lm.draw([Draw((A,) * 4, stopping, uniforms, name="z")])
     with pytest.raises(ValueError, match="site 'z': a prefix of 5 tokens and 4 more .* 8 tokens"):
-        lm.draw([Draw((A,) * 5, closing, uniforms, name="z")])
+        lm.draw([Draw((A,) * 5, stopping, uniforms, name="z")])
     with pytest.raises(ValueError, match="site 'y': a prefix of 5 tokens and 4 more"):
         lm.score([Score((A,) * 5, (B,) * 4, name="y")])
     with pytest.raises(ValueError, match="do not fit"):

@@ -36,7 +36,7 @@ def test_one_call_for_all_that_wait(lm, monkeypatch):
             lm, name, lambda r, n=name, m=method, **k: calls.append((n, len(r))) or m(r, **k)
         )
     particles = runtime.start(infill, ("ab.", "ab"), 16, seed=0)
-    runtime.complete(particles)
+    runtime.run_to_end(particles)
     assert calls == [("draw", 16), ("score", 16)]
     assert all(particle.finished for particle in particles)
 
@@ -48,7 +48,7 @@ def test_equal_requests_are_scored_once(lm):
         lm_sample("other", ["a", z], obs="b")
 
     particles = runtime.start(program, (), 32, seed=0)
-    runtime.complete(particles)
+    runtime.run_to_end(particles)
     distinct = len({particle.sites["other"]["fn"].prefix_ids for particle in particles})
     assert lm.tokens_scored == 4 + distinct and distinct <= 4
 
@@ -63,7 +63,7 @@ def test_branches_of_different_lengths_meet():
     particles = [runtime.Particle(program, (n,), seed=n) for n in range(5)]
     for particle in particles:
         particle.resume()
-    runtime.complete(particles)
+    runtime.run_to_end(particles)
     assert [particle.returned for particle in particles] == [0, 1, 2, 3, 4]
 
 
@@ -77,7 +77,7 @@ def test_several_language_models_at_one_barrier(lm):
     particles = [runtime.Particle(program, (k % 2,), seed=k) for k in range(6)]
     for particle in particles:
         particle.resume()
-    runtime.complete(particles)
+    runtime.run_to_end(particles)
     for particle in particles:
         for node in particle.sites.values():
             with torch.no_grad():
@@ -98,7 +98,7 @@ def test_programs_keep_their_handlers_apart_while_they_wait():
     particles = [runtime.Particle(program, (k,), seed=k) for k in range(4)]
     for particle in particles:
         particle.resume()
-    runtime.complete(particles[::-1])
+    runtime.run_to_end(particles[::-1])
     for k, particle in enumerate(particles):
         for name in ("z", "y"):
             assert float(particle.sites[name]["scale"]) == k + 1
@@ -124,8 +124,8 @@ def test_an_error_of_the_model_names_the_site_and_ends_all(lm):
     with torch.no_grad():
         lm.model.lm_head.weight.fill_(float("nan"))
     particles = runtime.start(infill, ("ab.", "ab"), 3, seed=0)
-    with pytest.raises(ValueError, match="site 'z'.*NaN"), runtime.closing(particles):
-        runtime.complete(particles)
+    with pytest.raises(ValueError, match="site 'z'.*NaN"), runtime.ending(particles):
+        runtime.run_to_end(particles)
     assert all(particle.finished for particle in particles)
 
 

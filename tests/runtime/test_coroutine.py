@@ -11,7 +11,7 @@ from pyro import poutine
 from pyro.poutine import runtime as pyro_runtime
 from torch.utils import _device
 
-from lmppl.runtime.coroutine import Abandoned, Ambient, Coroutine, suspend
+from lmppl.runtime.coroutine import Abandoned, Coroutine, GlobalState, suspend
 
 
 def snapshot():
@@ -31,8 +31,8 @@ def snapshot():
     }
 
 
-def plain(seed: int = 0) -> Ambient:
-    return Ambient.fresh(seed, grad=True)
+def plain(seed: int = 0) -> GlobalState:
+    return GlobalState.fresh(seed, grad=True)
 
 
 CHANGES = {
@@ -172,7 +172,7 @@ def test_a_fresh_state_has_no_handlers_and_the_grad_mode_that_was_asked_for():
     with poutine.trace(), torch.enable_grad():
         for grad in (False, True):
             fn = lambda: seen.append((len(pyro_runtime._PYRO_STACK), torch.is_grad_enabled()))  # noqa: E731
-            Coroutine(fn, Ambient.fresh(0, grad=grad)).resume()
+            Coroutine(fn, GlobalState.fresh(0, grad=grad)).resume()
     assert seen == [(0, False), (0, True)]
 
 

@@ -35,7 +35,7 @@ def run(program, *args, seed: int = 0, **options) -> Particle:
     """A particle that has run to its end."""
     particle = Particle(program, args, seed=seed, **options)
     particle.resume()
-    runtime.complete([particle])
+    runtime.run_to_end([particle])
     return particle
 
 
@@ -164,7 +164,7 @@ def test_a_seed_fixes_the_run_and_nothing_else_does():
     together = runtime.start(program, (), 5, seed=8)
     same = Particle(program, (), seed=3)
     same.resume()
-    runtime.complete([*together, same])
+    runtime.run_to_end([*together, same])
     assert same.returned == alone
     assert len({particle.returned for particle in together}) == 5
 
@@ -176,18 +176,18 @@ def test_streams_belong_to_slots_and_not_to_ancestors():
         return float(pyro.sample("u", dist.Normal(0.0, 1.0)))
 
     particles = runtime.start(program, (), 4, seed=0)
-    runtime.draw(particles)  # z
+    runtime.serve_draws(particles)  # z
     ancestor = particles[0]
     forks = [ancestor.fork(streams=particle) for particle in particles]
     twins = [ancestor.fork(), ancestor.fork()]
     for fork in forks:
         assert torch.equal(fork.sites["z"]["value"], ancestor.sites["z"]["value"])
-    runtime.complete([*forks, *twins, ancestor])
+    runtime.run_to_end([*forks, *twins, ancestor])
     assert len({fork.returned for fork in forks}) == 4  # not one stream four times
     assert [fork.slot for fork in forks] == [0, 1, 2, 3]
     assert forks[0].returned == twins[0].returned == twins[1].returned  # one slot, one stream
     other = particles[1].fork(streams=particles[2])  # another ancestor, the same slot
-    runtime.complete([other])
+    runtime.run_to_end([other])
     assert other.returned == forks[2].returned
     for particle in particles:
         particle.close()
@@ -209,14 +209,14 @@ def test_a_fork_does_not_call_tools_or_score_again():
 
     particle = Particle(program, seed=0)
     particle.resume()
-    runtime.draw([particle])
-    runtime.settle([particle])
+    runtime.serve_draws([particle])
+    runtime.run_to_draws([particle])
     assert particle.waiting is not None and particle.waiting.name == "w"
     scored = LM.tokens_scored
     forks = [particle.fork() for _ in range(3)]
     assert LM.tokens_scored == scored and next(calls) == 2
     assert all(fork.waiting is not None and fork.waiting.name == "w" for fork in forks)
-    runtime.complete([particle, *forks])
+    runtime.run_to_end([particle, *forks])
     for fork in forks:
         assert fork.returned[:3] == particle.returned[:3] == (0, [0, 1], particle.returned[2])
         assert fork.sites["y"]["log_prob"] is particle.sites["y"]["log_prob"]
@@ -233,7 +233,7 @@ def test_forks_go_on_on_their_own():
     particle.resume()
     fn = LMText(LM, "ab", max_tokens=1)
     forks = [particle.fork(given={"z": Given(fn.value((t,)))}) for t in range(3)]
-    runtime.complete(forks)
+    runtime.run_to_end(forks)
     assert [fork.sites["z"]["value"].tolist() for fork in forks] == [[0], [1], [2]]
     assert [fork.sites["w"]["fn"].prefix_ids for fork in forks] == [(0, A), (1, A), (2, A)]
     assert not particle.finished and "z" not in particle.sites
@@ -302,9 +302,9 @@ def test_a_replay_that_diverges_names_the_site(change):
     particle = Particle(diverging(fn), seed=0)
     particle.resume()
     while particle.waiting is not None and particle.waiting.name != "last":
-        runtime.settle([particle])
+        runtime.run_to_draws([particle])
         if particle.waiting.name != "last":
-            runtime.draw([particle])
+            runtime.serve_draws([particle])
     if message is None:  # the order of sites that do not depend on each other is no matter
         particle.fork().close()
     else:
@@ -333,7 +333,7 @@ def test_a_fork_that_comes_to_another_site_than_its_ancestor_waits_at(site, mess
 
     particle = Particle(program, seed=0)
     particle.resume()
-    runtime.draw([particle])
+    runtime.serve_draws([particle])
     with pytest.raises(ReplayError, match=message):
         particle.fork()
     particle.close()
@@ -348,7 +348,7 @@ def test_a_replay_that_ends_early_names_the_first_site_that_is_missing():
 
     particle = Particle(program, seed=0)
     particle.resume()
-    runtime.complete([particle])
+    runtime.run_to_end([particle])
     again = Particle(program, seed=0, replay=particle.sites)
     with pytest.raises(ReplayError, match="ended before site 'z'"):
         again.resume()
@@ -507,7 +507,7 @@ def test_all_are_closed_when_an_engine_leaves_even_if_one_fails_to():
     particles = [Particle(program, (k,), seed=k) for k in range(3)]
     for particle in particles:
         particle.resume()
-    with pytest.raises(OSError, match="disk full"), runtime.closing(particles):
+    with pytest.raises(OSError, match="disk full"), runtime.ending(particles):
         raise KeyboardInterrupt
     assert closed == [0, 1, 2] and all(particle.finished for particle in particles)
 
@@ -515,6 +515,6 @@ def test_all_are_closed_when_an_engine_leaves_even_if_one_fails_to():
 def test_an_interrupt_is_not_masked_by_closing():
     particles = [Particle(lambda: sites("z"), seed=0)]
     particles[0].resume()
-    with pytest.raises(KeyboardInterrupt), runtime.closing(particles):
+    with pytest.raises(KeyboardInterrupt), runtime.ending(particles):
         raise KeyboardInterrupt
     assert particles[0].finished

@@ -9,7 +9,7 @@ from guide_helpers import draw_samples, shaken
 import lmppl
 from lmppl import lm_sample, runtime, tool
 from lmppl.guides.prompts import OPENING
-from lmppl.runtime.records import Record, record_of_simulation, revive
+from lmppl.runtime.records import Record, record_of_simulation, rescore
 from lmppl.runtime.simulation import simulate
 from lmppl.testing import tiny_lm
 from lmppl.testing.programs import CASES
@@ -22,9 +22,9 @@ def revived(guide, record, case, program=None):
     args = case.args
     with lmppl.use(guide.base), torch.no_grad():
         proposer = guide.recaller(args, guide.observations(args))
-        run = revive(record, program or case.program, args, proposer)
-        with runtime.closing([run]) as runs:
-            runtime.complete(runs)
+        run = rescore(record, program or case.program, args, proposer)
+        with runtime.ending([run]) as runs:
+            runtime.run_to_end(runs)
     return Sample.of(run, "replay")
 
 
@@ -93,7 +93,7 @@ def test_tools_are_not_called_again():
     with lmppl.use(LM):
         observations = guide.observations(("ab",))
         num = len(calls)
-        run = revive(sample.record, program, ("ab",), guide.recaller(("ab",), observations))
+        run = rescore(sample.record, program, ("ab",), guide.recaller(("ab",), observations))
     assert run.finished and len(calls) == num and run.log_joint == sample.log_r
 
 
@@ -107,9 +107,9 @@ def demonstrated(values):
     guide = lmppl.LMGuide(mixed, lm=LM)
     with lmppl.use(LM), torch.no_grad():
         recaller = guide.recaller(("ab",), guide.observations(("ab",)))
-        run = revive(Record(values), mixed, ("ab",), recaller, seed=1)
-        with runtime.closing([run]) as runs:
-            runtime.complete(runs)
+        run = rescore(Record(values), mixed, ("ab",), recaller, seed=1)
+        with runtime.ending([run]) as runs:
+            runtime.run_to_end(runs)
     return run
 
 
@@ -194,9 +194,9 @@ def test_what_a_simulation_found_out_is_what_the_program_computes(case, latents_
             log_r = []
             for each in (record, record.forgotten()):
                 proposer = guide.recaller(case.args, guide.observations(case.args, program))
-                run = revive(each, program, case.args, proposer, complete=True)
-                with runtime.closing([run]) as runs:
-                    runtime.complete(runs)
+                run = rescore(each, program, case.args, proposer, complete=True)
+                with runtime.ending([run]) as runs:
+                    runtime.run_to_end(runs)
                 log_r.append(run.log_joint)
             assert log_r[0] == pytest.approx(log_r[1], abs=1e-4)
             assert log_r[0] == pytest.approx(one.log_joint, abs=1e-4)

@@ -15,7 +15,7 @@ from lmppl import lm_sample, runtime
 from lmppl.lm.meter.usage import total_usage
 from lmppl.primitives import _warned
 from lmppl.runtime import Member, Particle, advance, own_usage
-from lmppl.runtime.coroutine import Ambient
+from lmppl.runtime.coroutine import GlobalState
 from lmppl.testing import tiny_lm
 
 
@@ -51,8 +51,8 @@ def engine(program, *args, num=4, seed=0):
 
     def run():
         particles = runtime.start(program, args, num, seed=seed)
-        with runtime.closing(particles):
-            runtime.complete(particles)
+        with runtime.ending(particles):
+            runtime.run_to_end(particles)
         return particles
 
     return run
@@ -60,8 +60,8 @@ def engine(program, *args, num=4, seed=0):
 
 def together(*functions, seed=0):
     """All of them run as members to their ends."""
-    members = [Member(fn, Ambient.fresh(seed + i)) for i, fn in enumerate(functions)]
-    with runtime.closing(members):
+    members = [Member(fn, GlobalState.fresh(seed + i)) for i, fn in enumerate(functions)]
+    with runtime.ending(members):
         for member in members:
             member.go_on()
         while any(not member.finished for member in members):
@@ -160,8 +160,8 @@ def test_scores_with_a_graph_are_computed_where_they_were_asked_for():
     def run():
         with lmppl.use(lm), torch.enable_grad():
             particles = runtime.start(observed, (), 2, seed=0, grad=True)
-            with runtime.closing(particles):
-                runtime.settle(particles, grad=True)
+            with runtime.ending(particles):
+                runtime.run_to_draws(particles, grad=True)
             total = sum(particle.sites["y"]["log_prob_sum"] for particle in particles)
             total.backward()
         return float(total)
@@ -271,13 +271,13 @@ def test_closing_ends_particles_in_their_own_state():
     def run(k):
         def inner():
             made.append(runtime.start(program, (k,), 3, seed=k))
-            with runtime.closing(made[-1]):
-                runtime.complete(made[-1])
+            with runtime.ending(made[-1]):
+                runtime.run_to_end(made[-1])
 
         return inner
 
-    members = [Member(run(k), Ambient.fresh(k)) for k in range(2)]
-    with runtime.closing(members):
+    members = [Member(run(k), GlobalState.fresh(k)) for k in range(2)]
+    with runtime.ending(members):
         for member in members:
             member.go_on()
         advance(members)

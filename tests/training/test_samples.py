@@ -28,7 +28,7 @@ def truncations_of(guide, program, args, samples, budget=PLENTY):
 def cut_values(truncation):
     """The latents of the truncated trace, by hand."""
     ids = latent_ids(truncation.sample.particle)
-    closing = truncation.sample.particle.sites[truncation.name]["fn"].closing.closing_token
+    closing = truncation.sample.particle.sites[truncation.name]["fn"].stopping.closing_token
     ids[truncation.name] = (*ids[truncation.name][: truncation.length], closing)
     return ids
 
@@ -90,7 +90,7 @@ def test_every_cut_of_every_sample_is_there_once(name):
     last = case.text_latents[-1]
     for sample in samples:
         ids = latent_ids(sample.particle)[last]
-        closing = sample.particle.sites[last]["fn"].closing.closing_token
+        closing = sample.particle.sites[last]["fn"].stopping.closing_token
         # Cut where c itself stands it would be the complete trace.
         lengths = [t for t in range(len(ids)) if (*ids[:t], closing) != ids]
         assert sorted(t.length for t in truncations if t.sample is sample) == lengths

@@ -13,7 +13,7 @@ from lmppl.lm.batches.rows import Rows
 from lmppl.lm.meter.work import timed
 from lmppl.lm.network.memory import batch_rows
 from lmppl.lm.network.runner import runner_of, without_grad
-from lmppl.lm.tokens.stopping import ClosingState
+from lmppl.lm.tokens.stopping import StoppingState
 from lmppl.lm.tokens.text import FinishReason
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class Decoding:
         self.log_probs: list[list[float]] = [[] for _ in self._draws]
         self.reasons: list[FinishReason | None] = [None] * len(self._draws)
         self.num_steps = 0
-        self._states: list[ClosingState] = [draw.closing.start() for _, draw in self._draws]
+        self._states: list[StoppingState] = [draw.stopping.start() for _, draw in self._draws]
         self._batches: list[_Batch] = []
         by_model: dict[int, list[int]] = {}
         for slot, (lm, _) in enumerate(self._draws):
@@ -139,7 +139,7 @@ class Decoding:
             slots = batch.slots
             batch.advance([self.token_ids[slot] for slot in slots])
             draws = [self._draws[slot][1] for slot in slots]
-            tokens = [draw.closing.closing_token for draw in draws]
+            tokens = [draw.stopping.closing_token for draw in draws]
             log_probs = batch.rows.log_probs(
                 [token or 0 for token in tokens], [draw.temperature for draw in draws]
             )
@@ -276,16 +276,16 @@ def _compact(rows: list[int]) -> list[int]:
 
 def _longest(draw: Draw) -> int:
     """The most tokens it can have: those of its site, or one for each uniform."""
-    return draw.closing.max_tokens or draw.uniforms.numel()
+    return draw.stopping.max_tokens or draw.uniforms.numel()
 
 
 def _check(draw: Draw) -> None:
     where = f"site {draw.name!r}: "
-    if draw.closing.closes and draw.closing.max_tokens is None:
+    if draw.stopping.closes and draw.stopping.max_tokens is None:
         raise ValueError(where + "a latent text needs max_tokens")
     if not 0 < _longest(draw) <= draw.uniforms.numel():
         raise ValueError(
-            where + f"{draw.uniforms.numel()} uniforms for max_tokens={draw.closing.max_tokens}: "
+            where + f"{draw.uniforms.numel()} uniforms for max_tokens={draw.stopping.max_tokens}: "
             "each token takes one"
         )
     if not draw.temperature > 0 or math.isinf(draw.temperature):

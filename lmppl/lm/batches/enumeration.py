@@ -9,7 +9,7 @@ import torch
 from lmppl.lm.batches.rows import Rows
 from lmppl.lm.meter.work import timed
 from lmppl.lm.network.runner import runner_of
-from lmppl.lm.tokens.stopping import Closing, ClosingState
+from lmppl.lm.tokens.stopping import Stopping, StoppingState
 
 if TYPE_CHECKING:
     from lmppl.lm.model import LM
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def enumerate_sequences(
     lm: LM,
     prefix: tuple[int, ...],
-    closing: Closing,
+    stopping: Stopping,
     temperature: float,
     *,
     limit: int,
@@ -32,8 +32,8 @@ def enumerate_sequences(
         ValueError: the model's logits define no distribution.
     """
     complete: list[tuple[tuple[int, ...], torch.Tensor]] = []
-    level: list[tuple[tuple[int, ...], torch.Tensor, ClosingState]] = [
-        ((), torch.zeros(()), closing.start())
+    level: list[tuple[tuple[int, ...], torch.Tensor, StoppingState]] = [
+        ((), torch.zeros(()), stopping.start())
     ]
     while level:
         rows = Rows.start(runner_of(lm), [prefix + ids for ids, _, _ in level], 1)

@@ -10,20 +10,20 @@ from dataclasses import dataclass, field
 
 import torch
 
-from lmppl.lm.tokens.stopping import Closing
+from lmppl.lm.tokens.stopping import Stopping
 from lmppl.lm.tokens.text import FinishReason
 
 
 @dataclass(frozen=True, eq=False)
 class Draw:
-    """Draw one sequence that continues ``prefix`` until ``closing`` closes it.
+    """Draw one sequence that continues ``prefix`` until ``stopping`` closes it.
 
     A draw is a deterministic function of its uniforms: token k is the inverse of the k-th
     conditional distribution function at ``uniforms[k]``.
     """
 
     prefix: tuple[int, ...]
-    closing: Closing
+    stopping: Stopping
     uniforms: torch.Tensor  # (max_tokens,) float64 in [0, 1), on the CPU
     temperature: float = 1.0
     name: str = ""  # the site, for error messages

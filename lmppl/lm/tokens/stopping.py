@@ -1,4 +1,4 @@
-"""Closing: when the sequence of a site ends.
+"""Stopping: when the sequence of a site ends.
 
 A sequence closes at the first token that is an EOS, or that completes an occurrence of a stop
 string in the site's own text, or that is the last of ``max_tokens``. Stop strings are searched in
@@ -18,7 +18,7 @@ from lmppl.lm.tokens.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True, eq=False)
-class Closing:
+class Stopping:
     """What closes a sequence.
 
     With neither ``stop`` nor ``max_tokens`` nothing does, not even EOS: such a site is a prefix
@@ -43,7 +43,7 @@ class Closing:
         object.__setattr__(self, "max_tokens", _as_max_tokens(self.max_tokens))
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Closing):
+        if not isinstance(other, Stopping):
             return NotImplemented
         return (
             (self.stop, self.max_tokens) == (other.stop, other.max_tokens)
@@ -74,9 +74,9 @@ class Closing:
                     return ids[0]
         return self.vocabulary.eos_id
 
-    def start(self) -> ClosingState:
+    def start(self) -> StoppingState:
         """The state before the first token."""
-        return ClosingState(self)
+        return StoppingState(self)
 
     def scan(self, ids: Iterable[int]) -> tuple[int, FinishReason, str | None] | None:
         """Where ``ids`` close: number of tokens up to there, the reason, the stop string.
@@ -126,8 +126,8 @@ class Closing:
         return [stop.encode() for stop in self.stop]
 
 
-class ClosingState:
-    """How far one sequence is from closing. ``push`` takes its tokens one by one.
+class StoppingState:
+    """How far one sequence is from stopping. ``push`` takes its tokens one by one.
 
     Attributes:
         length: tokens pushed.
@@ -135,10 +135,10 @@ class ClosingState:
         stop: the stop string that closed it, if one did.
     """
 
-    __slots__ = ("_closing", "_ids", "_tail", "length", "reason", "stop")
+    __slots__ = ("_stopping", "_ids", "_tail", "length", "reason", "stop")
 
-    def __init__(self, closing: Closing) -> None:
-        self._closing = closing
+    def __init__(self, stopping: Stopping) -> None:
+        self._stopping = stopping
         self._tail = b""  # the text's last bytes, one fewer than the longest stop string
         self._ids: list[int] = []  # only where text is not the concatenation of its tokens
         self.length = 0
@@ -153,28 +153,28 @@ class ClosingState:
         """
         if self.reason is not None:
             raise ValueError(f"the sequence has closed ({self.reason}) at token {self.length}")
-        closing = self._closing
+        stopping = self._stopping
         self.length += 1
-        if not closing.closes:
+        if not stopping.closes:
             return None
-        if token in closing.vocabulary.eos_ids:
+        if token in stopping.vocabulary.eos_ids:
             self.reason = "eos"
-        elif closing.stop and self._find_stop(token):
+        elif stopping.stop and self._find_stop(token):
             self.reason = "stop"
-        elif self.length == closing.max_tokens:
+        elif self.length == stopping.max_tokens:
             self.reason = "length"
         return self.reason
 
-    def copy(self) -> ClosingState:
+    def copy(self) -> StoppingState:
         """An independent copy, as a fork of the sequence needs."""
-        other = ClosingState(self._closing)
+        other = StoppingState(self._stopping)
         other._tail, other._ids = self._tail, list(self._ids)
         other.length, other.reason, other.stop = self.length, self.reason, self.stop
         return other
 
     def _find_stop(self, token: int) -> bool:
-        closing = self._closing
-        vocabulary, stops = closing.vocabulary, closing._stop_bytes
+        stopping = self._stopping
+        vocabulary, stops = stopping.vocabulary, stopping._stop_bytes
         if vocabulary.concatenates:
             text = self._tail + vocabulary.token_bytes(token)
             keep = max(map(len, stops)) - 1
@@ -185,7 +185,7 @@ class ClosingState:
         found = _first_stop(text, stops)
         if found is None:
             return False
-        self.stop = closing.stop[found[1]]
+        self.stop = stopping.stop[found[1]]
         return True
 
 
@@ -229,27 +229,27 @@ def _as_max_tokens(max_tokens: object) -> int | None:
 # --- observed text: the tokens that are scored, or why the site could not have produced it ---------
 
 
-def encode_observed(obs: str, closing: Closing, site: str = "") -> tuple[int, ...]:
+def encode_observed(obs: str, stopping: Stopping, site: str = "") -> tuple[int, ...]:
     """See :meth:`lmppl.lm.LM.encode_observed`; ``site`` begins every message."""
     if not isinstance(obs, str):
         raise TypeError(f"{site}an observed text is a str or a Text, not {type(obs).__name__}")
-    vocabulary = closing.vocabulary
+    vocabulary = stopping.vocabulary
     try:
         ids = obs.token_ids if isinstance(obs, Text) else vocabulary.encode(obs)
     except ValueError as error:
         raise ValueError(f"{site}{error}") from error
-    if not closing.closes:
+    if not stopping.closes:
         if not ids:
             raise ValueError(
                 f"{site}the observed text is empty, so without stop or max_tokens it says nothing"
             )
         return ids
-    closed = closing.scan(ids)
+    closed = stopping.scan(ids)
     if closed is None:
         if vocabulary.eos_id is None:
             raise ValueError(
                 f"{site}the observed text {str(obs)!r} does not close the site "
-                f"({_closers(closing)}), and the model has no EOS token that could be appended. "
+                f"({_closers(stopping)}), and the model has no EOS token that could be appended. "
                 "Let it end as the site would, or leave out stop and max_tokens to score it as the "
                 "beginning of a text."
             )
@@ -260,7 +260,7 @@ def encode_observed(obs: str, closing: Closing, site: str = "") -> tuple[int, ..
     where = f"at token {length} (character {len(vocabulary.decode(ids[:length]))})"
     if reason == "length":
         raise ValueError(
-            f"{site}the observed text has {len(ids)} tokens, but max_tokens={closing.max_tokens} "
+            f"{site}the observed text has {len(ids)} tokens, but max_tokens={stopping.max_tokens} "
             f"closes the site {where}: {str(obs)!r}. Raise max_tokens or shorten the text."
         )
     what = f"stop string {stop!r}" if reason == "stop" else "an EOS token"
@@ -271,8 +271,8 @@ def encode_observed(obs: str, closing: Closing, site: str = "") -> tuple[int, ..
     )
 
 
-def _closers(closing: Closing) -> str:
-    what = [f"stop={list(closing.stop)!r}"] if closing.stop else []
-    if closing.max_tokens is not None:
-        what.append(f"max_tokens={closing.max_tokens}")
+def _closers(stopping: Stopping) -> str:
+    what = [f"stop={list(stopping.stop)!r}"] if stopping.stop else []
+    if stopping.max_tokens is not None:
+        what.append(f"max_tokens={stopping.max_tokens}")
     return ", ".join(what)

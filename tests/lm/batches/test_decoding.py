@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lmppl.lm.batches.decoding import Decoding, _compact
 from lmppl.lm.batches.requests import Draw
-from lmppl.lm.tokens.stopping import Closing
+from lmppl.lm.tokens.stopping import Stopping
 from lmppl.testing.tiny import tiny_lm
 
 LM = tiny_lm("ab.", seed=1, contrast=1.0)
@@ -21,7 +21,7 @@ def draw(lm=LM, prefix=PREFIX, *, seed=0, max_tokens=6, stop=".", temperature=1.
     if uniforms is None:
         generator = torch.Generator().manual_seed(seed)
         uniforms = torch.rand(max_tokens, dtype=torch.float64, generator=generator)
-    return lm, Draw(prefix, Closing(lm.vocabulary, stop, max_tokens), uniforms, temperature, "z")
+    return lm, Draw(prefix, Stopping(lm.vocabulary, stop, max_tokens), uniforms, temperature, "z")
 
 
 def finish(decoding):
@@ -33,7 +33,7 @@ def finish(decoding):
 @torch.no_grad()
 def naive(lm, request):
     """The same draw, token by token, through the bare model and a plain distribution function."""
-    ids, log_probs, state = [], [], request.closing.start()
+    ids, log_probs, state = [], [], request.stopping.start()
     for u in request.uniforms.tolist():
         tokens = torch.tensor([[*request.prefix, *ids]])
         logits = lm.model(tokens, use_cache=False).logits[0, -1].double()
@@ -90,7 +90,7 @@ def test_several_models_side_by_side():
 
 def test_expectation_over_uniforms_is_the_density():
     """Every sequence's interval of uniforms has the width of its probability."""
-    closing = Closing(LM.vocabulary, ".", 2)
+    stopping = Stopping(LM.vocabulary, ".", 2)
     n = 300
     grid = [(i + 0.5) / n for i in range(n)]
     first = [draw(max_tokens=2, uniforms=torch.tensor([u, 0.5]).double()) for u in grid]
@@ -99,7 +99,7 @@ def test_expectation_over_uniforms_is_the_density():
         probs = torch.softmax(LM.model(torch.tensor([PREFIX])).logits[0, -1], -1)
     counts = torch.bincount(torch.tensor([d.token_ids[0] for d in drawn]), minlength=4) / n
     torch.testing.assert_close(counts, probs, atol=2 / n, rtol=0)
-    assert all(closing.scan(d.token_ids)[0] == len(d.token_ids) for d in drawn)
+    assert all(stopping.scan(d.token_ids)[0] == len(d.token_ids) for d in drawn)
 
 
 def test_fields_while_it_runs():
@@ -145,7 +145,7 @@ def test_select_forks_sequences_and_keeps_uniforms(data):
             assert decoding.token_ids == [before[a] for a in ancestors]
             assert [decoding.draw_of(i)[1] for i in range(n)] == [r for r, _ in held]
         for slot, (request, ids) in enumerate(held):
-            state = request.closing.start()
+            state = request.stopping.start()
             for token in ids:
                 reason = state.push(token)
             assert decoding.reasons[slot] == reason
@@ -282,7 +282,7 @@ def test_closing_log_probs_are_those_of_a_bare_forward_and_change_no_draw():
                 with torch.no_grad():
                     logits = lm.model(tokens, use_cache=False).logits[0, -1].double()
                 log_probs = torch.log_softmax(logits / request.temperature, -1)
-                c = request.closing.closing_token
+                c = request.stopping.closing_token
                 assert found[slot] == pytest.approx(float(log_probs[c]), abs=1e-4)
                 compared += 1
     assert compared > 2

@@ -8,7 +8,7 @@ from lmppl.lm.batches.decoding import Decoding
 from lmppl.lm.batches.requests import Draw, Score
 from lmppl.lm.network.memory import Memory, batch_rows, pass_tokens
 from lmppl.lm.network.runner import runner_of
-from lmppl.lm.tokens.stopping import Closing
+from lmppl.lm.tokens.stopping import Stopping
 from lmppl.testing import tiny_lm
 
 
@@ -26,10 +26,10 @@ def test_half_of_what_is_free():
 
 
 def draws(lm, num):
-    closing = Closing(lm.vocabulary, ".", 6)
+    stopping = Stopping(lm.vocabulary, ".", 6)
     uniforms = torch.rand(num, 6, dtype=torch.float64, generator=torch.manual_seed(3))
     prefixes = [(0, 1, 2) * 4, (2, 1, 0) * 3]
-    return [(lm, Draw(prefixes[i % 2], closing, u)) for i, u in enumerate(uniforms)]
+    return [(lm, Draw(prefixes[i % 2], stopping, u)) for i, u in enumerate(uniforms)]
 
 
 @pytest.mark.parametrize("ancestors", [None, [3, 3, 0, 9, 1, 1, 6, 7, 8, 2]])

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmppl import Text
-from lmppl.lm.tokens.stopping import Closing
+from lmppl.lm.tokens.stopping import Stopping
 from lmppl.testing import tiny_lm
 
 LM = tiny_lm(["a", "b", "ab", "."], seed=0)
@@ -20,7 +20,7 @@ OTHER = tiny_lm("ba.", seed=0).vocabulary
 
 
 def text(*ids: int, stop: tuple[str, ...] = (), max_tokens: int | None = None) -> Text:
-    return Closing(VOCABULARY, stop, max_tokens).text(ids)
+    return Stopping(VOCABULARY, stop, max_tokens).text(ids)
 
 
 def test_it_is_a_string():
