@@ -26,6 +26,17 @@ from lmppl.lm.tokens.text import Text
 PAD = -1  # never a token, so a value cannot be confused with one that ends in EOS
 
 
+def check_lm(what: str, lm: Any) -> LM:
+    """``lm``, if it is a language model. Raises ``TypeError``, beginning with ``what``, if not."""
+    if not isinstance(lm, LM):
+        name = repr(lm) if isinstance(lm, str) else "..."
+        raise TypeError(
+            f"{what}: lm takes a lmppl.LM, given {type(lm).__name__}: load one with "
+            f"lmppl.LM.from_pretrained({name}), or wrap a model with lmppl.LM(model, tokenizer)"
+        )
+    return lm
+
+
 class _TokenSequence(constraints.Constraint):
     """Right-padded token sequences that the site could have produced."""
 

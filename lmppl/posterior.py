@@ -6,7 +6,6 @@ evidence, effective sample size, tables) is computed from these two.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from pyro.poutine import Trace
 
+from lmppl.checks import check_int, check_seed, did_you_mean
 from lmppl.report.tables import html_table, text_table
 from lmppl.runtime.sites import has_value, is_continuous, is_latent, key_of, value_of, values_of
 
@@ -194,9 +194,7 @@ class Posterior:
     def _check_site(self, name: str) -> None:
         if name in self.sites:
             return
-        near = difflib.get_close_matches(str(name), self.sites, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise KeyError(f"no trace has a site {name!r}{hint} Sites: {', '.join(self.sites)}")
+        raise KeyError(f"no trace has a site {name!r}{did_you_mean(name, self.sites, 'Sites')}")
 
     def probs(self, name: str) -> dict[Any, float]:
         """Posterior probability of each value of a site, the largest first; they sum to 1.
@@ -279,8 +277,7 @@ class Posterior:
         Returns:
             A posterior with the same evidence. Traces are shared, not copied.
         """
-        if n < 1:
-            raise ValueError(f"resample(n={n}): n must be at least 1")
+        n, seed = check_int("n", n), check_seed(seed)
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         uniforms = torch.rand(n, dtype=torch.float64, generator=generator)
         cumulative = self.weights.cumsum(0)  # (K,) float64

@@ -21,7 +21,7 @@ import torch
 from pyro.poutine.runtime import _PYRO_STACK, am_i_wrapped, apply_stack
 from pyro.poutine.trace_messenger import TraceMessenger
 
-from lmppl.distributions import LMText, ToolCall, ToolResult
+from lmppl.distributions import LMText, ToolCall, ToolResult, check_lm
 from lmppl.lm import LM
 from lmppl.lm.tokens.text import Text
 
@@ -43,12 +43,7 @@ class use:
     """
 
     def __init__(self, lm: LM) -> None:
-        if not isinstance(lm, LM):
-            raise TypeError(
-                f"lmppl.use takes a lmppl.LM, given {type(lm).__name__}: load one with "
-                "lmppl.LM.from_pretrained(...) or wrap a model with lmppl.LM(model, tokenizer)"
-            )
-        self._lm = lm
+        self._lm = check_lm("lmppl.use", lm)
         self._bare: Token[LM | None] | None = _default_lm.set(lm)
         self._blocks: list[Token[LM | None]] = []
         _lasting.append(self)
@@ -86,12 +81,7 @@ def _resolve_lm(lm: LM | None, what: str) -> LM:
             f"{what} names no language model and there is no default: pass lm= to lmppl.infer or "
             "to the site, or call lmppl.use(lm)"
         )
-    if not isinstance(lm, LM):
-        raise TypeError(
-            f"{what}: lm= takes a lmppl.LM, given {type(lm).__name__}: wrap a loaded model with "
-            "lmppl.LM(model, tokenizer)"
-        )
-    return lm
+    return check_lm(what, lm)
 
 
 # --- sites ---------------------------------------------------------------------------------------

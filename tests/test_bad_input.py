@@ -83,13 +83,18 @@ def test_a_programs_keyword_is_told_apart():
         ({"method": "smc", "resampling": "none"}, "resampling='none'.*systematic"),
         ({"method": "smc", "twist": "look"}, "twist='look'.*lookahead"),
         ({"num_samples": 0}, "num_samples=0"),
-        ({"num_samples": 2.5}, "num_samples=2.5"),
     ],
     ids=str,
 )
 def test_bad_values_of_options(options, message):
     with pytest.raises(ValueError, match=message):
         infer(one_site, **options)
+
+
+def test_a_number_of_samples_of_another_type():
+    for given in (2.5, True, "8", None):
+        with pytest.raises(TypeError, match="num_samples=.*it must be an int of at least 1"):
+            infer(one_site, num_samples=given)
 
 
 def test_options_beside_an_engine_object():

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
+from lmppl.checks import check_callable, check_flag, check_int, check_seed, did_you_mean
+from lmppl.distributions import check_lm
 from lmppl.engines import ENGINES, Engine
 from lmppl.lm import LM
 from lmppl.posterior import Posterior, ZeroEvidenceError
@@ -59,7 +60,9 @@ def infer(
         TypeError: an option that the engine does not have.
         ZeroEvidenceError: every sample has probability zero; it names the sites that killed them.
     """
-    engine = prepare(model, method, num_samples, options)
+    engine = prepare(model, method, lm, callback, options)
+    num_samples, seed = check_int("num_samples", num_samples), check_seed(seed)
+    check_flag("profile", profile)
     check_arguments(model, args)
     # Without lm=, sites fall back on lmppl.use, or name their own; one that cannot says so.
     with (
@@ -85,21 +88,31 @@ def infer(
 
 
 def prepare(
-    model: Callable[..., Any], method: str | Engine, num_samples: int, options: dict[str, Any]
+    model: Callable[..., Any],
+    method: str | Engine,
+    lm: LM | None,
+    callback: Callable[[dict[str, Any]], None] | None,
+    options: dict[str, Any],
 ) -> Engine:
     """The engine of a call; raises for what is wrong with it whatever the program's arguments."""
     engine = _engine(method, options)
-    if not callable(model):
-        raise TypeError(f"model must be a function, given {type(model).__name__}")
-    if not isinstance(num_samples, int) or num_samples < 1:
-        raise ValueError(f"num_samples={num_samples!r}: it must be an int of at least 1")
+    check_callable("model", model)
+    if lm is not None:
+        check_lm("infer", lm)
+    if callback is not None:
+        check_callable("callback", callback)
     return engine
 
 
 def _engine(method: str | Engine, options: dict[str, Any]) -> Engine:
     """The engine object of a method and its options."""
+    if isinstance(method, type):
+        raise TypeError(
+            f"method= takes a name or an engine object, given the class {method.__name__}: make an "
+            f"object of it, {method.__name__}()"
+        )
     if not isinstance(method, str):
-        if not hasattr(method, "run"):
+        if not callable(getattr(method, "run", None)):
             raise TypeError(
                 f"method= takes a name or an engine object, given {type(method).__name__}; "
                 f"names: {', '.join(ENGINES)}"
@@ -111,7 +124,7 @@ def _engine(method: str | Engine, options: dict[str, Any]) -> Engine:
             )
         return method
     if method not in ENGINES:
-        raise ValueError(f"unknown method {method!r}{_nearest(method, ENGINES)}")
+        raise ValueError(f"unknown method {method!r}{did_you_mean(method, ENGINES)}")
     engine = ENGINES[method]
     allowed = [
         name
@@ -122,17 +135,10 @@ def _engine(method: str | Engine, options: dict[str, Any]) -> Engine:
         if name not in allowed:
             common = ["lm", "num_samples", "guide", "seed", "progress", "callback", "profile"]
             raise TypeError(
-                f"method={method!r} has no option {name!r}{_nearest(name, [*allowed, *common])}. "
+                f"method={method!r} has no option {name!r}{did_you_mean(name, [*allowed, *common])}. "
                 "(Keywords are the engine's; bind the program's with functools.partial.)"
             )
     return engine(**options)
-
-
-def _nearest(name: str, allowed: Iterable[str]) -> str:
-    names = list(allowed)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
-    guess = f"; did you mean {near[0]!r}?" if near else "."
-    return f"{guess} Allowed: {', '.join(names)}"
 
 
 def check_arguments(model: Callable[..., Any], args: tuple[Any, ...]) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 
 from lmppl import runtime
+from lmppl.checks import check_choice, check_int, check_seed
 from lmppl.engines import Engine, GFlowNet
 from lmppl.engines.dispatch import infer, prepare
 from lmppl.lm import LM
@@ -88,7 +89,8 @@ def infer_batch(
     """
     if "profile" in options:
         raise TypeError("infer_batch has no profile=: put the loop in `with lmppl.profile() as p:`")
-    engine = prepare(model, method, num_samples, options)
+    engine = prepare(model, method, lm, callback, options)
+    num_samples, seed = check_int("num_samples", num_samples), check_seed(seed)
     if isinstance(engine, GFlowNet) and guide is None:
         raise ValueError(
             "method='gflownet' without guide= would train a guide for every single input: train "
@@ -96,12 +98,10 @@ def infer_batch(
         )
     source = enumerate(items_of(inputs))
     signature = signature_of(model)
-    if on_error not in ("raise", "return"):
-        raise ValueError(f"on_error={on_error!r}, allowed: 'raise', 'return'")
+    check_choice("on_error", on_error, ("raise", "return"))
     if at_once is None:
         at_once = max(1, min(_INPUTS, _PARTICLES // num_samples))
-    if not isinstance(at_once, int) or at_once < 1:
-        raise ValueError(f"at_once={at_once!r}: it must be an int of at least 1")
+    at_once = check_int("at_once", at_once)
     lm = default_lm() if lm is None else lm  # of here, wherever the posteriors are asked for
     seed = runtime.fresh_seed(seed)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 
+from lmppl.checks import nearest
 from lmppl.lm import embedded
 
 DTYPES = {
@@ -120,11 +120,10 @@ def _load(
 
 def _not_found(name: str, error: Exception) -> str:
     last = name.lower().rsplit("/", 1)[-1]
-    near = difflib.get_close_matches(last, [embedded.ALIAS], cutoff=0.5)
-    hint = f" Did you mean {near[0]!r}, the embedded model?" if near else ""
+    hint = nearest(last, [embedded.ALIAS], cutoff=0.5) or "."
     return (
         f"{name!r} is neither the embedded model {embedded.ALIAS!r}, nor a local directory, nor a "
-        f".gguf file, and the Hugging Face hub did not give it.{hint} The hub said: {error}"
+        f".gguf file, and the Hugging Face hub did not give it{hint} The hub said: {error}"
     )
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from numbers import Integral
 from typing import Any, Literal
 
+from lmppl.checks import did_you_mean
 from lmppl.lm.network.memory import Memory
 
 LossName = Literal["vargrad", "tb", "subtb", "elbo", "wake", "sft", "ppo"]
@@ -124,9 +124,7 @@ class FitOptions:
         for name in options:
             if name not in names:
                 allowed = [*others, *names]
-                near = difflib.get_close_matches(name, allowed, n=1)
-                guess = f"; did you mean {near[0]!r}?" if near else "."
-                raise TypeError(f"no option {name!r}{guess} Allowed: {', '.join(allowed)}")
+                raise TypeError(f"no option {name!r}{did_you_mean(name, allowed)}")
         return cls(**options)
 
     def __post_init__(self) -> None:

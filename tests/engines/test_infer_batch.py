@@ -354,7 +354,7 @@ def test_leaving_early_ends_what_is_suspended(how, particles):
         ({"profile": True}, TypeError, "with lmppl.profile"),
         ({"num_samples": 0}, ValueError, "num_samples=0"),
         ({"at_once": 0}, ValueError, "at_once=0"),
-        ({"at_once": 2.5}, ValueError, "at_once=2.5"),
+        ({"at_once": 2.5}, TypeError, "at_once=2.5"),
         ({"on_error": "ignore"}, ValueError, "on_error='ignore'"),
         ({"model": "infill"}, TypeError, "model must be a function"),
     ],

@@ -291,7 +291,7 @@ def test_what_cannot_be_loaded(tmp_path, monkeypatch) -> None:
         LM.from_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match="no GGUF file"):
         LM.from_pretrained(tmp_path / "model.gguf")
-    with pytest.raises(OSError, match="Did you mean 'smollm2-135m-instruct'"):
+    with pytest.raises(OSError, match="did you mean 'smollm2-135m-instruct'"):
         LM.from_pretrained("smollm2-135-instruct", local_files_only=True)
     with pytest.raises(ValueError, match="trust_remote_code is not supported"):
         LM.from_pretrained(tmp_path, trust_remote_code=True)
