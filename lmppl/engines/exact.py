@@ -18,11 +18,11 @@ from typing import Any
 import torch
 
 from lmppl import runtime
-from lmppl.distributions import LMText, choice_log_probs
+from lmppl.distributions import choice_log_probs
 from lmppl.engines.base import Meter, finish
 from lmppl.lm.batches.enumeration import enumerate_sequences
 from lmppl.posterior import Posterior
-from lmppl.runtime import Given, Particle, Wait
+from lmppl.runtime import ChoiceWait, DrawWait, Given, Particle
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Exact:
         supports: dict[Any, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         for particle in particles:
             wait = particle.waiting
-            assert wait is not None
+            assert isinstance(wait, DrawWait | ChoiceWait)
             key = _key(wait)
             if key not in supports:
                 supports[key] = self._support(wait, self.max_traces - total)
@@ -96,10 +96,12 @@ class Exact:
             particle.close()
         return forks
 
-    def _support(self, wait: Wait, room: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def _support(
+        self, wait: DrawWait | ChoiceWait, room: int
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Values of positive probability, each with its log-probability (0-d, nats)."""
         fn = wait.fn
-        if isinstance(fn, LMText) and not fn.batch_shape:
+        if isinstance(wait, DrawWait):
             if fn.choices is not None:
                 table = choice_log_probs([fn], [wait.name])[0]
                 pairs = [(fn.value(c), lp) for c, lp in zip(fn.choices, table, strict=True)]
@@ -137,9 +139,9 @@ class Exact:
         )
 
 
-def _key(wait: Wait) -> Any:
+def _key(wait: DrawWait | ChoiceWait) -> Any:
     """Equal for waits with the same support and probabilities."""
-    fn = wait.fn
-    if not isinstance(fn, LMText) or fn.batch_shape:
+    if isinstance(wait, ChoiceWait):
         return id(wait)
+    fn = wait.fn
     return (wait.name, id(fn.lm), fn.prefix_ids, fn.stopping, fn.choices, fn.temperature)

@@ -40,7 +40,7 @@ from lmppl.lm import LM
 from lmppl.lm.batches.decoding import Decoding
 from lmppl.lm.batches.requests import Draw
 from lmppl.posterior import Posterior
-from lmppl.runtime import Particle, Wait, ess, log_mean_exp
+from lmppl.runtime import DrawWait, Particle, ess, log_mean_exp
 
 
 @dataclass(frozen=True)
@@ -163,8 +163,7 @@ class SMC:
             i
             for i, particle in enumerate(particles)
             if guess is not None
-            and particle.waiting is not None
-            and particle.waiting.kind == "draw"
+            and isinstance(particle.waiting, DrawWait)
             and particle.waiting.fn.stopping.max_tokens is not None  # else it is drawn as a whole
             and guess.takes(particle)
         ]
@@ -213,18 +212,18 @@ class SMC:
                 before[slot].close()
         for slot, drawn in zip(members, decoding.results(), strict=True):
             wait = particles[slot].waiting
-            assert wait is not None
+            assert isinstance(wait, DrawWait)
             particles[slot].resume((wait.fn.value(drawn.token_ids), drawn.log_probs.sum()))
         return resamplings
 
 
-def _requests(waits: Sequence[Wait | None], generator: torch.Generator) -> list[tuple[LM, Draw]]:
+def _requests(waits: Sequence[Any], generator: torch.Generator) -> list[tuple[LM, Draw]]:
     """What to draw. A slot may take over a text with a larger ``max_tokens``, on another branch of
     the program, so each gets as many uniforms as the longest needs."""
-    longest = max(wait.fn.num_uniforms for wait in waits if wait is not None)
+    longest = max(wait.fn.num_uniforms for wait in waits)
     requests = []
     for wait in waits:
-        assert wait is not None and wait.uniforms is not None
+        assert isinstance(wait, DrawWait)
         missing = longest - len(wait.uniforms)
         more = torch.rand(missing, generator=generator, dtype=torch.float64)
         uniforms = torch.cat([wait.uniforms, more])

@@ -23,7 +23,7 @@ import torch
 from lmppl.distributions import LMText
 from lmppl.lm.batches.decoding import Decoding
 from lmppl.lm.tokens.text import Text
-from lmppl.runtime import Given, Particle, Proposer, ending, is_latent, run_to_draws
+from lmppl.runtime import DrawWait, Given, Particle, Proposer, ending, is_latent, run_to_draws
 
 Twist = Callable[[Text], float]
 """log psi (nats) of a site's text so far; finite wherever a completion has mass."""
@@ -151,7 +151,7 @@ class OfText:
         values: list[float | None] = []
         for particle, slot in zip(particles, slots, strict=True):
             wait = particle.waiting
-            assert wait is not None
+            assert isinstance(wait, DrawWait)
             twist = self._of(wait.name)
             assert twist is not None
             value = float(twist(wait.fn.stopping.text(decoding.token_ids[slot])))
@@ -178,7 +178,7 @@ class Lookahead:
         forks = []
         for particle, slot in zip(particles, slots, strict=True):
             wait = particle.waiting
-            assert wait is not None and isinstance(wait.fn, LMText)
+            assert isinstance(wait, DrawWait)
             ids = _closed(decoding, slot)
             if ids is None:
                 raise ValueError(
@@ -222,7 +222,7 @@ class Flow:
     def takes(self, particle: Particle) -> bool:
         """Not what is left to the model; nor a draw of a guide program that is at another site."""
         wait, site = particle.waiting, particle.site
-        if wait is None or site is None:
+        if not isinstance(wait, DrawWait) or site is None:
             return False
         name, fn = site
         return (

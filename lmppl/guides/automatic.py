@@ -22,7 +22,7 @@ from lmppl.guides.heads import Head, moved, num_moves
 from lmppl.guides.prompts import OPENING, Observations, guide_prompt, lines
 from lmppl.lm import LM
 from lmppl.lm.batches.requests import Scored
-from lmppl.runtime import Given, Proposer, Wait, is_latent, suspend
+from lmppl.runtime import DrawWait, Given, HiddenWait, Proposer, is_latent, suspend
 
 SiteScore = tuple[torch.Tensor, Scored | None]
 """log q of a site's value (0-d, nats), and its terms token by token where it is a text."""
@@ -92,7 +92,7 @@ class AutomaticProposer:
                 heat = fn.temperature * self._temperature
                 behaviour = q.with_prefix_ids(q.prefix_ids, q.lm, heat)
             uniforms = torch.rand(q.num_uniforms, dtype=torch.float64, device="cpu")
-            value, log_q = suspend(Wait("draw", name, behaviour, uniforms=uniforms))
+            value, log_q = suspend(DrawWait(name, behaviour, uniforms))
             self.draws[name] = TextDraw(q, value)
             return Given(value, proposal_log_prob=log_q)
         moves = num_moves(fn)
@@ -183,7 +183,7 @@ class AutomaticProposer:
         # As many features without a token to read: on another input there may be one.
         state = torch.zeros(base.hidden_size)
         if tokens:
-            state = suspend(Wait("hidden", name, base, prefix=tokens)).float()
+            state = suspend(HiddenWait(name, base, tokens)).float()
         return torch.cat([*numbers, state])
 
     def learn_sites(self, sites: TrainedSites) -> None:

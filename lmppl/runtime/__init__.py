@@ -17,20 +17,32 @@ from lmppl.runtime.particle import (
     Proposer,
     Rejected,
     ReplayError,
-    Wait,
     is_latent,
     site_log_weight,
 )
 from lmppl.runtime.scheduler import Member, advance, own_usage
+from lmppl.runtime.waits import (
+    ChoiceWait,
+    DrawWait,
+    HiddenWait,
+    ModelWait,
+    ScoreWait,
+    Wait,
+)
 from lmppl.runtime.weights import ess, log_mean_exp
 
 __all__ = [
+    "ChoiceWait",
+    "DrawWait",
     "Given",
+    "HiddenWait",
     "Member",
+    "ModelWait",
     "Particle",
     "Proposer",
     "Rejected",
     "ReplayError",
+    "ScoreWait",
     "Wait",
     "advance",
     "ending",

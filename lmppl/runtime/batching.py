@@ -16,6 +16,7 @@ import torch
 
 from lmppl.runtime.particle import Particle, Proposer
 from lmppl.runtime.scheduler import ask
+from lmppl.runtime.waits import DrawWait, HiddenWait, ModelWait, ScoreWait
 
 
 def fresh_seed(seed: int | None) -> int:
@@ -69,7 +70,7 @@ def start(
 def run_to_draws(particles: Sequence[Particle], *, grad: bool = False) -> None:
     """Answer scores and hidden states, in batched rounds, until all wait for a draw or have ended."""
     while True:
-        asking = [_waiting(particles, "score"), _waiting(particles, "hidden")]
+        asking = [_waiting(particles, ScoreWait), _waiting(particles, HiddenWait)]
         if not any(asking):
             return
         for members in asking:
@@ -78,18 +79,18 @@ def run_to_draws(particles: Sequence[Particle], *, grad: bool = False) -> None:
 
 def serve_draws(particles: Sequence[Particle]) -> None:
     """Draw, in one batched call, for every particle that waits for a draw."""
-    _serve(_waiting(particles, "draw"))
+    _serve(_waiting(particles, DrawWait))
 
 
-def _waiting(particles: Sequence[Particle], kind: str) -> list[Particle]:
-    return [p for p in particles if p.waiting is not None and p.waiting.kind == kind]
+def _waiting(particles: Sequence[Particle], wait: type[ModelWait]) -> list[Particle]:
+    return [particle for particle in particles if isinstance(particle.waiting, wait)]
 
 
 def _serve(particles: Sequence[Particle], *, grad: bool = False) -> None:
-    """Give each what it waits for, which is of one kind."""
+    """Give each what it waits for, which is of one type."""
     if not particles:
         return
-    answers = ask([p.waiting for p in particles if p.waiting is not None], grad=grad)
+    answers = ask([p.waiting for p in particles if isinstance(p.waiting, ModelWait)], grad=grad)
     for particle, answer in zip(particles, answers, strict=True):
         particle.resume(answer)
 

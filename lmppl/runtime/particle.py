@@ -13,7 +13,7 @@ import reprlib
 from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from pyro.distributions.util import scale_and_mask
@@ -23,30 +23,9 @@ from pyro.poutine.trace_struct import Trace
 
 from lmppl.distributions import LMText, ToolCall
 from lmppl.runtime.coroutine import Coroutine, GlobalState, suspend
+from lmppl.runtime.waits import ChoiceWait, DrawWait, ScoreWait, Wait
 
 Site = Any  # a Pyro message
-
-
-@dataclass(eq=False)
-class Wait:
-    """What a suspended run waits for.
-
-    kind:
-        ``"draw"``: a value of ``fn`` (an ``LMText``), made from ``uniforms``; the answer is
-        ``(value, log_prob)``.
-        ``"score"``: the density of ``value`` under ``fn``; the answer is ``(log_prob, Scored)``.
-        ``"choose"``: a value of ``fn``, any distribution (only in enumerating runs); the answer is
-        ``(value, log_prob)``.
-        ``"hidden"``: the state of the language model ``fn`` after the tokens ``prefix``.
-    """
-
-    kind: Literal["draw", "score", "choose", "hidden"]
-    name: str
-    fn: Any
-    value: torch.Tensor | None = None
-    uniforms: torch.Tensor | None = None
-    score_closing: bool = False
-    prefix: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +76,7 @@ class Particle:
         given: values for latent sites and tools, by name; they come before the proposer.
         known: what scoring a site would find, by name: ``(log_prob, scored)``, unscaled.
         replay: sites of an earlier run to repeat before anything new happens.
-        enumerate_latents: suspend at every latent site with ``"choose"`` or ``"draw"``.
+        enumerate_latents: suspend at every latent site, with a ``DrawWait`` or a ``ChoiceWait``.
         score_closing: ask for closing-token log-probabilities when scoring latent sites.
         grad: run with gradients enabled.
         slot: its number, for error messages.
@@ -340,10 +319,10 @@ class Particle:
             log_prob = given.log_prob if given.log_prob is not None else self._score(site)
         elif _is_lm_site(fn):
             uniforms = torch.rand(fn.num_uniforms, dtype=torch.float64, device="cpu")
-            site["value"], log_prob = suspend(Wait("draw", name, fn, uniforms=uniforms))
+            site["value"], log_prob = suspend(DrawWait(name, fn, uniforms))
             site["proposal_log_prob"] = log_prob
         elif self._enumerate:
-            site["value"], log_prob = suspend(Wait("choose", name, fn))
+            site["value"], log_prob = suspend(ChoiceWait(name, fn))
             site["proposal_log_prob"] = None
         else:
             site["value"] = fn(*site["args"], **site["kwargs"])
@@ -359,9 +338,7 @@ class Particle:
         if not _is_lm_site(fn):
             return fn.log_prob(value, *site["args"], **site["kwargs"])
         score_closing = self._score_closing and not site["is_observed"]
-        log_prob, scored = suspend(
-            Wait("score", site["name"], fn, value, score_closing=score_closing)
-        )
+        log_prob, scored = suspend(ScoreWait(site["name"], fn, value, score_closing))
         site["scored"] = scored
         return log_prob
 

@@ -21,10 +21,9 @@ from typing import Any
 
 from greenlet import getcurrent, greenlet
 
-from lmppl.distributions import draw_texts, score_texts
 from lmppl.lm.meter.usage import Usage, total_usage
 from lmppl.runtime.coroutine import Coroutine, GlobalState, suspend
-from lmppl.runtime.particle import Wait
+from lmppl.runtime.waits import DrawWait, HiddenWait, ModelWait, ScoredTokens, ScoreWait
 
 
 class _Stack(greenlet):
@@ -43,13 +42,13 @@ class Member(Coroutine):
         global_state: the global state that it begins in.
 
     Attributes:
-        waiting: what its particles wait for, all of one kind; empty when it has ended.
+        waiting: what its particles wait for, all of one type; empty when it has ended.
         error: the exception that it ended with, or None.
     """
 
     def __init__(self, fn: Callable[[], Any], global_state: GlobalState) -> None:
         super().__init__(fn, global_state, _Stack)
-        self.waiting: Sequence[Wait] = ()
+        self.waiting: Sequence[ModelWait] = ()
         self.error: Exception | None = None
         self._spent = Usage()
 
@@ -74,15 +73,15 @@ class Member(Coroutine):
 
 def advance(members: Sequence[Member]) -> None:
     """One round: a call of the language models, and all who waited for it go on."""
-    kinds = {member.waiting[0].kind for member in members if member.waiting}
-    kind = next(kind for kind in ("score", "hidden", "draw") if kind in kinds)
-    asking = [m for m in members if m.waiting and m.waiting[0].kind == kind]
+    waits = {type(member.waiting[0]) for member in members if member.waiting}
+    first = next(wait for wait in (ScoreWait, HiddenWait, DrawWait) if wait in waits)
+    asking = [member for member in members if member.waiting and type(member.waiting[0]) is first]
     for member, answers in zip(asking, _answers([m.waiting for m in asking]), strict=True):
         member.go_on(answers)
 
 
-def ask(waits: Sequence[Wait], *, grad: bool = False) -> list[Any]:
-    """What each of some particles waits for (at least one; all of one kind, not ``"choose"``).
+def ask(waits: Sequence[ModelWait], *, grad: bool = False) -> list[Any]:
+    """What each of some particles waits for (at least one; all of one type).
 
     Args:
         waits: what they wait for.
@@ -90,24 +89,11 @@ def ask(waits: Sequence[Wait], *, grad: bool = False) -> list[Any]:
             backward pass would free it.
     """
     if grad or not isinstance(getcurrent(), _Stack):
-        return answer(waits, grad=grad)
+        return type(waits[0]).answer(waits, grad=grad)
     answers = suspend(waits)
     if isinstance(answers, Exception):
         raise answers
     return answers
-
-
-def answer(waits: Sequence[Wait], *, grad: bool = False) -> list[Any]:
-    """The same, by one call of each language model."""
-    kind = waits[0].kind
-    if kind == "hidden":
-        return _hidden(waits)
-    fns, names = [wait.fn for wait in waits], [wait.name for wait in waits]
-    if kind == "draw":
-        return draw_texts(fns, [w.uniforms for w in waits if w.uniforms is not None], names)
-    values = [wait.value for wait in waits if wait.value is not None]
-    score_closing = any(wait.score_closing for wait in waits)
-    return score_texts(fns, values, names, grad=grad, score_closing=score_closing)
 
 
 def own_usage() -> Usage:
@@ -119,20 +105,10 @@ def own_usage() -> Usage:
     return total_usage() - stack.elsewhere if isinstance(stack, _Stack) else total_usage()
 
 
-def _hidden(waits: Sequence[Wait]) -> list[Any]:
-    states: list[Any] = [None] * len(waits)
-    for lm in {id(wait.fn): wait.fn for wait in waits}.values():
-        members = [i for i, wait in enumerate(waits) if wait.fn is lm]
-        found = lm.hidden([waits[i].prefix for i in members]).cpu()
-        for i, state in zip(members, found, strict=True):
-            states[i] = state
-    return states
-
-
-def _answers(asked: list[Sequence[Wait]]) -> list[list[Any] | Exception]:
+def _answers(asked: list[Sequence[ModelWait]]) -> list[list[Any] | Exception]:
     """The answers to each member, or the exception that its own requests raise."""
     try:
-        answers = iter(answer([wait for waits in asked for wait in waits]))
+        answers = iter(type(asked[0][0]).answer([wait for waits in asked for wait in waits]))
         return [list(islice(answers, len(waits))) for waits in asked]
     except Exception as error:
         if len(asked) == 1:
@@ -141,17 +117,11 @@ def _answers(asked: list[Sequence[Wait]]) -> list[list[Any] | Exception]:
     return [alone for waits in asked for alone in _answers([waits])]
 
 
-def _usage(waits: Sequence[Wait], answers: list[Any]) -> Usage:
+def _usage(waits: Sequence[ModelWait], answers: list[Any]) -> Usage:
     """The tokens of a call for these waits alone, in which equal requests are computed once."""
-    sampled, scored = 0, set()
-    for wait, each in zip(waits, answers, strict=True):
-        fn = wait.fn
-        if wait.kind == "hidden":
-            continue
-        value = each[0] if wait.kind == "draw" else wait.value
-        if wait.kind == "draw" and fn.choices is None:
-            sampled += len(fn.token_ids(value))
-        elif fn.supports(value):  # what is outside has probability zero, whatever the model says
-            texts = [fn.token_ids(value)] if fn.choices is None else fn.choices
-            scored |= {(fn.lm, fn.choices is None, fn.prefix_ids, ids) for ids in texts}
+    sampled, scored = 0, set[ScoredTokens]()
+    for wait, answer in zip(waits, answers, strict=True):
+        drawn, texts = wait.work(answer)
+        sampled += drawn
+        scored |= texts
     return Usage(sampled, sum(len(ids) for *_, ids in scored))

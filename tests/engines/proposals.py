@@ -11,7 +11,7 @@ import torch
 from pyro import poutine
 
 from lmppl import lm_sample
-from lmppl.runtime import Given, Wait, suspend
+from lmppl.runtime import DrawWait, Given, suspend
 from lmppl.testing import Enumeration
 
 
@@ -108,7 +108,7 @@ class _Perfect:
 
     def propose(self, site: Any, trace: Any) -> Given:
         name, fn = site["name"], site["fn"]
-        suspend(Wait("draw", name, fn, uniforms=torch.zeros(fn.num_uniforms, dtype=torch.float64)))
+        suspend(DrawWait(name, fn, torch.zeros(fn.num_uniforms, dtype=torch.float64)))
         weights = torch.tensor([t.log_joint for t in self._traces], dtype=torch.float64).exp()
         picked = self._traces[int(torch.multinomial(weights, 1, generator=self._generator))]
         agree = [t.values[name] == picked.values[name] for t in self._traces]

@@ -100,7 +100,7 @@ def test_members_that_came_apart_meet_at_the_next_draw(calls):
 def test_states_are_asked_for_together(lm, calls):
     def run(prefix):
         def program():
-            return runtime.suspend(runtime.Wait("hidden", "h", lm, prefix=prefix))
+            return runtime.suspend(runtime.HiddenWait("h", lm, prefix))
 
         return engine(program, num=1)
 
@@ -281,7 +281,7 @@ def test_closing_ends_particles_in_their_own_state():
         for member in members:
             member.go_on()
         advance(members)
-        assert [m.waiting[0].kind for m in members] == ["score", "score"] and not ended
+        assert all(isinstance(m.waiting[0], runtime.ScoreWait) for m in members) and not ended
     assert all(member.finished and not member.waiting for member in members)
     assert all(particle.finished for particles in made for particle in particles)
     assert sorted(ended) == [(k, 1) for k in (0, 0, 0, 1, 1, 1)]  # the recorder's, alone
