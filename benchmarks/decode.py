@@ -12,7 +12,7 @@ from __future__ import annotations
 from benchmarks.bench import Bench
 from benchmarks.products import Products
 from benchmarks.results import Goal, Row
-from lmppl.lm.batches.decoding import Decoding
+from lmppl.lm import begin_draws
 
 GOALS = {256: 0.6}
 FIRST = 4  # steps that are not counted: the prompt, and what is allocated at first
@@ -28,7 +28,7 @@ def run(bench: Bench) -> list[Row]:
 def compare(bench: Bench, num: int, prompt: int, steps: int) -> Row:
     """``num`` sequences, over ``steps`` steps."""
     draws = bench.draws(bench.tokens(prompt), num, FIRST + 1 + steps)
-    decoding = Decoding([(bench.lm, draw) for draw in draws])
+    decoding = begin_draws([(bench.lm, draw) for draw in draws])
     for _ in range(FIRST):
         decoding.step()
     products = Products(bench.lm.model)

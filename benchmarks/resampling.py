@@ -18,7 +18,7 @@ import torch
 from benchmarks.bench import Bench
 from benchmarks.measuring import synchronize
 from benchmarks.results import Goal, Row
-from lmppl.lm.batches.decoding import Decoding
+from lmppl.lm import begin_draws
 
 GOAL = 0.10
 MEMORY_GOAL = 8 << 30
@@ -83,7 +83,7 @@ def drawing(
     def work(number: int) -> int:
         draws = bench.draws(bench.tokens(prompt, number), num, length, seed=number)
         generator = torch.Generator().manual_seed(number)
-        decoding = Decoding([(bench.lm, draw) for draw in draws])
+        decoding = begin_draws([(bench.lm, draw) for draw in draws])
         inside = 0.0
         while not decoding.done:
             decoding.step()

@@ -108,7 +108,7 @@ class Exact:
             else:
                 try:
                     sequences = enumerate_sequences(
-                        fn.lm, fn.prefix_ids, fn.stopping, fn.temperature, limit=max(room, 0)
+                        fn.lm.runner, fn.prefix_ids, fn.stopping, fn.temperature, limit=max(room, 0)
                     )
                 except ValueError as error:
                     raise ValueError(f"site '{wait.name}': {error}") from error

@@ -36,8 +36,7 @@ from lmppl.engines import twists
 from lmppl.engines.base import Meter, finish, proposer_factory
 from lmppl.engines.resampling import SCHEMES, settle_in_place
 from lmppl.engines.twists import Twist
-from lmppl.lm import LM
-from lmppl.lm.batches.decoding import Decoding
+from lmppl.lm import LM, begin_draws
 from lmppl.lm.batches.requests import Draw
 from lmppl.posterior import Posterior
 from lmppl.runtime import DrawWait, Particle, ess, log_mean_exp
@@ -184,7 +183,7 @@ class SMC:
         guess: twists.Guess,
     ) -> int:
         """Draw token by token, resampling among ``members`` under the twisted target."""
-        decoding = Decoding(_requests([particles[i].waiting for i in members], generator))
+        decoding = begin_draws(_requests([particles[i].waiting for i in members], generator))
         texts = twists.Texts(guess, particles, members, decoding)
         index = torch.tensor(members)
         resamplings = 0

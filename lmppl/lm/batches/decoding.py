@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
 from lmppl.lm.batches.requests import Draw, Drawn
 from lmppl.lm.batches.rows import Rows
 from lmppl.lm.meter.work import timed
-from lmppl.lm.network.memory import batch_rows
-from lmppl.lm.network.runner import runner_of, without_grad
+from lmppl.lm.network.runner import Runner, without_grad
 from lmppl.lm.tokens.stopping import StoppingState
 from lmppl.lm.tokens.text import FinishReason
-
-if TYPE_CHECKING:
-    from lmppl.lm.model import LM
 
 
 class Decoding:
@@ -25,7 +20,7 @@ class Decoding:
 
     ::
 
-        decoding = Decoding([(lm, draw), ...])
+        decoding = Decoding([(runner, draw), ...])
         while not decoding.done:
             decoding.step()
             decoding.select(ancestors)      # if particles are resampled here
@@ -35,7 +30,7 @@ class Decoding:
     whichever sequence the slot holds by then. Sequences leave the batch as they close.
 
     Args:
-        draws: the language model and the request of each slot. Models may differ.
+        draws: the model's runner and the request of each slot. Models may differ.
 
     Attributes:
         token_ids: the tokens of each slot.
@@ -49,12 +44,12 @@ class Decoding:
     """
 
     @timed("sampled")
-    def __init__(self, draws: Sequence[tuple[LM, Draw]]) -> None:
+    def __init__(self, draws: Sequence[tuple[Runner, Draw]]) -> None:
         self._draws = list(draws)
         self._uniforms: list[list[float]] = []
-        for lm, draw in self._draws:
+        for runner, draw in self._draws:
             _check(draw)
-            lm.check_context(len(draw.prefix), _longest(draw), draw.name)
+            runner.check_context(len(draw.prefix), _longest(draw), draw.name)
             self._uniforms.append(draw.uniforms.tolist())
         self.token_ids: list[list[int]] = [[] for _ in self._draws]
         self.log_probs: list[list[float]] = [[] for _ in self._draws]
@@ -62,21 +57,20 @@ class Decoding:
         self.num_steps = 0
         self._states: list[StoppingState] = [draw.stopping.start() for _, draw in self._draws]
         self._batches: list[_Batch] = []
-        by_model: dict[int, list[int]] = {}
-        for slot, (lm, _) in enumerate(self._draws):
-            by_model.setdefault(id(lm), []).append(slot)
-        for slots in by_model.values():
-            lm = self._draws[slots[0]][0]
-            own = [self._draws[slot][1] for slot in slots]
-            longest = max(len(draw.prefix) + _longest(draw) for draw in own)
-            size = batch_rows(runner_of(lm.sampler), lm.memory, longest)
+        by_model: dict[Runner, list[int]] = {}
+        for slot, (runner, _) in enumerate(self._draws):
+            by_model.setdefault(runner, []).append(slot)
+        for runner, slots in by_model.items():
+            requests = [self._draws[slot][1] for slot in slots]
+            longest = max(len(draw.prefix) + _longest(draw) for draw in requests)
+            size = runner.batch_rows(longest)
             # Slots whose prefixes are alike stand together, so that a part shares them as well.
             slots = sorted(slots, key=lambda slot: self._draws[slot][1].prefix)
             parts = -(-len(slots) // size)
             step = -(-len(slots) // parts)
             for at in range(0, len(slots), step):
                 part = sorted(slots[at : at + step])
-                self._batches.append(_Batch(lm, part, self._draws))
+                self._batches.append(_Batch(runner, part, self._draws))
 
     def __len__(self) -> int:
         return len(self._draws)
@@ -86,7 +80,7 @@ class Decoding:
         """Whether every sequence has closed."""
         return not self._batches
 
-    def draw_of(self, slot: int) -> tuple[LM, Draw]:
+    def draw_of(self, slot: int) -> tuple[Runner, Draw]:
         """What the slot's sequence is drawn from; its uniforms are the ancestor's."""
         return self._draws[slot]
 
@@ -118,7 +112,7 @@ class Decoding:
                 if reason is None and len(self.token_ids[slot]) == _longest(self._draws[slot][1]):
                     reason = "length"  # a draw of a given number of tokens, which nothing closes
                 self.reasons[slot] = reason
-            batch.lm.usage.count(sampled=len(slots))
+            batch.runner.usage.count(sampled=len(slots))
             batch.keep([row for row, slot in enumerate(slots) if self.reasons[slot] is None])
         self._batches = [batch for batch in self._batches if batch.slots]
         self.num_steps += 1
@@ -198,8 +192,8 @@ class Decoding:
         return uniforms[position]
 
     def _invalid(self, slot: int) -> ValueError:
-        lm, draw = self._draws[slot]
-        text = lm.vocabulary.decode(self.token_ids[slot])
+        runner, draw = self._draws[slot]
+        text = runner.decode(self.token_ids[slot])
         return ValueError(
             f"site {draw.name!r}, token {len(self.token_ids[slot]) + 1}: the model's logits after "
             f"{text!r} define no distribution: they "
@@ -211,12 +205,12 @@ class Decoding:
 class _Batch:
     """The open sequences of one model. Row i belongs to ``slots[i]``."""
 
-    def __init__(self, lm: LM, slots: list[int], draws: list[tuple[LM, Draw]]) -> None:
-        self.lm = lm
+    def __init__(self, runner: Runner, slots: list[int], draws: list[tuple[Runner, Draw]]) -> None:
+        self.runner = runner
         self.slots = slots
         requests = [draws[slot][1] for slot in slots]
         longest = max(_longest(r) for r in requests)
-        self.rows = Rows.start(runner_of(lm.sampler), [r.prefix for r in requests], longest)
+        self.rows = Rows.start(runner, [r.prefix for r in requests], longest)
         self._read = 0  # tokens of each sequence that the rows have read
 
     def advance(self, token_ids: list[list[int]]) -> None:

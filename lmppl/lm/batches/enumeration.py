@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from lmppl.lm.batches.rows import Rows
 from lmppl.lm.meter.work import timed
-from lmppl.lm.network.runner import runner_of
+from lmppl.lm.network.runner import Runner
 from lmppl.lm.tokens.stopping import Stopping, StoppingState
-
-if TYPE_CHECKING:
-    from lmppl.lm.model import LM
 
 
 @timed("read")
 def enumerate_sequences(
-    lm: LM,
+    runner: Runner,
     prefix: tuple[int, ...],
     stopping: Stopping,
     temperature: float,
@@ -29,19 +24,21 @@ def enumerate_sequences(
     Breadth first, one batched pass a token. Returns None if there are more than ``limit``.
 
     Raises:
-        ValueError: the model's logits define no distribution.
+        ValueError: the longest sequence does not fit the model's context; the model's logits define
+            no distribution.
     """
+    runner.check_context(len(prefix), stopping.max_tokens or 0, "")
     complete: list[tuple[tuple[int, ...], torch.Tensor]] = []
     level: list[tuple[tuple[int, ...], torch.Tensor, StoppingState]] = [
         ((), torch.zeros(()), stopping.start())
     ]
     while level:
-        rows = Rows.start(runner_of(lm), [prefix + ids for ids, _, _ in level], 1)
+        rows = Rows.start(runner, [prefix + ids for ids, _, _ in level], 1)
         log_probs = torch.log_softmax(rows.logits.float() / temperature, -1).cpu()  # (B, V)
         for (ids, _, _), row in zip(level, log_probs, strict=True):
             if bool(row.isnan().any()):
                 raise ValueError(
-                    f"the model's logits after {lm.vocabulary.decode(ids)!r} define no "
+                    f"the model's logits after {runner.decode(ids)!r} define no "
                     "distribution: they contain NaN or +inf, or give every token probability zero"
                 )
         following = []

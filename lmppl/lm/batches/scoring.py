@@ -10,16 +10,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from lmppl.lm.batches.packing import WORTH_A_PROMPT, Row, batch, group_by_prefix, pack_rows
 from lmppl.lm.batches.requests import Score, Scored
-from lmppl.lm.meter.work import Kind, region, timed
+from lmppl.lm.meter.work import Kind, region, timed, watch_backward
 from lmppl.lm.network.attention import PrefixCache
-from lmppl.lm.network.memory import Memory, pass_tokens
 from lmppl.lm.network.runner import (
     NO_PROMPT,
     Prompt,
@@ -27,13 +25,9 @@ from lmppl.lm.network.runner import (
     Tokens,
     common_length,
     padded,
-    runner_of,
     without_autocast,
     without_grad,
 )
-
-if TYPE_CHECKING:
-    from lmppl.lm.model import LM
 
 # Rows of different prompts go through one pass if padding adds no more than this share.
 _MAX_PADDING = 0.25
@@ -66,40 +60,37 @@ class _Pass:
         return runner.run_cached(self.tokens, self.cache[0], self.positions)
 
 
-def score(
-    lm: LM, requests: Sequence[Score], *, grad: bool = False, memory: Memory | None = None
-) -> list[Scored]:
+def score(runner: Runner, requests: Sequence[Score], *, grad: bool = False) -> list[Scored]:
     """The log-probability of every token of every continuation.
 
     Args:
-        lm: the language model.
+        runner: of the model; its ``memory`` bounds the passes.
         requests: what to score. Equal ones cost nothing.
         grad: differentiable with respect to the model's trainable parameters.
-        memory: what a pass may take; by default ``lm.memory``.
 
     Returns:
         One ``Scored`` a request, (n,) float32, in nats; on the CPU, or with ``grad`` on the
         model's device. ``-inf`` is a probability of zero.
 
     Raises:
-        ValueError: an empty prefix, or logits that define no distribution (naming the site).
+        ValueError: an empty prefix, tokens that do not fit the model's context, or logits that
+            define no distribution (naming the site).
     """
-    runner = runner_of(lm)
-    memory = lm.memory if memory is None else memory
     sequences: dict[tuple[Tokens, int], _Sequence] = {}
-    scored = 0
+    num_tokens = 0
     for request in dict.fromkeys(requests):
         if not request.prefix:
             raise ValueError(
                 f"site {request.name!r}: the prefix has no tokens, and this model has no BOS token "
                 "to start from; give a prefix"
             )
+        runner.check_context(len(request.prefix), len(request.continuation), request.name)
         if request.continuation:
             tokens = (*request.prefix, *request.continuation)
             key = (tokens, len(request.prefix))
             if key not in sequences:
                 sequences[key] = _Sequence(tokens[:-1], len(request.prefix) - 1)
-                scored += len(request.continuation)
+                num_tokens += len(request.continuation)
             sequences[key].requests.append(request)
     device = runner.device if grad else torch.device("cpu")
     empty = torch.zeros(0, device=device)
@@ -111,30 +102,34 @@ def score(
     run = without_autocast(_score) if grad else without_grad(_score)
     kind: Kind = "trained" if grad and runner.trains else "scored"
     with region(kind):
-        run(runner, list(sequences.values()), grad, memory, found)
-    lm.usage.count(**{kind: scored})
+        run(runner, list(sequences.values()), grad, found)
+    runner.usage.count(**{kind: num_tokens})
+    if grad:
+        for scored in found.values():
+            watch_backward(t for t in (scored.log_probs, scored.closing_log_probs) if t is not None)
     return [found[request] for request in requests]
 
 
 @timed("read")
 @without_grad
-def hidden(lm: LM, prefixes: Sequence[Tokens]) -> torch.Tensor:
+def hidden(runner: Runner, prefixes: Sequence[Tokens]) -> torch.Tensor:
     """The last token's hidden state after each prefix, as it enters the output layer.
 
     Returns:
         (N, hidden) float32, on the model's device.
 
     Raises:
-        ValueError: no prefix, or an empty one.
+        ValueError: no prefix, an empty one, or one that does not fit the model's context.
     """
     if not prefixes or not all(prefixes):
         raise ValueError(
             "no prefix, or one without tokens (this model has no BOS token to start from)"
         )
-    runner = runner_of(lm)
+    for prefix in prefixes:
+        runner.check_context(len(prefix), 0, "")
     distinct = [_Sequence(prefix, len(prefix) - 1) for prefix in dict.fromkeys(prefixes)]
     states: dict[Tokens, torch.Tensor] = {}
-    for each in _passes(runner, distinct, grad=False, most=pass_tokens(runner, lm.memory)):
+    for each in _passes(runner, distinct, grad=False, most=runner.pass_tokens):
         each.states(runner)
         names = (sequence.tokens for sequence in each.sequences)
         states.update(zip(names, runner.hidden.float(), strict=True))
@@ -145,12 +140,12 @@ def _score(
     runner: Runner,
     sequences: list[_Sequence],
     grad: bool,
-    memory: Memory,
     found: dict[Score, Scored],
 ) -> None:
     # The memory of a pass with gradients is in what is kept for the backward pass, whatever its
     # size: unless it is asked to be computed anew there.
-    most = memory.training_tokens if grad else pass_tokens(runner, memory)
+    memory = runner.memory
+    most = memory.training_tokens if grad else runner.pass_tokens
     again = memory.gradient_checkpointing or memory.training_tokens is not None
     for each in _passes(runner, sequences, grad=grad, most=most, again=again):
         run = functools.partial(_log_probs, runner, each, memory.gradient_checkpointing)

@@ -14,16 +14,12 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
 
 from lmppl.lm.meter.roofline import Matrices, wait_for
 from lmppl.lm.meter.usage import Usage, total_usage
-
-if TYPE_CHECKING:
-    from lmppl.lm.batches.requests import Scored
-    from lmppl.lm.network.runner import Runner
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -41,7 +37,7 @@ _NOTHING = nullcontext()
 
 
 @dataclass
-class Passes:
+class PassCounts:
     """Forward passes of one kind of work through models of one shape.
 
     Attributes:
@@ -58,8 +54,8 @@ class Passes:
     positions: int = 0
     outputs: int = 0
 
-    def __add__(self, other: Passes) -> Passes:
-        return Passes(
+    def __add__(self, other: PassCounts) -> PassCounts:
+        return PassCounts(
             other.matrices,
             self.passes + other.passes,
             self.rows + other.rows,
@@ -67,8 +63,8 @@ class Passes:
             self.outputs + other.outputs,
         )
 
-    def __sub__(self, other: Passes) -> Passes:
-        return Passes(
+    def __sub__(self, other: PassCounts) -> PassCounts:
+        return PassCounts(
             self.matrices,
             self.passes - other.passes,
             self.rows - other.rows,
@@ -78,7 +74,7 @@ class Passes:
 
 
 @dataclass
-class Record:
+class WorkRecord:
     """What was done in a time.
 
     Attributes:
@@ -91,9 +87,9 @@ class Record:
     seconds: float = 0.0
     usage: Usage = field(default_factory=Usage)
     kinds: dict[Kind, float] = field(default_factory=lambda: dict.fromkeys(KINDS, 0.0))
-    passes: dict[tuple[Kind, Any], Passes] = field(default_factory=dict)
+    passes: dict[tuple[Kind, Any], PassCounts] = field(default_factory=dict)
 
-    def fill(self, before: Record, after: Record) -> None:
+    def fill(self, before: WorkRecord, after: WorkRecord) -> None:
         """Become the difference of two readings of one ledger."""
         self.seconds = after.seconds - before.seconds
         self.usage = after.usage - before.usage
@@ -110,7 +106,7 @@ class Ledger:
 
     def __init__(self) -> None:
         self._kinds: dict[Kind, float] = dict.fromkeys(KINDS, 0.0)
-        self._passes: dict[tuple[Kind, Any], Passes] = {}
+        self._passes: dict[tuple[Kind, Any], PassCounts] = {}
         self._paused = 0.0
         self._devices: set[torch.device] = set()
         self._local = threading.local()
@@ -141,18 +137,20 @@ class Ledger:
         """One forward pass of the present region's kind. (Outside regions nobody asked for it.)"""
         if not self.regions:
             return
-        one = Passes(matrices, 1, shape[0], shape.numel(), outputs)
+        one = PassCounts(matrices, 1, shape[0], shape.numel(), outputs)
         key = (self.regions[-1].kind, matrices.key)
         with self._lock:
             self._devices.add(device)
             known = self._passes.get(key)
             self._passes[key] = one if known is None else known + one
 
-    def read(self) -> Record:
+    def read(self) -> WorkRecord:
         """All that was done since the ledger was opened."""
         now = self.now()
         with self._lock:
-            return Record(now - self._paused, total_usage(), dict(self._kinds), dict(self._passes))
+            return WorkRecord(
+                now - self._paused, total_usage(), dict(self._kinds), dict(self._passes)
+            )
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -231,31 +229,32 @@ def timed(kind: Kind) -> Callable[[Callable[P, R]], Callable[P, R]]:
     return decorate
 
 
-def count_pass(runner: Runner, tokens: torch.Tensor, outputs: torch.Tensor | None) -> None:
+def count_pass(
+    matrices: Callable[[], Matrices], tokens: torch.Tensor, outputs: torch.Tensor | None
+) -> None:
     """A forward pass of (B, T) ``tokens``, of which the positions ``outputs`` (None: all) go
-    through the output layer."""
+    through the output layer. ``matrices`` of the model are only asked for while somebody records."""
     if _ledger is not None:
         num = tokens.numel() if outputs is None else outputs.numel()
-        _ledger.count(runner.matrices, tokens.device, tokens.shape, num)
+        _ledger.count(matrices(), tokens.device, tokens.shape, num)
 
 
-def watch_backward(scores: Iterable[Scored]) -> None:
+def watch_backward(outputs: Iterable[torch.Tensor]) -> None:
     """A backward pass through these log-probabilities is work of the kind ``"trained"``."""
     if _ledger is not None:
-        for scored in scores:
-            for output in (scored.log_probs, scored.closing_log_probs):
-                if output is not None and output.requires_grad:
-                    output.register_hook(_ledger.gradient_arrived)
+        for output in outputs:
+            if output.requires_grad:
+                output.register_hook(_ledger.gradient_arrived)
 
 
 @contextmanager
-def recording() -> Iterator[tuple[Ledger, Record]]:
+def recording() -> Iterator[tuple[Ledger, WorkRecord]]:
     """Record what all language models of the process do in the block.
 
     Yields:
         The ledger, and a record that is filled when the block ends, however it ends.
     """
-    record = Record()
+    record = WorkRecord()
     with _open_ledger() as ledger:
         before = ledger.read()
         try:

@@ -7,9 +7,10 @@ are the base's own tensors. The base stays bit-exact, and base and adapter can b
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
@@ -18,9 +19,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers.pytorch_utils import Conv1D
 
 from lmppl.lm.network.lora import factors, plain_adapter
-
-if TYPE_CHECKING:
-    from lmppl.lm.model import LM
 
 
 def clone(
@@ -44,6 +42,12 @@ def clone(
     return copy.deepcopy(model, memo=memo)
 
 
+def is_adapted(model: Any) -> bool:
+    """Whether it is a model with an adapter of peft, which is not imported for the question."""
+    peft = sys.modules.get("peft")
+    return peft is not None and isinstance(model, peft.PeftModel)
+
+
 def default_config(model: torch.nn.Module) -> LoraConfig:
     """LoRA (Hu et al. 2021, arXiv 2106.09685) on every linear layer but the output embedding.
 
@@ -59,88 +63,66 @@ def default_config(model: torch.nn.Module) -> LoraConfig:
     )
 
 
-def add_lora(lm: LM, config: LoraConfig | None = None) -> LM:
-    """A new language model: ``lm`` with a trainable adapter, at first equal to ``lm``.
+def add_adapter(model: torch.nn.Module, config: LoraConfig | None = None) -> PeftModel:
+    """A trainable adapter on a clone of ``model``, at first equal to it.
 
     The adapter's parameters are float32 whatever the base's dtype, and the only ones that need a
     gradient *in the new model's* ``parameters()``; base parameters are shared and frozen.
-
-    Raises:
-        TypeError: ``lm`` has an adapter already.
     """
-    if isinstance(lm.model, PeftModel):
-        raise TypeError(
-            f"{lm.name!r} has an adapter already: make the second adapter from the base language "
-            "model, or from merged(lm)"
-        )
-    base = clone(lm.model, frozen=True)
+    base = clone(model, frozen=True)
     config = default_config(base) if config is None else copy.deepcopy(config)
     with warnings.catch_warnings():
         # peft 0.21 asks transformers for a property under the name it had before.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-        return _like(lm, get_peft_model(base, config))
+        return get_peft_model(base, config)
 
 
-def merged(lm: LM) -> LM:
-    """A frozen language model with the adapter of ``lm`` merged into its weights.
+def adapter_version(model: PeftModel) -> tuple[float, ...]:
+    """A digest of the trainable parameters, by value: fused optimisers and writes to ``.data`` do
+    not count a parameter's version up."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        return ()
+    with torch.no_grad():
+        digests = [*torch._foreach_norm(trained), *(p.sum() for p in trained)]
+        return tuple(torch.stack(digests).tolist())
+
+
+def merge(model: PeftModel) -> Any:
+    """A frozen copy of the adapted model with the adapter merged into its weights.
 
     Out of place: only the adapted layers get new weights, computed in float32 and rounded once to
     the base's dtype. (In place, merging and unmerging a bfloat16 base changes it for good.) The
     density differs from the adapter's by that rounding, so weights must use the log-probabilities
     of the model that was drawn from.
     """
-    if not isinstance(lm.model, PeftModel):
-        return lm
     adapted = {
         parameter: None
-        for layer in lm.model.modules()
+        for layer in model.modules()
         if isinstance(layer, BaseTunerLayer)
         for parameter in layer.get_base_layer().parameters()
     }
     with torch.no_grad(), torch.inference_mode(False):
-        copied = clone(lm.model, own=adapted)
+        copied = clone(model, own=adapted)
         layers = [m.get_base_layer() for m in copied.modules() if isinstance(m, BaseTunerLayer)]
         dtypes = [(p, p.dtype) for layer in layers for p in layer.parameters()]
         for parameter, _ in dtypes:
             parameter.data = parameter.data.float()
-        model = copied.merge_and_unload()
+        whole = copied.merge_and_unload()
         for parameter, dtype in dtypes:
             parameter.data = parameter.data.to(dtype)
             parameter.requires_grad_(False)
-    return _like(lm, model)
+    return whole
 
 
-def sampler(lm: LM) -> LM:
-    """``merged(lm)`` of the adapter's present parameters, kept until they change; a model without
-    an adapter is its own sampler."""
-    if not isinstance(lm.model, PeftModel):
-        return lm
-    trained = [p for p in lm.model.parameters() if p.requires_grad]
-    version: tuple[float, ...] = ()
-    if trained:
-        # By value: fused optimisers and writes to .data do not count a parameter's version up.
-        with torch.no_grad():
-            digests = [*torch._foreach_norm(trained), *(p.sum() for p in trained)]
-            version = tuple(torch.stack(digests).tolist())
-    kept = lm._sampler
-    if kept is None or kept[0] != version:
-        model = merged(lm) if kept is None else kept[1]
-        # Also after the first merge, whose numbers may differ in their last bits.
-        if not _merge_again(lm, model) and kept is not None:
-            model = merged(lm)
-        kept = (version, model)
-    lm._sampler = kept
-    return kept[1]
-
-
-def _merge_again(lm: LM, into: LM) -> bool:
-    """Write the present merged weights into a model that ``merged(lm)`` made.
+def merge_again(model: PeftModel, into: Any) -> bool:
+    """Write the present merged weights into what ``merge(model)`` has returned before.
 
     Returns False where the adapter is more than a difference of weights (DoRA, trained biases, ...).
     """
-    modules = dict(into.model.named_modules())
+    modules = dict(into.named_modules())
     pairs: list[tuple[Any, torch.Tensor]] = []
-    for name, layer in lm.model.get_base_model().named_modules():
+    for name, layer in model.get_base_model().named_modules():
         if not isinstance(layer, BaseTunerLayer):
             continue
         target = modules.get(name)
@@ -155,7 +137,7 @@ def _merge_again(lm: LM, into: LM) -> bool:
             return False
         pairs.append((layer, target.weight))
     others = {id(p) for layer, _ in pairs for p in layer.parameters()}
-    if any(p.requires_grad and id(p) not in others for p in lm.model.parameters()):
+    if any(p.requires_grad and id(p) not in others for p in model.parameters()):
         return False
     room: dict[torch.Size, torch.Tensor] = {}  # float32, used again by every layer of a shape
     with torch.no_grad(), torch.inference_mode(False):
@@ -174,12 +156,3 @@ def _merge_again(lm: LM, into: LM) -> bool:
                         total += layer.get_delta_weight(adapter).float()
             weight.copy_(total)  # counts its version up, so that kept prompts are dropped
     return True
-
-
-def _like(lm: LM, model: Any) -> LM:
-    """``lm`` with another model: same tokenizer, vocabulary, name and counters."""
-    other = type(lm)(model, lm.tokenizer, name=lm.name)
-    other.usage = lm.usage
-    other.memory = lm.memory
-    other.vocabulary = lm.vocabulary
-    return other

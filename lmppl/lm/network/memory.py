@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
-
-if TYPE_CHECKING:
-    from lmppl.lm.network.runner import Runner
 
 # The widest activation of a pass on a CPU: larger buffers come fresh from the system at every use.
 _CPU_ACTIVATION_BYTES = 32 << 20
@@ -51,6 +47,34 @@ class Memory:
             return self.batch_bytes
         return int(_FREE_SHARE * _free_bytes(device))
 
+    def pass_tokens(self, device: torch.device, activation_bytes: int) -> int:
+        """How many tokens a pass without gradients reads, padding included.
+
+        Args:
+            device: of the model.
+            activation_bytes: of the widest activation of a token.
+        """
+        most = self.available(device) // (6 * activation_bytes)  # as many are alive at a time
+        if device.type == "cpu":
+            most = min(most, _CPU_ACTIVATION_BYTES // activation_bytes)
+        return max(1, most)
+
+    def batch_rows(
+        self, device: torch.device, activation_bytes: int, cache_bytes: int, logits_bytes: int
+    ) -> int:
+        """How many rows may grow together.
+
+        Args:
+            device: of the model.
+            activation_bytes: of the widest activation of a token.
+            cache_bytes: of the keys and values of a row's own tokens.
+            logits_bytes: of the next token's logits of a row.
+        """
+        if device.type == "cpu":
+            logits_bytes = 0  # one chunk of them at a time, but on a GPU in one piece
+        row = cache_bytes + 6 * activation_bytes + 3 * logits_bytes
+        return max(1, self.available(device) // row)
+
 
 def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
@@ -68,21 +92,3 @@ def _free_bytes(device: torch.device) -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     except (ValueError, OSError, AttributeError):  # Windows
         return 4 << 30
-
-
-def pass_tokens(runner: Runner, memory: Memory) -> int:
-    """How many tokens a pass without gradients reads, padding included."""
-    bytes_a_token = runner.activation_bytes
-    most = memory.available(runner.device) // (6 * bytes_a_token)  # as many are alive at a time
-    if runner.device.type == "cpu":
-        most = min(most, _CPU_ACTIVATION_BYTES // bytes_a_token)
-    return max(1, most)
-
-
-def batch_rows(runner: Runner, memory: Memory, num_slots: int) -> int:
-    """How many rows with so many tokens of their own may grow together."""
-    logits = 4 * runner.size  # one chunk of them at a time, but on a GPU in one piece
-    if runner.device.type == "cpu":
-        logits = 0
-    row = num_slots * runner.cache_bytes + 6 * runner.activation_bytes + 3 * logits
-    return max(1, memory.available(runner.device) // row)

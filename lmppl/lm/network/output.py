@@ -32,7 +32,7 @@ def chunk_rows(size: int, device: torch.device) -> int:
     return max(1, limit // (4 * size))
 
 
-class Head(nn.Module):
+class OutputHead(nn.Module):
     """Stands in a model for its output layer, and keeps what would have entered it."""
 
     def __init__(self, layer: nn.Module) -> None:
@@ -104,7 +104,7 @@ class OutputLayer:
         head: its stand-in.
     """
 
-    def __init__(self, model: Any, head: Head) -> None:
+    def __init__(self, model: Any, head: OutputHead) -> None:
         self._model = model
         self._head = head
         self._rest: Any = None

@@ -13,22 +13,21 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from peft import PeftModel
 
 from lmppl.lm.meter.roofline import Matrices, Product
+from lmppl.lm.meter.usage import Usage
 from lmppl.lm.meter.work import count_pass
 from lmppl.lm.network.adapter import clone
 from lmppl.lm.network.attention import ATTENTION, Group, LayerKV, PrefixCache, Tree
 from lmppl.lm.network.linear import InputLog, can_pack, pack, packed_products
 from lmppl.lm.network.lora import fuse
-from lmppl.lm.network.output import Head, OutputLayer
+from lmppl.lm.network.memory import Memory
+from lmppl.lm.network.output import OutputHead, OutputLayer
 from lmppl.lm.network.recompute import Checkpointing
-
-if TYPE_CHECKING:
-    from lmppl.lm.model import LM
 
 Tokens = tuple[int, ...]
 
@@ -120,14 +119,34 @@ class Costs:
         return num_rows * length * (self.token + self.score * (self.prefix + length))
 
 
+def text_config(model: Any) -> Any:
+    """The configuration of the part that writes text (some models have several parts)."""
+    config = model.config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def context_length(model: Any) -> int | None:
+    """The most tokens of a prefix and its continuation; None if the model has no such limit."""
+    config = text_config(model)
+    for field in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"):
+        length = getattr(config, field, None)
+        if isinstance(length, int) and length > 0:
+            return length
+    return None
+
+
 class Runner:
     """Runs one model.
 
     Args:
         model: a causal LM of transformers, or a ``PeftModel`` on one.
+        name: of the model, for messages.
+        decode: from tokens to text, for messages.
         max_prompt_bytes: bound on the memory of remembered prompts.
 
     Attributes:
+        memory: what a batch may take.
+        usage: where tokens are counted.
         fast: whether prefixes can be shared (found by a probe on first use).
         slow_reason: why not.
         size: width of the logits.
@@ -136,7 +155,16 @@ class Runner:
 
     hidden: torch.Tensor
 
-    def __init__(self, model: Any, *, max_prompt_bytes: int = 256 << 20) -> None:
+    def __init__(
+        self,
+        model: Any,
+        *,
+        name: str = "the model",
+        decode: Callable[[Sequence[int]], str] = repr,
+        max_prompt_bytes: int = 256 << 20,
+    ) -> None:
+        self.name, self.decode = name, decode
+        self.memory, self.usage = Memory(), Usage()
         if isinstance(model, PeftModel):
             if any(c.is_prompt_learning for c in model.peft_config.values()):
                 raise ValueError(
@@ -148,7 +176,7 @@ class Runner:
         output = self._model.get_output_embeddings()
         if output is None:
             raise TypeError(f"{type(model).__name__} has no output layer: it is no causal LM")
-        self._head = Head(output)
+        self._head = OutputHead(output)
         self._model.set_output_embeddings(self._head)
         self._output = OutputLayer(self._model, self._head)  # ready once ``fast`` is known
         self._checkpointing = Checkpointing()
@@ -173,11 +201,30 @@ class Runner:
 
     @property
     def num_layers(self) -> int:
-        return int(_text_config(self._model).num_hidden_layers)
+        return int(text_config(self._model).num_hidden_layers)
 
     @property
     def num_heads(self) -> int:
-        return int(_text_config(self._model).num_attention_heads)
+        return int(text_config(self._model).num_attention_heads)
+
+    @functools.cached_property
+    def context_length(self) -> int | None:
+        """See the function of this name."""
+        return context_length(self._model)
+
+    def check_context(self, prefix: int, tokens: int, name: str) -> None:
+        """Raises ``ValueError`` if so many tokens of prefix and continuation exceed the context.
+
+        Every way into the model asks this of every request, since positions past the context would
+        be clamped, not refused.
+        """
+        limit = self.context_length
+        if limit is not None and prefix + tokens > limit:
+            site = f"site '{name}': " if name else ""
+            raise ValueError(
+                f"{site}a prefix of {prefix} tokens and {tokens} more do not fit the context of "
+                f"{self.name!r}, {limit} tokens. Shorten the prefix or lower max_tokens."
+            )
 
     # What a pass costs.
 
@@ -206,15 +253,25 @@ class Runner:
     @property
     def cache_bytes(self) -> int:
         """Of a token's keys and values."""
-        config = _text_config(self._model)
+        config = text_config(self._model)
         heads = getattr(config, "num_key_value_heads", None) or self.num_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // self.num_heads
         return 2 * self.num_layers * int(heads) * int(width) * self._head.weight.element_size()
 
+    @property
+    def pass_tokens(self) -> int:
+        """How many tokens a pass without gradients reads, padding included."""
+        return self.memory.pass_tokens(self.device, self.activation_bytes)
+
+    def batch_rows(self, num_slots: int) -> int:
+        """How many rows with so many tokens of their own may grow together."""
+        cache = num_slots * self.cache_bytes
+        return self.memory.batch_rows(self.device, self.activation_bytes, cache, 4 * self.size)
+
     def costs(self, prefix: int) -> Costs:
         """In FLOPs, of tokens that see a prefix of so many."""
         token = float(self.matrices.flops(1, 0)[0])
-        config = _text_config(self._model)
+        config = text_config(self._model)
         width = getattr(config, "head_dim", None) or config.hidden_size // self.num_heads
         score = 4.0 * int(width) + _SOFTMAX_FLOPS
         return Costs(token, self.num_layers * self.num_heads * score, prefix)
@@ -257,8 +314,8 @@ class Runner:
         if counted:
             self.count(tokens, positions)
         at = cache.positions(tokens.shape[1], tokens.device).expand(tokens.shape[0], -1)
-        if self._last_position is not None:  # padding may stand behind it, nothing else does
-            at = at.clamp(max=self._last_position)
+        if self.context_length is not None:  # padding may stand behind it, nothing else does
+            at = at.clamp(max=self.context_length - 1)
         with self._head.asking_for(positions):
             out = self._fast_model(
                 input_ids=tokens,
@@ -270,16 +327,10 @@ class Runner:
             )
         return self._states(out)
 
-    @functools.cached_property
-    def _last_position(self) -> int | None:
-        config = _text_config(self._model)
-        length = getattr(config, "max_position_embeddings", None)
-        return length - 1 if isinstance(length, int) and length > 0 else None
-
     def count(self, tokens: torch.Tensor, positions: torch.Tensor | None) -> None:
         """A pass of ``tokens`` (B, T) is made, of which ``positions`` are asked for (None: all)."""
         self.computed_tokens += tokens.numel()
-        count_pass(self, tokens, positions)
+        count_pass(lambda: self.matrices, tokens, positions)
 
     def _states(self, out: Any) -> torch.Tensor:
         states = self._head.take()
@@ -391,7 +442,7 @@ class Runner:
     @without_grad
     def _probe(self) -> str | None:
         """Try the shared-prefix path. Returns what is wrong with it, or None."""
-        config = _text_config(self._model)
+        config = text_config(self._model)
         unknown = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
         if unknown:
             return f"it has layers of type {', '.join(sorted(unknown))}"
@@ -470,12 +521,6 @@ class Runner:
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
-def _text_config(model: Any) -> Any:
-    """The configuration of the part that writes text (some models have several parts)."""
-    config = model.config
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
 def common_length(a: Tokens, b: Tokens, limit: int | None = None) -> int:
     """Length of the common prefix, at most ``limit``."""
     most = min(len(a), len(b)) if limit is None else min(len(a), len(b), limit)
@@ -489,11 +534,3 @@ def padded(sequences: Sequence[Tokens], device: torch.device) -> torch.Tensor:
     longest = max(map(len, sequences))
     rows = [list(s) + [0] * (longest - len(s)) for s in sequences]
     return torch.tensor(rows, device=device)
-
-
-def runner_of(lm: LM) -> Runner:
-    """The runner of a language model, made on first use."""
-    runner = getattr(lm, "_engine", None)
-    if runner is None:
-        runner = lm._engine = Runner(lm.model)
-    return runner

@@ -8,10 +8,9 @@ when it becomes part of a later prefix.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-if TYPE_CHECKING:
-    from lmppl.lm.tokens.vocabulary import Vocabulary
+from lmppl.lm.tokens.vocabulary import Vocabulary
 
 FinishReason = Literal["stop", "eos", "length"]
 

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmppl.lm.batches.decoding import Decoding, _compact
+from lmppl.lm import begin_draws
+from lmppl.lm.batches.decoding import _compact
 from lmppl.lm.batches.requests import Draw
 from lmppl.lm.tokens.stopping import Stopping
 from lmppl.testing.tiny import tiny_lm
@@ -61,7 +62,7 @@ def test_draws_are_those_of_a_naive_loop():
         draw(prefix=p, seed=s, temperature=t, max_tokens=3 + s % 5, stop="." if s % 3 else None)
         for s, t, p in zip(range(40), temperatures, prefixes, strict=False)
     ]
-    decoding = Decoding(requests)
+    decoding = begin_draws(requests)
     results = finish(decoding)
     assert decoding.num_steps == max(len(d.token_ids) for d in results)
     assert {d.reason for d in results} == {"stop", "eos", "length"}
@@ -78,10 +79,10 @@ def test_several_models_side_by_side():
             if parameter.requires_grad:
                 parameter.add_(torch.ones_like(parameter) * 0.2)
     requests = [draw(lm, seed=s) for s, lm in enumerate([LM, other, adapter] * 6)]
-    results = finish(Decoding(requests))
+    results = finish(begin_draws(requests))
     for drawn, (lm, request) in zip(results, requests, strict=True):
         assert_same(drawn, naive(lm, request))
-    base = finish(Decoding([draw(LM, seed=s) for s in range(2, 18, 3)]))
+    base = finish(begin_draws([draw(LM, seed=s) for s in range(2, 18, 3)]))
     assert all(
         not torch.equal(b.log_probs[:1], d.log_probs[:1])
         for b, d in zip(base, results[2::3], strict=True)
@@ -94,7 +95,7 @@ def test_expectation_over_uniforms_is_the_density():
     n = 300
     grid = [(i + 0.5) / n for i in range(n)]
     first = [draw(max_tokens=2, uniforms=torch.tensor([u, 0.5]).double()) for u in grid]
-    drawn = finish(Decoding(first))
+    drawn = finish(begin_draws(first))
     with torch.no_grad():
         probs = torch.softmax(LM.model(torch.tensor([PREFIX])).logits[0, -1], -1)
     counts = torch.bincount(torch.tensor([d.token_ids[0] for d in drawn]), minlength=4) / n
@@ -103,7 +104,7 @@ def test_expectation_over_uniforms_is_the_density():
 
 
 def test_fields_while_it_runs():
-    decoding = Decoding([draw(seed=s) for s in range(8)])
+    decoding = begin_draws([draw(seed=s) for s in range(8)])
     assert len(decoding) == 8 and not decoding.done and decoding.num_steps == 0
     decoding.step()
     assert [len(ids) for ids in decoding.token_ids] == [1] * 8
@@ -131,7 +132,7 @@ def test_select_forks_sequences_and_keeps_uniforms(data):
         )
         for i in range(n)
     ]
-    decoding = Decoding(requests)
+    decoding = begin_draws(requests)
     held = [(request, []) for _, request in requests]  # what each slot's sequence is, and tokens
     ancestor = st.lists(st.integers(0, n - 1), min_size=n, max_size=n)
     while not decoding.done:
@@ -159,7 +160,7 @@ def test_select_forks_sequences_and_keeps_uniforms(data):
 
 def test_select_uses_own_uniforms():
     us = [torch.full((6,), u, dtype=torch.float64) for u in (0.01, 0.99, 0.45)]
-    decoding = Decoding([draw(uniforms=u, stop=None) for u in us])
+    decoding = begin_draws([draw(uniforms=u, stop=None) for u in us])
     decoding.step()
     assert len({ids[0] for ids in decoding.token_ids}) > 1
     open_slot = next(i for i, reason in enumerate(decoding.reasons) if reason is None)
@@ -175,7 +176,7 @@ def test_select_uses_own_uniforms():
 
 
 def test_select_can_revive_and_kill():
-    decoding = Decoding([draw(seed=s, stop="b", max_tokens=8) for s in range(12)])
+    decoding = begin_draws([draw(seed=s, stop="b", max_tokens=8) for s in range(12)])
     decoding.step()
     closed = [i for i, r in enumerate(decoding.reasons) if r is not None]
     alive = [i for i, r in enumerate(decoding.reasons) if r is None]
@@ -185,7 +186,7 @@ def test_select_can_revive_and_kill():
     decoding.select([0] * 12)
     if decoding.reasons[0] is None:
         decoding.step()
-    fresh = Decoding([draw(seed=s, stop="b", max_tokens=8) for s in range(12)])
+    fresh = begin_draws([draw(seed=s, stop="b", max_tokens=8) for s in range(12)])
     fresh.step()
     fresh.select([closed[0]] * 12)
     assert fresh.done
@@ -193,7 +194,7 @@ def test_select_can_revive_and_kill():
 
 
 def test_select_refuses_bad_ancestors():
-    decoding = Decoding([draw(seed=s) for s in range(3)])
+    decoding = begin_draws([draw(seed=s) for s in range(3)])
     with pytest.raises(ValueError, match="2 ancestors for 3 slots"):
         decoding.select([0, 1])
     with pytest.raises(IndexError, match="not all among"):
@@ -202,7 +203,7 @@ def test_select_refuses_bad_ancestors():
 
 def test_slot_without_uniforms_left():
     long = draw(uniforms=torch.zeros(8, dtype=torch.float64), max_tokens=8, stop=None)  # "aa..."
-    decoding = Decoding([long, draw(max_tokens=1, stop=None)])
+    decoding = begin_draws([long, draw(max_tokens=1, stop=None)])
     decoding.step()
     decoding.select([0, 0])
     with pytest.raises(ValueError, match="site 'z': slot 1 has 1 uniforms.*token 2"):
@@ -211,12 +212,12 @@ def test_slot_without_uniforms_left():
 
 def test_usage_counts_tokens():
     lm = tiny_lm("ab.", seed=3)
-    results = finish(Decoding([draw(lm, seed=s) for s in range(9)]))
+    results = finish(begin_draws([draw(lm, seed=s) for s in range(9)]))
     assert lm.usage.tokens_sampled == sum(len(d.token_ids) for d in results)
 
 
 def test_finished_rows_leave_the_batch():
-    decoding = Decoding([draw(seed=s, max_tokens=12) for s in range(20)])
+    decoding = begin_draws([draw(seed=s, max_tokens=12) for s in range(20)])
     while not decoding.done:
         still_open = sum(reason is None for reason in decoding.reasons)
         assert sum(len(batch.rows) for batch in decoding._batches) == still_open
@@ -235,14 +236,14 @@ def test_finished_rows_leave_the_batch():
 )
 def test_bad_draws(change, message):
     with pytest.raises(ValueError, match=f"site 'z': .*{message}"):
-        Decoding([draw(**change)])
+        begin_draws([draw(**change)])
 
 
 def test_invalid_logits_name_the_site():
     lm = tiny_lm("ab.", seed=0)
     with torch.no_grad():
         lm.model.lm_head.weight.fill_(math.nan)
-    decoding = Decoding([draw(lm)])
+    decoding = begin_draws([draw(lm)])
     with pytest.raises(
         ValueError, match="site 'z', token 1: the model's logits after '' define no"
     ):
@@ -266,8 +267,8 @@ def test_closing_log_probs_are_those_of_a_bare_forward_and_change_no_draw():
             draw(tiny_lm("ab", seed=2, eos=False), (0, 1), seed=3, stop=None),
         ]
 
-    expected = finish(Decoding(requests()))
-    decoding, compared = Decoding(requests()), 0
+    expected = finish(begin_draws(requests()))
+    decoding, compared = begin_draws(requests()), 0
     while not decoding.done:
         decoding.step()
         found = decoding.closing_log_probs()
@@ -290,7 +291,7 @@ def test_closing_log_probs_are_those_of_a_bare_forward_and_change_no_draw():
 
 
 def test_closing_log_probs_follow_a_selection():
-    decoding = Decoding([draw(seed=seed, stop=None) for seed in range(6)])
+    decoding = begin_draws([draw(seed=seed, stop=None) for seed in range(6)])
     decoding.step()
     before = decoding.closing_log_probs()
     ancestors = [3, 3, 0, 1, 1, 5]

@@ -11,20 +11,15 @@ from hypothesis import strategies as st
 
 from lmppl.lm.batches.requests import Score
 from lmppl.lm.batches.scoring import hidden, score
-from lmppl.lm.meter.usage import Usage
 from lmppl.lm.network.memory import Memory
 from lmppl.lm.network.runner import Runner
 from lmppl.testing.tiny import tiny_lm
 
 
-class Bare:
-    """What scoring needs of a language model."""
-
-    def __init__(self, model):
-        self.model = model
-        self._engine = Runner(model)
-        self.usage = Usage()
-        self.memory = Memory()
+def runner_of(model, memory=None):
+    runner = Runner(model)
+    runner.memory = memory or runner.memory
+    return runner
 
 
 def random_tokens(n, seed):
@@ -89,7 +84,7 @@ MEMORIES = {
 def test_equals_a_naive_forward_pass(name, memory, grad):
     model = make_model(name)
     requests = mixed_requests()
-    scored = score(Bare(model), requests, grad=grad, memory=memory)
+    scored = score(runner_of(model, memory), requests, grad=grad)
     assert_naive(model, requests, scored)
 
 
@@ -111,64 +106,65 @@ tokens = st.lists(st.integers(0, 3), min_size=1, max_size=6).map(tuple)
 )
 @settings(max_examples=25, deadline=None)
 def test_any_batch_equals_a_naive_forward_pass(requests):
-    assert_naive(MODEL, requests, score(BARE, requests))
+    assert_naive(MODEL, requests, score(RUNNER, requests))
 
 
 MODEL = make_model("qwen2")
-BARE = Bare(MODEL)
+RUNNER = Runner(MODEL)
 
 
 def test_equal_requests_are_computed_once():
-    lm = Bare(make_model("llama"))
-    assert lm._engine.fast
+    runner = Runner(make_model("llama"))
+    assert runner.fast
     request = Score(X, (1, 2, 3), name="y")
-    before = lm._engine.computed_tokens
-    scored = score(lm, [request, Score(X, (1, 2, 3), 0.5), request] * 10)
-    assert lm._engine.computed_tokens - before <= len(X) + 3
-    assert lm.usage.tokens_scored == 3
+    before = runner.computed_tokens
+    scored = score(runner, [request, Score(X, (1, 2, 3), 0.5), request] * 10)
+    assert runner.computed_tokens - before <= len(X) + 3
+    assert runner.usage.tokens_scored == 3
     assert torch.equal(scored[0].log_probs, scored[2].log_probs)
     assert not torch.equal(scored[0].log_probs, scored[1].log_probs)
 
 
 def test_prefix_is_read_once_for_all_particles():
-    lm = Bare(make_model("llama"))
-    assert lm._engine.fast
-    before = lm._engine.computed_tokens
+    runner = Runner(make_model("llama"))
+    assert runner.fast
+    before = runner.computed_tokens
     requests = [Score((*X, k, k), (1, 2, 3)) for k in range(40)]
-    score(lm, requests)
-    assert lm._engine.computed_tokens - before <= len(X) + 40 * 5
+    score(runner, requests)
+    assert runner.computed_tokens - before <= len(X) + 40 * 5
 
 
 def test_each_input_is_read_once():
     """Requests about several long prefixes, as in a training batch."""
-    lm = Bare(make_model("llama"))
-    assert lm._engine.fast
+    model = make_model("llama")
+    runner = Runner(model)
+    assert runner.fast
     inputs = [random_tokens(30, seed) for seed in range(4)]
     requests = [Score(x, random_tokens(4, k)) for x in inputs for k in range(16)]
     for grad in (False, True):
-        before = lm._engine.computed_tokens
-        scored = score(lm, requests, grad=grad)
-        assert lm._engine.computed_tokens - before <= 4 * 30 + 64 * 5
-        assert_naive(lm.model, requests, scored)
+        before = runner.computed_tokens
+        scored = score(runner, requests, grad=grad)
+        assert runner.computed_tokens - before <= 4 * 30 + 64 * 5
+        assert_naive(model, requests, scored)
 
 
 def test_no_requests_and_empty_continuations():
-    lm = Bare(make_model("llama"))
-    assert score(lm, []) == []
-    scored = score(lm, [Score(X, ()), Score(X, (1,)), Score(X, (), 1.0, 3)])
+    runner = Runner(make_model("llama"))
+    assert score(runner, []) == []
+    scored = score(runner, [Score(X, ()), Score(X, (1,)), Score(X, (), 1.0, 3)])
     assert [len(s.log_probs) for s in scored] == [0, 1, 0]
     assert scored[0].closing_log_probs is None and len(scored[2].closing_log_probs) == 0
 
 
 def test_empty_prefix_names_the_site():
     with pytest.raises(ValueError, match="site 'y': the prefix has no tokens"):
-        score(BARE, [Score((), (1,), name="y")])
+        score(RUNNER, [Score((), (1,), name="y")])
 
 
 def test_zero_probability_is_minus_infinity():
     lm = tiny_lm("ab.")
     lm.model.lm_head.bias = torch.nn.Parameter(torch.tensor([0.0, -math.inf, 0.0, 0.0]))
-    scored = score(lm, [Score((0, 1), (1, 0))])[0]
+    scored = score(lm.runner, [Score((0, 1), (1, 0))])[0]
     assert scored.log_probs[0] == -math.inf and torch.isfinite(scored.log_probs[1])
 
 
@@ -177,13 +173,13 @@ def test_invalid_logits_name_the_site():
     with torch.no_grad():
         lm.model.lm_head.weight.fill_(math.nan)
     with pytest.raises(ValueError, match="site 'y': the model's logits define no distribution"):
-        score(lm, [Score((0, 1), (1, 0), name="y")])
+        score(lm.runner, [Score((0, 1), (1, 0), name="y")])
 
 
 def test_without_grad_nothing_needs_one():
-    lm = Bare(make_model("llama", frozen=False))
+    runner = Runner(make_model("llama", frozen=False))
     with torch.enable_grad():
-        scored = score(lm, [Score(X, (1, 2), 1.0, 3)])[0]
+        scored = score(runner, [Score(X, (1, 2), 1.0, 3)])[0]
     assert not scored.log_probs.requires_grad and not scored.closing_log_probs.requires_grad
 
 
@@ -204,7 +200,7 @@ def test_gradients_equal_those_of_a_naive_pass(name, shared, memory):
         grads = torch.autograd.grad(loss, list(model.parameters()))
         return loss.detach(), grads
 
-    loss, got = gradient(score(Bare(model), requests, grad=True, memory=memory))
+    loss, got = gradient(score(runner_of(model, memory), requests, grad=True))
     model.eval()
     naive_scored = []
     for r in requests:
@@ -227,8 +223,8 @@ def test_gradient_pass_has_no_dropout_and_remembers_nothing():
     adapter.model.train()
     prefix = (0, 1, 2) * 10
     requests = [Score(prefix, (0, 1, k)) for k in range(3)]
-    first = [s.log_probs for s in score(adapter, requests, grad=True)]
-    second = [s.log_probs for s in score(adapter, requests, grad=True)]
+    first = [s.log_probs for s in score(adapter.runner, requests, grad=True)]
+    second = [s.log_probs for s in score(adapter.runner, requests, grad=True)]
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert first[0].requires_grad and first[0].grad_fn is not None
 
@@ -241,18 +237,18 @@ def test_after_an_optimiser_step_scores_are_new():
     optimiser = torch.optim.Adam(
         [p for p in adapter.model.parameters() if p.requires_grad], lr=0.05
     )
-    base = score(lm, requests)
+    base = score(lm.runner, requests)
     for _ in range(3):
-        loss = -sum(s.log_probs.sum() for s in score(adapter, requests, grad=True))
+        loss = -sum(s.log_probs.sum() for s in score(adapter.runner, requests, grad=True))
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-        scored = score(adapter, requests)
+        scored = score(adapter.runner, requests)
         for request, got in zip(requests, scored, strict=True):
             want = naive(adapter.model, request)[0]
             torch.testing.assert_close(got.log_probs, want, atol=1e-4, rtol=0)
     assert not torch.allclose(scored[0].log_probs, base[0].log_probs, atol=1e-2)
-    after = score(lm, requests)
+    after = score(lm.runner, requests)
     assert all(torch.equal(a.log_probs, b.log_probs) for a, b in zip(base, after, strict=True))
 
 
@@ -261,7 +257,7 @@ def test_after_an_optimiser_step_scores_are_new():
 def test_hidden_states(name):
     model = make_model(name)
     prefixes = [X, X[:4], X, random_tokens(9, 4), (3,), *[(*X, k) for k in range(20)]]
-    states = hidden(Bare(model), prefixes)
+    states = hidden(Runner(model), prefixes)
     assert states.dtype == torch.float32 and not states.requires_grad
     for prefix, state in zip(prefixes, states, strict=True):
         with torch.no_grad():
@@ -272,4 +268,4 @@ def test_hidden_states(name):
 def test_hidden_of_nothing():
     for prefixes in ([], [()], [(1,), ()]):
         with pytest.raises(ValueError, match="no prefix, or one without tokens"):
-            hidden(BARE, prefixes)
+            hidden(RUNNER, prefixes)

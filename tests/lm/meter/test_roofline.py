@@ -9,7 +9,7 @@ from architectures import SIZE, make_model
 from lmppl.lm.meter import roofline
 from lmppl.lm.meter.roofline import gemm_rate
 from lmppl.lm.network.linear import can_pack
-from lmppl.lm.network.runner import Runner, runner_of
+from lmppl.lm.network.runner import Runner
 from lmppl.testing.tiny import tiny_lm
 
 
@@ -41,10 +41,10 @@ def test_flops_are_those_of_the_linear_layers(name):
 def test_an_adapter_has_its_own_matrices():
     lm = tiny_lm("ab.", seed=0)
     adapter = lm.adapter()
-    base, adapted = runner_of(lm).matrices, runner_of(adapter).matrices
+    base, adapted = lm.runner.matrices, adapter.runner.matrices
     trained = sum(p.numel() for p in adapter.model.parameters() if p.requires_grad)
     assert adapted.flops(1, 0)[0] == base.flops(1, 0)[0] + 2 * trained
-    assert runner_of(adapter.sampler).matrices.key == base.key != adapted.key
+    assert adapter.sampler.runner.matrices.key == base.key != adapted.key
 
 
 @pytest.fixture
@@ -102,14 +102,14 @@ def test_the_faster_of_plain_and_packed_products_counts(rates, monkeypatch):
 def test_packed_products_are_those_of_the_model(rates):
     lm = tiny_lm("ab.", seed=0)
     lm.model.requires_grad_(False)
-    runner = runner_of(lm)
+    runner = lm.runner
     assert runner.fast
     body, output = runner._packed()
     size = sum(rows * columns for rows, columns in (p.shape for p in body))
     assert 2 * size == runner.matrices.flops(1, 0)[0] and len(output) == 1
     assert runner.matrices.seconds(8, 4, 2) > 0
     assert {key[-1] for key in rates} == {len(body), 1}
-    assert runner_of(lm.adapter())._packed()[0] == []
+    assert lm.adapter().runner._packed()[0] == []
 
 
 def test_seconds_are_those_of_the_average_pass(rates, monkeypatch):
@@ -120,7 +120,7 @@ def test_seconds_are_those_of_the_average_pass(rates, monkeypatch):
         return 1e3
 
     monkeypatch.setattr(roofline, "gemm_rate", rate)
-    matrices = runner_of(tiny_lm("ab.", seed=0)).matrices
+    matrices = tiny_lm("ab.", seed=0).runner.matrices
     assert matrices.seconds(60, 12, 4) == pytest.approx(sum(matrices.flops(60, 12)) / 1e3)
     assert asked == [15, 3]
     assert matrices.seconds(0, 0, 4) is None

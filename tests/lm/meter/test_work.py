@@ -10,7 +10,6 @@ import torch
 from lmppl.lm.batches.requests import Score
 from lmppl.lm.meter import work
 from lmppl.lm.meter.work import recording, region, timed
-from lmppl.lm.network.runner import runner_of
 from lmppl.testing.tiny import tiny_lm
 
 LM = tiny_lm("ab.", seed=0)
@@ -149,7 +148,7 @@ def test_devices_are_waited_for_at_the_borders(monkeypatch):
 def test_passes_are_counted_by_kind_and_model():
     other, adapter = tiny_lm("ab.", seed=0, hidden_size=32), LM.adapter()
     other.model.requires_grad_(False)
-    runners = [runner_of(lm) for lm in (LM, other, adapter)]
+    runners = [lm.runner for lm in (LM, other, adapter)]
     assert all(runner.fast for runner in runners)  # the probe is behind us
     before = [runner.computed_tokens for runner in runners]
     with recording() as (_, record):

@@ -6,7 +6,7 @@ from architectures import SIZE, make_model
 from peft import LoraConfig, PeftModel
 
 from lmppl.lm.batches.requests import Score
-from lmppl.lm.network.adapter import clone, default_config, merged
+from lmppl.lm.network.adapter import clone, default_config
 from lmppl.testing.tiny import tiny_lm
 
 REQUESTS = [Score((0, 1, 2) * 8, (0, 1, k, 2, 1)) for k in range(4)]
@@ -131,7 +131,7 @@ def test_adapter_of_an_adapter():
     adapter = tiny_lm("ab.").adapter()
     with pytest.raises(TypeError, match="has an adapter already"):
         adapter.adapter()
-    merged(adapter).adapter()
+    adapter.merged().adapter()
 
 
 def test_adapter_is_float32_on_a_bfloat16_base():
@@ -156,7 +156,7 @@ def test_merged_equals_the_adapter(dora):
     adapter = base.adapter(config)
     perturb(adapter)
     adapter_before = state(adapter)
-    sampler = merged(adapter)
+    sampler = adapter.merged()
     torch.testing.assert_close(log_probs(sampler), log_probs(adapter), atol=1e-4, rtol=0)
     assert not torch.allclose(log_probs(sampler), log_probs(base), atol=1e-2)
     assert_state(base, before)
@@ -172,9 +172,8 @@ def test_merged_equals_the_adapter(dora):
 
 def test_merged_shares_what_was_not_adapted():
     base = tiny_lm("ab.")
-    sampler = merged(
-        base.adapter(LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    )
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    sampler = base.adapter(config).merged()
     for (name, new), (_, old) in zip(
         sampler.model.named_parameters(), base.model.named_parameters(), strict=True
     ):
@@ -186,7 +185,7 @@ def test_merged_rounds_once():
     base.model.bfloat16()
     adapter = base.adapter()
     perturb(adapter, 0.02)
-    sampler = merged(adapter)
+    sampler = adapter.merged()
     for name, layer in adapter.model.get_base_model().named_modules():
         if hasattr(layer, "get_delta_weight"):
             want = layer.base_layer.weight.float() + layer.get_delta_weight("default").float()
@@ -197,7 +196,7 @@ def test_merged_rounds_once():
 
 def test_merged_of_a_base_is_the_base():
     base = tiny_lm("ab.")
-    assert merged(base) is base
+    assert base.merged() is base
 
 
 def test_gpt2_adapter_and_merge():
@@ -208,7 +207,7 @@ def test_gpt2_adapter_and_merge():
     requests = [Score((1, 5, SIZE - 1), (3, 2, k)) for k in range(3)]
     adapter = base.adapter()
     perturb(adapter, 0.05)
-    got = [s.log_probs for s in merged(adapter).score(requests)]
+    got = [s.log_probs for s in adapter.merged().score(requests)]
     want = [s.log_probs for s in adapter.score(requests)]
     torch.testing.assert_close(torch.stack(got), torch.stack(want), atol=1e-4, rtol=0)
     assert_state(base, before)

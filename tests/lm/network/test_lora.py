@@ -9,7 +9,6 @@ from peft import LoraConfig
 
 from lmppl.lm.batches.requests import Score
 from lmppl.lm.model import LM
-from lmppl.lm.network.adapter import merged, sampler
 from lmppl.lm.network.lora import FusedLora, factors, plain_adapter
 from lmppl.lm.network.runner import Runner
 from lmppl.testing.tiny import tiny_lm
@@ -103,25 +102,25 @@ def test_trained_biases_get_their_gradients_and_are_merged():
     lm.model = make_model("qwen2")  # has biases
     options = dict(r=2, bias="lora_only", target_modules=["q_proj"], task_type="CAUSAL_LM")
     lm = lm.adapter(LoraConfig(**options))
-    _ = sampler(lm)
+    _ = lm.sampler
     sum(s.log_probs.sum() for s in lm.score(REQUESTS, grad=True)).backward()
     biases = [p for n, p in lm.model.named_parameters() if n.endswith("bias") and p.requires_grad]
     assert biases and all(p.grad is not None for p in biases)
     with torch.no_grad():
         for bias in biases:
             bias.add_(1.0)
-    for got, want in zip(sampler(lm).score(REQUESTS), lm.score(REQUESTS), strict=True):
+    for got, want in zip(lm.sampler.score(REQUESTS), lm.score(REQUESTS), strict=True):
         torch.testing.assert_close(got.log_probs, want.log_probs, atol=1e-4, rtol=0)
 
 
 def test_embeddings_with_lora_are_merged():
     lm = adapted(target_modules=["embed_tokens", "q_proj"])
-    _ = sampler(lm)
+    _ = lm.sampler
     with torch.no_grad():
         for parameter in lm.model.parameters():
             if parameter.requires_grad:
                 parameter.mul_(1.5)
-    for got, want in zip(sampler(lm).score(REQUESTS), lm.score(REQUESTS), strict=True):
+    for got, want in zip(lm.sampler.score(REQUESTS), lm.score(REQUESTS), strict=True):
         torch.testing.assert_close(got.log_probs, want.log_probs, atol=1e-4, rtol=0)
 
 
@@ -146,12 +145,12 @@ def test_second_derivatives_are_refused():
 @pytest.mark.parametrize("changes", [{}, dict(use_rslora=True)])
 def test_merging_again_equals_merging_anew(changes):
     lm = adapted(**changes)
-    first = sampler(lm)
+    first = lm.sampler
     with torch.no_grad():
         for parameter in lm.model.parameters():
             if parameter.requires_grad:
                 parameter.mul_(1.5)
-    again, anew = sampler(lm), merged(lm)
+    again, anew = lm.sampler, lm.merged()
     assert again is first
     for got, want in zip(again.model.parameters(), anew.model.parameters(), strict=True):
         torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-6)

@@ -4,10 +4,9 @@ import pytest
 import torch
 
 import lmppl
-from lmppl.lm.batches.decoding import Decoding
+from lmppl.lm import begin_draws
 from lmppl.lm.batches.requests import Draw, Score
-from lmppl.lm.network.memory import Memory, batch_rows, pass_tokens
-from lmppl.lm.network.runner import runner_of
+from lmppl.lm.network.memory import Memory
 from lmppl.lm.tokens.stopping import Stopping
 from lmppl.testing import tiny_lm
 
@@ -38,10 +37,10 @@ def test_a_batch_that_does_not_fit_is_split_and_draws_the_same(ancestors):
     for memory in (Memory(), Memory(batch_bytes=1), Memory(batch_bytes=40_000)):
         lm = tiny_lm("ab.")
         lm.memory = memory
-        decoding = Decoding(draws(lm, 10))
+        decoding = begin_draws(draws(lm, 10))
         results.append([])
         sizes = [len(batch.slots) for batch in decoding._batches]
-        rows = batch_rows(runner_of(lm), memory, 12 + 6)
+        rows = lm.runner.batch_rows(12 + 6)
         assert sum(sizes) == 10 and max(sizes) <= rows
         assert (len(sizes) == 1) == (memory == Memory())
         decoding.step()
@@ -58,10 +57,11 @@ def test_a_batch_that_does_not_fit_is_split_and_draws_the_same(ancestors):
 
 def test_passes_are_bounded():
     lm = tiny_lm("ab.")
-    runner = runner_of(lm)
+    runner = lm.runner
     assert runner.fast
-    assert pass_tokens(runner, Memory(batch_bytes=1)) == 1
-    assert pass_tokens(runner, Memory(batch_bytes=60 * runner.activation_bytes)) == 10
+    for size, tokens in ((1, 1), (60 * runner.activation_bytes, 10)):
+        runner.memory = Memory(batch_bytes=size)
+        assert runner.pass_tokens == tokens
     seen = []
     run = runner.run_cached
     runner.run_cached = lambda tokens, *args: seen.append(tokens.numel()) or run(tokens, *args)

@@ -69,7 +69,7 @@ def test_impossible_tokens():
     """-inf logits: log-probability -inf, and no NaN in the gradient of the others."""
     layer = torch.nn.Linear(4, 3, bias=True).requires_grad_(False)
     layer.bias.copy_(torch.tensor([0.0, -torch.inf, 0.0]))
-    stand_in = head.Head(layer)
+    stand_in = head.OutputHead(layer)
     output = head.OutputLayer(None, stand_in)
     output._is_plain = True
     states = torch.randn(2, 4, requires_grad=True)
