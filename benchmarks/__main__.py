@@ -3,7 +3,7 @@
     python -m benchmarks --quick                        a few minutes on two cores
     python -m benchmarks --full --machine NAME          all sizes; results to be published
     python -m benchmarks --only sampling decode --dtype float32
-    python -m benchmarks --only overhead --particles 64 512
+    python -m benchmarks --only outside --particles 64 512
     python -m benchmarks --smoke                        a minute; shows only that everything works
 
 Each benchmark prints its table when it is done, and leaves a JSON file in

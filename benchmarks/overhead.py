@@ -1,113 +1,294 @@
-"""What the runtime costs: the share of the time that many particles spend outside the LM.
+"""What Python costs: work with a tiny language model, against plain Pyro traces of the same shape.
 
-    python -m benchmarks --only overhead [--particles 64 256]
+    python -m benchmarks.overhead                        all cases, without loading a model
+    python -m benchmarks.overhead importance fit         of these
+    python -m benchmarks --only overhead                 as part of the suite
 
-A three-site program (latent, latent, observed) is run by importance sampling. "Outside the model's
-calls" is everything but the LM's own batched calls (drawing and scoring of token sequences); the
-second figure counts only its forward passes as LM, so also sampling and bookkeeping per token as
-overhead. Expect less than 10% for the first.
+A plain trace is ``poutine.trace(program).get_trace()`` and its ``compute_log_prob()``, of a program
+with as many ``Categorical`` sites as the other has texts. Costs are CPU seconds on one thread
+(``time.process_time``), alternatives in turns; each value is the median of the ratios. On a GPU the
+language model is fast enough for Python to be the bound, and this is what it is then bound by.
+
+SMC resamples at every barrier here (``ess_threshold=1``), and a factor after each latent makes the
+weights differ. ``import lmppl`` stands beside ``import torch, pyro, transformers``, each in a
+fresh process.
 """
 
 from __future__ import annotations
 
+import argparse
+import os
+import resource
+import subprocess
+import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from statistics import median
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import pyro
 import torch
+from pyro import distributions as dist
+from pyro import poutine
 
 import lmppl
-from benchmarks.bench import Bench
-from benchmarks.measuring import synchronize
+from benchmarks.bench import REPEATS, Bench
+from benchmarks.measuring import Contender, Local, in_turns
 from benchmarks.results import Goal, Row
 from lmppl import lm_sample
-from lmppl.lm.network.runner import Runner
+from lmppl.testing import tiny_lm
 
-GOAL = 0.10
+FIT_STEPS = 2
+OTHERS = "torch, pyro, transformers"
 
 
-class Clock:
-    """Seconds spent inside wrapped methods (not counted twice when they nest)."""
+@dataclass(frozen=True)
+class Side:
+    """One of the two that a case compares.
 
-    def __init__(self, device: torch.device) -> None:
-        self.seconds, self._depth, self._device = 0.0, 0, device
+    Args:
+        label: what it is, in words.
+        contender: does it.
+        traces: how many it makes.
+    """
 
-    @contextmanager
-    def wrapping(self, owner: Any, *names: str) -> Iterator[None]:
-        originals = {name: getattr(owner, name) for name in names}
-        for name, original in originals.items():
-            setattr(owner, name, self._timed(original))
-        try:
-            yield
-        finally:
-            for name, original in originals.items():
-                setattr(owner, name, original)
+    label: str
+    contender: Contender
+    traces: int = 1
 
-    def _timed(self, inner: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            self._depth += 1
-            began = time.perf_counter()
-            try:
-                return inner(*args, **kwargs)
-            finally:
-                self._depth -= 1
-                if not self._depth:
-                    synchronize(self._device)
-                    self.seconds += time.perf_counter() - began
 
-        return timed
+@dataclass(frozen=True)
+class Case:
+    """A ratio of two costs, each a trace.
+
+    Args:
+        words: what is measured, with its sizes.
+        ours: its side.
+        other: what it is compared with.
+        at_most: goal of the ratio, at the sizes of a real run.
+    """
+
+    words: str
+    ours: Side
+    other: Side
+    at_most: float
+
+    def measure(self, repeats: int) -> Row:
+        """Run both in turns."""
+        contenders = {side.label: side.contender for side in (self.ours, self.other)}
+        ours, other = in_turns(contenders, repeats)
+        values = [
+            (a / self.ours.traces) / (b / self.other.traces)
+            for a, b in zip(ours.seconds, other.seconds, strict=True)
+        ]
+        costs = [1e3 * ours.median / self.ours.traces, 1e3 * other.median / self.other.traces]
+        goal = None if self.at_most is None else Goal(self.at_most, at_least=False)
+        note = f"{costs[0]:.3g} ms against {costs[1]:.3g} ms"
+        if self.ours.traces > 1:
+            note = f"a trace, {note}"
+        return Row.of(self.words, [ours, other], values, unit="x", goal=goal, note=note)
 
 
 def run(bench: Bench) -> list[Row]:
-    sizes = bench.choose_particles(smoke=[4], quick=[256], full=[64, 256])
-    length = bench.choose(smoke=4, quick=16, full=16)
-    return [measure(bench, particles, length) for particles in sizes]
+    return measure(list(CASES), bench)
 
 
-def measure(bench: Bench, particles: int, length: int) -> Row:
-    """``particles`` particles, two latent texts of at most ``length`` tokens each."""
-    calls, passes = Clock(bench.device), Clock(bench.device)
-    outside: list[tuple[float, float]] = []  # of calls, of forward passes
+def measure(names: list[str], bench: Bench) -> list[Row]:
+    """The cases of these names, in a bench's sizes and repeats (its model is not used)."""
+    with one_thread():
+        return [case.measure(bench.repeats) for name in names for case in CASES[name](bench)]
 
-    def story(x: str, y: str) -> lmppl.Text:
-        z = lm_sample("z", x, max_tokens=length, stop=".")
-        w = lm_sample("w", [x, z], max_tokens=length, stop=".")
-        lm_sample("y", [x, z, w], obs=y)
-        return w
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """CPU seconds then are those of Python and of the sums, not of threads that wait."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+# --- programs ------------------------------------------------------------------------------------
+
+
+def story(x: str, y: str) -> None:
+    """Two latent texts and an observed one."""
+    z = lm_sample("z", x, max_tokens=3, stop=".")
+    w = lm_sample("w", [x, z], max_tokens=3, stop=".")
+    lm_sample("y", [x, z, w], obs=y)
+
+
+def plain_story(logits: torch.Tensor, observed: torch.Tensor) -> None:
+    """The same shape in plain Pyro."""
+    pyro.sample("z", dist.Categorical(logits=logits))
+    pyro.sample("w", dist.Categorical(logits=logits))
+    pyro.sample("y", dist.Categorical(logits=logits), obs=observed)
+
+
+def chain(length: int) -> None:
+    """``length`` latent texts, each after the one before, and a factor after each that sets them
+    apart: of 16 particles about half are replaced every time."""
+    text: Any = "a"
+    for i in range(length):
+        text = lm_sample(f"z{i}", ["a", text], max_tokens=3, stop=".")
+        nats = zlib.crc32(f"{i} {text}".encode()) % 11 - 5
+        pyro.factor(f"f{i}", torch.tensor(float(nats)))
+
+
+# --- cases ---------------------------------------------------------------------------------------
+
+
+def importance(bench: Bench) -> list[Case]:
+    particles = bench.choose(smoke=4, quick=1024, full=1024)
+    lm = frozen_lm()
 
     def work(number: int) -> int:
-        calls.seconds = passes.seconds = 0.0
-        began = time.perf_counter()
-        posterior = lmppl.infer(
-            story,
-            bench.text(length // 2, number),
-            bench.text(length // 2, number + 1),
-            lm=bench.lm,
-            method="importance",
-            num_samples=particles,
-            seed=number,
-            progress=False,
-        )
-        total = time.perf_counter() - began
-        outside.append((1 - calls.seconds / total, 1 - passes.seconds / total))
-        return posterior.info["tokens_sampled"] + posterior.info["tokens_scored"]
+        options: dict[str, Any] = {"method": "importance", "num_samples": particles}
+        lmppl.infer(story, "ab.", "aba", lm=lm, seed=number, progress=False, **options)
+        return 0
 
-    with (
-        calls.wrapping(lmppl.LM, "draw", "score"),
-        passes.wrapping(Runner, "run_cached", "run_plain"),
-    ):
-        # Shares vary little, and a repetition is long.
-        sides = bench.in_turns({"lmppl": work}, repeats=max(1, bench.repeats // 2))
-    measured = outside[1:]  # the first was the warm-up
-    beyond_passes = median(share for _, share in measured)
-    return Row.of(
-        f"{particles} particles, three sites",
-        sides,
-        [share for share, _ in measured],
-        unit="%",
-        goal=Goal(GOAL, at_least=False) if particles == 256 else None,
-        figures={"particles": particles, "outside_passes": beyond_passes},
-        note=f"outside forward passes: {beyond_passes:.0%}",
-    )
+    ours = Side("importance", counted(work), particles)
+    words = f"importance, {particles:,} particles, three sites"
+    return [Case(words, ours, plain_traces(particles), 1.0)]
+
+
+def fit(bench: Bench) -> list[Case]:
+    size = bench.choose(smoke=4, quick=512, full=512)
+    words = f"fit, {size:,} traces a step, three sites"
+    return [Case(words, fitting(size), plain_traces(2 * size), 1.5)]
+
+
+def fit_growth(bench: Bench) -> list[Case]:
+    small, large = bench.choose(smoke=(4, 6), quick=(512, 4096), full=(512, 4096))
+    words = f"fit, {large:,} against {small:,} traces a step"
+    return [Case(words, fitting(large), fitting(small), 1.1)]
+
+
+def smc(bench: Bench) -> list[Case]:
+    lengths = bench.choose(smoke=[3], quick=[60, 200], full=[60, 200])
+    particles = bench.choose(smoke=2, quick=16, full=16)
+    lm = frozen_lm()
+
+    def side(length: int, method: str, **more: Any) -> Side:
+        def work(number: int) -> int:
+            options = {"method": method, "num_samples": particles, **more}
+            lmppl.infer(chain, length, lm=lm, seed=number, progress=False, **options)
+            return 0
+
+        return Side(f"{method}, {length}", counted(work), particles)
+
+    return [
+        Case(
+            f"smc, {length} latent sites, {particles} particles",
+            side(length, "smc", ess_threshold=1.0),
+            side(length, "importance"),
+            2.0,
+        )
+        for length in lengths
+    ]
+
+
+def imports(bench: Bench) -> list[Case]:
+    if bench.mode == "smoke":
+        return []
+    return [Case("import lmppl", Side("lmppl", Import("lmppl")), Side(OTHERS, Import(OTHERS)), 1.1)]
+
+
+CASES: dict[str, Callable[[Bench], list[Case]]] = {
+    "importance": importance,
+    "fit": fit,
+    "fit_growth": fit_growth,
+    "smc": smc,
+    "imports": imports,
+}
+
+
+# --- sides ---------------------------------------------------------------------------------------
+
+
+def counted(work: Callable[[int], int]) -> Contender:
+    """Work in this process, by its CPU seconds."""
+    return Local(work, torch.device("cpu"), clock=time.process_time)
+
+
+def plain_traces(traces: int) -> Side:
+    """Plain Pyro traces of three sites, and their densities."""
+    logits, observed = torch.zeros(5), torch.tensor(1)
+
+    def work(number: int) -> int:
+        for _ in range(traces):
+            poutine.trace(plain_story).get_trace(logits, observed).compute_log_prob()
+        return 0
+
+    return Side("plain Pyro", counted(work), traces)
+
+
+def fitting(size: int) -> Side:
+    """A new guide's first steps, with the defaults: truncations, replayed and tempered traces."""
+    lm = frozen_lm()
+
+    def work(number: int) -> int:
+        guide = lmppl.LMGuide(story, lm=lm)
+        options = {"batch_size": size, "inputs_per_step": 1, "seed": number, "progress": False}
+        guide.fit([("ab.", "aba")], steps=FIT_STEPS, **options)
+        return 0
+
+    return Side(f"fit, {size:,}", counted(work), FIT_STEPS * size)
+
+
+@dataclass
+class Import:
+    """Modules, imported in a fresh process."""
+
+    modules: str
+
+    def warm_up(self) -> None:
+        self.repeat(0)
+
+    def repeat(self, number: int) -> tuple[float, int]:
+        folder = Path(lmppl.__file__).parent.parent
+        before = _children_seconds()
+        subprocess.run(
+            [sys.executable, "-c", f"import {self.modules}"],
+            env={**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"},
+            check=True,
+        )
+        return _children_seconds() - before, 0
+
+
+def _children_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def frozen_lm() -> lmppl.LM:
+    lm = tiny_lm("ab.", seed=0)
+    lm.model.requires_grad_(False)
+    return lm
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead", description=__doc__)
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=", ".join(CASES))
+    parser.add_argument("--repeats", type=int, default=REPEATS["quick"])
+    options = parser.parse_args()
+    unknown = [name for name in options.cases if name not in CASES]
+    if unknown:
+        parser.error(f"no case {unknown[0]!r}, there are {', '.join(CASES)}")
+    bench = Bench(frozen_lm(), repeats=options.repeats)
+    for name in options.cases or CASES:
+        for row in measure([name], bench):
+            low, high = row.spread or (row.value, row.value)
+            limit = row.goal and row.goal.value
+            print(
+                f"{row.case:42}{row.value:6.2f} ({low:.2f} to {high:.2f}; at most {limit}): {row.note}"
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -170,7 +170,7 @@ def _value(row: Row) -> str:
 
 def _number(value: float, unit: str) -> str:
     if unit == "x":
-        return f"{value:.1f}"
+        return f"{value:.1f}" if value >= 2 else f"{value:.2f}"
     return f"{value:.0%}" if unit == "%" else bytes_in_words(value)
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from benchmarks import (
     decode,
     gflownet,
+    outside,
     overhead,
     resampling,
     sampling,
@@ -60,8 +61,13 @@ BENCHMARKS = {
         "share that is products",
         training_pass.run,
     ),
+    "outside": Benchmark(
+        "Python outside the language model", "share outside the model's calls", outside.run
+    ),
     "overhead": Benchmark(
-        "Python outside the language model", "share outside the model's calls", overhead.run
+        "Python with a tiny language model, against plain Pyro traces",
+        "times the other's CPU seconds",
+        overhead.run,
     ),
     "resampling": Benchmark(
         "Resampling at every token", "added to the time, or memory", resampling.run

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 import sys
 
 import pytest
@@ -11,11 +12,12 @@ import torch
 
 import lmppl
 from benchmarks import __main__ as command
-from benchmarks import measuring, plots, report, scoring, smc, smc_guide, suite
+from benchmarks import measuring, overhead, plots, report, scoring, smc, smc_guide, suite
 from benchmarks.bench import Bench
 from benchmarks.infilling_task import Task
 from benchmarks.measuring import Local, Timed, in_turns, ratios
-from benchmarks.overhead import Clock
+from benchmarks.outside import Clock
+from benchmarks.overhead import Case, Import, Side
 from benchmarks.peers import gfn_lm_tuning
 from benchmarks.peers.process import PeerContender, PeerProcess
 from benchmarks.products import Products
@@ -149,7 +151,7 @@ def test_the_table_shows_values_and_goals():
     assert "- 64 tokens, float32: a note." in text
     assert "full run of 2025-06-01, 3 repetitions, revision abcdef123456, load 0.5" in text
     missed = Row("x", [Timed("lmppl", [1.0], [0])], 0.2, None, "%", Goal(0.1, at_least=False))
-    text = report.table([Result("overhead", "Overhead", "share", FACTS, [missed])])
+    text = report.table([Result("outside", "Outside", "share", FACTS, [missed])])
     assert "| 20% | at most 10%: **missed** |" in text
     unknown = Row("x", [Timed("lmppl", [1.0], [0])], None, None, "bytes", Goal(8 << 30, False))
     text = report.table([Result("resampling", "Memory", "memory", FACTS, [unknown])])
@@ -264,6 +266,50 @@ def test_the_clock_counts_once_and_restores():
     assert Owner.outer is plain and clock.seconds > 0
 
 
+def test_costs_are_compared_by_trace():
+    class Fixed:
+        def __init__(self, *seconds):
+            self.seconds = seconds
+
+        def warm_up(self):
+            return None
+
+        def repeat(self, number):
+            return self.seconds[number - 1], 0
+
+    sides = Side("ours", Fixed(6.0, 2.0, 8.0), 4), Side("other", Fixed(1.0, 1.0, 1.0), 2)
+    row = Case("three sites", *sides, 2.5).measure(3)
+    assert (row.value, row.spread) == (3.0, (1.0, 4.0)) and not row.goal.met_by(row.value)
+    assert row.note == "a trace, 1.5e+03 ms against 500 ms"
+
+
+def test_imports_are_timed_in_a_process_of_their_own():
+    seconds, _ = Import("json").repeat(1)
+    assert 0 < seconds < 60
+    with pytest.raises(subprocess.CalledProcessError):
+        Import("no_such_module").repeat(1)
+
+
+def test_many_particles_of_the_chain_are_replaced(monkeypatch):
+    replaced = []
+    settle = lmppl.engines.smc.settle_in_place
+
+    def counting(ancestors, *args):
+        replaced.append(len(ancestors) - len(set(map(int, ancestors))))
+        return settle(ancestors, *args)
+
+    monkeypatch.setattr("lmppl.engines.smc.settle_in_place", counting)
+    options = {
+        "method": "smc",
+        "ess_threshold": 1.0,
+        "num_samples": 16,
+        "seed": 0,
+        "progress": False,
+    }
+    lmppl.infer(overhead.chain, 12, lm=overhead.frozen_lm(), **options)
+    assert len(replaced) == 11 and 5 < sum(replaced) / len(replaced) < 11  # of 16
+
+
 def test_a_peer_answers_line_by_line():
     with PeerProcess([sys.executable, "-c", PEER]) as peer:
         assert peer.hello == {"name": "1.0"}
@@ -371,12 +417,12 @@ def test_smc_with_a_guide(monkeypatch, tmp_path, capsys):
 def test_the_command_line(bench, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(command, "make", lambda model, dtype, **options: bench)
     monkeypatch.setattr(command, "FOLDER", tmp_path)
-    monkeypatch.setattr(sys, "argv", ["benchmarks", "--smoke", "--only", "overhead", "smc"])
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--smoke", "--only", "outside", "smc"])
     assert command.main() == 0
     printed = capsys.readouterr().out
     assert "three sites" in printed and "make bench-peers" in printed
     assert len(load_all(tmp_path / LOCAL)) == 2
     broken = suite.Benchmark("", "", lambda bench: 1 / 0)
-    monkeypatch.setitem(suite.BENCHMARKS, "overhead", broken)
+    monkeypatch.setitem(suite.BENCHMARKS, "outside", broken)
     assert command.main() == 1
     assert "ZeroDivisionError" in capsys.readouterr().err
