@@ -61,6 +61,8 @@ lint: setup
 	$(say) 'ruff'
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
+	$(say) 'import-linter: who may import whom'
+	@$(BIN)/lint-imports --no-logo --no-cache
 
 types: setup
 	$(say) 'mypy'
