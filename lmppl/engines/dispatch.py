@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -14,6 +14,7 @@ from lmppl.lm import LM
 from lmppl.posterior import Posterior, ZeroEvidenceError
 from lmppl.primitives import use
 from lmppl.report import profiling
+from lmppl.runtime.arguments import bind, check_program
 
 
 def infer(
@@ -27,6 +28,7 @@ def infer(
     progress: bool | None = None,
     callback: Callable[[dict[str, Any]], None] | None = None,
     profile: bool = False,
+    kwargs: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Posterior:
     """The posterior of a program's latent sites.
@@ -37,8 +39,8 @@ def infer(
 
     Args:
         model: a Pyro program with ``lm_sample`` sites.
-        *args: the program's positional arguments. (Bind its keyword arguments with
-            ``functools.partial``.)
+        *args: the program's positional arguments. Each particle runs on its own
+            copies of the lists, dicts and sets among them.
         method: ``"smc"``, ``"importance"``, ``"gflownet"``, ``"exact"``, a name that was
             registered with ``lmppl.register_engine``, or an engine object such as
             ``lmppl.SMC(ess_threshold=0.5)``.
@@ -50,6 +52,7 @@ def infer(
         progress: show a progress bar; None: on a terminal.
         callback: called with a dict of figures at every stage.
         profile: measure where the time goes; the posterior's ``.profile`` says it.
+        kwargs: the program's arguments by name.
         **options: the engine's, for example ``ess_threshold`` and ``twist`` for ``"smc"``.
 
     Returns:
@@ -63,7 +66,7 @@ def infer(
     engine = prepare(model, method, lm, callback, options)
     num_samples, seed = check_int("num_samples", num_samples), check_seed(seed)
     check_flag("profile", profile)
-    check_arguments(model, args)
+    model, args = bind(model, args, kwargs)
     # Without lm=, sites fall back on lmppl.use, or name their own; one that cannot says so.
     with (
         nullcontext() if lm is None else use(lm),
@@ -96,7 +99,7 @@ def prepare(
 ) -> Engine:
     """The engine of a call; raises for what is wrong with it whatever the program's arguments."""
     engine = _engine(method, options)
-    check_callable("model", model)
+    check_program(model)
     if lm is not None:
         check_lm("infer", lm)
     if callback is not None:
@@ -133,24 +136,18 @@ def _engine(method: str | Engine, options: dict[str, Any]) -> Engine:
     ]
     for name in options:
         if name not in allowed:
-            common = ["lm", "num_samples", "guide", "seed", "progress", "callback", "profile"]
+            common = [
+                "lm",
+                "num_samples",
+                "guide",
+                "seed",
+                "progress",
+                "callback",
+                "profile",
+                "kwargs",
+            ]
             raise TypeError(
                 f"method={method!r} has no option {name!r}{did_you_mean(name, [*allowed, *common])}. "
-                "(Keywords are the engine's; bind the program's with functools.partial.)"
+                "(Keywords are the engine's; the program's go in kwargs={...}.)"
             )
     return engine(**options)
-
-
-def check_arguments(model: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    """Raises ``TypeError`` if the program does not take these positional arguments."""
-    try:
-        signature = inspect.signature(model)
-    except (TypeError, ValueError):  # some callables have none
-        return
-    try:
-        signature.bind(*args)
-    except TypeError as error:
-        name = getattr(model, "__name__", type(model).__name__)
-        raise TypeError(
-            f"the program {name}{signature} was given {len(args)} positional arguments: {error}"
-        ) from None

@@ -17,8 +17,8 @@ from lmppl.posterior import Posterior
 from lmppl.primitives import default_lm
 from lmppl.report.progress import progress_bar
 from lmppl.runtime import Member
+from lmppl.runtime.arguments import items_of, positional, signature_of
 from lmppl.runtime.coroutine import GlobalState
-from lmppl.training.inputs import items_of, positional, signature_of
 
 # Each row more makes a batch cheaper by the row, but little so beyond some hundreds, while every
 # particle takes memory: a stack, a trace, a row of the cache. A few samples for each of very many

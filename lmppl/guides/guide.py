@@ -7,6 +7,7 @@ from typing import Any
 
 from lmppl.guides.program import ProgramProposer
 from lmppl.runtime import Proposer
+from lmppl.runtime.arguments import check_program
 
 
 def proposer_factory(guide: Any, args: tuple[Any, ...]) -> Callable[[int, int], Proposer] | None:
@@ -21,6 +22,7 @@ def proposer_factory(guide: Any, args: tuple[Any, ...]) -> Callable[[int, int], 
     if hasattr(guide, "proposer_factory"):
         return guide.proposer_factory(args)
     if callable(guide):
+        check_program(guide, "guide")
         return lambda slot, seed: ProgramProposer.make(guide, args, slot, seed)
     raise TypeError(
         f"guide= takes a lmppl.LMGuide or a guide program (a callable), given {type(guide).__name__}"

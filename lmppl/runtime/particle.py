@@ -22,6 +22,7 @@ from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.poutine.trace_struct import Trace
 
 from lmppl.distributions import LMText, ToolCall
+from lmppl.runtime.arguments import call, name_of
 from lmppl.runtime.coroutine import Coroutine, GlobalState, suspend
 from lmppl.runtime.waits import ChoiceWait, DrawWait, ScoreWait, Wait
 
@@ -65,12 +66,11 @@ class ReplayError(RuntimeError):
 
 
 class Particle:
-    """A run of ``program(*args, **kwargs)``.
+    """A run of ``program(*args)``, on copies of the lists, dicts and sets among ``args``.
 
     Args:
         program: a Pyro program.
         args: its positional arguments.
-        kwargs: its keyword arguments.
         seed: of the run's own random streams.
         proposer: where latent values come from; None: the model.
         given: values for latent sites and tools, by name; they come before the proposer.
@@ -93,7 +93,6 @@ class Particle:
         self,
         program: Callable[..., Any],
         args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
         *,
         seed: int,
         proposer: Proposer | None = None,
@@ -105,7 +104,7 @@ class Particle:
         grad: bool = False,
         slot: int = 0,
     ) -> None:
-        self.program, self.args, self.kwargs = program, args, dict(kwargs or {})
+        self.program, self.args = program, args
         self.proposer = proposer
         self.given = dict(given or {})
         self._known = dict(known or {})
@@ -180,7 +179,6 @@ class Particle:
         new = Particle(
             self.program,
             self.args,
-            self.kwargs,
             seed=0,
             proposer=proposer,
             given={**self.given, **(given or {})},
@@ -242,8 +240,8 @@ class Particle:
     def _run(self) -> None:
         with self._recorder:
             trace = self._recorder.trace
-            trace.add_node("_INPUT", name="_INPUT", type="args", args=self.args, kwargs=self.kwargs)
-            self.returned = self.program(*self.args, **self.kwargs)
+            trace.add_node("_INPUT", name="_INPUT", type="args", args=self.args, kwargs={})
+            self.returned = call(self.program, self.args)
             if self._to_repeat or self._expected is not None:
                 raise ReplayError(
                     f"a replayed run ended before site '{self._next_recorded}' of the recorded "
@@ -372,12 +370,7 @@ class Particle:
     @property
     def _call(self) -> str:
         """The program with its arguments, which tell its inputs apart."""
-        name = getattr(self.program, "__name__", type(self.program).__name__)
-        given = [
-            *map(_repr.repr, self.args),
-            *(f"{k}={_repr.repr(v)}" for k, v in self.kwargs.items()),
-        ]
-        return f"{name}({', '.join(given)})"
+        return f"{name_of(self.program)}({', '.join(map(_repr.repr, self.args))})"
 
     def _explain(self, error: Exception) -> None:
         """Say where in the program an exception came from, and what the particle had drawn."""

@@ -29,6 +29,7 @@ from lmppl import runtime
 from lmppl.guides.prompts import is_observation
 from lmppl.lm.tokens.text import Text
 from lmppl.runtime import Particle, is_latent
+from lmppl.runtime.arguments import check_program
 from lmppl.runtime.sites import value_of
 
 
@@ -114,6 +115,7 @@ def simulate(
     """
     if not isinstance(num, int) or num < 1:
         raise ValueError(f"num={num!r}: it must be an int of at least 1")
+    check_program(model)
     seed = runtime.fresh_seed(seed)
     return _simulate_each(model, [args] * num, seed, _names(observed), max_attempts)
 

@@ -14,15 +14,14 @@ from lmppl import runtime
 from lmppl.posterior import Posterior
 from lmppl.report.progress import progress_bar
 from lmppl.runtime import simulation
+from lmppl.runtime.arguments import Args, items_of
 from lmppl.runtime.records import Record, record_of_simulation
 from lmppl.runtime.simulation import Simulated
 from lmppl.training.inputs import (
-    Args,
     Collection,
     Input,
     Source,
     Stream,
-    items_of,
     read_inputs,
     read_stream,
 )

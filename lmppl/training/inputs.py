@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lmppl.guides.prompts import Observations
+from lmppl.runtime.arguments import Args, items_of, positional, signature_of
 from lmppl.runtime.records import Record
 from lmppl.training.options import FitOptions
 from lmppl.training.samples import ReplayBuffer
@@ -20,8 +20,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
 import torch
-
-Args = tuple[Any, ...]
 
 
 class Input:
@@ -98,78 +96,6 @@ def read_inputs(program: Callable[..., Any], data: Iterable[Any], what: str = "d
     if not inputs:
         raise ValueError(f"{what} holds no input: give at least one, [(x, y)]")
     return inputs
-
-
-def signature_of(program: Callable[..., Any]) -> inspect.Signature:
-    """What inputs are to fit: all but what ``functools.partial`` or a default has bound by name."""
-    signature = inspect.signature(program)
-    return signature.replace(
-        parameters=[
-            each
-            for each in signature.parameters.values()
-            if each.kind is not each.KEYWORD_ONLY or each.default is each.empty
-        ]
-    )
-
-
-def items_of(data: Any, what: str = "data") -> Iterable[Any]:
-    """The items of a collection. (A map-style ``torch.utils.data.Dataset`` has a length and an item
-    for each index, and nothing to iterate.)
-
-    Raises:
-        TypeError: for what is one input and not a collection of them.
-    """
-    if isinstance(data, (str, bytes, Mapping)):
-        indexed = False
-    elif isinstance(data, Iterable):
-        return data
-    else:
-        indexed = hasattr(data, "__len__") and hasattr(data, "__getitem__")
-    if not indexed:
-        raise TypeError(
-            f"{what} must be a list of inputs, given one {type(data).__name__}: put it in a list, "
-            "[(x, y)] or [{'x': x, 'y': y}]"
-        )
-    return (data[index] for index in range(len(data)))
-
-
-def positional(signature: inspect.Signature, item: Any, index: int, what: str = "data") -> Args:
-    """One item of the data as positional arguments.
-
-    Args:
-        signature: of ``signature_of(program)``.
-        item: a tuple or a dict.
-        index: its number, for messages.
-        what: the argument that it is of, for messages.
-
-    Raises:
-        TypeError: if it does not fit the program; says which item.
-    """
-    try:
-        if isinstance(item, Mapping):
-            bound = signature.bind(**item)
-        elif isinstance(item, (tuple, list)):
-            bound = signature.bind(*item)
-        else:
-            raise TypeError(
-                f"it is a {type(item).__name__}; an input is a tuple of positional arguments, "
-                "(x,), or a dict of arguments by name"
-            )
-    except TypeError as error:
-        raise TypeError(
-            f"item {index} of {_the(what)} does not fit the program {signature}: {error}"
-        ) from None
-    bound.apply_defaults()
-    if bound.kwargs:
-        raise TypeError(
-            f"item {index} of {_the(what)}: the program's keyword-only arguments "
-            f"{sorted(bound.kwargs)} are bound with functools.partial, not given with the inputs"
-        )
-    return bound.args
-
-
-def _the(what: str) -> str:
-    return "the data" if what == "data" else what
 
 
 # --- where the inputs of each step come from -----------------------------------------------------

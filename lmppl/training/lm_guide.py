@@ -19,6 +19,7 @@ from lmppl.lm import LM
 from lmppl.primitives import default_lm, use
 from lmppl.report.history import History
 from lmppl.runtime import Proposer
+from lmppl.runtime.arguments import check_program
 from lmppl.runtime.records import Recaller
 
 if TYPE_CHECKING:
@@ -69,8 +70,9 @@ class LMGuide:
         lm = lm if lm is not None else default_lm()
         if lm is None:
             raise ValueError("LMGuide needs a language model: pass lm= or call lmppl.use(lm)")
-        if not callable(model):
-            raise TypeError(f"model must be a function, given {type(model).__name__}")
+        check_program(model)
+        if program is not None:
+            check_program(program, "program")
         if isinstance(condition_on, str) and condition_on != "all":
             raise ValueError(
                 f"condition_on={condition_on!r}: give 'all' or a list of names, [{condition_on!r}]"
