@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 
 import pyro
 import torch
-from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -140,6 +139,8 @@ def load(
         raise ValueError(f"{path} holds a guide of kind {description['kind']!r}: {needed}")
     lora = None
     if program is None and description["num_adapters"]:
+        from peft import LoraConfig
+
         lora = LoraConfig.from_pretrained(path / "adapter-0")
         lora.inference_mode = False
     sites = description["adapted_sites"]
@@ -211,7 +212,8 @@ def restore_program(adapters: list[LM], names: list[str], state: dict[str, Any])
 
 
 def _set_adapter(adapter: LM, tensors: dict[str, torch.Tensor]) -> None:
-    assert isinstance(adapter.model, PeftModel)
+    from peft import set_peft_model_state_dict
+
     result = set_peft_model_state_dict(adapter.model, tensors)
     unexpected = list(getattr(result, "unexpected_keys", []))
     if unexpected:

@@ -11,9 +11,6 @@ import time
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
 _REFRESH_SECONDS = 0.1
 
 _live = False  # two bars would overwrite each other, so work inside other work shows none
@@ -40,12 +37,21 @@ class progress_bar:
         self._description = description
         self._total = total
         self._show = sys.stderr.isatty() if show is None else show
-        self._bar: Progress | None = None
+        self._bar: Any = None  # rich's, which is imported when one is shown
         self._refreshed = 0.0
 
     def __enter__(self) -> progress_bar:
         global _live
         if self._show and not _live:
+            from rich.console import Console
+            from rich.progress import (
+                BarColumn,
+                MofNCompleteColumn,
+                Progress,
+                TextColumn,
+                TimeElapsedColumn,
+            )
+
             # No refresh thread: it would run beside programs that swap global state.
             self._bar = Progress(
                 TextColumn("{task.description}", markup=False),

@@ -10,13 +10,14 @@ import html
 import io
 import shutil
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text as RichText
+
+if TYPE_CHECKING:  # rich is imported when a table is wanted
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text as RichText
 
 MAX_ROWS = 10
 _BAR_WIDTH = 10
@@ -28,7 +29,7 @@ def text_table(summary: Mapping[str, Any], width: int | None = None) -> str:
     out = io.StringIO()
     console = _console(out, width)
     for line in header_lines(summary):
-        console.print(RichText(line), soft_wrap=False)
+        console.print(_plain(line), soft_wrap=False)
     rows: Sequence[Mapping[str, Any]] = summary["rows"]
     if rows:
         table = _table()
@@ -41,12 +42,14 @@ def text_table(summary: Mapping[str, Any], width: int | None = None) -> str:
             table.add_row(percent(row["weight"]), bar(row["weight"], rows[0]["weight"]), *cells)
         console.print(table)
     for line in footer_lines(summary):
-        console.print(RichText(line))
+        console.print(_plain(line))
     return _stripped(out)
 
 
 def _console(out: io.StringIO, width: int | None) -> Console:
     """One that writes plain text, as wide as the terminal unless ``width`` is given."""
+    from rich.console import Console
+
     width = shutil.get_terminal_size((100, 24)).columns if width is None else width
     return Console(
         file=out, width=max(width, 40), color_system=None, force_terminal=False,
@@ -55,6 +58,9 @@ def _console(out: io.StringIO, width: int | None) -> Console:
 
 
 def _table(gap: int = 2) -> Table:
+    from rich import box
+    from rich.table import Table
+
     return Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, gap, 0, 0))
 
 
@@ -62,9 +68,16 @@ def _stripped(out: io.StringIO) -> str:
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
 
+def _plain(text: str, **options: Any) -> RichText:
+    """Text as it is: rich reads no markup in it."""
+    from rich.text import Text as RichText
+
+    return RichText(text, **options)
+
+
 def _cell(text: str) -> RichText:
     # Cut by the cell, not by the column: rich takes width only from columns that may wrap.
-    return RichText(text, no_wrap=True, overflow="ellipsis")
+    return _plain(text, no_wrap=True, overflow="ellipsis")
 
 
 def html_table(summary: Mapping[str, Any]) -> str:
@@ -194,21 +207,21 @@ def grid_text(
     """
     out = io.StringIO()
     console = _console(out, width)
-    console.print(RichText(above))
+    console.print(_plain(above))
     # Many columns, and a terminal may have 80. (Rich puts a blank of its own between them.)
     table = _table(gap=1 if len(columns) < 10 else 0)
     for column in columns:
         table.add_column(
-            RichText(column),
+            _plain(column),
             justify="right" if column else "left",
             vertical="bottom",
             no_wrap=True,
         )
     for row in rows:
-        table.add_row(*(RichText(cell) for cell in row))
+        table.add_row(*(_plain(cell) for cell in row))
     console.print(table)
     if below:
-        console.print(RichText(below))
+        console.print(_plain(below))
     return _stripped(out)
 
 
@@ -292,7 +305,7 @@ def diagnosis_text(summary: Mapping[str, Any], width: int | None = None) -> str:
     """``Diagnosis.summary()`` as text no wider than ``width`` columns (default: the terminal)."""
     out = io.StringIO()
     console = _console(out, width)
-    console.print(RichText(diagnosis_header(summary)))
+    console.print(_plain(diagnosis_header(summary)))
     for columns, rows in _diagnosis_tables(summary):
         console.print()
         table = _table()
@@ -302,7 +315,7 @@ def diagnosis_text(summary: Mapping[str, Any], width: int | None = None) -> str:
             table.add_row(*map(_cell, row))
         console.print(table)
     for note in summary["notes"]:
-        console.print(RichText(f"note: {show(note, quote=False)}"))
+        console.print(_plain(f"note: {show(note, quote=False)}"))
     return _stripped(out)
 
 

@@ -6,11 +6,10 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from accelerate import PartialState
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
-from accelerate.utils import LoggerType
+if TYPE_CHECKING:  # accelerate is imported when a run is tracked
+    from accelerate.tracking import GeneralTracker
 
 
 class Tracker:
@@ -55,6 +54,8 @@ def tracker(
     """
     chosen = _chosen(log_with, directory, name)
     if chosen:
+        from accelerate import PartialState
+
         PartialState()  # which process this is: accelerate's trackers ask for it, and no more
     plain = {key: _plain(value) for key, value in config.items()}
     with ExitStack() as stack:
@@ -70,6 +71,8 @@ def _chosen(
 ) -> list[GeneralTracker]:
     if log_with is None:
         return []
+    from accelerate.tracking import GeneralTracker
+
     wanted = log_with if isinstance(log_with, (list, tuple)) else [log_with]
     return [
         each if isinstance(each, GeneralTracker) else _made(each, directory, name)
@@ -79,6 +82,9 @@ def _chosen(
 
 def _made(kind: Any, directory: str | os.PathLike[str] | None, name: str) -> GeneralTracker:
     """A tracker by its name."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+    from accelerate.utils import LoggerType
+
     kind = str(kind) if isinstance(kind, LoggerType) else kind
     if not isinstance(kind, str) or kind not in LOGGER_TYPE_TO_CLASS:
         raise ValueError(

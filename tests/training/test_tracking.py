@@ -11,7 +11,6 @@ from accelerate.utils import LoggerType
 
 import lmppl
 from lmppl.testing.programs import CASES
-from lmppl.training import tracking
 from lmppl.training.tracking import tracker
 
 
@@ -151,13 +150,13 @@ def test_unknown_names(wrong, tmp_path):
     ("name", "package"), [("wandb", "wandb"), ("tensorboard", r"lmppl\[tracking\]")]
 )
 def test_names_that_are_not_installed(name, package, monkeypatch):
-    monkeypatch.setattr(tracking, "get_available_trackers", lambda: [])
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: [])
     with pytest.raises(ValueError, match=f"'{name}': not installed: pip install {package}"):
         track(name, "somewhere").__enter__()
 
 
 def test_installed_and_registered_names_are_made(monkeypatch):
-    monkeypatch.setattr(tracking, "get_available_trackers", lambda: [LoggerType.WANDB])
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: [LoggerType.WANDB])
     monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "wandb", Fake)
     monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "mine", Fake)
     with track(["wandb", LoggerType.WANDB, "mine"]) as log:

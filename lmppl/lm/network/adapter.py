@@ -10,15 +10,15 @@ import copy
 import sys
 import warnings
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
-from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers.pytorch_utils import Conv1D
 
 from lmppl.lm.network.lora import factors, plain_adapter
+
+if TYPE_CHECKING:  # peft takes seconds, and is imported when an adapter is made
+    from peft import LoraConfig, PeftModel
 
 
 def clone(
@@ -53,13 +53,15 @@ def default_config(model: torch.nn.Module) -> LoraConfig:
 
     Without dropout, since the densities of a guide must be the same when drawn and when scored.
     """
+    from peft import LoraConfig
+
     return LoraConfig(
         r=16,
         lora_alpha=16,
         lora_dropout=0.0,
         target_modules="all-linear",
         fan_in_fan_out=any(isinstance(m, Conv1D) for m in model.modules()),
-        task_type=TaskType.CAUSAL_LM,
+        task_type="CAUSAL_LM",
     )
 
 
@@ -69,6 +71,8 @@ def add_adapter(model: torch.nn.Module, config: LoraConfig | None = None) -> Pef
     The adapter's parameters are float32 whatever the base's dtype, and the only ones that need a
     gradient *in the new model's* ``parameters()``; base parameters are shared and frozen.
     """
+    from peft import get_peft_model
+
     base = clone(model, frozen=True)
     config = default_config(base) if config is None else copy.deepcopy(config)
     with warnings.catch_warnings():
@@ -98,13 +102,12 @@ def merge(model: PeftModel) -> Any:
     """
     adapted = {
         parameter: None
-        for layer in model.modules()
-        if isinstance(layer, BaseTunerLayer)
+        for layer in _tuned_layers(model).values()
         for parameter in layer.get_base_layer().parameters()
     }
     with torch.no_grad(), torch.inference_mode(False):
         copied = clone(model, own=adapted)
-        layers = [m.get_base_layer() for m in copied.modules() if isinstance(m, BaseTunerLayer)]
+        layers = [layer.get_base_layer() for layer in _tuned_layers(copied).values()]
         dtypes = [(p, p.dtype) for layer in layers for p in layer.parameters()]
         for parameter, _ in dtypes:
             parameter.data = parameter.data.float()
@@ -115,6 +118,13 @@ def merge(model: PeftModel) -> Any:
     return whole
 
 
+def _tuned_layers(model: Any) -> dict[str, Any]:
+    """The layers that peft has put in place of the model's, by name."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return {name: m for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+
+
 def merge_again(model: PeftModel, into: Any) -> bool:
     """Write the present merged weights into what ``merge(model)`` has returned before.
 
@@ -122,11 +132,9 @@ def merge_again(model: PeftModel, into: Any) -> bool:
     """
     modules = dict(into.named_modules())
     pairs: list[tuple[Any, torch.Tensor]] = []
-    for name, layer in model.get_base_model().named_modules():
-        if not isinstance(layer, BaseTunerLayer):
-            continue
+    for name, layer in _tuned_layers(model.get_base_model()).items():
         target = modules.get(name)
-        plain = isinstance(layer, LoraLayer) and not any(getattr(layer, "use_dora", {}).values())
+        plain = hasattr(layer, "lora_A") and not any(getattr(layer, "use_dora", {}).values())
         bias = any(getattr(layer, "lora_bias", {}).values())
         if not plain or bias or target is None or not hasattr(layer, "get_delta_weight"):
             return False
@@ -146,9 +154,9 @@ def merge_again(model: PeftModel, into: Any) -> bool:
             if base.shape not in room:
                 room[base.shape] = torch.empty_like(base, dtype=torch.float32)
             total = room[base.shape].copy_(base)
-            name = plain_adapter(layer)
-            if name is not None:
-                down, up, scale = factors(layer, name)
+            alone = plain_adapter(layer)
+            if alone is not None:
+                down, up, scale = factors(layer, alone)
                 total.addmm_(up.float(), down.float(), alpha=scale)
             else:
                 for adapter in layer.active_adapters:

@@ -6,7 +6,7 @@ matrix product for all of them, and attention to each row's own suffix one small
 that soft-capping, sinks and sliding windows need no special merging). The rows of one batch may
 have several prefixes, each shared by some of them, and a row's suffix may be a tree.
 
-A model whose configuration names ``ATTENTION`` calls ``attend`` in every layer; the cache that it
+A model that was given to ``use_attention`` calls ``attend`` in every layer; the cache that it
 needs comes with the keyword ``lmppl_cache``. Nothing is registered for masks on purpose:
 transformers then builds none, and the cache makes the mask from the rows' lengths.
 """
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from transformers import AttentionInterface, Cache
+from transformers import Cache
 
 ATTENTION = "lmppl_shared_prefix"
 
@@ -413,4 +413,10 @@ def _attend_block(
     return out.reshape(batch, heads, num_tokens, -1).transpose(1, 2).contiguous()
 
 
-AttentionInterface.register(ATTENTION, attend)
+def use_attention(model: Any) -> None:
+    """Let every layer of a model, a clone that nobody else uses, call ``attend``."""
+    # Not at the top: it imports all of transformers' modelling, which takes seconds.
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(ATTENTION, attend)
+    model.config._attn_implementation = ATTENTION

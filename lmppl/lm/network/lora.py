@@ -7,11 +7,11 @@ whole output, in float32. Here it is added to the frozen product in place, in th
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners import lora
 from torch import nn
 from torch.autograd.function import once_differentiable
 
@@ -19,6 +19,10 @@ from torch.autograd.function import once_differentiable
 def plain_adapter(layer: Any) -> str | None:
     """The adapter of a layer that computes exactly the formula above; None for any other (DoRA,
     dropout, several adapters, trained biases, layers of other kinds)."""
+    if "peft" not in sys.modules:  # nobody has made an adapter, so it need not be imported
+        return None
+    from peft.tuners import lora
+
     if type(layer) is not lora.Linear or type(layer.get_base_layer()) is not nn.Linear:
         return None
     names = [name for name in layer.active_adapters if name in layer.lora_A]

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 class Checkpointing:
@@ -28,6 +27,8 @@ class Checkpointing:
 
     def wrap(self, model: nn.Module) -> None:
         """Put the layers of ``model``, a clone that nobody else uses, under the switch."""
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
         for layer in model.modules():
             if isinstance(layer, GradientCheckpointingLayer):
                 layer.forward = self._switched(layer.forward)

@@ -16,13 +16,12 @@ from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-from peft import PeftModel
 
 from lmppl.lm.meter.roofline import Matrices, Product
 from lmppl.lm.meter.usage import Usage
 from lmppl.lm.meter.work import count_pass
-from lmppl.lm.network.adapter import clone
-from lmppl.lm.network.attention import ATTENTION, Group, LayerKV, PrefixCache, Tree
+from lmppl.lm.network.adapter import clone, is_adapted
+from lmppl.lm.network.attention import Group, LayerKV, PrefixCache, Tree, use_attention
 from lmppl.lm.network.linear import InputLog, can_pack, pack, packed_products
 from lmppl.lm.network.lora import fuse
 from lmppl.lm.network.memory import Memory
@@ -165,7 +164,7 @@ class Runner:
     ) -> None:
         self.name, self.decode = name, decode
         self.memory, self.usage = Memory(), Usage()
-        if isinstance(model, PeftModel):
+        if is_adapted(model):
             if any(c.is_prompt_learning for c in model.peft_config.values()):
                 raise ValueError(
                     "prompt-learning adapters (prefix or prompt tuning) are not supported: their "
@@ -473,7 +472,7 @@ class Runner:
         model = clone(self._model)
         model.set_output_embeddings(torch.nn.Identity())  # what follows is for the layers below it
         fuse(model)
-        model.config._attn_implementation = ATTENTION
+        use_attention(model)
         # One output layer serves both, so that asking it for positions reaches both.
         model.set_output_embeddings(self._head)
         self._checkpointing.wrap(model)
