@@ -1,18 +1,28 @@
-"""One algorithm a file. An engine has its options in its constructor and one ``run``."""
+"""One algorithm a file; see ``base`` for what they share, and docs/new_engine.md to add one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from lmppl.engines.base import Engine
+from lmppl.engines.base import Engine, EngineLike, State
 from lmppl.engines.exact import Exact
 from lmppl.engines.gflownet import GFlowNet
 from lmppl.engines.importance import Importance
 from lmppl.engines.smc import SMC
 
-__all__ = ["ENGINES", "Engine", "Exact", "GFlowNet", "Importance", "SMC", "register_engine"]
+__all__ = [
+    "ENGINES",
+    "Engine",
+    "EngineLike",
+    "Exact",
+    "GFlowNet",
+    "Importance",
+    "SMC",
+    "State",
+    "register_engine",
+]
 
-ENGINES: dict[str, Callable[..., Engine]] = {
+ENGINES: dict[str, Callable[..., EngineLike]] = {
     "importance": Importance,
     "smc": SMC,
     "gflownet": GFlowNet,
@@ -20,13 +30,13 @@ ENGINES: dict[str, Callable[..., Engine]] = {
 }
 
 
-def register_engine(name: str, engine: Callable[..., Engine]) -> None:
+def register_engine(name: str, engine: Callable[..., EngineLike]) -> None:
     """Make an engine available as ``lmppl.infer(..., method=name)``.
 
     Args:
         name: the method's name.
         engine: a class (or factory) whose keyword arguments are the engine's options, and whose
-            objects have ``run`` (see ``Engine``).
+            objects have ``run``, such as a subclass of ``Engine``.
 
     Raises:
         ValueError: if the name is taken.

@@ -1,30 +1,65 @@
-"""What the engines share: how they meter their work, and how they end it."""
+"""What all engines share: the set-up, weighted particles with the verbs that move them, the end.
+
+    state = the program, its arguments, guide and seed          (``Engine.run``)
+    sample(state): the algorithm, of these verbs
+        start       N particles run to their first latent site
+        extend      they run to their next latent site or the end;  log w_i += log p - log q
+        draw        each draws the latent site at which it waits, from the guide or the program
+        select      slot i goes on as a copy of particle ancestors[i]
+    posterior of the particles and their weights
+
+An engine is a frozen dataclass: its fields are the options, ``sample`` is the algorithm. The verbs are
+named after those of GenJAX's ``inference.smc``; options apart from state is BlackJAX's way.
+"""
 
 from __future__ import annotations
 
 import math
 import time
+import warnings
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol, final
 
 import torch
 
+from lmppl import runtime
 from lmppl.guides.guide import proposer_factory
-from lmppl.lm.meter.usage import Usage
 from lmppl.posterior import Posterior
 from lmppl.report.progress import progress_bar
-from lmppl.runtime import Particle, own_usage
+from lmppl.runtime import Particle, Proposer, own_usage
 
-__all__ = ["Engine", "Meter", "finish", "proposer_factory"]
+Callback = Callable[[dict[str, Any]], None]
 
 
-class Engine(Protocol):
-    """An inference algorithm: options in its constructor, one program a ``run``."""
+class EngineLike(Protocol):
+    """What ``infer`` takes as ``method=``: an ``Engine``, or any object that runs like one."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What it is called."""
 
+    @property
+    def run(self) -> Callable[..., Posterior]:
+        """Gives the posterior of ``model(*args)``; its options are those of ``Engine.run``."""
+
+
+class Engine(ABC):
+    """An inference algorithm: options in its fields, one program a ``run``.
+
+    Attributes:
+        name: what it is called in progress bars and ``posterior.info["engine"]``.
+    """
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def sample(self, state: State) -> None:
+        """The algorithm: give ``state`` finished particles and their weights."""
+
+    @final
     def run(
         self,
         model: Callable[..., Any],
@@ -33,26 +68,41 @@ class Engine(Protocol):
         guide: Any = None,
         seed: int | None = None,
         progress: bool | None = None,
-        callback: Callable[[dict[str, Any]], None] | None = None,
+        callback: Callback | None = None,
     ) -> Posterior:
-        """The posterior of ``model(*args)``."""
+        """The posterior of ``model(*args)``, whose sites use the language model of ``lmppl.use``.
+
+        Args:
+            model: a Pyro program with ``lm_sample`` sites.
+            *args: its positional arguments.
+            num_samples: how many weighted traces.
+            guide: a proposal, an ``LMGuide`` or a guide program; None: the program's prior.
+            seed: of all random choices; None: taken from torch's random stream.
+            progress: show a progress bar; None: on a terminal.
+            callback: called with a dict of figures at every stage.
+
+        Raises:
+            ValueError: for a program without a latent site.
+            ZeroEvidenceError: if all weights are zero; it carries the posterior.
+        """
+        seed = runtime.fresh_seed(seed)
+        with Meter(self.name, progress, callback) as meter:
+            state = State(model, args, num_samples, guide, seed, meter)
+            with runtime.ending(state.particles):
+                self.sample(state)
+            return state.posterior(self.name)
 
 
 class Meter:
     """Counts seconds and LM tokens of a run, and tells a progress bar and a callback."""
 
-    def __init__(
-        self,
-        engine: str,
-        progress: bool | None,
-        callback: Callable[[dict[str, Any]], None] | None,
-    ) -> None:
-        self._engine, self._callback = engine, callback
+    def __init__(self, engine: str, progress: bool | None, callback: Callback | None) -> None:
+        self.engine, self.progress, self.callback = engine, progress, callback
         self._bar = progress_bar(engine, show=progress)
+        self._reported = False
 
     def __enter__(self) -> Meter:
         self._began, self._usage = time.perf_counter(), own_usage()
-        self._bar.__enter__()
         return self
 
     def __exit__(
@@ -65,12 +115,16 @@ class Meter:
 
     def report(self, **figures: Any) -> None:
         """One stage of the work is done; ``figures`` go to the bar and the callback."""
+        if not self._reported:  # not before: the training of a guide has a bar of its own
+            self._bar.__enter__()
+            self._reported = True
         self._bar.advance(**figures)
-        if self._callback is not None:
-            self._callback({"engine": self._engine, **figures})
+        if self.callback is not None:
+            self.callback({"engine": self.engine, **figures})
 
     def info(self) -> dict[str, Any]:
-        usage: Usage = own_usage() - self._usage
+        """What the run cost so far: tokens, and ``seconds``."""
+        usage = own_usage() - self._usage
         return {
             "tokens_sampled": usage.tokens_sampled,
             "tokens_scored": usage.tokens_scored,
@@ -79,48 +133,157 @@ class Meter:
         }
 
 
-def finish(
-    engine: str,
-    particles: Sequence[Particle],
-    log_weights: torch.Tensor,
-    meter: Meter,
-    *,
-    iid: bool,
-    guide: Any = None,
-    claims_evidence: bool = True,
-    notes: Sequence[str] = (),
-    **info: Any,
-) -> Posterior:
-    """The posterior of finished particles.
+class State:
+    """Weighted particles of one program, in the hands of an engine.
 
-    Raises:
-        ValueError: for a program without a latent site.
-        ZeroEvidenceError: if all weights are zero.
+    Args:
+        model: the program.
+        args: its positional arguments.
+        num_samples: how many weighted traces are wanted.
+        guide: where latents come from; None: the program. To be changed before ``start`` only.
+        seed: of all random choices.
+        meter: is told of every stage.
+
+    Attributes:
+        particles: the runs; always the same list.
+        log_weights: one for each, float64, nats: the mean of w estimates the evidence of what was
+            observed so far.
+        stage: how often they were extended.
+        proposer: what makes a particle's proposer, once they have started; None: the program.
+        generator: of the engine's own random choices.
+        iid: whether the weights are independent and identically distributed.
+        claims_evidence: whether the mean of w estimates the evidence.
+        trained: the guide that the posterior is to carry.
+        notes, info: what the posterior is to say of the run.
     """
-    killed = Counter(
-        particle.killed_by or "unknown"
-        for particle, log_weight in zip(particles, log_weights.tolist(), strict=True)
-        if log_weight == -math.inf
-    )
-    if not killed and not any(particle.latents for particle in particles):
-        raise ValueError(
-            "the program has no latent site, so there is nothing to infer: leave out obs= at the "
-            "site that you want the posterior of"
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        args: tuple[Any, ...],
+        num_samples: int,
+        guide: Any,
+        seed: int,
+        meter: Meter,
+    ) -> None:
+        self.model, self.args, self.num_samples = model, args, num_samples
+        self.guide, self.seed, self.meter = guide, seed, meter
+        self.particles: list[Particle] = []
+        self.log_weights = torch.zeros(0, dtype=torch.float64)
+        self.stage = 0
+        self.proposer: Callable[[int, int], Proposer] | None = None
+        self.generator = torch.Generator().manual_seed(seed % 2**63)
+        self.iid, self.claims_evidence = False, True
+        self.trained: Any = None
+        self.notes: list[str] = []
+        self.info: dict[str, Any] = {}
+        self._has_proposed = False
+
+    # --- verbs -----------------------------------------------------------------------------------
+
+    def start(self, num: int | None = None, **options: Any) -> None:
+        """Make particles of weight 1, and run each to its first latent site or observation.
+
+        Args:
+            num: how many; None: ``num_samples``.
+            options: further arguments of ``Particle``.
+        """
+        num = self.num_samples if num is None else num
+        self.proposer = proposer_factory(self.guide, self.args)
+        self.particles[:] = runtime.start(
+            self.model, self.args, num, seed=self.seed, proposer=self.proposer, **options
         )
-    posterior = Posterior(
-        [particle.trace for particle in particles],
-        log_weights,
-        [particle.returned for particle in particles],
-        guide=guide,
-        info={
-            "engine": engine,
-            "iid": iid,
-            "killed": killed,
-            "notes": list(notes),
-            **meter.info(),
-            **info,
-        },
-        claims_evidence=claims_evidence,
-    )
-    posterior.check_alive()
-    return posterior
+        self.log_weights = torch.zeros(num, dtype=torch.float64)
+
+    def extend(self) -> bool:
+        """Run all to their next latent site or their end: score what they observe on the way, and
+        multiply their weights by p / q of it. One of weight zero ends here.
+
+        Returns:
+            Whether any waits at a latent site.
+        """
+        runtime.run_to_draws(self.particles)
+        increments = [particle.take_log_weight() for particle in self.particles]
+        self.log_weights = self.log_weights + torch.tensor(increments, dtype=torch.float64)
+        for particle, log_weight in zip(self.particles, self.log_weights.tolist(), strict=True):
+            self._has_proposed |= particle.has_proposed
+            if log_weight == -math.inf and not particle.finished:
+                particle.close()  # nothing that it does can matter any more
+        waiting = sum(not particle.finished for particle in self.particles)
+        num = len(self.particles)
+        self.meter.report(stage=self.stage, ess=self.ess, finished=num - waiting, of=num)
+        self.stage += 1
+        return waiting > 0
+
+    def draw(self) -> None:
+        """Let every particle that waits at a latent site draw it, in one batched call."""
+        runtime.serve_draws(self.particles)
+
+    def select(self, ancestors: Sequence[int]) -> None:
+        """Let slot i go on as a copy of particle ``ancestors[i]``, with its own random streams. (Their
+        weights are the engine's business.)"""
+        before = list(self.particles)
+        for slot, ancestor in enumerate(ancestors):
+            if ancestor != slot:
+                self.particles[slot] = before[ancestor].fork(streams=before[slot])
+        for slot, ancestor in enumerate(ancestors):
+            if ancestor != slot:
+                before[slot].close()
+
+    @property
+    def ess(self) -> float:
+        """Effective sample size of the weights."""
+        return runtime.ess(self.log_weights)
+
+    # --- the end ---------------------------------------------------------------------------------
+
+    def posterior(self, engine: str) -> Posterior:
+        """The posterior of finished particles.
+
+        Args:
+            engine: its name.
+
+        Raises:
+            ValueError: for a program without a latent site.
+            ZeroEvidenceError: if all weights are zero.
+        """
+        dead = (self.log_weights == -math.inf).tolist()
+        killed = Counter(
+            particle.killed_by or "unknown"
+            for particle, is_dead in zip(self.particles, dead, strict=True)
+            if is_dead
+        )
+        if not killed and not any(particle.latents for particle in self.particles):
+            raise ValueError(
+                "the program has no latent site, so there is nothing to infer: leave out obs= at "
+                "the site that you want the posterior of"
+            )
+        if self.guide is not None and not self._has_proposed:
+            guide = getattr(self.guide, "__name__", repr(self.guide))
+            self.warn(
+                f"the guide {guide} proposed nothing: all latents of all particles were "
+                "drawn from the program. A guide draws the program's sites by their names, and an "
+                "LMGuide the texts of models with its own vocabulary"
+            )
+        posterior = Posterior(
+            [particle.trace for particle in self.particles],
+            self.log_weights,
+            [particle.returned for particle in self.particles],
+            guide=self.trained,
+            info={
+                "engine": engine,
+                "iid": self.iid,
+                "killed": killed,
+                "notes": self.notes,
+                **self.meter.info(),
+                **self.info,
+            },
+            claims_evidence=self.claims_evidence,
+        )
+        posterior.check_alive()
+        return posterior
+
+    def warn(self, message: str) -> None:
+        """Say it as a warning and as a note of the posterior."""
+        self.notes.append(message)
+        warnings.warn(message, stacklevel=5)

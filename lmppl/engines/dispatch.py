@@ -9,7 +9,7 @@ from typing import Any
 
 from lmppl.checks import check_callable, check_flag, check_int, check_seed, did_you_mean
 from lmppl.distributions import check_lm
-from lmppl.engines import ENGINES, Engine
+from lmppl.engines import ENGINES, EngineLike
 from lmppl.lm import LM
 from lmppl.posterior import Posterior, ZeroEvidenceError
 from lmppl.primitives import use
@@ -20,7 +20,7 @@ from lmppl.runtime.arguments import bind, check_program
 def infer(
     model: Callable[..., Any],
     *args: Any,
-    method: str | Engine = "smc",
+    method: str | EngineLike = "smc",
     lm: LM | None = None,
     num_samples: int = 64,
     guide: Any = None,
@@ -92,11 +92,11 @@ def infer(
 
 def prepare(
     model: Callable[..., Any],
-    method: str | Engine,
+    method: str | EngineLike,
     lm: LM | None,
     callback: Callable[[dict[str, Any]], None] | None,
     options: dict[str, Any],
-) -> Engine:
+) -> EngineLike:
     """The engine of a call; raises for what is wrong with it whatever the program's arguments."""
     engine = _engine(method, options)
     check_program(model)
@@ -107,7 +107,7 @@ def prepare(
     return engine
 
 
-def _engine(method: str | Engine, options: dict[str, Any]) -> Engine:
+def _engine(method: str | EngineLike, options: dict[str, Any]) -> EngineLike:
     """The engine object of a method and its options."""
     if isinstance(method, type):
         raise TypeError(

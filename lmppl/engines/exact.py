@@ -1,9 +1,9 @@
 """Exact inference by enumeration of all traces of a finite program.
 
-    open = [empty trace]
-    while open: take one, run the program on it to its next latent site, and
-                replace it by one trace for every value in the support of that site
-    log w = log joint + log K     (so that the mean of w is the evidence)
+    particles = [one]
+    until all have ended:
+        run each to its next latent site, and replace it by one for every value in its support
+        log w = log joint so far + log of their number     (so that the mean of w is the evidence)
 
 It is the oracle that every other engine is tested against, and the right engine for small spaces.
 """
@@ -11,23 +11,25 @@ It is the oracle that every other engine is tested against, and the right engine
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from lmppl import runtime
 from lmppl.distributions import choice_log_probs
-from lmppl.engines.base import Meter, finish
+from lmppl.engines.base import Engine, State
 from lmppl.lm.batches.enumeration import enumerate_sequences
-from lmppl.posterior import Posterior
 from lmppl.runtime import ChoiceWait, DrawWait, Given, Particle
+
+Support = list[tuple[torch.Tensor, torch.Tensor]]
+"""Values of positive probability, each with its log-probability (0-d, nats)."""
+
+Choice = DrawWait | ChoiceWait
 
 
 @dataclass(frozen=True)
-class Exact:
-    """Enumeration of every trace.
+class Exact(Engine):
+    """Enumeration of every trace; ``num_samples`` has no meaning here.
 
     Args:
         max_traces: refuse programs with more traces than this.
@@ -37,69 +39,52 @@ class Exact:
 
     name = "exact"
 
-    def run(
-        self,
-        model: Callable[..., Any],
-        *args: Any,
-        num_samples: int = 64,
-        guide: Any = None,
-        seed: int | None = None,
-        progress: bool | None = None,
-        callback: Callable[[dict[str, Any]], None] | None = None,
-    ) -> Posterior:
-        """The exact posterior of ``model(*args)``, one sample a trace of positive probability.
+    def sample(self, state: State) -> None:
+        if state.guide is not None:
+            raise ValueError("method='exact' enumerates and takes no guide: leave out guide=")
+        state.start(1, enumerate_latents=True)
+        while state.extend():
+            self._branch(state)
 
-        ``num_samples`` has no meaning here: all traces are returned.
+    def _branch(self, state: State) -> None:
+        """Replace every waiting particle by one for every value of its site. Those that have ended
+        stay, and stand first."""
+        before = state.particles.copy()
+        ended = [i for i, particle in enumerate(before) if particle.finished]
+        supports = self._supports([_wait(p) for p in before if not p.finished], len(ended))
+        parents, particles = list(ended), [before[i] for i in ended]
+        for i, particle in enumerate(before):
+            if particle.finished:
+                continue
+            wait = _wait(particle)
+            for value, log_prob in supports[_key(wait)]:
+                given = {wait.name: Given(value, log_prob)}
+                particles.append(particle.fork(given=given))
+                parents.append(i)
+            particle.close()
+        state.particles[:] = particles
+        growth = math.log(len(particles) / len(before)) if particles else 0.0
+        state.log_weights = state.log_weights[parents] + growth
+
+    def _supports(self, waits: list[Choice], num_ended: int) -> dict[Any, Support]:
+        """The support of each site at which particles wait.
 
         Raises:
-            ValueError: for a continuous latent, a guide, or more than ``max_traces`` traces.
-            ZeroEvidenceError: if every trace has probability zero.
+            ValueError: if that makes more than ``max_traces`` traces.
         """
-        if guide is not None:
-            raise ValueError("method='exact' enumerates and takes no guide: leave out guide=")
-        seed = runtime.fresh_seed(seed)
-        finished: list[Particle] = []
-        with Meter(self.name, progress, callback) as meter:
-            frontier = runtime.start(model, args, 1, seed=seed, enumerate_latents=True)
-            with runtime.ending(frontier):
-                while frontier:
-                    runtime.run_to_draws(frontier)
-                    finished += [particle for particle in frontier if particle.finished]
-                    waiting = [particle for particle in frontier if not particle.finished]
-                    frontier[:] = self._branch(waiting, len(finished))
-                    meter.report(traces=len(finished), open=len(frontier))
-            log_joint = torch.tensor([p.log_joint for p in finished], dtype=torch.float64)
-            return finish(
-                self.name, finished, log_joint + math.log(len(finished)), meter, iid=False
-            )
-
-    def _branch(self, particles: list[Particle], num_finished: int) -> list[Particle]:
-        """One particle for every value of every waiting particle's site."""
-        branches: list[tuple[Particle, list[tuple[torch.Tensor, torch.Tensor]]]] = []
-        total = num_finished
-        supports: dict[Any, list[tuple[torch.Tensor, torch.Tensor]]] = {}
-        for particle in particles:
-            wait = particle.waiting
-            assert isinstance(wait, DrawWait | ChoiceWait)
+        supports: dict[Any, Support] = {}
+        total = num_ended
+        for wait in waits:
             key = _key(wait)
             if key not in supports:
                 supports[key] = self._support(wait, self.max_traces - total)
-            branches.append((particle, supports[key]))
             total += len(supports[key])
             if total > self.max_traces:
                 raise ValueError(self._too_many(wait.name))
-        forks = []
-        for particle, support in branches:
-            name = particle.waiting.name  # type: ignore[union-attr]
-            for value, log_prob in support:
-                forks.append(particle.fork(given={name: Given(value, log_prob)}))
-            particle.close()
-        return forks
+        return supports
 
-    def _support(
-        self, wait: DrawWait | ChoiceWait, room: int
-    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Values of positive probability, each with its log-probability (0-d, nats)."""
+    def _support(self, wait: Choice, room: int) -> Support:
+        """The support of one site, of at most ``room`` values."""
         fn = wait.fn
         if isinstance(wait, DrawWait):
             if fn.choices is not None:
@@ -139,7 +124,12 @@ class Exact:
         )
 
 
-def _key(wait: DrawWait | ChoiceWait) -> Any:
+def _wait(particle: Particle) -> Choice:
+    assert isinstance(particle.waiting, DrawWait | ChoiceWait)
+    return particle.waiting
+
+
+def _key(wait: Choice) -> Any:
     """Equal for waits with the same support and probabilities."""
     if isinstance(wait, ChoiceWait):
         return id(wait)

@@ -1,27 +1,24 @@
 """Amortized inference: train a guide to sample the posterior, then draw from it.
 
     guide  = LMGuide(model).fit([args])     unless one is given
-    z_i ~ guide,  u_i = log R(z_i) - log q(z_i)
-    log w_i = u_i
+    z_i ~ guide,  w_i = R(z_i) / q(z_i)     importance sampling with the guide
 
-For a perfectly trained guide every u_i is log Z. What training left undone, the weights undo: the
-posterior is self-normalised by them, so it is importance sampling with the guide as proposal, and
-``mean(w)`` is an unbiased estimate of the evidence. With ``correct=False`` the samples are the
-guide's own draws, equally weighted, and no evidence is claimed.
+For a perfectly trained guide every w_i is Z. What training left undone, the weights undo: the
+posterior is self-normalised by them, and ``mean(w)`` is an unbiased estimate of the evidence. With
+``correct=False`` the samples are the guide's own draws, equally weighted, and no evidence is claimed.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lmppl import runtime
-from lmppl.engines.base import Meter, finish, proposer_factory
-from lmppl.posterior import Posterior
+from lmppl.engines.base import Engine, State
+from lmppl.engines.importance import Importance
 from lmppl.training.lm_guide import LMGuide
 
 if TYPE_CHECKING:
@@ -29,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class GFlowNet:
+class GFlowNet(Engine):
     """A GFlowNet-trained guide as engine (Hu et al., 2024, arXiv 2310.04363).
 
     Args:
@@ -46,71 +43,48 @@ class GFlowNet:
 
     name = "gflownet"
 
-    def run(
-        self,
-        model: Callable[..., Any],
-        *args: Any,
-        num_samples: int = 64,
-        guide: Any = None,
-        seed: int | None = None,
-        progress: bool | None = None,
-        callback: Callable[[dict[str, Any]], None] | None = None,
-    ) -> Posterior:
-        """The posterior of ``model(*args)`` as draws of a guide; ``.guide`` holds a trained one.
+    def sample(self, state: State) -> None:
+        if state.guide is None:
+            state.guide = self._train(state)
+        state.trained = state.guide
+        target = getattr(state.guide, "tempered_target", None)
+        if target is not None:
+            state.notes.append(f"the guide's own target is tempered (temperature {target:g})")
+        Importance().sample(state)
+        alive = state.log_weights > -math.inf
+        state.info["elbo"] = (
+            float(state.log_weights[alive].mean()) if bool(alive.any()) else -math.inf
+        )
+        if self.correct:
+            state.notes.append("self-normalised by R / q")
+        else:
+            state.log_weights = torch.where(alive, 0.0, -math.inf).double()
+            state.iid = state.claims_evidence = False
+            state.notes.append("raw draws of the guide, not corrected by R / q")
+
+    def _train(self, state: State) -> LMGuide:
+        """A guide for this one input.
 
         Raises:
-            ZeroEvidenceError: if every draw has probability zero; it carries the posterior.
-            KeyboardInterrupt: during training; it carries the guide so far, as ``.guide``.
+            KeyboardInterrupt: carries the guide so far, as ``.guide``.
         """
-        seed = runtime.fresh_seed(seed)
-        # Training shows a bar of its own.
-        with Meter(self.name, False if guide is None else progress, callback) as meter:
-            notes: list[str] = []
-            if guide is None:
-                guide = LMGuide(model, lora=self.lora)
-                notes.append(f"trained a guide for {self.steps} steps on this input (.guide)")
-                try:
-                    guide.fit(
-                        [args],
-                        steps=self.steps,
-                        seed=seed,
-                        progress=progress,
-                        callback=callback,
-                        **self.fit,
-                    )
-                except KeyboardInterrupt as interrupt:
-                    interrupt.guide = guide  # type: ignore[attr-defined]
-                    interrupt.add_note(
-                        f"training was interrupted after {len(guide.history)} steps; the guide so "
-                        "far is this exception's .guide"
-                    )
-                    raise
-                notes += guide.notes
-            target = getattr(guide, "tempered_target", None)
-            if target is not None:
-                notes.append(f"the guide's own target is tempered (temperature {target:g})")
-            proposer = proposer_factory(guide, args)
-            particles = runtime.start(model, args, num_samples, seed=seed, proposer=proposer)
-            with runtime.ending(particles):
-                runtime.run_to_end(particles)
-            log_weights = torch.tensor(
-                [particle.take_log_weight() for particle in particles], dtype=torch.float64
+        guide = LMGuide(state.model, lora=self.lora)
+        state.notes.append(f"trained a guide for {self.steps} steps on this input (.guide)")
+        try:
+            guide.fit(
+                [state.args],
+                steps=self.steps,
+                seed=state.seed,
+                progress=state.meter.progress,
+                callback=state.meter.callback,
+                **self.fit,
             )
-            alive = log_weights > -math.inf
-            info = {"elbo": float(log_weights[alive].mean()) if bool(alive.any()) else -math.inf}
-            if self.correct:
-                notes.append("self-normalised by R / q")
-            else:
-                log_weights = torch.where(alive, 0.0, -math.inf).double()
-                notes.append("raw draws of the guide, not corrected by R / q")
-            return finish(
-                self.name,
-                particles,
-                log_weights,
-                meter,
-                iid=self.correct,
-                guide=guide,
-                claims_evidence=self.correct,
-                notes=notes,
-                **info,
+        except KeyboardInterrupt as interrupt:
+            interrupt.guide = guide  # type: ignore[attr-defined]
+            interrupt.add_note(
+                f"training was interrupted after {len(guide.history)} steps; the guide so far is "
+                "this exception's .guide"
             )
+            raise
+        state.notes += guide.notes
+        return guide

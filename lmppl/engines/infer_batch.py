@@ -10,7 +10,7 @@ import torch
 
 from lmppl import runtime
 from lmppl.checks import check_choice, check_int, check_seed
-from lmppl.engines import Engine, GFlowNet
+from lmppl.engines import EngineLike, GFlowNet
 from lmppl.engines.dispatch import infer, prepare
 from lmppl.lm import LM
 from lmppl.posterior import Posterior
@@ -31,7 +31,7 @@ def infer_batch(
     model: Callable[..., Any],
     inputs: Iterable[Any],
     *,
-    method: str | Engine = "smc",
+    method: str | EngineLike = "smc",
     lm: LM | None = None,
     num_samples: int = 64,
     guide: Any = None,

@@ -1,13 +1,12 @@
 """Sequential Monte Carlo over the latent sites of a program.
 
-    particles run to their first latent site; log w_i = 0, log Z = 0
+    particles run to their first latent site; log w_i = 0
     until all have ended:
+        if ESS(w) < threshold * N:
+            ancestors ~ w;  fork;  log w = log mean w
         every particle draws its latent site (from the guide, or the program's prior)
         and runs on, scoring observations and factors, to the next latent site: the *barrier*
         log w_i += log p - log q of what happened since the last barrier
-        if ESS(w) < threshold * N:
-            log Z += log mean w;  ancestors ~ w;  fork;  log w = 0
-    log w_i += log Z
 
 ``mean(w)`` is an unbiased estimate of the evidence at every number of particles and threshold
 (Del Moral, 2004, section 7.4). Particles meet at barriers, because comparing one that has paid for its
@@ -23,27 +22,22 @@ resampling.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from lmppl import runtime
-from lmppl.distributions import draw_request
 from lmppl.engines import twists
-from lmppl.engines.base import Meter, finish, proposer_factory
+from lmppl.engines.base import Engine, State
 from lmppl.engines.resampling import SCHEMES, settle_in_place
 from lmppl.engines.twists import Twist
-from lmppl.lm import LM, begin_draws
-from lmppl.lm.batches.requests import Draw
-from lmppl.posterior import Posterior
-from lmppl.runtime import DrawWait, Particle, ess, log_mean_exp
+from lmppl.runtime import log_mean_exp
 
 
 @dataclass(frozen=True)
-class SMC:
+class SMC(Engine):
     """Sequential Monte Carlo.
 
     Args:
@@ -85,159 +79,42 @@ class SMC:
                 f"twist_every={self.twist_every!r}: it is a number of tokens, 1 or more"
             )
 
-    def run(
-        self,
-        model: Callable[..., Any],
-        *args: Any,
-        num_samples: int = 64,
-        guide: Any = None,
-        seed: int | None = None,
-        progress: bool | None = None,
-        callback: Callable[[dict[str, Any]], None] | None = None,
-    ) -> Posterior:
-        """The posterior of ``model(*args)`` as ``num_samples`` weighted traces.
-
-        Raises:
-            ValueError: for ``twist="flow"`` without a guide.
-            ZeroEvidenceError: if at some barrier every particle has weight zero; it carries the
-                posterior.
-        """
-        if self.twist == "flow" and guide is None:
+    def sample(self, state: State) -> None:
+        if self.twist == "flow" and state.guide is None:
             raise ValueError(
                 "twist='flow' compares texts by what a guide knows: give guide=, an LMGuide or a "
                 "guide program, or take twist='lookahead'"
             )
-        seed = runtime.fresh_seed(seed)
-        generator = torch.Generator().manual_seed(seed % 2**63)
-        proposer = proposer_factory(guide, args)
-        with Meter(self.name, progress, callback) as meter:
-            particles = runtime.start(model, args, num_samples, seed=seed, proposer=proposer)
-            with runtime.ending(particles):
-                log_weights = torch.zeros(num_samples, dtype=torch.float64)
-                log_evidence, barrier, resamplings = 0.0, 0, 0
-                while True:
-                    runtime.run_to_draws(particles)
-                    for i, particle in enumerate(particles):
-                        log_weights[i] += particle.take_log_weight()
-                        if log_weights[i] == -math.inf and not particle.finished:
-                            particle.close()
-                    size = ess(log_weights)
-                    unfinished = sum(not p.finished for p in particles)
-                    meter.report(
-                        stage=barrier, ess=size, finished=num_samples - unfinished, of=num_samples
-                    )
-                    if not unfinished or size == 0.0:
-                        break
-                    if size < self.ess_threshold * num_samples:
-                        log_evidence += log_mean_exp(log_weights)
-                        ancestors = self._ancestors(log_weights, generator)
-                        particles[:] = _fork(particles, ancestors)
-                        log_weights.zero_()
-                        resamplings += 1
-                    guess = twists.guess_of(self.twist, particles[0], proposer, generator)
-                    resamplings += self._draw(particles, log_weights, generator, guess)
-                    barrier += 1
-            return finish(
-                self.name,
-                particles,
-                log_weights + log_evidence,
-                meter,
-                iid=False,
-                resamplings=resamplings,
-            )
+        state.start()
+        state.info["resamplings"] = 0
+        while state.extend():
+            if state.ess < self.ess_threshold * len(state.particles):
+                log_weights = state.log_weights
+                weights = (log_weights - log_weights.max()).exp()
+                state.select(self._ancestors(weights, state.generator).tolist())
+                state.log_weights = torch.full_like(log_weights, log_mean_exp(log_weights))
+                state.info["resamplings"] += 1
+            self._draw(state)
 
-    def _ancestors(self, log_weights: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        weights = (log_weights - log_weights.max()).exp()
+    def _ancestors(self, weights: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Ancestors with probability in proportion to ``weights``, both (N,)."""
         return settle_in_place(SCHEMES[self.resampling](weights, generator))
 
-    def _draw(
-        self,
-        particles: list[Particle],
-        log_weights: torch.Tensor,
-        generator: torch.Generator,
-        guess: twists.Guess | None,
-    ) -> int:
-        """Every waiting particle draws its site. Returns the number of resamplings within it."""
-        twisted = [
-            i
-            for i, particle in enumerate(particles)
-            if guess is not None
-            and isinstance(particle.waiting, DrawWait)
-            and particle.waiting.fn.stopping.max_tokens is not None  # else it is drawn as a whole
-            and guess.takes(particle)
-        ]
-        chosen = set(twisted)
-        # First: a fork of one of these still waits at its draw, which the others have behind them.
-        resamplings = 0
-        if guess is not None and twisted:
-            resamplings = self._draw_twisted(particles, twisted, log_weights, generator, guess)
-        runtime.serve_draws([p for i, p in enumerate(particles) if i not in chosen])
-        return resamplings
-
-    def _draw_twisted(
-        self,
-        particles: list[Particle],
-        members: Sequence[int],
-        log_weights: torch.Tensor,
-        generator: torch.Generator,
-        guess: twists.Guess,
-    ) -> int:
-        """Draw token by token, resampling among ``members`` under the twisted target."""
-        decoding = begin_draws(_requests([particles[i].waiting for i in members], generator))
-        texts = twists.Texts(guess, particles, members, decoding)
-        index = torch.tensor(members)
-        resamplings = 0
-        while not decoding.done:
-            decoding.step()
-            if decoding.done or decoding.num_steps % self.twist_every:
-                continue
-            if not texts.update(log_weights[index]):
-                continue  # the same weights as before
-            twisted = log_weights[index] + texts.log_psi
-            if ess(twisted) < self.ess_threshold * len(members):
-                ancestors = self._ancestors(twisted, generator).tolist()
-                decoding.select(ancestors)
-                texts.select(ancestors)
-                log_weights[index] = log_mean_exp(twisted) - texts.log_psi
-                resamplings += 1
-        programs = texts.programs
-        before = list(particles)
-        # Forks first: they replay particles that still wait at this draw.
-        for slot, program in zip(members, programs, strict=True):
-            if program != slot:
-                particles[slot] = before[program].fork(streams=before[slot])
-        for slot, program in zip(members, programs, strict=True):
-            if program != slot:
-                before[slot].close()
-        for slot, drawn in zip(members, decoding.results(), strict=True):
-            wait = particles[slot].waiting
-            assert isinstance(wait, DrawWait)
-            particles[slot].resume((wait.fn.value(drawn.token_ids), drawn.log_probs.sum()))
-        return resamplings
-
-
-def _requests(waits: Sequence[Any], generator: torch.Generator) -> list[tuple[LM, Draw]]:
-    """What to draw. A slot may take over a text with a larger ``max_tokens``, on another branch of
-    the program, so each gets as many uniforms as the longest needs."""
-    longest = max(wait.fn.num_uniforms for wait in waits)
-    requests = []
-    for wait in waits:
-        assert isinstance(wait, DrawWait)
-        missing = longest - len(wait.uniforms)
-        more = torch.rand(missing, generator=generator, dtype=torch.float64)
-        uniforms = torch.cat([wait.uniforms, more])
-        requests.append((wait.fn.lm, draw_request(wait.fn, uniforms, wait.name)))
-    return requests
-
-
-def _fork(particles: Sequence[Particle], ancestors: torch.Tensor) -> list[Particle]:
-    """Slot i carries on from ancestor ``ancestors[i]``, with its own random streams."""
-    new = list(particles)
-    for slot, ancestor in enumerate(ancestors.tolist()):
-        source = particles[ancestor]
-        if ancestor != slot:
-            new[slot] = source.fork(streams=particles[slot])
-    for slot, ancestor in enumerate(ancestors.tolist()):
-        if ancestor != slot:
-            particles[slot].close()
-    return new
+    def _draw(self, state: State) -> None:
+        """Every waiting particle draws its site: texts of which the twist knows something token by
+        token, the others at once."""
+        twist = twists.twist_function_of(self.twist, state)
+        twisted = [] if twist is None else twists.takers(twist, state.particles)
+        others = [particle for i, particle in enumerate(state.particles) if i not in set(twisted)]
+        # Twisted ones first: a fork of one still waits at its draw, which the others then have behind
+        # them.
+        if twist is not None and twisted:
+            state.info["resamplings"] += twists.draw(
+                state,
+                twisted,
+                twist,
+                lambda weights: self._ancestors(weights, state.generator),
+                threshold=self.ess_threshold,
+                every=self.twist_every,
+            )
+        runtime.serve_draws(others)

@@ -16,20 +16,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
-from lmppl.distributions import LMText
+from lmppl.distributions import LMText, draw_request
+from lmppl.engines.base import State
+from lmppl.lm import LM, begin_draws
 from lmppl.lm.batches.decoding import Decoding
+from lmppl.lm.batches.requests import Draw
 from lmppl.lm.tokens.text import Text
-from lmppl.runtime import DrawWait, Given, Particle, Proposer, ending, is_latent, run_to_draws
+from lmppl.runtime import (
+    DrawWait,
+    Given,
+    Particle,
+    ending,
+    ess,
+    is_latent,
+    log_mean_exp,
+    run_to_draws,
+)
 
 Twist = Callable[[Text], float]
 """log psi (nats) of a site's text so far; finite wherever a completion has mass."""
 
 
-class Guess(Protocol):
+class TwistFunction(Protocol):
     """How well texts under way will end."""
 
     def takes(self, particle: Particle) -> bool:
@@ -54,7 +66,7 @@ class Texts:
     """The texts that some slots draw side by side, with log psi of each.
 
     Args:
-        guess: the twist.
+        twist: judges them.
         particles: all particles.
         members: those that wait to draw, one a slot.
         decoding: draws their texts.
@@ -66,12 +78,12 @@ class Texts:
 
     def __init__(
         self,
-        guess: Guess,
+        twist: TwistFunction,
         particles: Sequence[Particle],
         members: Sequence[int],
         decoding: Decoding,
     ) -> None:
-        self._guess, self._particles, self._decoding = guess, particles, decoding
+        self._twist, self._particles, self._decoding = twist, particles, decoding
         self.programs = list(members)
         self.log_psi = torch.zeros(len(members), dtype=torch.float64)
         self._known = torch.zeros(len(members), dtype=torch.bool)  # whether psi is of the twist
@@ -90,7 +102,7 @@ class Texts:
         lengths = [len(ids) for ids in self._decoding.token_ids]
         slots = [k for k, length in enumerate(lengths) if length > self._judged[k]]
         particles = [self._particles[self.programs[k]] for k in slots]
-        values = self._guess(particles, self._decoding, slots)
+        values = self._twist(particles, self._decoding, slots)
         log_psi = self.log_psi.clone()
         for k, particle, value in zip(slots, particles, values, strict=True):
             if value is not None and (math.isnan(value) or value == math.inf):
@@ -118,19 +130,92 @@ class Texts:
         self.log_psi, self._known = self.log_psi[index], self._known[index]
 
 
-def guess_of(
-    twist: str | Twist | Mapping[str, Twist] | None,
-    particle: Particle,
-    proposer: Callable[[int, int], Proposer] | None,
-    generator: torch.Generator,
-) -> Guess | None:
-    """The twist of one barrier. ``particle``: any of them."""
+def twist_function_of(
+    twist: str | Twist | Mapping[str, Twist] | None, state: State
+) -> TwistFunction | None:
+    """The twist of one barrier."""
     if twist is None:
         return None
     if not isinstance(twist, str):
         return OfText(twist)
-    aside = _aside(particle, proposer, generator)
+    aside = _aside(state)
     return Lookahead(aside) if twist == "lookahead" else Flow(aside)
+
+
+def takers(twist: TwistFunction, particles: Sequence[Particle]) -> list[int]:
+    """Which particles wait to draw a text, token by token, of which the twist knows something."""
+    return [
+        i
+        for i, particle in enumerate(particles)
+        if isinstance(particle.waiting, DrawWait)
+        and particle.waiting.fn.stopping.max_tokens is not None  # else it is drawn as a whole
+        and twist.takes(particle)
+    ]
+
+
+def draw(
+    state: State,
+    members: Sequence[int],
+    twist: TwistFunction,
+    ancestors_of: Callable[[torch.Tensor], torch.Tensor],
+    *,
+    threshold: float,
+    every: int,
+) -> int:
+    """Draw texts token by token, resampling among them under the twisted target.
+
+    Args:
+        state: particles, of which the ``members`` wait to draw a text.
+        members: M of them, one a slot.
+        twist: judges texts.
+        ancestors_of: draws M ancestors by their weights, (M,).
+        threshold: resample when the ESS falls below this fraction of M.
+        every: compare the texts each time they have grown by so many tokens.
+
+    Returns:
+        The number of resamplings.
+    """
+    particles = state.particles
+    decoding = begin_draws(_requests([particles[i].waiting for i in members], state.generator))
+    texts = Texts(twist, particles, members, decoding)
+    index = torch.tensor(members)
+    resamplings = 0
+    while not decoding.done:
+        decoding.step()
+        if decoding.done or decoding.num_steps % every:
+            continue
+        if not texts.update(state.log_weights[index]):
+            continue  # the same weights as before
+        twisted = state.log_weights[index] + texts.log_psi
+        if ess(twisted) < threshold * len(members):
+            ancestors = ancestors_of((twisted - twisted.max()).exp()).tolist()
+            decoding.select(ancestors)
+            texts.select(ancestors)
+            state.log_weights[index] = log_mean_exp(twisted) - texts.log_psi
+            resamplings += 1
+    ancestors = list(range(len(particles)))
+    for slot, program in zip(members, texts.programs, strict=True):
+        ancestors[slot] = program
+    state.select(ancestors)  # they replay particles that still wait at this draw
+    for slot, drawn in zip(members, decoding.results(), strict=True):
+        wait = particles[slot].waiting
+        assert isinstance(wait, DrawWait)
+        particles[slot].resume((wait.fn.value(drawn.token_ids), drawn.log_probs.sum()))
+    return resamplings
+
+
+def _requests(waits: Sequence[Any], generator: torch.Generator) -> list[tuple[LM, Draw]]:
+    """What to draw. A slot may take over a text with a larger ``max_tokens``, on another branch of
+    the program, so each gets as many uniforms as the longest needs."""
+    longest = max(wait.fn.num_uniforms for wait in waits)
+    requests = []
+    for wait in waits:
+        assert isinstance(wait, DrawWait)
+        missing = longest - len(wait.uniforms)
+        more = torch.rand(missing, generator=generator, dtype=torch.float64)
+        uniforms = torch.cat([wait.uniforms, more])
+        requests.append((wait.fn.lm, draw_request(wait.fn, uniforms, wait.name)))
+    return requests
 
 
 class OfText:
@@ -288,17 +373,14 @@ def _closed(decoding: Decoding, slot: int) -> list[int] | None:
     return None if c is None else [*ids, c]
 
 
-def _aside(
-    particle: Particle,
-    proposer: Callable[[int, int], Proposer] | None,
-    generator: torch.Generator,
-) -> Particle:
+def _aside(state: State) -> Particle:
     """A run that lends its random streams to runs ahead, and is never started.
 
     What a run ahead draws at Pyro's own sites must not be what its particle draws when it gets
     there: slots would be chosen by numbers that they have yet to draw, and the estimate be biased.
     One stream for all, so that texts are compared under the same numbers.
     """
-    seed, its = (int(torch.randint(2**62, (), generator=generator)) for _ in range(2))
-    own = None if proposer is None else proposer(particle.slot, its)
-    return Particle(particle.program, particle.args, seed=seed, proposer=own, slot=particle.slot)
+    seed, proposer_seed = (int(torch.randint(2**62, (), generator=state.generator)) for _ in "12")
+    slot = state.particles[0].slot
+    proposer = None if state.proposer is None else state.proposer(slot, proposer_seed)
+    return Particle(state.model, state.args, seed=seed, proposer=proposer, slot=slot)

@@ -87,6 +87,7 @@ class Particle:
             ``log_prob_sum`` and latents ``proposal_log_prob``.
         rejected_by: the name of the site whose hard condition failed, or None.
         returned: what the program returned.
+        has_proposed: whether a value came from the proposer (of a fork: since then).
     """
 
     def __init__(
@@ -112,6 +113,7 @@ class Particle:
         self.waiting: Wait | None = None
         self.rejected_by: str | None = None
         self.returned: Any = None
+        self.has_proposed = False
         self._replay = dict(replay or {})
         self._to_repeat = set(self._replay)
         self._counted = len(self._replay)
@@ -311,6 +313,7 @@ class Particle:
         given = self.given.get(name)
         if given is None and self.proposer is not None:
             given = self.proposer.propose(site, self.trace)
+            self.has_proposed |= given is not None
         if given is not None:
             site["value"] = given.value
             site["proposal_log_prob"] = given.proposal_log_prob

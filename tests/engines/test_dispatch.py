@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from types import SimpleNamespace
 
 import pyro
 import pyro.distributions as dist
@@ -14,7 +15,9 @@ from pyro import poutine
 import lmppl
 from lmppl import SMC, LMText, Posterior, Text, lm_sample, require, tool
 from lmppl.engines import ENGINES
+from lmppl.guides.program import PriorProposer
 from lmppl.primitives import _warned, default_lm
+from lmppl.runtime import Given
 from lmppl.testing import enumerate_program, tiny_lm, total_variation
 
 LM = tiny_lm("ab.", seed=0)
@@ -225,3 +228,38 @@ def test_a_guide_may_leave_latents_to_the_model_and_draw_others():
     theta = float(posterior.mean("theta"))
     truth = lmppl.infer(program, "b", lm=LM, method="exact").mean("theta")
     assert theta == pytest.approx(float(truth), abs=0.07)
+
+
+@pytest.mark.parametrize("method", [*SAMPLERS, "gflownet"])
+def test_a_guide_that_proposes_nothing_is_said(method):
+    def guide(x, y):
+        """It has forgotten its site."""
+
+    with pytest.warns(UserWarning, match="the guide guide proposed nothing") as caught:
+        posterior = lmppl.infer(
+            infill, "ab.", "ab", lm=LM, method=method, guide=guide, num_samples=8, seed=0
+        )
+    assert len(caught) == 1
+    assert [note for note in posterior.info["notes"] if "proposed nothing" in note]
+
+
+def test_a_guide_whose_particles_all_died_has_proposed_something():
+    def program():
+        z = lm_sample("z", "ab", max_tokens=1, temperature=3.0)
+        if "b" in z:
+            lm_sample("w", "a", max_tokens=1)
+        require("no b", "b" not in z)
+        lm_sample("v", "a", max_tokens=1)
+
+    class Guide(PriorProposer):
+        """It draws ``w``, and leaves all else to the program."""
+
+        def propose(self, site, trace):
+            return Given(site["fn"].encode("b")) if site["name"] == "w" else None
+
+        def fork(self, streams):
+            return self
+
+    guide = SimpleNamespace(proposer_factory=lambda args: lambda slot, seed: Guide(program, args))
+    posterior = lmppl.infer(program, lm=LM, guide=guide, num_samples=32, seed=0, ess_threshold=1.0)
+    assert "w" not in posterior and not posterior.killed and not posterior.info["notes"]

@@ -125,7 +125,8 @@ def keep_the_old_weights(patch):
 
 
 def take_the_maximum(patch):
-    patch.setattr(smc, "log_mean_exp", lambda log_weights: float(log_weights.max()))
+    for module in (smc, twists):
+        patch.setattr(module, "log_mean_exp", lambda log_weights: float(log_weights.max()))
 
 
 def resample_the_best(patch):

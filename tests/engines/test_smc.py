@@ -12,7 +12,7 @@ from proposals import PerfectGuide
 
 import lmppl
 from lmppl import lm_sample, require
-from lmppl.engines import smc
+from lmppl.engines.base import Meter, State
 from lmppl.runtime import Particle
 from lmppl.testing import tiny_lm
 from lmppl.testing.programs import CASES
@@ -277,16 +277,18 @@ def test_slots_of_a_finished_run_keep_their_own_streams():
             lm_sample("z", "ab", max_tokens=3)
 
     with lmppl.use(CASES["chain"].lm):
-        particles = lmppl.runtime.start(program, (), 16, seed=0)
+        state = State(program, (), 16, None, 0, Meter("test", False, None))
+        state.start()
+        particles = state.particles
         with lmppl.runtime.ending(particles):
             ended = next(i for i, p in enumerate(particles) if p.finished)
             running = next(i for i, p in enumerate(particles) if not p.finished)
             ancestors = torch.full((16,), ended)
             ancestors[running] = running
-            particles[:] = smc._fork(particles, ancestors)
+            state.select(ancestors.tolist())
             assert sum(p.finished for p in particles) == 15
             assert [p.slot for p in particles] == list(range(16))
-            particles[:] = smc._fork(particles, torch.full((16,), running))
+            state.select([running] * 16)
             uniforms = {tuple(p.waiting.uniforms.tolist()) for p in particles}
     assert len(uniforms) == 16
 
