@@ -18,6 +18,7 @@ from pyro.poutine import Trace
 from lmppl.checks import check_int, check_seed, did_you_mean
 from lmppl.report.tables import html_table, text_table
 from lmppl.runtime.sites import has_value, is_continuous, is_latent, key_of, value_of, values_of
+from lmppl.runtime.weights import ess
 
 if TYPE_CHECKING:
     from lmppl.report.profiling import Profile
@@ -158,7 +159,7 @@ class Posterior:
     @property
     def ess(self) -> float:
         """Kish's effective sample size, 1 / sum(weights^2): at most K, 0 if all are dead."""
-        return 1.0 / float((self.weights**2).sum()) if self._alive else 0.0
+        return ess(self.log_weights)
 
     # --- values -------------------------------------------------------------------------------
 
@@ -173,7 +174,11 @@ class Posterior:
     @cached_property
     def latents(self) -> list[str]:
         """Names of the latent sites: sampled, neither observed nor the result of a tool."""
-        return [name for name in self.sites if any(is_latent(trace, name) for trace in self.traces)]
+        return [
+            name
+            for name in self.sites
+            if any(has_value(trace, name) and is_latent(trace.nodes[name]) for trace in self.traces)
+        ]
 
     def __getitem__(self, name: str) -> list[Any]:
         """The values of a site, one a trace: a ``Text``, a tool's result or a tensor.

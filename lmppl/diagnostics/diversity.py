@@ -58,7 +58,7 @@ def text_diversity(samples: Posterior) -> dict[str, TextDiversity]:
     sites: dict[str, list[tuple[_Tokens, str, float]]] = {}
     for trace, weight in zip(samples.traces, scaled.tolist(), strict=True):
         for name in trace.nodes:
-            if not has_value(trace, name) or not is_latent(trace, name):
+            if not has_value(trace, name) or not is_latent(trace.nodes[name]):
                 continue
             fn, value = trace.nodes[name]["fn"], trace.nodes[name]["value"]
             if isinstance(fn, LMText) and not fn.batch_shape:

@@ -17,13 +17,12 @@ from functools import lru_cache
 from typing import Any, Literal
 
 from pyro.poutine.trace_struct import Trace
-from pyro.poutine.util import site_is_factor
 
 from lmppl import runtime
-from lmppl.distributions import LMText, ToolCall
+from lmppl.distributions import LMText
 from lmppl.lm.tokens.vocabulary import Vocabulary
 from lmppl.runtime import is_latent
-from lmppl.runtime.sites import is_continuous
+from lmppl.runtime.sites import is_continuous, is_observation
 
 Observations = Mapping[str, tuple[int, ...]]
 """Name of an observed site to the tokens that show it."""
@@ -183,16 +182,6 @@ def _is_prompted(particle: runtime.Particle) -> bool:
         node["infer"].get("guide_prompt") is not None
         for node in particle.latents.values()
         if isinstance(node["fn"], LMText)
-    )
-
-
-def is_observation(node: Any) -> bool:
-    """Whether a site is data: observed, and no factor, tool or deterministic value."""
-    return (
-        node["is_observed"]
-        and not site_is_factor(node)
-        and not node["infer"].get("_deterministic")
-        and not isinstance(node["fn"], ToolCall)
     )
 
 

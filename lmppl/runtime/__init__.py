@@ -17,10 +17,10 @@ from lmppl.runtime.particle import (
     Proposer,
     Rejected,
     ReplayError,
-    is_latent,
     site_log_weight,
 )
 from lmppl.runtime.scheduler import Member, advance, own_usage
+from lmppl.runtime.sites import is_latent
 from lmppl.runtime.waits import (
     ChoiceWait,
     DrawWait,

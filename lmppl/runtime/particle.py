@@ -24,6 +24,7 @@ from pyro.poutine.trace_struct import Trace
 from lmppl.distributions import LMText, ToolCall
 from lmppl.runtime.arguments import call, name_of
 from lmppl.runtime.coroutine import Coroutine, GlobalState, suspend
+from lmppl.runtime.sites import is_latent
 from lmppl.runtime.waits import ChoiceWait, DrawWait, ScoreWait, Wait
 
 Site = Any  # a Pyro message
@@ -435,11 +436,6 @@ def _other_distribution(site: Site, recorded: Any) -> ReplayError:
         f"at site '{site['name']}' a replayed run has another distribution, prefix or observation "
         f"than the recorded one: {site['fn']} against {recorded}. {_DETERMINISM}"
     )
-
-
-def is_latent(node: Site) -> bool:
-    """Whether a sample site is a random choice to be inferred."""
-    return not node["is_observed"] and not isinstance(node["fn"], ToolCall | _Subsample)
 
 
 def _is_lm_site(fn: Any) -> bool:

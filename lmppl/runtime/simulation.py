@@ -26,11 +26,10 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_factor
 
 from lmppl import runtime
-from lmppl.guides.prompts import is_observation
 from lmppl.lm.tokens.text import Text
 from lmppl.runtime import Particle, is_latent
 from lmppl.runtime.arguments import check_program
-from lmppl.runtime.sites import value_of
+from lmppl.runtime.sites import is_observation, value_of
 
 
 @dataclass(frozen=True, eq=False)

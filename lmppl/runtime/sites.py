@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from pyro.poutine import Trace
+from pyro.poutine.subsample_messenger import _Subsample
 from pyro.poutine.util import site_is_factor, site_is_subsample
 
-from lmppl.distributions import ToolResult
+from lmppl.distributions import ToolCall, ToolResult
 
 
 def has_value(trace: Trace, name: str) -> bool:
@@ -24,12 +25,19 @@ def has_value(trace: Trace, name: str) -> bool:
     )
 
 
-def is_latent(trace: Trace, name: str) -> bool:
-    """Whether it is neither observed nor the result of a tool."""
-    if not has_value(trace, name):
-        return False
-    node = trace.nodes[name]
-    return not node["is_observed"] and not isinstance(node["value"], ToolResult)
+def is_latent(node: Mapping[str, Any]) -> bool:
+    """Whether a sample site is a random choice to be inferred: no data, tool or subsample."""
+    return not node["is_observed"] and not isinstance(node["fn"], ToolCall | _Subsample)
+
+
+def is_observation(node: Mapping[str, Any]) -> bool:
+    """Whether a sample site is data: observed, and no factor, tool or deterministic value."""
+    return (
+        node["is_observed"]
+        and not site_is_factor(node)
+        and not node["infer"].get("_deterministic")
+        and not isinstance(node["fn"], ToolCall)
+    )
 
 
 def is_continuous(node: Mapping[str, Any]) -> bool:
