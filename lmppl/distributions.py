@@ -25,6 +25,9 @@ from lmppl.lm.tokens.text import Text
 
 PAD = -1  # never a token, so a value cannot be confused with one that ends in EOS
 
+SiteScore = tuple[torch.Tensor, Scored | None]
+"""Log-density of a site's value (0-d, nats), and its terms token by token where it is a text."""
+
 
 def check_lm(what: str, lm: Any) -> LM:
     """``lm``, if it is a language model. Raises ``TypeError``, beginning with ``what``, if not."""

@@ -9,35 +9,215 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from pyro.poutine.trace_struct import Trace
 from torch import nn
 
-from lmppl.distributions import LMText, score_texts
-from lmppl.guides.heads import Head, moved, num_moves
-from lmppl.guides.prompts import OPENING, Observations, guide_prompt, lines
+from lmppl.distributions import LMText, SiteScore, score_texts
+from lmppl.guides.heads import Head, head_for, head_key, moved, num_moves
+from lmppl.guides.parameters import (
+    adapter_config,
+    adapter_state,
+    base_state,
+    config_state,
+    load_adapter_state,
+    same_base,
+    trainable,
+)
+from lmppl.guides.prompts import (
+    OPENING,
+    Observations,
+    find_observations,
+    guide_prompt,
+    lines,
+    number_comes_first,
+    show,
+)
 from lmppl.lm import LM
-from lmppl.lm.batches.requests import Scored
+from lmppl.primitives import use
 from lmppl.runtime import DrawWait, Given, HiddenWait, Proposer, is_latent, suspend
+from lmppl.runtime.simulation import Simulated
 
-SiteScore = tuple[torch.Tensor, Scored | None]
-"""log q of a site's value (0-d, nats), and its terms token by token where it is a text."""
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 
-class _Networks(Protocol):
-    """What an automatic guide draws from."""
+class AutomaticGuide:
+    """The guide that follows a program: a ``Guide``.
+
+    Args:
+        model: the program.
+        base: its language model, from which the adapters are made.
+        condition_on: names of the observed sites that it may see, or ``"all"``.
+        lora: peft's configuration of the adapters; None: the default.
+        adapter_per_site: give each latent text site an adapter of its own.
+
+    Attributes:
+        heads: of latent sites that are no texts, made as the sites are met.
+        sites: what the text sites were like in training.
+    """
+
+    name = "automatic"
+    reads_observations = True
+    param_names: list[str] = []
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        base: LM,
+        condition_on: Literal["all"] | Collection[str] = "all",
+        *,
+        lora: LoraConfig | None = None,
+        adapter_per_site: bool = False,
+    ) -> None:
+        self._model, self.base, self.condition_on = model, base, condition_on
+        self.adapter_per_site, self._lora = adapter_per_site, lora
+        self.heads = nn.ModuleDict()
+        self.sites = TrainedSites()
+        self._several_inputs = False
+        self._drawn_for: WeakKeyDictionary[LM, bool] = WeakKeyDictionary()
+        self._adapters: dict[str, LM] = {}  # of sites; under "" the one that all share
+        if not adapter_per_site:
+            self.adapter_for("")
+
+    def adapter_for(self, name: str) -> LM:
+        """The language model from which it draws a latent text site.
+
+        A new adapter has the same first weights every time, so that a seed of ``fit`` is enough to
+        reproduce a guide.
+        """
+        key = name if self.adapter_per_site else ""
+        if key not in self._adapters:
+            device = self.base.device
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+                torch.manual_seed(0)
+                self._adapters[key] = self.base.adapter(self._lora)
+        return self._adapters[key]
+
+    def draws_for(self, lm: LM) -> bool:
+        """Whether it draws the texts of a language model: of its base, loaded once or again, in any
+        dtype, and of adapters of it. Those of others it leaves to the model."""
+        if lm.vocabulary is self.base.vocabulary:  # its adapters have it, too
+            return True
+        if lm not in self._drawn_for:
+            self._drawn_for[lm] = same_base(base_state(lm), base_state(self.base))
+        return self._drawn_for[lm]
 
     @property
-    def base(self) -> LM: ...
+    def adapted_sites(self) -> list[str]:
+        """The sites that ``adapters()`` are for; ``""`` for all."""
+        return list(self._adapters)
 
-    def adapter_for(self, name: str) -> LM: ...
+    # --- drawing and scoring ---------------------------------------------------------------------
+
+    def proposer_factory(
+        self,
+        args: tuple[Any, ...],
+        *,
+        temperature: float = 1.0,
+        observations: Observations | None = None,
+    ) -> Callable[[int, int], Proposer]:
+        if observations is not None:
+            return lambda slot, seed: AutomaticProposer(self, observations, temperature)
+        (seen,) = self.observations_of([(self._model, args)])
+        return lambda slot, seed: AutomaticProposer(self, seen, temperature, self.sites)
+
+    def recaller(self, args: tuple[Any, ...], observations: Observations) -> AutomaticProposer:
+        return AutomaticProposer(self, observations)
+
+    def observations_of(
+        self, inputs: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]]
+    ) -> list[Observations]:
+        with use(self.base):
+            return find_observations(
+                inputs, self.base.vocabulary, self.condition_on, strict=self._strict
+            )
+
+    def observations_of_simulation(
+        self, one: Simulated, program: Callable[..., Any]
+    ) -> Observations | None:
+        if not one.is_all_observed or number_comes_first(one.sites):
+            return None
+        sites = {
+            name: node
+            for name, node in one.sites.items()
+            if name in one.observations
+            and (self.condition_on == "all" or name in self.condition_on)
+        }
+        return show(sites, program, self.base.vocabulary, strict=self._strict)
 
     @property
-    def heads(self) -> nn.ModuleDict: ...
+    def _strict(self) -> bool:
+        """Whether what the guide reads must be certain, lest it takes one input for another."""
+        return self._several_inputs or self.condition_on != "all"
+
+    def score(
+        self, proposers: Sequence[AutomaticProposer], *, grad: bool = True
+    ) -> list[dict[str, SiteScore]]:
+        if grad:
+            for proposer in proposers:
+                proposer.learn_sites(self.sites)
+        return _score_draws(self.heads, proposers, grad=grad)
+
+    # --- parameters and state --------------------------------------------------------------------
+
+    def start_training(self, *, several_inputs: bool) -> None:
+        self._several_inputs = several_inputs
+        self.sites = TrainedSites()
+
+    def find_parameters(self, args: tuple[Any, ...]) -> None:
+        """Nothing is to be found: they are made as sites are met."""
+
+    def adapters(self) -> list[LM]:
+        return list(self._adapters.values())
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        named: dict[str, nn.Parameter] = {}
+        for i, adapter in enumerate(self._adapters.values()):
+            named |= {f"adapter-{i}.{name}": p for name, p in trainable(adapter).items()}
+        return named | {f"heads.{name}": p for name, p in self.heads.named_parameters()}
+
+    def identity(self) -> dict[str, Any]:
+        return {
+            "guide program": None,
+            "condition_on": _listed_names(self.condition_on),
+            "adapter_per_site": self.adapter_per_site,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        adapters, heads = self.adapters(), {}
+        for key, head in self.heads.items():
+            assert isinstance(head, Head)
+            sizes = [head.num_features, head.num_moves, head.num_numbers]
+            heads[key] = {"sizes": sizes, "tensors": head.state_dict()}
+        return {
+            "kind": "automatic",
+            "lora": adapter_config(adapters[0]) if adapters else config_state(self._lora),
+            "condition_on": _listed_names(self.condition_on),
+            "adapted_sites": self.adapted_sites if self.adapter_per_site else None,
+            "adapters": [adapter_state(adapter) for adapter in adapters],
+            "heads": heads,
+            "sites": self.sites.laws,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        sites = [""] if state["adapted_sites"] is None else state["adapted_sites"]
+        for site, adapter in zip(sites, state["adapters"], strict=True):
+            load_adapter_state(self.adapter_for(site), adapter)
+        for key, head in state["heads"].items():
+            if key not in self.heads:
+                self.heads[key] = Head(*head["sizes"])
+            self.heads[key].load_state_dict(head["tensors"])
+        self.sites = TrainedSites(state["sites"])
+
+
+def _listed_names(condition_on: Literal["all"] | Collection[str]) -> Any:
+    return "all" if condition_on == "all" else sorted(condition_on)
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +238,7 @@ class AutomaticProposer:
     """Proposes the latents of one particle.
 
     Args:
-        networks: the guide's language models and heads.
+        guide: its language models and heads are drawn from.
         observations: what it may see of the input.
         temperature: of the behaviour policy: text is drawn from ``q ** (1 / temperature)``;
             ``math.inf``: everything is drawn from the model instead.
@@ -70,12 +250,12 @@ class AutomaticProposer:
 
     def __init__(
         self,
-        networks: _Networks,
+        guide: AutomaticGuide,
         observations: Observations,
         temperature: float = 1.0,
         sites: TrainedSites | None = None,
     ) -> None:
-        self._networks, self._observations = networks, observations
+        self._guide, self._observations = guide, observations
         self._temperature, self._sites = temperature, sites
         self.draws: dict[str, TextDraw | HeadDraw] = {}
 
@@ -99,7 +279,7 @@ class AutomaticProposer:
         if moves is None:
             return None
         draw = self._head_draw(site, trace, moves, None)
-        head = self._networks.heads[draw.key]
+        head = self._guide.heads[draw.key]
         with torch.no_grad():
             q_fn = fn if self._temperature == math.inf else moved(fn, head(draw.features))
             value = q_fn.sample()
@@ -131,13 +311,12 @@ class AutomaticProposer:
     def _text_guide(self, site: Any, trace: Trace) -> LMText | None:
         """What the guide draws a text from; None: it leaves the site to the model."""
         fn: LMText = site["fn"]
-        # An adapter of the base, as of a program that learns, has the base's own vocabulary.
-        if fn.lm.vocabulary is not self._networks.base.vocabulary or fn.batch_shape:
+        if fn.batch_shape or not self._guide.draws_for(fn.lm):
             return None
         if self._sites is not None:
             self._sites.check(site["name"], fn)
         prompt = guide_prompt(site, trace, self._observations)
-        return fn.with_prefix_ids(prompt, self._networks.adapter_for(site["name"]), fn.temperature)
+        return fn.with_prefix_ids(prompt, self._guide.adapter_for(site["name"]), fn.temperature)
 
     def _head_draw(
         self, site: Any, trace: Trace, moves: int, features: torch.Tensor | None
@@ -146,8 +325,8 @@ class AutomaticProposer:
         key = self._head_key(site["name"], trace)
         if features is None:
             features = self._features(site["name"], trace)
-        numbers = len(features) - self._networks.base.hidden_size
-        head_for(self._networks.heads, key, site["name"], len(features), moves, numbers)
+        numbers = len(features) - self._guide.base.hidden_size
+        head_for(self._guide.heads, key, site["name"], len(features), moves, numbers)
         return HeadDraw(key, features, site["fn"], torch.empty(0))
 
     def _head_key(self, name: str, trace: Trace) -> str:
@@ -157,11 +336,11 @@ class AutomaticProposer:
             for other, node in trace.nodes.items()
             if node["type"] == "sample" and is_latent(node) and not isinstance(node["fn"], LMText)
         ]
-        return _key([name, *others])
+        return head_key([name, *others])
 
     def _features(self, name: str, trace: Trace) -> torch.Tensor:
         """What a head sees: the LM's state after the texts so far, and the other latents."""
-        base = self._networks.base
+        base = self._guide.base
         tokens: tuple[int, ...] = ()
         numbers: list[torch.Tensor] = []
         for node in trace.nodes.values():
@@ -196,7 +375,7 @@ class AutomaticProposer:
         """An automatic guide follows the model, so nothing can be left over."""
 
     def fork(self, streams: Proposer) -> AutomaticProposer:
-        new = AutomaticProposer(self._networks, self._observations, self._temperature, self._sites)
+        new = AutomaticProposer(self._guide, self._observations, self._temperature, self._sites)
         new.draws = dict(self.draws)
         return new
 
@@ -204,45 +383,8 @@ class AutomaticProposer:
         """Nothing of it is suspended on its own."""
 
 
-def _key(names: list[str]) -> str:
-    """Names of sites as the name of a module, which has no dots and is no attribute of modules."""
-    escaped = [name.replace("_", "__").replace(".", "_d").replace("-", "_h") for name in names]
-    return "-".join(["head", *escaped])
-
-
-def head_for(
-    heads: nn.ModuleDict,
-    key: str,
-    name: str,
-    num_features: int,
-    num_moves: int,
-    num_numbers: int,
-) -> Head:
-    """The head of a site, made when the site is first met.
-
-    Args:
-        heads: those that there are.
-        key: of the head.
-        name: of the site, for messages.
-        num_features, num_moves, num_numbers: see ``Head``.
-    """
-    if key not in heads:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(len(heads))
-            heads[key] = Head(num_features, num_moves, num_numbers)
-    head = heads[key]
-    assert isinstance(head, Head)
-    if (head.num_features, head.num_moves) != (num_features, num_moves):
-        raise ValueError(
-            f"site '{name}': its guide was made for {head.num_features} features and "
-            f"{head.num_moves} parameters, and now there are {num_features} and {num_moves}: a "
-            "latent site must keep its shape and the latents before it on every run"
-        )
-    return head
-
-
-def score_draws(
-    networks: _Networks, proposers: list[AutomaticProposer], *, grad: bool
+def _score_draws(
+    heads: nn.ModuleDict, proposers: Sequence[AutomaticProposer], *, grad: bool
 ) -> list[dict[str, SiteScore]]:
     """log q of all that the proposers drew, in one batched pass; per proposer, by site."""
     texts = [
@@ -261,12 +403,12 @@ def score_draws(
     )
     for (i, name, _), result in zip(texts, results, strict=True):
         scores[i][name] = result
-    for i, proposer in enumerate(proposers):
+    for score, proposer in zip(scores, proposers, strict=True):
         for name, draw in proposer.draws.items():
             if isinstance(draw, HeadDraw):
                 with torch.set_grad_enabled(grad):
-                    q_fn = moved(draw.fn, networks.heads[draw.key](draw.features))
-                    scores[i][name] = (q_fn.log_prob(draw.value).sum(), None)
+                    q_fn = moved(draw.fn, heads[draw.key](draw.features))
+                    score[name] = (q_fn.log_prob(draw.value).sum(), None)
     return scores
 
 
@@ -307,7 +449,9 @@ class TrainedSites:
         if not changed:
             return
         self._warned.add(name)
-        before, now = (_listed({key: each[key] for key in changed}) for each in (known, law))
+        before, now = (
+            _listed({key: old_or_new[key] for key in changed}) for old_or_new in (known, law)
+        )
         warnings.warn(
             f"site '{name}': the guide was trained with {before}, and the program has {now}. It is a "
             "valid proposal, but for a posterior that it has not learned: train it anew, or use it "

@@ -1,29 +1,164 @@
-"""What a guide is to an engine: whatever makes a proposer for each particle."""
+"""What a guide is: a distribution over a program's latent sites that stands in for its posterior."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Literal, Protocol
 
-from lmppl.guides.program import ProgramProposer
+import torch
+
+from lmppl.distributions import SiteScore
+from lmppl.guides.program import ProgramGuide
+from lmppl.guides.prompts import Observations
+from lmppl.lm import LM
+from lmppl.report.history import History
 from lmppl.runtime import Proposer
 from lmppl.runtime.arguments import check_program
+from lmppl.runtime.records import Recaller
+from lmppl.runtime.simulation import Simulated
 
 
-def proposer_factory(guide: Any, args: tuple[Any, ...]) -> Callable[[int, int], Proposer] | None:
-    """What makes the proposer of each particle, from its slot and a seed.
+class Guide(Protocol):
+    """A proposal with a density: it draws a run's latents, and scores what was drawn."""
 
-    Args:
-        guide: None (the program's prior), a guide program, or an ``LMGuide``.
-        args: the program's arguments.
+    @property
+    def reads_observations(self) -> bool:
+        """Whether it reads what the program observes; else it reads the program's arguments."""
+
+    def proposer_factory(
+        self,
+        args: tuple[Any, ...],
+        *,
+        temperature: float = 1.0,
+        observations: Observations | None = None,
+    ) -> Callable[[int, int], Proposer]:
+        """What makes the proposer of each particle on one input, from its slot and a seed.
+
+        Args:
+            args: the program's arguments.
+            temperature: texts are drawn from ``q ** (1 / temperature)`` (automatic guides only);
+                ``math.inf``: all is drawn from the model, and remembered for the guide to score.
+            observations: what ``observations_of`` found, as training knows it. None: the guide is put
+                to use; it finds them, and warns of sites that it was not trained for.
+        """
+
+    def recaller(self, args: tuple[Any, ...], observations: Observations) -> Recaller:
+        """A proposer for a trace whose latents are known, which remembers them as its own draws."""
+
+    def observations_of(
+        self, inputs: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]]
+    ) -> list[Observations]:
+        """What it reads of inputs, pairs of program and arguments, in one batch of runs."""
+
+    def observations_of_simulation(
+        self, one: Simulated, program: Callable[..., Any]
+    ) -> Observations | None:
+        """What it reads of a simulated input; None if only runs of the program can tell.
+
+        Args:
+            one: the simulation.
+            program: the program that observes what was simulated.
+        """
+
+    def score(self, proposers: Sequence[Any], *, grad: bool = True) -> list[dict[str, SiteScore]]:
+        """log q of what proposers drew, per proposer and site, with gradients if ``grad``.
+
+        One teacher-forced pass over finished samples; never through the decoding loop.
+        """
+
+    def start_training(self, *, several_inputs: bool) -> None:
+        """Forget what was noted of the sites of an earlier training.
+
+        Args:
+            several_inputs: whether the guide has to tell inputs apart by what it reads.
+        """
+
+    def find_parameters(self, args: tuple[Any, ...]) -> None:
+        """Find out which parameters a guide program has, by runs of it on an input.
+
+        Raises:
+            ValueError: if it has none.
+        """
+
+    def adapters(self) -> list[LM]:
+        """The language models with trainable parameters, in the order in which it uses them."""
+
+    def named_parameters(self) -> dict[str, torch.nn.Parameter]:
+        """The trainable parameters that it has used so far, by name."""
+
+    def identity(self) -> dict[str, Any]:
+        """What makes it another guide than others, beside its parameters: JSON's values, functions
+        and classes, by what they are called in messages."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that makes it again: a nested dict of tensors and JSON's values."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what ``state_dict`` gave.
+
+        Raises:
+            ValueError: for the state of another guide; says in what it differs.
+        """
+
+
+class TrainableGuide(Guide, Protocol):
+    """A guide with the program that it is for, and the record of its training.
+
+    Attributes:
+        model: the program.
+        base: the language model that the guide's are adapted from.
+        condition_on: names of the observed sites that it may see, or ``"all"``.
+        history: one dict a training step.
+        notes: what training has to say of itself.
+        tempered_target: temperature of the posterior that it has learned; None: it is untempered.
     """
-    if guide is None:
-        return None
-    if hasattr(guide, "proposer_factory"):
-        return guide.proposer_factory(args)
+
+    model: Callable[..., Any]
+    base: LM
+    history: History
+    notes: list[str]
+    tempered_target: float | None
+
+    @property
+    def condition_on(self) -> Literal["all"] | Collection[str]: ...
+
+    def prepare(
+        self,
+        args: tuple[Any, ...],
+        model: Callable[..., Any] | None = None,
+        observations: Observations | None = None,
+    ) -> None:
+        """Run the guide on an input, so that all its parameters exist and are known.
+
+        Args:
+            args: the program's arguments.
+            model: the program, where it observes more than ``self.model`` (a simulated input).
+            observations: what it reads of the input; None: to be found out.
+        """
+
+
+def as_guide(guide: Any) -> Guide | None:
+    """What was given as ``guide=``: a guide as it is, a guide program as a guide; None: None.
+
+    Raises:
+        TypeError: for anything else.
+    """
+    if guide is None or hasattr(guide, "proposer_factory"):
+        return guide
     if callable(guide):
         check_program(guide, "guide")
-        return lambda slot, seed: ProgramProposer.make(guide, args, slot, seed)
+        return ProgramGuide(guide)
     raise TypeError(
         f"guide= takes a lmppl.LMGuide or a guide program (a callable), given {type(guide).__name__}"
     )
+
+
+def proposer_factory(guide: Any, args: tuple[Any, ...]) -> Callable[[int, int], Proposer] | None:
+    """What makes the proposer of each particle, from its slot and a seed; None: the prior.
+
+    Args:
+        guide: what was given as ``guide=``.
+        args: the program's arguments.
+    """
+    found = as_guide(guide)
+    return None if found is None else found.proposer_factory(args)

@@ -43,6 +43,43 @@ class Head(nn.Module):
         return self.out(torch.tanh(self.hidden(read)))
 
 
+def head_key(names: list[str]) -> str:
+    """Names of sites as the name of a module, which has no dots and is no attribute of modules."""
+    escaped = [name.replace("_", "__").replace(".", "_d").replace("-", "_h") for name in names]
+    return "-".join(["head", *escaped])
+
+
+def head_for(
+    heads: nn.ModuleDict,
+    key: str,
+    name: str,
+    num_features: int,
+    num_moves: int,
+    num_numbers: int,
+) -> Head:
+    """The head of a site, made when the site is first met.
+
+    Args:
+        heads: those that there are.
+        key: of the head.
+        name: of the site, for messages.
+        num_features, num_moves, num_numbers: see ``Head``.
+    """
+    if key not in heads:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(len(heads))
+            heads[key] = Head(num_features, num_moves, num_numbers)
+    head = heads[key]
+    assert isinstance(head, Head)
+    if (head.num_features, head.num_moves) != (num_features, num_moves):
+        raise ValueError(
+            f"site '{name}': its guide was made for {head.num_features} features and "
+            f"{head.num_moves} parameters, and now there are {num_features} and {num_moves}: a "
+            "latent site must keep its shape and the latents before it on every run"
+        )
+    return head
+
+
 def num_moves(fn: Any) -> int | None:
     """How many unconstrained parameters a distribution has; None where the head cannot move it."""
     try:

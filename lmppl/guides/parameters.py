@@ -1,10 +1,15 @@
-"""What can be trained in a program: the adapters that it draws from or scores by, its parameters."""
+"""What can be trained in a program: the adapters that it draws from or scores by, its parameters.
+
+Their state is a nested dict of tensors and JSON's values, which ``saving.py`` writes.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
-from typing import Any
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import pyro
 import torch
@@ -15,6 +20,9 @@ from lmppl.distributions import LMText
 from lmppl.lm import LM
 from lmppl.runtime import Particle
 
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
 _RUNS = 16  # a branch may have parameters of its own
 
 
@@ -22,14 +30,15 @@ class Trainables:
     """The trainable parts of a program, found by running it.
 
     Args:
-        base: the language model that guide and program share; it is never trained.
+        base: the language model that guide and program share; it is never trained. (None: a guide
+            program that is not trained needs none.)
 
     Attributes:
         adapters: language models with parameters that need a gradient, in the order of their use.
         param_names: of ``pyro.param``s.
     """
 
-    def __init__(self, base: LM) -> None:
+    def __init__(self, base: LM | None) -> None:
         self._base = base
         self.adapters: list[LM] = []
         self.param_names: list[str] = []
@@ -66,6 +75,124 @@ class Trainables:
 def trainable(lm: LM) -> dict[str, torch.nn.Parameter]:
     """The parameters of a language model that need a gradient, by name."""
     return {name: p for name, p in lm.model.named_parameters() if p.requires_grad}
+
+
+# --- adapters ------------------------------------------------------------------------------------
+
+
+def adapter_config(lm: LM) -> dict[str, Any] | None:
+    """peft's configuration of an adapter, in JSON's types; None: all weights are trained."""
+    return config_state(getattr(lm.model, "peft_config", {}).get("default"))
+
+
+def config_state(config: LoraConfig | None) -> dict[str, Any] | None:
+    """A configuration as peft writes it, in JSON's types."""
+    if config is None:
+        return None
+    # The model's name is a path, on some machine.
+    changed = {"inference_mode": True, "base_model_name_or_path": None}
+    return json.loads(json.dumps(config.to_dict() | changed, default=sorted))
+
+
+def lora_config(state: Mapping[str, Any] | None) -> LoraConfig | None:
+    """The configuration that ``config_state`` wrote."""
+    if state is None:
+        return None
+    from peft import LoraConfig  # peft takes a second to import
+
+    return LoraConfig.from_peft_type(**{**state, "inference_mode": False})
+
+
+def adapter_state(lm: LM) -> dict[str, Any]:
+    """The state of an adapter: its configuration, and its tensors by peft's names."""
+    return {"config": adapter_config(lm), "tensors": _adapter_tensors(lm)}
+
+
+def _adapter_tensors(lm: LM) -> dict[str, torch.Tensor]:
+    if adapter_config(lm) is None:
+        return {name: p.detach() for name, p in trainable(lm).items()}
+    from peft import get_peft_model_state_dict
+
+    return get_peft_model_state_dict(lm.model, save_embedding_layers=False)
+
+
+def load_adapter_state(lm: LM, state: Mapping[str, Any]) -> None:
+    """Put a saved state into an adapter of the same making.
+
+    Raises:
+        ValueError: if its configuration, its tensors or their shapes are others; says which.
+    """
+    config, tensors, has = adapter_config(lm), state["tensors"], _adapter_tensors(lm)
+    for key in sorted((config or {}).keys() | (state["config"] or {}).keys()):
+        saved, given = ((each or {}).get(key) for each in (state["config"], config))
+        if saved != given and key not in _OF_NO_WEIGHT:
+            raise ValueError(
+                f"the saved adapter was made with {key}={saved!r}, this one has {given!r}: they were "
+                "made with other LoraConfigs"
+            )
+    for name in sorted(tensors.keys() | has.keys()):
+        saved, given = (
+            tuple(each[name].shape) if name in each else None for each in (tensors, has)
+        )
+        if saved != given:
+            raise ValueError(
+                f"the saved adapter's tensor {name!r} has shape {saved}, this adapter's {given} "
+                "(None: it has no such tensor): they were made with other LoraConfigs"
+            )
+    if config is None:
+        with torch.no_grad():
+            for name, parameter in trainable(lm).items():
+                parameter.copy_(tensors[name])
+        return
+    from peft import set_peft_model_state_dict
+
+    set_peft_model_state_dict(lm.model, dict(tensors))
+
+
+_OF_NO_WEIGHT = ("inference_mode", "base_model_name_or_path", "revision", "peft_version",
+                 "auto_mapping", "task_type")  # fmt: skip
+"""What an adapter's configuration says that is nothing to its density."""
+
+
+# --- base models ---------------------------------------------------------------------------------
+
+
+def base_state(lm: LM) -> dict[str, Any]:
+    """What a base model, or that of an adapter, is known by: its tokens, its shape and a sample of its
+    weights."""
+    shapes, dtypes = hashlib.sha256(), hashlib.sha256()
+    sample = []
+    for name, parameter in _base_parameters(lm):
+        shapes.update(f"{name} {tuple(parameter.shape)}".encode())
+        dtypes.update(f"{name} {parameter.dtype}".encode())
+        flat = parameter.detach().reshape(-1)
+        sample.append(flat[:: max(1, len(flat) // 64)][:64].float().cpu())
+    return {
+        "name": lm.name,
+        "vocabulary": lm.vocabulary.fingerprint,
+        "shapes": shapes.hexdigest(),
+        "dtypes": dtypes.hexdigest(),
+        "sample": torch.cat(sample),
+    }
+
+
+def _base_parameters(lm: LM) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    is_adapted = hasattr(lm.model, "peft_config")
+    for name, parameter in lm.model.named_parameters():
+        if not is_adapted:
+            yield name, parameter
+        elif "lora_" not in name and "modules_to_save" not in name:
+            yield name.removeprefix("base_model.model.").replace(".base_layer", ""), parameter
+
+
+def same_base(one: Mapping[str, Any], two: Mapping[str, Any]) -> bool:
+    """Whether two ``base_state``s are of one model, in the same or in different dtypes."""
+    if any(one[key] != two[key] for key in ("vocabulary", "shapes")):
+        return False
+    # Rounding to bfloat16, of what was rounded to float16 or not, moves a weight by at most 2**-8 of
+    # it; float16 has no numbers between multiples of 2**-24.
+    rtol, atol = (0.0, 0.0) if one["dtypes"] == two["dtypes"] else (2.0**-7, 2.0**-24)
+    return torch.allclose(one["sample"], two["sample"], rtol=rtol, atol=atol, equal_nan=True)
 
 
 # --- saved values of ``pyro.param``s that a program comes to late: on another input, on a rare branch

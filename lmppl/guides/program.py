@@ -7,17 +7,157 @@ sampling, whatever the order of its sites.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
+import pyro
 import torch
 from pyro.poutine.trace_struct import Trace
 
 from lmppl import runtime
-from lmppl.distributions import LMText
-from lmppl.guides.automatic import SiteScore
+from lmppl.distributions import LMText, SiteScore
+from lmppl.guides.parameters import (
+    SavedParams,
+    Trainables,
+    adapter_state,
+    load_adapter_state,
+)
+from lmppl.guides.prompts import Observations
+from lmppl.lm import LM
 from lmppl.lm.batches.requests import Scored
+from lmppl.primitives import use
 from lmppl.runtime import Given, Particle, Proposer, is_latent, suspend
+from lmppl.runtime.simulation import Simulated
+
+
+class ProgramGuide:
+    """A guide program as a ``Guide``. What is trained are its adapters and ``pyro.param``s.
+
+    Args:
+        program: takes the model's arguments, and draws latent sites of the same names.
+        base: the language model of sites that name none, which is never trained; None: it is that of
+            ``lmppl.use``, and the guide is not trained.
+    """
+
+    reads_observations = False
+    adapted_sites: list[str] = []
+
+    def __init__(self, program: Callable[..., Any], base: LM | None = None) -> None:
+        self.program, self._given_program, self._base = program, program, base
+        self._trainables = Trainables(base)
+        self._saved = SavedParams()
+        self._pending: Mapping[str, Any] | None = None  # loaded state of a program not yet run
+
+    def proposer_factory(
+        self,
+        args: tuple[Any, ...],
+        *,
+        temperature: float = 1.0,
+        observations: Observations | None = None,
+    ) -> Callable[[int, int], Proposer]:
+        if self._pending is not None:
+            self._restore(args)
+        program = self.program
+        if temperature == math.inf:
+            return lambda slot, seed: PriorProposer(program, args)
+        return lambda slot, seed: ProgramProposer.make(program, args, slot, seed)
+
+    def recaller(self, args: tuple[Any, ...], observations: Observations) -> PriorProposer:
+        return PriorProposer(self.program, args)
+
+    def observations_of(
+        self, inputs: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]]
+    ) -> list[Observations]:
+        return [{} for _ in inputs]
+
+    def observations_of_simulation(
+        self, one: Simulated, program: Callable[..., Any]
+    ) -> Observations | None:
+        return {}
+
+    def score(self, proposers: Sequence[Any], *, grad: bool = True) -> list[dict[str, SiteScore]]:
+        # Some inputs and branches may have parameters that the first runs did not use.
+        seen = self._trainables.add if grad else None
+        return _score_program(self.program, proposers, grad=grad, seen=seen)
+
+    # --- parameters and state --------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        return getattr(self._given_program, "__name__", "program")
+
+    def start_training(self, *, several_inputs: bool) -> None:
+        """It notes nothing of its sites."""
+
+    def find_parameters(self, args: tuple[Any, ...]) -> None:
+        self._find(args)
+        if not self.named_parameters():
+            raise ValueError(
+                "the guide program has nothing to train: draw its texts from an adapter, "
+                "lm_sample(..., lm=q) with q = lm.adapter(), or use pyro.param"
+            )
+
+    def _find(self, args: tuple[Any, ...]) -> None:
+        with nullcontext() if self._base is None else use(self._base):
+            self._trainables.find(self.program, args)
+
+    def adapters(self) -> list[LM]:
+        return list(self._trainables.adapters)
+
+    @property
+    def param_names(self) -> list[str]:
+        """The ``pyro.param``s that its runs have come to."""
+        return self._trainables.param_names
+
+    def named_parameters(self) -> dict[str, torch.nn.Parameter]:
+        return self._trainables.named_parameters()
+
+    def identity(self) -> dict[str, Any]:
+        return {"guide program": self.program}
+
+    def state_dict(self) -> dict[str, Any]:
+        if self._pending is not None:
+            return dict(self._pending)  # it was loaded, and not run yet
+        if not self.named_parameters():
+            raise ValueError(
+                "the guide program has not been run yet, so its parameters are not known: fit it, or "
+                "draw from it, before it is saved"
+            )
+        store = pyro.get_param_store()
+        params = {name: store._params[name].detach() for name in self.param_names}
+        return {
+            "kind": "program",
+            "adapters": [adapter_state(adapter) for adapter in self.adapters()],
+            "params": params | self._saved.waiting,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._pending, self._saved = state, SavedParams()
+        self.program = self._saved.around(self._given_program)
+        if self.named_parameters():
+            self._restore(None)  # else when it is first run
+
+    def _restore(self, args: tuple[Any, ...] | None) -> None:
+        """Put loaded parameters in, by a run on an input (None: it was run before). Those that it
+        does not come to wait for it."""
+        assert self._pending is not None
+        adapters, params = self._pending["adapters"], self._pending["params"]
+        self._saved.waiting = dict(params)
+        if args is not None:
+            self._find(args)
+        known = not params or bool(set(self.param_names) & set(params))
+        if len(self.adapters()) != len(adapters) or not known:
+            raise ValueError(
+                f"the saved guide program had {len(adapters)} adapters and the parameters "
+                f"{sorted(params)}, this one has {len(self.adapters())} and "
+                f"{sorted(self.param_names)}"
+            )
+        for adapter, state in zip(self.adapters(), adapters, strict=True):
+            load_adapter_state(adapter, state)
+        self._saved.put_in(self.param_names)
+        self._pending = None  # not before: after an error it is tried again
 
 
 class ProgramProposer:
@@ -148,7 +288,7 @@ class PriorProposer:
         """Nothing of it is suspended on its own."""
 
 
-def score_program(
+def _score_program(
     program: Callable[..., Any],
     proposers: Sequence[Any],
     *,

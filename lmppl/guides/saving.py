@@ -1,10 +1,16 @@
-"""A guide on disk: a standard peft adapter, tensors in safetensors, a description in JSON.
+"""Nested states on disk, and guides among them.
 
-    guide.json           what it is, and which base model it belongs to
-    adapter-0/           adapter_config.json, adapter_model.safetensors (as peft writes them)
-    tensors.safetensors  heads of sites that are not text, or a guide program's pyro.params
+A state is a nested dict of tensors and JSON's values. It is a folder:
 
-A folder is written under a temporary name and renamed, so that it is there whole or not at all.
+    {kind}.json          format, digests, and the state, with a reference in place of each tensor
+    {kind}.safetensors   the tensors, small ones packed together
+
+That of a guide has its adapters beside it, as peft writes them:
+
+    adapter-0/           adapter_config.json, adapter_model.safetensors
+
+A folder is written under a temporary name and renamed, so that it is there whole or not at all. What
+was damaged or edited since is refused by the name of the file.
 """
 
 from __future__ import annotations
@@ -13,44 +19,160 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import pyro
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from lmppl.guides.automatic import TrainedSites
-from lmppl.guides.heads import Head
-from lmppl.lm import LM
-from lmppl.report.history import History
+State = Mapping[str, Any]
+"""A nested dict (with str keys) and lists of tensors and JSON's values."""
 
-if TYPE_CHECKING:
-    from lmppl.training.lm_guide import LMGuide
+GUIDE_FORMAT = 5
 
-FORMAT = 4
+_TENSOR = "$tensor"  # the one key of a reference
+_SMALL = 4096  # numbers of a tensor that is packed together with others
 
 
-def save(guide: LMGuide, path: Path) -> None:
-    """Write a guide; replaces a guide that is there, and refuses to replace anything else.
+# --- states --------------------------------------------------------------------------------------
+
+
+def write_state(folder: Path, kind: str, version: int, state: State) -> None:
+    """Write a state into a folder, with digests of all files that are there already.
+
+    Args:
+        folder: exists.
+        kind: what it is the state of, for the names of its files.
+        version: of the format.
+        state: see ``State``.
 
     Raises:
-        FileExistsError: if ``path`` exists and is no guide.
-        ValueError: if a guide program has not been run yet, so that its parameters are unknown.
+        OSError: if it cannot be written.
+        TypeError, ValueError: if the state holds something else.
     """
-    if guide.program is not None and not guide.adapters() and not guide.param_names:
+    packer = _Packer()
+    written = packer.split(state)
+    try:
+        save_file(packer.tensors(), folder / f"{kind}.safetensors")
+    except SafetensorError as error:  # which is no OSError, also if the disk is full
+        raise OSError(str(error)) from error
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    digests = {file.relative_to(folder).as_posix(): _digest_of_file(file) for file in files}
+    body = json.dumps({"format": version, "files": digests, "state": written})
+    digest = hashlib.sha256(body.encode()).hexdigest()
+    (folder / f"{kind}.json").write_text(f'{{"digest": "{digest}", {body[1:]}')
+
+
+def read_state(folder: Path, kind: str, version: int, advice: str = "") -> dict[str, Any]:
+    """The state that ``write_state`` wrote.
+
+    Args:
+        folder, kind, version: see there.
+        advice: what to do about another format, for the message.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it has another format, or a file is not what was written; says which.
+    """
+    file = folder / f"{kind}.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} is no {kind}: it has no {file.name}")
+    try:
+        described = json.loads(file.read_text())
+        assert isinstance(described, dict)
+    except (ValueError, AssertionError) as error:
+        raise _damaged(file) from error
+    if described.get("format") != version:
         raise ValueError(
-            "the guide program has not been run yet, so its parameters are not known: fit it, or "
-            "draw from it, before it is saved"
+            f"the {kind} {folder} has format {described.get('format')!r}; this version of lmppl "
+            f"reads {version}{advice}"
         )
-    replace_folder(path, "guide", lambda folder: write_guide(guide, folder))
+    digest = described.pop("digest", None)
+    if hashlib.sha256(json.dumps(described).encode()).hexdigest() != digest:
+        raise _damaged(file)
+    for name, expected in described["files"].items():
+        if not (folder / name).is_file() or _digest_of_file(folder / name) != expected:
+            raise _damaged(folder / name)
+    return _joined(described["state"], load_file(folder / f"{kind}.safetensors"))
+
+
+def _damaged(file: Path) -> ValueError:
+    what = "was damaged or edited since it was saved" if file.is_file() else "is missing"
+    return ValueError(f"{file} {what}: restore it from a copy, or save anew")
+
+
+def _digest_of_file(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def is_state(value: Any) -> bool:
+    """Whether ``write_state`` can write a value, and ``read_state`` reads an equal one."""
+    if isinstance(value, list):
+        return all(map(is_state, value))
+    if isinstance(value, dict):
+        return _TENSOR not in value and all(
+            type(k) is str and is_state(v) for k, v in value.items()
+        )
+    return type(value) in (str, int, float, bool, type(None)) or torch.is_tensor(value)
+
+
+class _Packer:
+    """Takes tensors out of a state. Small ones become a few large ones, a dtype each."""
+
+    def __init__(self) -> None:
+        self._large: dict[str, torch.Tensor] = {}
+        self._small: dict[str, list[torch.Tensor]] = {}
+        self._sizes: dict[str, int] = {}
+
+    def split(self, value: Any, at: str = "state") -> Any:
+        """A state with a reference, ``{"$tensor": [entry, offset, shape]}``, for each tensor."""
+        if torch.is_tensor(value):
+            return {_TENSOR: self._reference(value.detach().cpu(), at)}
+        if isinstance(value, Mapping):
+            if _TENSOR in value:
+                raise ValueError(f"{at} has a key {_TENSOR!r}, which stands for tensors")
+            return {key: self.split(inner, f"{at}.{key}") for key, inner in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [self.split(inner, f"{at}.{i}") for i, inner in enumerate(value)]
+        return value
+
+    def _reference(self, tensor: torch.Tensor, at: str) -> list[Any]:
+        if tensor.numel() > _SMALL:
+            self._large[at] = tensor.contiguous()
+            return [at, 0, list(tensor.shape)]
+        entry = str(tensor.dtype).removeprefix("torch.")
+        offset = self._sizes.get(entry, 0)
+        self._small.setdefault(entry, []).append(tensor.reshape(-1))
+        self._sizes[entry] = offset + tensor.numel()
+        return [entry, offset, list(tensor.shape)]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return self._large | {entry: torch.cat(parts) for entry, parts in self._small.items()}
+
+
+def _joined(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+    """A state with the tensors in place of their references."""
+    if isinstance(value, list):
+        return [_joined(inner, tensors) for inner in value]
+    if not isinstance(value, dict):
+        return value
+    if _TENSOR not in value:
+        return {key: _joined(inner, tensors) for key, inner in value.items()}
+    entry, offset, shape = value[_TENSOR]
+    size = torch.Size(shape)
+    return tensors[entry].reshape(-1)[offset : offset + size.numel()].reshape(size).clone()
+
+
+# --- folders -------------------------------------------------------------------------------------
 
 
 def replace_folder(path: Path, kind: str, write: Callable[[Path], None]) -> None:
     """Write a folder under a temporary name, and rename it: it is there whole or not at all.
+
+    Interrupted between its two renames, it leaves what was there before where ``present`` finds it.
 
     Args:
         path: of the folder. A folder that holds ``{kind}.json`` is replaced, nothing else is.
@@ -64,174 +186,68 @@ def replace_folder(path: Path, kind: str, write: Callable[[Path], None]) -> None
     if path.exists() and not (path / f"{kind}.json").is_file():
         raise FileExistsError(f"{path} exists and is no {kind}: choose another name")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    new, old = (path.with_name(f".{path.name}.{which}") for which in ("new", "old"))
+    _put_back(old, path)
+    for left_over in (new, old):
+        shutil.rmtree(left_over, ignore_errors=True)
     try:
-        try:
-            write(temporary)
-        except SafetensorError as error:  # which is no OSError, also if the disk is full
-            raise OSError(str(error)) from error
+        new.mkdir()
+        write(new)
         if path.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}-old-", dir=path.parent))
-            os.replace(path, old / kind)
-            os.replace(temporary, path)
-            shutil.rmtree(old)
-        else:
-            os.replace(temporary, path)
+            os.replace(path, old)
+        os.replace(new, path)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _put_back(old, path)
+        shutil.rmtree(new, ignore_errors=True)
         raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
-def write_guide(guide: LMGuide, folder: Path) -> None:
-    """The files of a guide."""
-    tensors: dict[str, torch.Tensor] = {}
-    heads: dict[str, list[int]] = {}
-    for key, head in guide.heads.items():
-        assert isinstance(head, Head)
-        heads[key] = [head.num_features, head.num_moves, head.num_numbers]
-        for name, tensor in head.state_dict().items():
-            tensors[f"heads.{key}.{name}"] = tensor.contiguous()
-    store = pyro.get_param_store()
-    for name in guide.param_names:
-        tensors[f"params.{name}"] = store._params[name].detach().contiguous()
-    for name, tensor in guide.saved_params.waiting.items():
-        tensors[f"params.{name}"] = tensor.contiguous()
-    for i, adapter in enumerate(guide.adapters()):
-        adapter.model.save_pretrained(folder / f"adapter-{i}")
-    save_file(tensors, folder / "tensors.safetensors")
-    description = {
-        "format": FORMAT,
-        "kind": "automatic" if guide.program is None else "program",
-        "model": getattr(guide.model, "__name__", type(guide.model).__name__),
-        "base": {"name": guide.base.name, "fingerprint": fingerprint(guide.base)},
-        "condition_on": "all" if guide.condition_on == "all" else sorted(guide.condition_on),
-        "heads": heads,
-        "num_adapters": len(guide.adapters()),
-        "adapted_sites": guide.adapted_sites if guide.adapter_per_site else None,
-        "tempered_target": guide.tempered_target,
-        "sites": guide.sites.laws,
-        "notes": guide.notes,
-        "history": guide.history,
-    }
-    (folder / "guide.json").write_text(json.dumps(description, indent=1))
+def _put_back(old: Path, path: Path) -> None:
+    if old.exists() and not path.exists():
+        os.replace(old, path)
 
 
-def load(
-    path: Path,
-    model: Callable[..., Any],
-    lm: LM | None,
-    program: Callable[..., Any] | None,
-) -> LMGuide:
-    """Read a guide; see ``LMGuide.load``."""
-    from lmppl.training.lm_guide import LMGuide
+def present(path: Path) -> Path:
+    """Where a folder that ``replace_folder`` wrote is: at ``path``, or where an interruption between
+    its two renames has left it."""
+    old = path.with_name(f".{path.name}.old")
+    return old if old.exists() and not path.exists() else path
 
-    file = path / "guide.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"{path} is no guide: it has no guide.json")
-    description = json.loads(file.read_text())
-    if description.get("format") != FORMAT:
-        raise ValueError(
-            f"{path} has format {description.get('format')!r}; this version of lmppl reads {FORMAT}"
+
+# --- guides --------------------------------------------------------------------------------------
+
+
+def write_guide(folder: Path, state: State) -> None:
+    """Write the state of a guide, ``LMGuide.state_dict()``, into a folder; see ``write_state``."""
+    adapters = []
+    for i, adapter in enumerate(state["guide"]["adapters"]):
+        inner = folder / f"adapter-{i}"
+        inner.mkdir()
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in adapter["tensors"].items()}
+        try:
+            save_file(tensors, inner / "adapter_model.safetensors", metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+        if adapter["config"] is not None:
+            text = json.dumps(adapter["config"], indent=2, sort_keys=True)
+            (inner / "adapter_config.json").write_text(text)
+        adapters.append(inner.name)
+    written = {**state, "guide": {**state["guide"], "adapters": adapters}}
+    write_state(folder, "guide", GUIDE_FORMAT, written)
+
+
+def read_guide(folder: Path) -> dict[str, Any]:
+    """The state that ``write_guide`` wrote; see ``read_state``."""
+    state = read_state(folder, "guide", GUIDE_FORMAT, ": train anew")
+    adapters = []
+    for name in state["guide"]["adapters"]:
+        config = folder / name / "adapter_config.json"
+        adapters.append(
+            {
+                "config": json.loads(config.read_text()) if config.is_file() else None,
+                "tensors": load_file(folder / name / "adapter_model.safetensors"),
+            }
         )
-    kind = "automatic" if program is None else "program"
-    if description["kind"] != kind:
-        needed = "give program=" if description["kind"] == "program" else "leave out program="
-        raise ValueError(f"{path} holds a guide of kind {description['kind']!r}: {needed}")
-    lora = None
-    if program is None and description["num_adapters"]:
-        from peft import LoraConfig
-
-        lora = LoraConfig.from_pretrained(path / "adapter-0")
-        lora.inference_mode = False
-    sites = description["adapted_sites"]
-    guide = LMGuide(
-        model,
-        lm=lm,
-        program=program,
-        lora=lora,
-        condition_on=description["condition_on"],
-        adapter_per_site=sites is not None,
-    )
-    if fingerprint(guide.base) != description["base"]["fingerprint"]:
-        raise ValueError(
-            f"{path} was trained on the base model {description['base']['name']!r}, given "
-            f"{guide.base.name!r}, whose weights or tokens are others: load that model, or train anew"
-        )
-    guide.history = History(description["history"])
-    guide.notes = list(description["notes"])
-    guide.tempered_target = description["tempered_target"]
-    guide.sites = TrainedSites(description["sites"])
-    read_parameters(guide, path, description)
-    return guide
-
-
-def read_parameters(guide: LMGuide, path: Path, description: dict[str, Any]) -> None:
-    """The parameters of a saved guide, into one of the same making."""
-    tensors = load_file(path / "tensors.safetensors")
-    state: dict[str, Any] = {
-        "adapters": [
-            load_file(path / f"adapter-{i}" / "adapter_model.safetensors")
-            for i in range(description["num_adapters"])
-        ],
-        "params": {n.removeprefix("params."): t for n, t in tensors.items() if "params." in n[:7]},
-    }
-    if guide.program is not None:
-        guide.restore_later(state)
-        return
-    sites = [""] if description["adapted_sites"] is None else description["adapted_sites"]
-    for site, adapter in zip(sites, state["adapters"], strict=True):
-        _set_adapter(guide.adapter_for(site), adapter)
-    for key, sizes in description["heads"].items():
-        if key not in guide.heads:
-            guide.heads[key] = Head(*sizes)
-        prefix = f"heads.{key}."
-        guide.heads[key].load_state_dict(
-            {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-        )
-
-
-def restore_program(adapters: list[LM], names: list[str], state: dict[str, Any]) -> None:
-    """Put loaded parameters into a guide program's adapters.
-
-    Args:
-        adapters: of the program.
-        names: of the ``pyro.param``s that runs of it have come to.
-        state: what was saved.
-
-    Raises:
-        ValueError: if the program has others than the one that was saved.
-    """
-    known = not state["params"] or bool(set(names) & set(state["params"]))
-    if len(adapters) != len(state["adapters"]) or not known:
-        raise ValueError(
-            f"the saved guide program had {len(state['adapters'])} adapters and the parameters "
-            f"{sorted(state['params'])}, this one has {len(adapters)} and {sorted(names)}"
-        )
-    for adapter, tensors in zip(adapters, state["adapters"], strict=True):
-        _set_adapter(adapter, tensors)
-
-
-def _set_adapter(adapter: LM, tensors: dict[str, torch.Tensor]) -> None:
-    from peft import set_peft_model_state_dict
-
-    result = set_peft_model_state_dict(adapter.model, tensors)
-    unexpected = list(getattr(result, "unexpected_keys", []))
-    if unexpected:
-        raise ValueError(
-            f"the saved adapter has the tensor {unexpected[0]!r}, which this adapter has not: it was "
-            "made with another LoraConfig"
-        )
-
-
-def fingerprint(lm: LM) -> str:
-    """A hash of a base model's tokens, of its shape and of a sample of its weights.
-
-    Weights are rounded to bfloat16 first: the same model in another dtype is the same base.
-    """
-    digest = hashlib.sha256(lm.vocabulary.fingerprint.encode())
-    for name, parameter in lm.model.named_parameters():
-        flat = parameter.detach().reshape(-1)
-        sample = flat[:: max(1, len(flat) // 64)][:64].to(torch.bfloat16).float().cpu()
-        digest.update(f"{name} {tuple(parameter.shape)}".encode())
-        digest.update(sample.numpy().tobytes())
-    return digest.hexdigest()
+    state["guide"]["adapters"] = adapters
+    return state

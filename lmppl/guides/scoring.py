@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from lmppl import runtime
-from lmppl.guides.program import PriorProposer, score_program
+from lmppl.guides.guide import as_guide
+from lmppl.guides.program import PriorProposer
 from lmppl.guides.prompts import Observations
 from lmppl.runtime import Particle
 from lmppl.runtime.records import Record, Value, rescore
-from lmppl.training.lm_guide import LMGuide
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +34,7 @@ class LatentScores:
     log_q: torch.Tensor
 
 
-Trace = tuple[Callable[..., Any], tuple[Any, ...], Mapping[str, Value]]
+GivenTrace = tuple[Callable[..., Any], tuple[Any, ...], Mapping[str, Value]]
 """A program, its arguments, and a value for every latent site."""
 
 
@@ -47,16 +47,15 @@ def score_latents(
     what: str = "latents",
 ) -> LatentScores:
     """Score traces of one input under a program and a guide; see ``score_traces``."""
-    observations: list[Observations] = []
-    if isinstance(guide, LMGuide):
-        observations = [guide.observations(args, model)] * len(latents)
-    traces = [(model, args, each) for each in latents]
-    return score_traces(guide, traces, observations, what=what)
+    found = as_guide(guide)
+    seen = [] if found is None else found.observations_of([(model, args)]) * len(latents)
+    traces = [(model, args, values) for values in latents]
+    return score_traces(found, traces, seen, what=what)
 
 
 def score_traces(
     guide: Any,
-    traces: Sequence[Trace],
+    traces: Sequence[GivenTrace],
     observations: Sequence[Observations] = (),
     *,
     what: str = "latents",
@@ -64,24 +63,23 @@ def score_traces(
     """Score traces of any inputs together; sites use the language model of ``lmppl.use``.
 
     Args:
-        guide: a ``LMGuide``, a guide program, or None: the programs' priors.
+        guide: a ``Guide``, a guide program, or None: the programs' priors.
         traces: N of them. One that a hard condition rejects is scored up to there.
-        observations: for a ``LMGuide``: what it reads of each trace's input.
+        observations: what the guide reads of each trace's input; none without a guide.
         what: they are, for messages.
 
     Raises:
         ValueError: if they are not the latents of the program; says which and why.
     """
-    proposers: list[Any]
-    if isinstance(guide, LMGuide):
+    guide = as_guide(guide)
+    proposers: list[Any] = [PriorProposer(program, args) for program, args, _ in traces]
+    if guide is not None:
         for (_, args, _), seen in zip(traces[:1], observations, strict=False):
             guide.proposer_factory(args, observations=seen)  # a loaded one finds its parameters
         proposers = [
             guide.recaller(args, seen)
             for (_, args, _), seen in zip(traces, observations, strict=True)
         ]
-    else:
-        proposers = [PriorProposer(guide or program, args) for program, args, _ in traces]
     with torch.no_grad():
         runs = [
             rescore(
@@ -93,16 +91,12 @@ def score_traces(
         ]
         with runtime.ending(runs):
             runtime.run_to_draws(runs)
-        scores: list[Any] = [{} for _ in traces]
-        if isinstance(guide, LMGuide):
-            scores = guide.score(proposers, grad=False)
-        elif guide is not None:
-            scores = score_program(guide, proposers, grad=False)
+        scores = [{} for _ in traces] if guide is None else guide.score(proposers, grad=False)
     log_prior, log_q = [], []
-    for run, own in zip(runs, scores, strict=True):
+    for run, score in zip(runs, scores, strict=True):
         terms = {n: float(node["unscaled_log_prob"].sum()) for n, node in run.latents.items()}
         log_prior.append(math.fsum(terms.values()))
-        terms |= {name: float(log_prob) for name, (log_prob, _) in own.items()}
+        terms |= {name: float(log_prob) for name, (log_prob, _) in score.items()}
         log_q.append(math.fsum(terms.values()))
     return LatentScores(
         runs,

@@ -91,16 +91,18 @@ class DivergenceGuard:
                 "quarter), or raise batch_size"
             )
 
-    def state(self) -> dict[str, Any]:
-        return {"first": self.first, "best": self.best, "recent": list(self._recent)}
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "first": self.first,
+            "best": self.best,
+            "recent": list(self._recent),
+            "snapshot": self.snapshot.tensors,
+        }
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        return self.snapshot.tensors
-
-    def restore(self, state: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.first, self.best = state["first"], state["best"]
         self._recent = list(state["recent"])
-        self.snapshot = Snapshot(tensors)
+        self.snapshot = Snapshot(state["snapshot"])
 
 
 def _fell(elbo: float, to: float) -> bool:
@@ -142,13 +144,15 @@ class EarlyStopping:
         if self.snapshot.tensors:
             self.snapshot.put_back(parameters)
 
-    def state(self) -> dict[str, Any]:
-        return {"best": self.best, "best_step": self.best_step, "waited": self.waited}
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "best": self.best,
+            "best_step": self.best_step,
+            "waited": self.waited,
+            "snapshot": self.snapshot.tensors,
+        }
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        return self.snapshot.tensors
-
-    def restore(self, state: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.best, self.best_step = state["best"], state["best_step"]
         self.waited = state["waited"]
-        self.snapshot = Snapshot(tensors)
+        self.snapshot = Snapshot(state["snapshot"])

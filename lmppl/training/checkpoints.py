@@ -1,8 +1,8 @@
 """A run of training on disk, so that it can go on as if it had not been interrupted.
 
-    checkpoint.json     which run it is, where it is, and what the tensors are of
-    state.safetensors   optimiser, random generator, records of the buffers, best parameters
-    guide/              the guide so far, as ``LMGuide.save`` writes it
+    checkpoint.json         which run it is, where it is, optimiser, generator, records of the buffers
+    checkpoint.safetensors  its tensors
+    guide/                  the guide so far, as ``LMGuide.save`` writes it
 
 Whoever writes a checkpoint forgets what it remembered of prompts and merged weights, as whoever
 reads one does. So both go on from the same numbers, bit by bit.
@@ -10,43 +10,42 @@ reads one does. So both go on from the same numbers, bit by bit.
 
 from __future__ import annotations
 
-import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from lmppl.distributions import ToolResult
-from lmppl.guides.automatic import TrainedSites
-from lmppl.guides.saving import read_parameters, replace_folder, write_guide
+from lmppl.guides.parameters import same_base
+from lmppl.guides.saving import (
+    is_state,
+    present,
+    read_guide,
+    read_state,
+    replace_folder,
+    write_guide,
+    write_state,
+)
 from lmppl.lm.batches.requests import Scored
-from lmppl.report.history import History
 from lmppl.runtime.records import Record
 from lmppl.training.fingerprints import identity
 from lmppl.training.inputs import Input
-from lmppl.training.trainer import optimizer_tensors, restore_optimizer
+from lmppl.training.trainer import Trainer
 
-if TYPE_CHECKING:
-    from lmppl.training.trainer import Trainer
-
-FORMAT = 5
+FORMAT = 6
 
 
 class Part(Protocol):
     """Something with a state, beside the trainer, that a run goes on from."""
 
-    def state(self) -> dict[str, Any]:
-        """What is no tensor, in JSON's types."""
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and JSON's values, nested."""
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """The rest, by name."""
-
-    def restore(self, state: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
-        """Go on from both."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what ``state_dict`` gave."""
 
 
 @dataclass
@@ -99,16 +98,19 @@ class Checkpoints:
         if self.path is None:
             return 0
         # Now, before the steps change what it is made of.
-        self._run = identity(trainer) | dict(run or {})
+        self._run = identity(
+            trainer.guide, trainer.source, trainer.options, trainer.steps, trainer.seed
+        ) | dict(run or {})
         self._trainer, self._parts = trainer, parts
-        if not self.path.exists():
+        folder = present(self.path)
+        if not folder.exists():
             return 0
         if not self.resume:
             raise FileExistsError(
                 f"{self.path} exists: resume=True goes on with the run in it; for a new run give "
                 "another folder"
             )
-        done = read(self.path, trainer, parts, self._run)
+        done = read(folder, trainer, parts, self._run)
         trainer.forget()
         return done
 
@@ -153,30 +155,18 @@ def write(
         OSError: if it cannot be written; the checkpoint before is kept.
         FileExistsError: if ``path`` is something else.
     """
-    packed = _Packer()
-    description = {
-        "format": FORMAT,
+    state = {
         "run": run,
         "done": done,
-        "source": trainer.source.state(),
-        "inputs": [_pack_input(each, packed) for each in trainer.source.kept],
-        "trainer": trainer.state(),
-        **{name: part.state() for name, part in parts.items()},
+        "inputs": [_input_state(input_) for input_ in trainer.source.kept],
+        "trainer": trainer.state_dict(),
+        "parts": {name: part.state_dict() for name, part in parts.items()},
     }
-    tensors = packed.tensors()
-    tensors["generator"] = trainer.generator.get_state()
-    state = optimizer_tensors(trainer.optimizer, trainer.named_parameters())
-    tensors |= _prefixed("optimizer", trainer.late_state | state)
-    if trainer.log_z is not None:
-        tensors |= _prefixed("log_z", trainer.log_z.state_dict())
-    for name, part in parts.items():
-        tensors |= _prefixed(name, part.tensors())
 
     def write_files(folder: Path) -> None:
         (folder / "guide").mkdir()
-        write_guide(trainer.guide, folder / "guide")
-        save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "state.safetensors")
-        (folder / "checkpoint.json").write_text(json.dumps(description))
+        write_guide(folder / "guide", trainer.guide.state_dict())
+        write_state(folder, "checkpoint", FORMAT, state)
 
     replace_folder(path, "checkpoint", write_files)
 
@@ -194,157 +184,91 @@ def read(
 
     Raises:
         ValueError: if it is another run's: of another program, model, data or options, or of
-            another version of lmppl; says which.
+            another version of lmppl, or if a file of it was damaged; says which.
     """
-    description = json.loads((path / "checkpoint.json").read_text())
-    if description.get("format") != FORMAT:
-        raise ValueError(
-            f"the checkpoint {path} has format {description.get('format')!r}; this version of lmppl "
-            f"reads {FORMAT}: train anew, in another folder"
-        )
-    saved = description["run"]
+    state = read_state(path, "checkpoint", FORMAT, ": train anew, in another folder")
+    saved = state["run"]
     for what in dict.fromkeys([*run, *saved]):
-        if saved.get(what) != run.get(what):
+        one, two = saved.get(what), run.get(what)
+        if what == "language model":
+            same = same_base(saved[what], run[what])
+            one, two = saved[what]["name"], run[what]["name"]
+        else:
+            same = one == two
+        if not same:
             raise ValueError(
                 f"the checkpoint {path} belongs to another run, its {what} differs: it has "
-                f"{saved.get(what)!r}, this run {run.get(what)!r}. Resume with what it was begun "
+                f"{one!r}, this run {two!r}. Resume with what it was begun "
                 "with, or train anew in another folder"
             )
-    guide = trainer.guide
-    saved_guide = json.loads((path / "guide" / "guide.json").read_text())
-    read_parameters(guide, path / "guide", saved_guide)
-    guide.restore_pending(None)
-    guide.history = History(saved_guide["history"])
-    guide.notes = list(saved_guide["notes"])
-    guide.sites = TrainedSites(saved_guide["sites"])
-    tensors = load_file(path / "state.safetensors")
-    unpack = _unpacker(tensors)
-    trainer.source.restore(description["source"])
-    for each, state in zip(trainer.source.kept, description["inputs"], strict=True):
-        _unpack_input(each, state, unpack)
-    trainer.restore(description["trainer"])
-    trainer.generator.set_state(tensors["generator"])
-    if trainer.log_z is not None:
-        trainer.log_z.load_state_dict(under(tensors, "log_z."))
-    trainer.adopt_new_parameters()
-    trainer.late_state = under(tensors, "optimizer.")
-    restore_optimizer(trainer.optimizer, trainer.named_parameters(), trainer.late_state)
+    trainer.guide.load_state_dict(read_guide(path / "guide"))
+    trainer.load_state_dict(state["trainer"])
+    for input_, kept in zip(trainer.source.kept, state["inputs"], strict=True):
+        _load_input(input_, kept)
     for name, part in parts.items():
-        part.restore(description[name], under(tensors, f"{name}."))
-    return int(description["done"])
+        part.load_state_dict(state["parts"][name])
+    return int(state["done"])
 
 
-def _prefixed(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
+# --- inputs and records --------------------------------------------------------------------------
 
 
-def under(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-
-
-# --- records -------------------------------------------------------------------------------------
-
-
-class _Packer:
-    """Many small tensors as a few large ones; each is found again by a reference."""
-
-    def __init__(self) -> None:
-        self._parts: dict[str, list[torch.Tensor]] = {}
-        self._sizes: dict[str, int] = {}
-
-    def add(self, tensor: torch.Tensor) -> list[Any]:
-        kind = str(tensor.dtype).removeprefix("torch.")
-        at = self._sizes.get(kind, 0)
-        self._parts.setdefault(kind, []).append(tensor.detach().cpu().reshape(-1))
-        self._sizes[kind] = at + tensor.numel()
-        return [kind, at, list(tensor.shape)]
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        return {f"packed.{kind}": torch.cat(parts) for kind, parts in self._parts.items()}
-
-
-def _unpacker(tensors: Mapping[str, torch.Tensor]) -> Callable[[Sequence[Any]], torch.Tensor]:
-    def unpack(reference: Sequence[Any]) -> torch.Tensor:
-        kind, at, shape = reference
-        size = torch.Size(shape)
-        return tensors[f"packed.{kind}"][at : at + size.numel()].reshape(size).clone()
-
-    return unpack
-
-
-def _pack_input(each: Input, packed: _Packer) -> dict[str, Any]:
+def _input_state(input_: Input) -> dict[str, Any]:
     return {
-        "visits": each.visits,
-        "alive": each.alive,
-        "rejects": each.rejects,
-        "features": None if each.features is None else packed.add(each.features),
-        "buffer": [_pack(r, packed) for r in each.buffer.records if _is_plain(r)],
-        "stock": [_pack(r, packed) for r in each.stock if _is_plain(r)],
+        "visits": input_.visits,
+        "alive": input_.alive,
+        "rejects": input_.rejects,
+        "features": input_.features,
+        "buffer": [_record_state(r) for r in input_.buffer.records if _is_plain(r)],
+        "stock": [_record_state(r) for r in input_.stock if _is_plain(r)],
     }
 
 
-def _unpack_input(
-    each: Input, state: Mapping[str, Any], unpack: Callable[[Sequence[Any]], torch.Tensor]
-) -> None:
-    each.visits, each.alive, each.rejects = state["visits"], state["alive"], state["rejects"]
-    each.features = None if state["features"] is None else unpack(state["features"])
-    each.buffer.records = [_unpack(record, unpack) for record in state["buffer"]]
-    each.stock = [_unpack(record, unpack) for record in state["stock"]]
+def _load_input(input_: Input, state: Mapping[str, Any]) -> None:
+    input_.visits, input_.features = state["visits"], state["features"]
+    input_.alive, input_.rejects = state["alive"], state["rejects"]
+    input_.buffer.records = [_record(kept) for kept in state["buffer"]]
+    input_.stock = [_record(kept) for kept in state["stock"]]
 
 
 def _is_plain(record: Record) -> bool:
-    """Whether JSON can hold the results of its tools; other records are left out."""
-    return all(_is_json(node.result) for node in record.tools.values())
+    """Whether a file can hold the results of its tools; other records are left out."""
+    return all(is_state(node.result) for node in record.tools.values())
 
 
-def _error(node: ToolResult) -> str | None:
-    return None if node.error is None else f"{type(node.error).__name__}: {node.error}"
-
-
-def _is_json(value: Any) -> bool:
-    if isinstance(value, list):
-        return all(_is_json(each) for each in value)
-    if isinstance(value, dict):
-        return all(type(k) is str and _is_json(v) for k, v in value.items())
-    return type(value) in (str, int, float, bool, type(None))
-
-
-def _pack(record: Record, packed: _Packer) -> dict[str, Any]:
+def _record_state(record: Record) -> dict[str, Any]:
     known: dict[str, Any] = {}
     for name, (log_prob, scored) in record.known.items():
-        known[name] = [packed.add(log_prob)]
-        if scored is not None:
-            closing = scored.closing_log_probs
-            known[name].append(packed.add(scored.log_probs))
-            known[name].append(None if closing is None else packed.add(closing))
+        terms = [] if scored is None else [scored.log_probs, scored.closing_log_probs]
+        known[name] = [log_prob, *terms]
+    tools = {}
+    for name, node in record.tools.items():
+        error = None if node.error is None else f"{type(node.error).__name__}: {node.error}"
+        tools[name] = [node.result, error]
     return {
-        "values": {name: packed.add(torch.as_tensor(v)) for name, v in record.values.items()},
-        "tools": {name: [node.result, _error(node)] for name, node in record.tools.items()},
+        "values": {name: torch.as_tensor(value) for name, value in record.values.items()},
+        "tools": tools,
         "known": known,
-        "features": {name: packed.add(tensor) for name, tensor in record.features.items()},
+        "features": record.features,
         "log_r": record.log_r,
-        "tokens": list(record.tokens),
+        "tokens": record.tokens,
         "counts": sorted(record.counts),
     }
 
 
-def _unpack(packed: Mapping[str, Any], unpack: Callable[[Sequence[Any]], torch.Tensor]) -> Record:
-    known = {}
-    for name, (log_prob, *rest) in packed["known"].items():
-        scored = None
-        if rest:
-            terms, closing = rest
-            scored = Scored(unpack(terms), None if closing is None else unpack(closing))
-        known[name] = (unpack(log_prob), scored)
+def _record(state: Mapping[str, Any]) -> Record:
     return Record(
-        values={name: unpack(value) for name, value in packed["values"].items()},
+        values=state["values"],
         tools={
             name: ToolResult.wrap(result, None if error is None else RuntimeError(error))
-            for name, (result, error) in packed["tools"].items()
+            for name, (result, error) in state["tools"].items()
         },
-        known=known,
-        features={name: unpack(tensor) for name, tensor in packed["features"].items()},
-        log_r=packed["log_r"],
-        tokens=tuple(packed["tokens"]),
-        counts=frozenset(packed["counts"]),
+        known={
+            name: (log_prob, Scored(*terms) if terms else None)
+            for name, (log_prob, *terms) in state["known"].items()
+        },
+        features=state["features"],
+        log_r=state["log_r"],
+        tokens=tuple(state["tokens"]),
+        counts=frozenset(state["counts"]),
     )

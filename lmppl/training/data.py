@@ -6,11 +6,12 @@ import itertools
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from lmppl import runtime
+from lmppl.guides.guide import TrainableGuide
 from lmppl.posterior import Posterior
 from lmppl.report.progress import progress_bar
 from lmppl.runtime import simulation
@@ -27,14 +28,11 @@ from lmppl.training.inputs import (
 )
 from lmppl.training.options import FitOptions
 
-if TYPE_CHECKING:
-    from lmppl.training.lm_guide import LMGuide
-
 _MOST_DISTILLED = 64
 
 
 def read_data(
-    guide: LMGuide,
+    guide: TrainableGuide,
     data: Iterable[Any] | None,
     simulate: int | float | None,
     demonstrations: Sequence[Any] | None,
@@ -107,7 +105,7 @@ def _check_loss(options: FitOptions, *, has_latents: bool) -> None:
 
 
 def _simulated_inputs(
-    guide: LMGuide,
+    guide: TrainableGuide,
     data: Iterable[Any] | None,
     number: int | float,
     eval_data: Iterable[Any] | int | None,
@@ -140,23 +138,23 @@ def _simulated_inputs(
     return Collection(inputs, generator), held_out, inputs[0]
 
 
-def check_simulated(guide: LMGuide) -> None:
+def check_simulated(guide: TrainableGuide) -> None:
     """Raises ``ValueError`` for a guide that would not see what is simulated."""
-    if guide.program is not None:
+    if not guide.reads_observations:
         raise ValueError(
             "a guide program reads its arguments, which do not hold the simulated observations: "
             "give data, or use the automatic guide (it reads what the program's sites observe)"
         )
 
 
-def simulations(guide: LMGuide, args_of: Sequence[Args], seed: int) -> simulation.Stream:
+def simulations(guide: TrainableGuide, args_of: Sequence[Args], seed: int) -> simulation.Stream:
     """Endless simulations of a guide's program on some arguments."""
     observed = None if guide.condition_on == "all" else guide.condition_on
     return simulation.Stream(guide.model, args_of, seed=seed, observed=observed)
 
 
 def simulated_inputs(
-    guide: LMGuide,
+    guide: TrainableGuide,
     pairs: Iterator[tuple[Args, Simulated]],
     options: FitOptions,
     number: int | None = None,
@@ -178,7 +176,7 @@ def _may_reject(one: Simulated) -> bool:
 
 
 def simulated_input(
-    guide: LMGuide, args: Args, one: Simulated, index: int, options: FitOptions
+    guide: TrainableGuide, args: Args, one: Simulated, index: int, options: FitOptions
 ) -> Input:
     """A simulation as an input. What the simulation has found out is not computed again.
 
@@ -197,7 +195,9 @@ def simulated_input(
     return each
 
 
-def held_out_inputs(guide: LMGuide, data: Iterable[Any] | None, options: FitOptions) -> list[Input]:
+def held_out_inputs(
+    guide: TrainableGuide, data: Iterable[Any] | None, options: FitOptions
+) -> list[Input]:
     """Those that a user gives; none, if ``data`` is None."""
     if data is None:
         return []

@@ -7,18 +7,16 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from lmppl import runtime
+from lmppl.guides.guide import Guide
 from lmppl.guides.scoring import score_traces
 from lmppl.runtime import Proposer
 from lmppl.training.callbacks import EarlyStopping
 from lmppl.training.inputs import Input, observe
-
-if TYPE_CHECKING:
-    from lmppl.training.lm_guide import LMGuide
 
 _MOST_PARTICLES = 512
 
@@ -58,7 +56,7 @@ class HeldOut:
             raise ValueError(f"patience={patience} needs eval_data=, held-out inputs")
         return EarlyStopping(patience)
 
-    def figures(self, guide: LMGuide, number: int, steps: int) -> dict[str, float]:
+    def figures(self, guide: Guide, number: int, steps: int) -> dict[str, float]:
         """What ``evaluate`` finds after step ``number`` of ``steps``; nothing if it is not time."""
         due = (number + 1) % self.every == 0 or number == steps - 1
         if not self.inputs or not due:
@@ -69,7 +67,7 @@ class HeldOut:
 
 
 def evaluate(
-    guide: LMGuide | None, inputs: Sequence[Input], num_samples: int, *, seed: int
+    guide: Guide | None, inputs: Sequence[Input], num_samples: int, *, seed: int
 ) -> dict[str, float]:
     """Figures of a guide as a proposal, each the mean over the inputs.
 
@@ -118,13 +116,13 @@ def evaluate(
     return figures
 
 
-def _proposer(guide: LMGuide | None, each: Input) -> Callable[[int, int], Proposer] | None:
+def _proposer(guide: Guide | None, each: Input) -> Callable[[int, int], Proposer] | None:
     if guide is None:
         return None
     return guide.proposer_factory(each.args, observations=each.observations)
 
 
-def _eubo(guide: LMGuide | None, inputs: Sequence[Input]) -> float:
+def _eubo(guide: Guide | None, inputs: Sequence[Input]) -> float:
     """Mean of log R - log q over the exact posterior draws of simulated inputs."""
     pairs = [(each, record) for each in inputs for record in each.given]
     scores = score_traces(

@@ -11,57 +11,47 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import CellType, CodeType, FunctionType, MethodType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
-from lmppl.guides.saving import fingerprint
-from lmppl.lm import LM
-from lmppl.training.inputs import Input
-
-if TYPE_CHECKING:
-    from lmppl.training.trainer import Trainer
+from lmppl.guides.guide import TrainableGuide
+from lmppl.guides.parameters import adapter_config, base_state
+from lmppl.training.inputs import Input, Source
+from lmppl.training.options import FitOptions
 
 
-def identity(trainer: Trainer) -> dict[str, Any]:
-    """What must be equal for a run to be the same one, in JSON's types."""
-    guide = trainer.guide
-    own = None if guide.program is None else program_fingerprint(guide.program)
+def identity(
+    guide: TrainableGuide, source: Source, options: FitOptions, steps: int, seed: int
+) -> dict[str, Any]:
+    """What must be equal for a run to be the same one, by what it is called in messages."""
     # (NumPy's integers are integers, too.)
-    options = json.loads(json.dumps(dataclasses.asdict(trainer.options), default=int))
+    given = json.loads(json.dumps(dataclasses.asdict(options), default=int))
+    own = guide.identity().items()
     return {
         "program": program_fingerprint(guide.model),
-        "guide program": own,
-        "condition_on": "all" if guide.condition_on == "all" else sorted(guide.condition_on),
-        "adapter_per_site": guide.adapter_per_site,
-        "adapters": [_lora(each) for each in guide.adapters()[:1]],
-        "language model": fingerprint(guide.base),
-        "data": digest_of([_data(each) for each in trainer.source.kept]),
-        "arguments to simulate on": digest_of(trainer.source.origin),
-        "number of steps": trainer.steps,
-        "seed": trainer.seed,
-        **{f"option {name}": value for name, value in options.items()},
+        **{k: program_fingerprint(value) if callable(value) else value for k, value in own},
+        "adapters": [_lora(adapter_config(adapter)) for adapter in guide.adapters()[:1]],
+        "language model": base_state(guide.base),
+        "data": digest_of([_data(input_) for input_ in source.kept]),
+        "arguments to simulate on": digest_of(source.origin),
+        "number of steps": steps,
+        "seed": seed,
+        **{f"option {name}": value for name, value in given.items()},
     }
 
 
-def _data(each: Input) -> list[Any]:
+def _data(input_: Input) -> list[Any]:
     """What the user gave of an input. (What was simulated follows from the seed.)"""
-    given = [] if each.exact else [record.values for record in each.given]
-    return [each.args, given]
+    given = [] if input_.exact else [record.values for record in input_.given]
+    return [input_.args, given]
 
 
-def _lora(adapter: LM) -> dict[str, Any]:
+def _lora(config: Mapping[str, Any] | None) -> dict[str, Any]:
     """What makes an adapter the kind that it is (nothing, if all weights are trained)."""
-    config = getattr(adapter.model, "peft_config", {}).get("default")
-    if config is None:
-        return {}
-    modules = config.target_modules
-    return {
-        "r": config.r,
-        "alpha": config.lora_alpha,
-        "modules": modules if isinstance(modules, str) else sorted(modules or ()),
-    }
+    kept = ("r", "lora_alpha", "target_modules")
+    return {} if config is None else {key: config[key] for key in kept}
 
 
 def program_fingerprint(program: Callable[..., Any]) -> str:

@@ -11,12 +11,12 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from lmppl import runtime
-from lmppl.guides.automatic import TrainedSites
+from lmppl.guides.guide import TrainableGuide
 from lmppl.primitives import use
 from lmppl.report.history import History
 from lmppl.report.progress import progress_bar
@@ -27,9 +27,6 @@ from lmppl.training.evaluation import HeldOut, evaluate
 from lmppl.training.options import FitOptions
 from lmppl.training.tracking import tracker
 from lmppl.training.trainer import Trainer
-
-if TYPE_CHECKING:
-    from lmppl.training.lm_guide import LMGuide
 
 _SHOWN = ("loss", "log_z", "elbo", "ess", "length")
 
@@ -59,7 +56,7 @@ class Run:
 
 
 def fit(
-    guide: LMGuide,
+    guide: TrainableGuide,
     data: Iterable[Any] | None,
     steps: int,
     *,
@@ -139,9 +136,8 @@ def fit(
         )
         held_out = replace(held_out, inputs=eval_inputs)
         stopping = held_out.stopping(patience)
-        guide.strict_prompts = source.num_inputs != 1
+        guide.start_training(several_inputs=source.num_inputs != 1)
         guide.tempered_target = settings.tempered_target
-        guide.sites = TrainedSites()
         guide.prepare(example.args, example.program, example.observations)
         trainer = Trainer(guide, source, steps, settings, run.seed, generator)
         _Loop(trainer, held_out, stopping, run, callback).run(progress)

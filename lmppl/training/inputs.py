@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
+import torch
+
+from lmppl.guides.guide import Guide
 from lmppl.guides.prompts import Observations
 from lmppl.runtime.arguments import Args, items_of, positional, signature_of
 from lmppl.runtime.records import Record
 from lmppl.training.options import FitOptions
 from lmppl.training.samples import ReplayBuffer
-
-if TYPE_CHECKING:
-    from lmppl.training.lm_guide import LMGuide
-
-
-import itertools
-from abc import ABC, abstractmethod
-from collections.abc import Iterator
-
-import torch
 
 
 class Input:
@@ -69,7 +64,7 @@ class Input:
         self.stock.clear()  # drawn from the model as it was
 
 
-def observe(guide: LMGuide, inputs: Sequence[Input]) -> None:
+def observe(guide: Guide, inputs: Sequence[Input]) -> None:
     """Find what the guide reads of inputs for which that is not known yet."""
     new = [each for each in inputs if each.observations is None]
     if new:
@@ -122,12 +117,12 @@ class Source(ABC):
         """The inputs whose buffers matter for the steps to come."""
 
     @abstractmethod
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Where it is, in JSON's types."""
 
     @abstractmethod
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on from ``state()``."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from ``state_dict()``."""
 
 
 class Collection(Source):
@@ -151,10 +146,10 @@ class Collection(Source):
     def kept(self) -> list[Input]:
         return self._inputs
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         return {"queue": list(self._queue)}
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._queue = list(state["queue"])
 
 
@@ -187,10 +182,10 @@ class Stream(Source):
     def kept(self) -> list[Input]:
         return []
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         return {"taken": self._taken}
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if self._skip is not None:
             self._skip(state["taken"])
             self._taken = state["taken"]

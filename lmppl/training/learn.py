@@ -20,11 +20,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 
 from lmppl import runtime
+from lmppl.guides.guide import TrainableGuide
 from lmppl.guides.parameters import SavedParams
 from lmppl.primitives import use
 from lmppl.report.history import History
@@ -40,14 +41,11 @@ from lmppl.training.options import FitOptions
 from lmppl.training.tracking import tracker
 from lmppl.training.trainer import Trainer, mean
 
-if TYPE_CHECKING:
-    from lmppl.training.lm_guide import LMGuide
-
 _FEWEST_EFFECTIVE = 3.0
 
 
 def learn(
-    guide: LMGuide,
+    guide: TrainableGuide,
     data: Iterable[Any],
     steps: int = 200,
     *,
@@ -135,7 +133,7 @@ def learn(
             for i, args in enumerate(read_inputs(guide.model, data))
         ]
         m_step = MStep(guide, inputs, settings, model_learning_rate, saved)
-        guide.strict_prompts = len(inputs) > 1
+        guide.start_training(several_inputs=len(inputs) > 1)
         guide.tempered_target = settings.tempered_target
         guide.prepare(inputs[0].args)
         source = Collection(inputs, generator)
@@ -217,7 +215,7 @@ def _poor_draws(history: History, num_samples: int) -> list[str]:
 
 
 @contextmanager
-def _restoring(guide: LMGuide, saved: SavedParams) -> Iterator[None]:
+def _restoring(guide: TrainableGuide, saved: SavedParams) -> Iterator[None]:
     """A resumed run may come late to parameters that it had learned."""
     model, guide.model = guide.model, saved.around(guide.model)
     try:
@@ -226,7 +224,7 @@ def _restoring(guide: LMGuide, saved: SavedParams) -> Iterator[None]:
         guide.model = model
 
 
-def _parameters(guide: LMGuide, m_step: MStep) -> dict[str, torch.nn.Parameter]:
+def _parameters(guide: TrainableGuide, m_step: MStep) -> dict[str, torch.nn.Parameter]:
     """Of both, for early stopping."""
     model = {f"model.{name}": p for name, p in m_step.named_parameters().items()}
     return {f"guide.{name}": p for name, p in guide.named_parameters().items()} | model
@@ -236,7 +234,7 @@ class _Dreams(Source):
     """Inputs simulated under the model as it is when they are asked for, a batch at a time."""
 
     def __init__(
-        self, guide: LMGuide, inputs: Sequence[Input], options: FitOptions, seed: int
+        self, guide: TrainableGuide, inputs: Sequence[Input], options: FitOptions, seed: int
     ) -> None:
         self._guide, self._inputs, self._options, self._seed = guide, inputs, options, seed
         self._waiting: list[Input] = []
@@ -271,10 +269,10 @@ class _Dreams(Source):
         """Dream anew: those that wait are not in a checkpoint."""
         self._waiting.clear()
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         return {"batches": self._batches, "taken": self._taken}
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._batches, self._taken = state["batches"], state["taken"]
 
 
@@ -284,12 +282,9 @@ class _Steps:
     def __init__(self, source: Source) -> None:
         self.source, self.history = source, History()
 
-    def state(self) -> dict[str, Any]:
-        return {"source": self.source.state(), "history": self.history}
+    def state_dict(self) -> dict[str, Any]:
+        return {"source": self.source.state_dict(), "history": self.history}
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        return {}
-
-    def restore(self, state: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
-        self.source.restore(state["source"])
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.source.load_state_dict(state["source"])
         self.history += state["history"]

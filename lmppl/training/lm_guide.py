@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from torch import nn
 
 from lmppl import runtime
-from lmppl.guides.automatic import AutomaticProposer, SiteScore, TrainedSites, score_draws
-from lmppl.guides.parameters import SavedParams, Trainables, trainable
-from lmppl.guides.program import PriorProposer, ProgramProposer, score_program
-from lmppl.guides.prompts import Observations, find_observations, number_comes_first, show
+from lmppl.distributions import SiteScore
+from lmppl.guides.automatic import AutomaticGuide
+from lmppl.guides.parameters import base_state, lora_config, same_base
+from lmppl.guides.program import ProgramGuide
+from lmppl.guides.prompts import Observations
+from lmppl.guides.saving import (
+    present,
+    read_guide,
+    replace_folder,
+    write_guide,
+)
 from lmppl.lm import LM
 from lmppl.primitives import default_lm, use
 from lmppl.report.history import History
 from lmppl.runtime import Proposer
 from lmppl.runtime.arguments import check_program
 from lmppl.runtime.records import Recaller
+from lmppl.runtime.simulation import Simulated
+from lmppl.training.fit import fit
 
 if TYPE_CHECKING:
     from peft import LoraConfig
-
-    from lmppl.runtime.simulation import Simulated
 
 
 class LMGuide:
@@ -54,9 +59,14 @@ class LMGuide:
             share. (A site in a loop, ``f"step_{i}"``, has as many as it has names.)
 
     Attributes:
+        model, base: the program and its language model.
+        inner: the guide itself: an ``AutomaticGuide`` or a ``ProgramGuide``.
         history: one dict a training step: loss, log_z, elbo, ess, alive, length, seconds, ...
         notes: what training has to say of itself ("complete traces only: ...").
+        tempered_target: temperature of the posterior that it has learned; None: it is untempered.
     """
+
+    inner: AutomaticGuide | ProgramGuide
 
     def __init__(
         self,
@@ -82,37 +92,22 @@ class LMGuide:
                 "lora= and adapter_per_site= are for the automatic guide; a guide program makes its "
                 "own adapters, q = lm.adapter(LoraConfig(...))"
             )
-        self.model, self.base, self.program = model, lm, program
-        self._given_program = program
-        self.condition_on = condition_on
-        self.adapter_per_site = adapter_per_site
+        self.model, self.base, self.condition_on = model, lm, condition_on
         self.history = History()
         self.notes: list[str] = []
-        self.heads = nn.ModuleDict()
-        self._lora = lora
-        self._adapters: dict[str, LM] = {}  # of sites; under "" the one that all share
-        if program is None and not adapter_per_site:
-            self._adapters[""] = _adapter(lm, lora)
-        self._trainables = Trainables(lm)  # of a guide program
-        self._pending: dict[str, Any] | None = None  # loaded state of a program not yet run
-        self.saved_params = SavedParams()  # of a guide program, which it has not come to yet
-        self.strict_prompts = False  # set by fit: several inputs must be told apart
         self.tempered_target: float | None = None
-        self.sites = TrainedSites()
+        if program is None:
+            self.inner = AutomaticGuide(
+                model, lm, condition_on, lora=lora, adapter_per_site=adapter_per_site
+            )
+        else:
+            self.inner = ProgramGuide(program, lm)
 
-    def adapter_for(self, name: str) -> LM:
-        """The language model from which the automatic guide draws a latent text site."""
-        key = name if self.adapter_per_site else ""
-        if key not in self._adapters:
-            self._adapters[key] = _adapter(self.base, self._lora)
-        return self._adapters[key]
+    # --- what it draws, reads and scores: see ``lmppl.guides.guide.Guide`` -------------------------
 
     @property
-    def adapted_sites(self) -> list[str]:
-        """Of ``adapters()``, the sites that they are for; ``""`` for all."""
-        return list(self._adapters)
-
-    # --- drawing -------------------------------------------------------------------------------
+    def reads_observations(self) -> bool:
+        return self.inner.reads_observations
 
     def proposer_factory(
         self,
@@ -121,41 +116,15 @@ class LMGuide:
         temperature: float = 1.0,
         observations: Observations | None = None,
     ) -> Callable[[int, int], Proposer]:
-        """What makes the proposer of each particle on one input, from its slot and a seed.
-
-        Args:
-            args: the program's arguments.
-            temperature: texts are drawn from ``q ** (1 / temperature)`` (automatic guides only);
-                ``math.inf``: all is drawn from the model, and remembered for the guide to score.
-            observations: what ``observations(args)`` found, as training knows it. Without, the guide
-                is put to use, and warns of sites that it was not trained for.
-        """
-        with use(self.base):
-            if self.program is not None:
-                self.restore_pending(args)
-                program = self.program
-                if temperature == math.inf:
-                    return lambda slot, seed: PriorProposer(program, args)
-                return lambda slot, seed: ProgramProposer.make(program, args, slot, seed)
-            seen = self.observations(args) if observations is None else observations
-            sites = self.sites if observations is None else None
-            return lambda slot, seed: AutomaticProposer(self, seen, temperature, sites)
+        return self.inner.proposer_factory(args, temperature=temperature, observations=observations)
 
     def recaller(self, args: tuple[Any, ...], observations: Observations) -> Recaller:
-        """A proposer for traces whose latents are known, which remembers them as its own draws.
-
-        Args:
-            args: the program's arguments.
-            observations: what ``observations(args)`` found.
-        """
-        if self.program is not None:
-            return PriorProposer(self.program, args)
-        return AutomaticProposer(self, observations)
+        return self.inner.recaller(args, observations)
 
     def observations(
         self, args: tuple[Any, ...], model: Callable[..., Any] | None = None
     ) -> Observations:
-        """What the automatic guide reads of an input.
+        """What the automatic guide reads of an input, by site: the tokens that show it.
 
         Args:
             args: the program's arguments.
@@ -166,60 +135,23 @@ class LMGuide:
     def observations_of(
         self, inputs: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]]
     ) -> list[Observations]:
-        """The same of many inputs, pairs of program and arguments, in one batch of runs."""
-        if self.program is not None:
-            return [{} for _ in inputs]
-        with use(self.base):
-            return find_observations(
-                inputs, self.base.vocabulary, self.condition_on, strict=self._strict
-            )
+        return self.inner.observations_of(inputs)
 
     def observations_of_simulation(
         self, one: Simulated, program: Callable[..., Any]
     ) -> Observations | None:
-        """The same of a simulated input, whose runs all observe what was simulated.
-
-        Args:
-            one: the simulation.
-            program: the program that observes it.
-
-        Returns:
-            None if runs of the program have to tell, since it also observes what was not simulated.
-        """
-        if self.program is not None:
-            return {}
-        if not one.is_all_observed or number_comes_first(one.sites):
-            return None
-        sites = {
-            name: node
-            for name, node in one.sites.items()
-            if name in one.observations
-            and (self.condition_on == "all" or name in self.condition_on)
-        }
-        return show(sites, program, self.base.vocabulary, strict=self._strict)
-
-    @property
-    def _strict(self) -> bool:
-        """Whether what the guide reads must be certain, lest it takes one input for another."""
-        return self.strict_prompts or self.condition_on != "all"
-
-    # --- scoring -------------------------------------------------------------------------------
+        return self.inner.observations_of_simulation(one, program)
 
     def score(self, proposers: Sequence[Any], *, grad: bool = True) -> list[dict[str, SiteScore]]:
-        """log q of what the proposers drew, with gradients: per proposer, by site.
-
-        One teacher-forced pass over finished samples; never through the decoding loop.
-        """
-        if self.program is None:
-            if grad:
-                for proposer in proposers:
-                    proposer.learn_sites(self.sites)
-            return score_draws(self, list(proposers), grad=grad)
-        # Some inputs and branches may have parameters that the first runs did not use.
-        seen = self._trainables.add if grad else None
-        return score_program(self.program, proposers, grad=grad, seen=seen)
+        return self.inner.score(proposers, grad=grad)
 
     # --- parameters ------------------------------------------------------------------------------
+
+    def start_training(self, *, several_inputs: bool) -> None:
+        self.inner.start_training(several_inputs=several_inputs)
+
+    def find_parameters(self, args: tuple[Any, ...]) -> None:
+        self.inner.find_parameters(args)
 
     def prepare(
         self,
@@ -234,46 +166,36 @@ class LMGuide:
             model: the program, where it observes more than ``self.model`` (a simulated input).
             observations: what it reads of the input; None: to be found out.
         """
-        model = model or self.model
         with use(self.base):
-            if self.program is not None:
-                self._find_trainables(args)
+            self.find_parameters(args)
             if observations is None:
                 observations = self.observations(args, model)
             factory = self.proposer_factory(args, observations=observations)
-            particles = runtime.start(model, args, 2, seed=0, proposer=factory)
+            particles = runtime.start(model or self.model, args, 2, seed=0, proposer=factory)
             with runtime.ending(particles):
                 runtime.run_to_end(particles)
 
     def adapters(self) -> list[LM]:
         """The language models with trainable parameters, in the order in which it uses them."""
-        return [*self._trainables.adapters, *self._adapters.values()]
+        return self.inner.adapters()
+
+    @property
+    def adapted_sites(self) -> list[str]:
+        """The sites that ``adapters()`` of the automatic guide are for; ``""`` for all."""
+        return self.inner.adapted_sites
 
     @property
     def param_names(self) -> list[str]:
-        """The ``pyro.param``s of a guide program."""
-        return self._trainables.param_names
+        """The ``pyro.param``s of a guide program, as far as it was run."""
+        return self.inner.param_names
 
     def parameters(self) -> list[nn.Parameter]:
         """The trainable parameters (of a guide program: those that it used when prepared)."""
         return list(self.named_parameters().values())
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """The same by name."""
-        named = self._trainables.named_parameters()
-        for i, adapter in enumerate(self._adapters.values()):
-            named |= {f"adapter-{i}.{name}": p for name, p in trainable(adapter).items()}
-        return named | {f"heads.{name}": p for name, p in self.heads.named_parameters()}
-
-    def _find_trainables(self, args: tuple[Any, ...]) -> None:
-        assert self.program is not None
-        with use(self.base):
-            self._trainables.find(self.program, args)
-        if not self._trainables.named_parameters():
-            raise ValueError(
-                "the guide program has nothing to train: draw its texts from an adapter, "
-                "lm_sample(..., lm=q) with q = lm.adapter(), or use pyro.param"
-            )
+        """``parameters()`` by name."""
+        return self.inner.named_parameters()
 
     # --- training, saving ------------------------------------------------------------------------
 
@@ -289,19 +211,44 @@ class LMGuide:
         Returns:
             The guide itself.
         """
-        from lmppl.training.fit import fit
-
         fit(self, data, steps, **options)
         return self
+
+    def identity(self) -> dict[str, Any]:
+        return self.inner.identity()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that makes the guide again, given its program and its language model."""
+        return {
+            "model": getattr(self.model, "__name__", type(self.model).__name__),
+            "base": base_state(self.base),
+            "tempered_target": self.tempered_target,
+            "notes": self.notes,
+            "history": self.history,
+            "guide": self.inner.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what ``state_dict`` of a guide of the same making gave.
+
+        Raises:
+            ValueError: for the state of another guide; says in what it differs.
+        """
+        self.inner.load_state_dict(state["guide"])
+        self.history, self.notes = History(state["history"]), list(state["notes"])
+        self.tempered_target = state["tempered_target"]
 
     def save(self, path: str | Path) -> None:
         """Write the guide to a folder: a standard peft adapter, heads and a description.
 
         The folder appears whole or not at all.
-        """
-        from lmppl.guides.saving import save
 
-        save(self, Path(path))
+        Raises:
+            FileExistsError: if ``path`` exists and is no guide. (A guide is replaced.)
+            ValueError: if a guide program has not been run yet, so that its parameters are unknown.
+        """
+        state = self.state_dict()
+        replace_folder(Path(path), "guide", lambda folder: write_guide(folder, state))
 
     @classmethod
     def load(
@@ -316,48 +263,38 @@ class LMGuide:
         Args:
             path: the folder.
             model: the program that it was trained for.
-            lm: the language model that it was trained on.
+            lm: the language model that it was trained on, in any dtype.
             program: the guide program, if it has one.
 
         Raises:
             FileNotFoundError: if there is no guide.
-            ValueError: if it belongs to another base model, or to another kind of guide.
+            ValueError: if it belongs to another base model or to another kind of guide, or a file of
+                it was damaged or edited; says which.
         """
-        from lmppl.guides.saving import load
-
-        return load(Path(path), model, lm, program)
-
-    def restore_later(self, state: dict[str, Any]) -> None:
-        """Loaded parameters of a guide program, which are not known before it is run."""
-        assert self._given_program is not None
-        self._pending = state
-        self.saved_params = SavedParams()
-        self.program = self.saved_params.around(self._given_program)
-
-    def restore_pending(self, args: tuple[Any, ...] | None) -> None:
-        """Put them in, by a run on an input (None: it was run before). Those that it does not come
-        to are put in later."""
-        if self._pending is not None:
-            from lmppl.guides.saving import restore_program
-
-            state = self._pending
-            self.saved_params.waiting = dict(state["params"])
-            if args is not None:
-                self._find_trainables(args)
-            restore_program(self.adapters(), self.param_names, state)
-            self.saved_params.put_in(self.param_names)
-            self._pending = None  # not before: after an error it is tried again
+        state = read_guide(present(Path(path)))
+        inner = state["guide"]
+        if inner["kind"] != ("automatic" if program is None else "program"):
+            needed = "give program=" if inner["kind"] == "program" else "leave out program="
+            raise ValueError(f"{path} holds a guide of kind {inner['kind']!r}: {needed}")
+        options: dict[str, Any] = {}
+        if program is None:
+            options = {
+                "lora": lora_config(inner["lora"]),
+                "condition_on": inner["condition_on"],
+                "adapter_per_site": inner["adapted_sites"] is not None,
+            }
+        guide = cls(model, lm=lm, program=program, **options)
+        if not same_base(state["base"], base_state(guide.base)):
+            raise ValueError(
+                f"{path} was trained on the base model {state['base']['name']!r}, given "
+                f"{guide.base.name!r}, whose weights or tokens are others: load that model, or train "
+                "anew"
+            )
+        guide.load_state_dict(state)
+        return guide
 
     def __repr__(self) -> str:
-        kind = "automatic" if self.program is None else getattr(self.program, "__name__", "program")
         name = getattr(self.model, "__name__", type(self.model).__name__)
-        return f"LMGuide({name}, {kind}, lm={self.base.name!r}, {len(self.history)} steps)"
-
-
-def _adapter(lm: LM, lora: LoraConfig | None) -> LM:
-    """A new adapter, with the same first weights every time, so that a seed of ``fit`` is enough
-    to reproduce a guide."""
-    devices = [lm.device] if lm.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(0)
-        return lm.adapter(lora)
+        return (
+            f"LMGuide({name}, {self.inner.name}, lm={self.base.name!r}, {len(self.history)} steps)"
+        )

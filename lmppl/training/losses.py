@@ -13,8 +13,7 @@ import torch
 from torch import nn
 
 from lmppl import runtime
-from lmppl.distributions import LMText
-from lmppl.guides.automatic import SiteScore
+from lmppl.distributions import LMText, SiteScore
 from lmppl.guides.heads import Head
 from lmppl.lm import LM
 from lmppl.training import objectives

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from lmppl import runtime
+from lmppl.guides.guide import TrainableGuide
 from lmppl.guides.parameters import SavedParams, Trainables
 from lmppl.runtime import Given, Particle
 from lmppl.runtime.records import Record, record_of
-from lmppl.training.checkpoints import under
 from lmppl.training.inputs import Input, observe
 from lmppl.training.options import FitOptions
-from lmppl.training.trainer import mean, optimizer_tensors, restore_optimizer
-
-if TYPE_CHECKING:
-    from lmppl.training.lm_guide import LMGuide
+from lmppl.training.trainer import mean, optimizer_state, restore_optimizer
 
 
 class MStep:
@@ -37,7 +34,7 @@ class MStep:
 
     def __init__(
         self,
-        guide: LMGuide,
+        guide: TrainableGuide,
         inputs: Sequence[Input],
         options: FitOptions,
         rate: float | None,
@@ -45,7 +42,7 @@ class MStep:
     ) -> None:
         self._guide, self._inputs, self._options = guide, inputs, options
         self._saved = saved or SavedParams()
-        self._late_state: dict[str, torch.Tensor] = {}
+        self._late_state: dict[str, Any] = {}
         self._trainables = Trainables(guide.base)
         self._trainables.find(guide.model, inputs[0].args)
         self._parameters = list(self.named_parameters().values())
@@ -54,7 +51,9 @@ class MStep:
                 "the program has nothing to learn: let a site name an adapter, "
                 "lm_sample(..., lm=m) with m = lm.adapter(), or use pyro.param"
             )
-        shared = {id(p) for p in self._parameters} & {id(p) for p in guide.parameters()}
+        shared = {id(p) for p in self._parameters} & {
+            id(p) for p in guide.named_parameters().values()
+        }
         if shared:
             raise ValueError(
                 "the program and its guide train the same parameters: give the guide an adapter of "
@@ -114,18 +113,16 @@ class MStep:
         for lm in self._trainables.adapters:
             lm.forget()
 
-    def state(self) -> dict[str, Any]:
-        return {}
-
-    def tensors(self) -> dict[str, torch.Tensor]:
+    def state_dict(self) -> dict[str, Any]:
         named = self.named_parameters()
-        values = {f"values.{name}": p.detach() for name, p in named.items()}
-        waiting = {f"values.params.{n}": value for n, value in self._saved.waiting.items()}
-        state = self._late_state | optimizer_tensors(self._optimizer, named)
-        return values | waiting | {f"optimizer.{name}": tensor for name, tensor in state.items()}
+        waiting = {f"params.{name}": value for name, value in self._saved.waiting.items()}
+        return {
+            "values": {name: p.detach() for name, p in named.items()} | waiting,
+            "optimizer": self._late_state | optimizer_state(self._optimizer, named),
+        }
 
-    def restore(self, state: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
-        values = under(tensors, "values.")
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        values = state["values"]
         self._find(values)
         self._adopt()
         named = self.named_parameters()
@@ -138,10 +135,12 @@ class MStep:
         with torch.no_grad():
             for name in values.keys() & named.keys():
                 named[name].copy_(values[name])
-        self._saved.waiting = under(
-            {name: value for name, value in values.items() if name not in named}, "params."
-        )
-        self._late_state = under(tensors, "optimizer.")
+        self._saved.waiting = {
+            name.removeprefix("params."): value
+            for name, value in values.items()
+            if name not in named
+        }
+        self._late_state = dict(state["optimizer"])
         restore_optimizer(self._optimizer, named, self._late_state)
         self.forget()
 

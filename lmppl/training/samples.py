@@ -17,8 +17,8 @@ import torch
 from rapidfuzz.distance import Levenshtein
 
 from lmppl import runtime
-from lmppl.distributions import LMText, ToolCall
-from lmppl.guides.automatic import SiteScore, TextDraw
+from lmppl.distributions import LMText, SiteScore, ToolCall
+from lmppl.guides.automatic import TextDraw
 from lmppl.guides.prompts import Observations
 from lmppl.lm.batches.requests import Scored
 from lmppl.runtime import Given, Particle, is_latent

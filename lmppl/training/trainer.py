@@ -17,24 +17,19 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
 from lmppl import runtime
+from lmppl.guides.guide import TrainableGuide
 from lmppl.runtime.records import Record, rescore
 from lmppl.training.fingerprints import digest_of
 from lmppl.training.inputs import Input, Source, observe
 from lmppl.training.losses import Batch, LogZ, loss_of, prompt_state
 from lmppl.training.options import FitOptions
 from lmppl.training.samples import Origin, Sample, Truncation, first_reading, truncate
-
-if TYPE_CHECKING:
-    from lmppl.training.lm_guide import LMGuide
-
-
-from collections.abc import Mapping
 
 TEMPERATURES = (0.5, 2.0)
 """Range of the tempered behaviour policy."""
@@ -74,7 +69,7 @@ class Trainer:
 
     def __init__(
         self,
-        guide: LMGuide,
+        guide: TrainableGuide,
         source: Source,
         steps: int,
         options: FitOptions,
@@ -85,7 +80,7 @@ class Trainer:
         self.seed, self.generator = seed, generator
         self._rate = options.rate(guide.base.hidden_size)
         self.log_z: LogZ | None = None
-        self.late_state: dict[str, torch.Tensor] = {}
+        self.late_state: dict[str, Any] = {}
         # Gradients of a variance shrink with it, so a memory of 1,000 steps of their size (0.999)
         # would hold the last steps back.
         groups: list[dict[str, Any]] = [{"params": []}]
@@ -244,9 +239,9 @@ class Trainer:
         """Warn, once, of inputs that differ in what the guide does not read. (The arguments of
         simulated ones do not say what was observed.)"""
         guide = self.guide
-        automatic = guide.program is None and guide.condition_on == "all"
+        sees_all = guide.reads_observations and guide.condition_on == "all"
         alone = self.source.num_inputs == 1
-        if not automatic or each.exact or alone or self._alike_told:
+        if not sees_all or each.exact or alone or self._alike_told:
             return
         read = first_reading(batch, each.observations)
         if read is None or len(self._readings) >= _MOST_READINGS:
@@ -385,8 +380,7 @@ class Trainer:
                 "before are kept. Lower learning_rate, or look at the program's factors for values "
                 "that are not finite"
             )
-        if self.guide.program is not None:
-            self.adopt_new_parameters()  # that its runs for the scores were the first to use
+        self.adopt_new_parameters()  # that a guide program's runs for the scores were first to use
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -407,18 +401,13 @@ class Trainer:
         for lm in self.guide.adapters():
             lm.memory = self.options.memory(lm.memory)
         known = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        heads = {id(p) for p in self.guide.heads.parameters()}
-        new = [p for p in self.guide.parameters() if id(p) not in known]
-        for parameters, rate in (
-            ([p for p in new if id(p) not in heads], 1.0),
-            ([p for p in new if id(p) in heads], _HEAD_RATE),
-        ):
+        new = {n: p for n, p in self.guide.named_parameters().items() if id(p) not in known}
+        for is_head, rate in ((False, 1.0), (True, _HEAD_RATE)):
+            parameters = [p for name, p in new.items() if name.startswith("heads.") is is_head]
             if parameters:
                 self._add_group(parameters, rate)
         if new and self.late_state:
-            ids = {id(p) for p in new}
-            named = {n: p for n, p in self.named_parameters().items() if id(p) in ids}
-            restore_optimizer(self.optimizer, named, self.late_state)
+            restore_optimizer(self.optimizer, new, self.late_state)
 
     def report_dead(self) -> None:
         """Say which inputs had no trace of positive probability.
@@ -442,18 +431,31 @@ class Trainer:
 
     # --- its state, for checkpoints --------------------------------------------------------------
 
-    def state(self) -> dict[str, Any]:
-        """What is not in the optimiser, the generator and the source, in JSON's types."""
+    def state_dict(self) -> dict[str, Any]:
+        """Where it is, but for the guide and what is kept of inputs."""
+        named = self.named_parameters()
         return {
             "traces_cut": list(self._traces_cut),
             "cuts": self._cuts,
             "dead": sorted(self._dead),
             "any_alive": self._any_alive,
+            "source": self.source.state_dict(),
+            "generator": self.generator.get_state(),
+            "optimizer": self.late_state | optimizer_state(self.optimizer, named),
+            "log_z": {} if self.log_z is None else self.log_z.state_dict(),
         }
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what ``state_dict`` gave; the guide has been loaded."""
         self._traces_cut, self._cuts = list(state["traces_cut"]), state["cuts"]
         self._dead, self._any_alive = set(state["dead"]), state["any_alive"]
+        self.source.load_state_dict(state["source"])
+        self.generator.set_state(state["generator"])
+        if self.log_z is not None:
+            self.log_z.load_state_dict(state["log_z"])
+        self.adopt_new_parameters()
+        self.late_state = dict(state["optimizer"])
+        restore_optimizer(self.optimizer, self.named_parameters(), self.late_state)
 
     def forget(self) -> None:
         """Drop what is remembered of prompts and merged weights. It is made again when needed."""
@@ -478,34 +480,30 @@ def mean(values: Sequence[float]) -> float:
     return sum(finite) / len(finite) if finite else math.nan
 
 
-# --- the state of an optimiser as tensors by name, for checkpoints --------------------------------
+# --- the state of an optimiser by names of parameters, for checkpoints -----------------------------
 
 
-def optimizer_tensors(
+def optimizer_state(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.nn.Parameter]
-) -> dict[str, torch.Tensor]:
-    """The state of an optimiser, for each parameter that has had a gradient: ``{name}.{key}``."""
+) -> dict[str, dict[str, torch.Tensor]]:
+    """The state of an optimiser, of each parameter that has had a gradient."""
     return {
-        f"{name}.{key}": value
+        name: dict(optimizer.state[parameter])
         for name, parameter in parameters.items()
-        for key, value in optimizer.state.get(parameter, {}).items()
+        if parameter in optimizer.state
     }
 
 
 def restore_optimizer(
     optimizer: torch.optim.Optimizer,
     parameters: Mapping[str, torch.nn.Parameter],
-    tensors: Mapping[str, torch.Tensor],
+    state: Mapping[str, Mapping[str, torch.Tensor]],
 ) -> None:
-    """Put back what ``optimizer_tensors`` gave."""
-    for name, parameter in parameters.items():
-        own = {
-            key.removeprefix(f"{name}."): tensor
-            for key, tensor in tensors.items()
-            if key.startswith(f"{name}.") and "." not in key.removeprefix(f"{name}.")
+    """Put back what ``optimizer_state`` gave."""
+    for name in parameters.keys() & state.keys():
+        parameter = parameters[name]
+        # AdamW counts its steps on the CPU.
+        optimizer.state[parameter] = {
+            key: tensor if key == "step" else tensor.to(parameter.device, parameter.dtype)
+            for key, tensor in state[name].items()
         }
-        if own:
-            # AdamW counts its steps on the CPU.
-            step = {"step": own.pop("step")}
-            moved = {k: t.to(parameter.device, parameter.dtype) for k, t in own.items()}
-            optimizer.state[parameter] = step | moved

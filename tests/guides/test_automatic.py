@@ -135,7 +135,7 @@ def test_the_behaviour_policy():
         node = sample.particle.latents["z"]
         ids = latent_ids(sample.particle)["z"]
         assert float(node["proposal_log_prob"]) == pytest.approx(prior[ids], abs=1e-4)
-        assert sample.proposer.draws["z"].fn.lm is guide.adapter_for("z")
+        assert sample.proposer.draws["z"].fn.lm is guide.inner.adapter_for("z")
     plain = draw_samples(guide, case.program, case.args, 8, seed=3)
     same = draw_samples(guide, case.program, case.args, 8, seed=3, temperature=1.0)
     assert [s.key for s in plain] == [s.key for s in same]
@@ -193,7 +193,7 @@ def test_head_features_hold_the_texts_and_numbers_before():
     guide = lmppl.LMGuide(program, lm=LM)
     (sample,) = draw_samples(guide, program, ("ab",), 1)
     draw = sample.proposer.draws["b"]
-    assert list(guide.heads) == ["head-a", "head-b-a"]
+    assert list(guide.inner.heads) == ["head-a", "head-b-a"]
     with lmppl.use(LM):
         state = LM.hidden([LM.vocabulary.encode("ab") + latent_ids_of(sample)])[0]
     a = sample.particle.latents["a"]["value"].reshape(1)
@@ -227,7 +227,7 @@ def test_sites_may_be_called_what_a_module_has():
 
     guide = lmppl.LMGuide(program, lm=LM)
     draw_samples(guide, program, (), 1)
-    assert len(guide.heads) == 7
+    assert len(guide.inner.heads) == 7
 
     def either(first):
         pyro.sample("x-y" if first else "y", dist.Bernoulli(0.5))
@@ -237,7 +237,7 @@ def test_sites_may_be_called_what_a_module_has():
     guide = lmppl.LMGuide(either, lm=LM)
     for first in (True, False):
         draw_samples(guide, either, (first,), 1)
-    assert len(guide.heads) == 4
+    assert len(guide.inner.heads) == 4
 
 
 def test_a_head_reads_as_many_features_where_there_is_no_text_to_read():

@@ -166,14 +166,16 @@ def test_a_record_keeps_no_batch_in_memory():
         assert tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
-def test_the_error_of_a_tool_is_in_the_checkpoint():
+def test_the_error_of_a_tool_is_in_the_checkpoint(tmp_path):
     from lmppl.distributions import ToolResult
-    from lmppl.training.checkpoints import _pack, _Packer, _unpack, _unpacker
+    from lmppl.guides.saving import read_state, write_state
+    from lmppl.training.checkpoints import _record, _record_state
 
-    packed = _Packer()
     tools = {"t": ToolResult.wrap(None, KeyError("gone")), "u": ToolResult.wrap(None)}
-    state = _pack(Record({"z": torch.tensor([1])}, tools=tools), packed)
-    again = _unpack(state, _unpacker(packed.tensors()))
+    state = _record_state(Record({"z": torch.tensor([1])}, tools=tools))
+    write_state(tmp_path, "record", 1, state)
+    again = _record(read_state(tmp_path, "record", 1))
+    assert torch.equal(again.values["z"], torch.tensor([1]))
     assert "gone" in str(again.tools["t"].error) and again.tools["u"].error is None
 
 

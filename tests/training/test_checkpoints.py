@@ -69,7 +69,7 @@ def test_a_resumed_run_ends_as_an_unbroken_one(options, tmp_path):
 def test_a_resumed_guide_knows_the_sites_that_it_was_trained_on(tmp_path):
     whole = run(tmp_path / "run")
     again = run(tmp_path / "run", resume=True)  # no step is left
-    assert list(whole.sites.laws) == ["z"] and again.sites.laws == whole.sites.laws
+    assert list(whole.inner.sites.laws) == ["z"] == list(again.inner.sites.laws)
 
 
 def _timeless(history):
@@ -177,9 +177,9 @@ def test_a_killed_process_is_resumed_bit_by_bit(tmp_path):
                 killed.send_signal(signal.SIGKILL)
                 break
     assert killed.returncode == -signal.SIGKILL
-    assert json.loads((tmp_path / "broken" / "checkpoint.json").read_text())["done"] == 6
+    assert json.loads((tmp_path / "broken" / "checkpoint.json").read_text())["state"]["done"] == 6
     run_to_end("broken", "resume")
-    files = ["adapter-0/adapter_model.safetensors", "tensors.safetensors"]
+    files = ["adapter-0/adapter_model.safetensors", "guide.safetensors"]
     for file in files:
         one, two = ((tmp_path / f"{name}-guide" / file) for name in ("whole", "broken"))
         assert one.read_bytes() == two.read_bytes()
@@ -245,7 +245,7 @@ def test_a_full_disk_stops_nothing_and_keeps_the_checkpoint(tmp_path, monkeypatc
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lmppl.training.checkpoints.save_file", full)
+    monkeypatch.setattr("lmppl.guides.saving.save_file", full)
     guide = new_guide()
     (tmp_path / "other").mkdir()
     with pytest.warns(UserWarning, match="could not be written .*No space left.*goes on"):
@@ -294,7 +294,7 @@ def test_the_end_of_a_stream_is_saved(tmp_path):
 
     with pytest.warns(UserWarning, match="the data ended after 2"):
         whole = run(tmp_path / "run", data=stream())
-    assert json.loads((tmp_path / "run" / "checkpoint.json").read_text())["done"] == 2
+    assert json.loads((tmp_path / "run" / "checkpoint.json").read_text())["state"]["done"] == 2
     with pytest.warns(UserWarning, match="the data ended after 2"):
         resumed = run(tmp_path / "run", data=stream(), resume=True)
     assert len(resumed.history) == 2 and equal(weights(resumed), weights(whole))
@@ -333,7 +333,7 @@ def test_inputs_of_a_resumed_endless_stream_keep_their_numbers():
         index = 0
 
     stream = Stream((One() for _ in itertools.count()), skip=lambda num: None)
-    stream.restore({"taken": 5})
+    stream.load_state_dict({"taken": 5})
     assert [each.index for each in stream.next(2)] == [5, 6]
 
 

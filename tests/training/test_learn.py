@@ -10,11 +10,12 @@ import pyro.distributions as dist
 import pytest
 import torch
 from accelerate.tracking import GeneralTracker
-from safetensors.torch import load_file
 
 import lmppl
 from lmppl import lm_sample, require
+from lmppl.guides.saving import read_state
 from lmppl.testing import enumerate_program, tiny_lm
+from lmppl.training.checkpoints import FORMAT
 from lmppl.training.inputs import Input
 from lmppl.training.learn import learn
 from lmppl.training.m_step import MStep
@@ -473,14 +474,14 @@ def test_learning_goes_on_with_parameters_that_are_hard_to_find(tmp_path, monkey
     pyro.clear_param_store()
     with pytest.raises(_Stop):
         run("broken", stop_at=2)  # after a step that no checkpoint has
-    kept = load_file(tmp_path / "broken" / "state.safetensors")["m_step.values.params.rare"]
+    kept = read_state(tmp_path / "broken", "checkpoint", FORMAT)["parts"]["m_step"]
     for each in range(3):
         shutil.copytree(tmp_path / "broken", tmp_path / f"copy{each}")
     pyro.clear_param_store()
     assert torch.equal(run("copy0", resume=True), whole)
 
     # The first step comes to it, and no run before: value and optimiser are as they were.
-    restore = MStep.restore
+    restore = MStep.load_state_dict
 
     def restore_and_open(*args):
         restore(*args)
@@ -489,7 +490,7 @@ def test_learning_goes_on_with_parameters_that_are_hard_to_find(tmp_path, monkey
     pyro.clear_param_store()
     branch.is_open = False
     with monkeypatch.context() as patch:
-        patch.setattr(MStep, "restore", restore_and_open)
+        patch.setattr(MStep, "load_state_dict", restore_and_open)
         assert torch.equal(run("copy1", resume=True), whole)
 
     # No run comes to it. The checkpoints have it all the same.
@@ -499,7 +500,9 @@ def test_learning_goes_on_with_parameters_that_are_hard_to_find(tmp_path, monkey
         assert run("copy2", resume=True) is None
     branch.is_open = True
     run("copy2", resume=True)
-    assert torch.equal(pyro.get_param_store()._params["rare"].detach(), kept)
+    assert torch.equal(
+        pyro.get_param_store()._params["rare"].detach(), kept["values"]["params.rare"]
+    )
 
 
 def test_a_weight_that_no_run_uses_any_more_is_an_error(tmp_path):
