@@ -18,6 +18,7 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch.distributions import constraints
 
+from lmppl.checks import check_int, check_number
 from lmppl.lm import LM
 from lmppl.lm.batches.requests import Draw, Score, Scored
 from lmppl.lm.tokens.stopping import Stopping
@@ -103,12 +104,13 @@ class LMText(TorchDistribution):
         temperature: float = 1.0,
         num_tokens: int | None = None,
     ) -> None:
-        stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
-        temperature = float(temperature)
-        if not (temperature > 0 and math.isfinite(temperature)):
-            raise ValueError(f"temperature={temperature}: it must be a positive number")
-        if num_tokens is not None and (max_tokens is not None or stops or choices is not None):
-            raise ValueError("num_tokens excludes max_tokens, stop and choices")
+        self.lm = check_lm("LMText", lm)
+        self.temperature = check_number("temperature", temperature, above=0)
+        self.stopping = Stopping(lm.vocabulary, stop, max_tokens)  # type: ignore[arg-type]
+        if num_tokens is not None:
+            num_tokens = check_int("num_tokens", num_tokens, least=0)
+            if choices is not None or self.stopping.closes:
+                raise ValueError("num_tokens excludes max_tokens, stop and choices")
         if choices is not None and max_tokens is not None:
             raise ValueError(
                 "choices are whole strings, so they exclude max_tokens: drop one of the two"
@@ -118,25 +120,20 @@ class LMText(TorchDistribution):
                 "a distribution over text needs max_tokens (the largest number of tokens, stop or "
                 "not) or choices (whole strings)"
             )
-        if max_tokens is not None and (not isinstance(max_tokens, int) or max_tokens < 1):
-            raise ValueError(f"max_tokens={max_tokens!r}: it must be an int of at least 1")
-        self.lm = lm
-        self.stopping = Stopping(lm.vocabulary, stops, None if choices is not None else max_tokens)
-        self.temperature = temperature
-        self.choices = None if choices is None else _encode_choices(lm, choices, stops)
+        self.choices = None if choices is None else _encode_choices(self.stopping, choices)
         self._rows: tuple[tuple[int, ...], ...] = (lm.encode(prefix),)
         self.texts_in_prefix = _texts_in(prefix)
         if self.choices is not None:
             width = max(len(choice) for choice in self.choices)
         else:
-            width = max_tokens if max_tokens is not None else num_tokens or 0
+            width = self.stopping.max_tokens or num_tokens or 0
         super().__init__(torch.Size(()), torch.Size((width,)), validate_args=False)
 
     @classmethod
     def batch(cls, lm: LM, prefixes: Sequence[Any], **kwargs: Any) -> LMText:
         """A batch of distributions that differ in their prefix: ``batch_shape == (len(prefixes),)``."""
-        if not prefixes:
-            raise ValueError("LMText.batch needs at least one prefix")
+        if isinstance(prefixes, str) or not prefixes:
+            raise ValueError(f"LMText.batch needs a list of prefixes, given {prefixes!r}")
         rows = [cls(lm, prefix, **kwargs) for prefix in prefixes]
         return rows[0]._with_rows(tuple(row.prefix_ids for row in rows), (len(rows),))
 
@@ -237,6 +234,25 @@ class LMText(TorchDistribution):
             )
         return self.value(ids)
 
+    def as_value(self, given: Any) -> torch.Tensor:
+        """A string or a tensor as a value of this distribution, shape ``event_shape``.
+
+        Raises:
+            TypeError: for anything else.
+            ValueError: for a tensor of another shape or what is no token, and as ``encode`` does.
+        """
+        if isinstance(given, str):
+            return self.encode(given)
+        _check_token_ids(given)
+        size, ids = self.lm.vocabulary.size, given.reshape(-1).tolist()
+        if given.shape != self.event_shape:
+            what = f"shape {tuple(self.event_shape)}, given shape {tuple(given.shape)}"
+        elif ids and (min(ids) < PAD or max(ids) >= size):
+            what = f"tokens below {size}, given {ids}"
+        else:
+            return given.long()
+        raise ValueError(f"a value has {what} (short ones are padded with {PAD} on the right)")
+
     def supports(self, value: torch.Tensor) -> bool:
         """Whether one value is a sequence that the site could have produced."""
         raw = value.tolist()
@@ -270,6 +286,7 @@ class LMText(TorchDistribution):
         ``-inf`` for a value that the site could not have produced. Differentiable with respect to
         the parameters of ``lm`` that require a gradient.
         """
+        _check_token_ids(value)
         if value.shape[-1:] != self.event_shape:
             raise ValueError(
                 f"a value of this site has event shape {tuple(self.event_shape)}, "
@@ -294,26 +311,45 @@ class LMText(TorchDistribution):
         return values
 
 
+def _check_token_ids(value: Any) -> None:
+    """Raise ``TypeError`` unless a value is a tensor of integers."""
+    is_tensor = isinstance(value, torch.Tensor)
+    if not is_tensor or value.is_floating_point() or value.dtype is torch.bool:
+        given = f"a tensor of {value.dtype}" if is_tensor else f"{type(value).__name__} ({value!r})"
+        raise TypeError(f"a value is a str, a Text or a LongTensor of token ids, given {given}")
+
+
 def _texts_in(prefix: str | Sequence[str]) -> frozenset[tuple[int, ...]]:
-    parts = [prefix] if isinstance(prefix, str) else prefix
-    own = [part for text in parts if isinstance(text, Text) for part in text.parts]
-    return frozenset(part for part in own if isinstance(part, tuple))
+    strings = [prefix] if isinstance(prefix, str) else prefix
+    parts = [part for text in strings if isinstance(text, Text) for part in text.parts]
+    return frozenset(part for part in parts if isinstance(part, tuple))
 
 
-def _encode_choices(
-    lm: LM, choices: Sequence[str], stops: tuple[str, ...]
-) -> tuple[tuple[int, ...], ...]:
+def _encode_choices(stopping: Stopping, choices: Sequence[str]) -> tuple[tuple[int, ...], ...]:
     """Canonical tokens of each choice, followed by the first stop string where there is one."""
-    if isinstance(choices, str) or not choices:
-        raise ValueError(f"choices={choices!r}: give a list of at least one string")
-    if any(not isinstance(choice, str) or not choice for choice in choices):
-        raise ValueError(f"choices={list(choices)!r}: every choice must be a non-empty string")
-    suffix = stops[0] if stops else ""
+    if isinstance(choices, (str, bytes)) or not isinstance(choices, Sequence):
+        raise TypeError(
+            f"choices={choices!r}: give a list of strings, given {type(choices).__name__}"
+        )
+    if not choices or any(not isinstance(choice, str) or not choice for choice in choices):
+        raise ValueError(
+            f"choices={list(choices)!r}: give a list of at least one string, none of them empty"
+        )
+    vocabulary = stopping.vocabulary
+    suffix = stopping.stop[0] if stopping.stop else ""
     encoded = [
         tuple(choice.token_ids) if isinstance(choice, Text) and not suffix
-        else lm.vocabulary.encode(str(choice) + suffix)
+        else vocabulary.encode(str(choice) + suffix)
         for choice in choices
     ]  # fmt: skip
+    for choice, ids in zip(map(str, choices), encoded, strict=True):
+        closed = stopping.scan(ids)
+        if closed is not None and (closed[0] < len(ids) or _ends_early(choice, stopping)):
+            raise ValueError(
+                f"choice {choice!r} with stop={list(stopping.stop)!r}: the site would close within "
+                "the choice, which holds a stop string or EOS (or does with the first stop string "
+                "after it): take another stop=, or leave it out"
+            )
     for i, first in enumerate(encoded):
         for j, second in enumerate(encoded):
             if i < j and (first == second or str(choices[i]) == str(choices[j])):
@@ -324,6 +360,15 @@ def _encode_choices(
                     "(a string that ends each), or choices of which none begins another"
                 )
     return tuple(encoded)
+
+
+def _ends_early(choice: str, stopping: Stopping) -> bool:
+    """Whether a stop string would take part of a choice that the first of them is to close."""
+    closed, longest = choice + stopping.stop[0], len(stopping.stop[0])
+    return any(
+        stop in closed[:-1] or (len(stop) > longest and closed.endswith(stop))
+        for stop in stopping.stop
+    )
 
 
 # --- many at once ------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from pyro.poutine import Trace
 
-from lmppl.checks import check_int, check_seed, did_you_mean
+from lmppl.checks import check_callable, check_int, check_seed, did_you_mean
 from lmppl.report.tables import html_table, text_table
 from lmppl.runtime.sites import has_value, is_continuous, is_latent, key_of, value_of, values_of
 from lmppl.runtime.weights import ess
@@ -245,11 +245,13 @@ class Posterior:
             TypeError: for a site whose values are texts.
             ValueError: if a live sample has not reached the site.
         """
+        if not isinstance(name_or_fn, str):
+            check_callable("name_or_fn", name_or_fn)
         fn = self._numeric(name_or_fn) if isinstance(name_or_fn, str) else name_or_fn
         total: torch.Tensor | None = None
         for trace, weight in zip(self.traces, self.weights.tolist(), strict=True):
             if weight > 0:  # samples of weight zero may be incomplete
-                value = torch.as_tensor(fn(values_of(trace))).detach().to("cpu", torch.float64)
+                value = _as_number(fn(values_of(trace)))
                 total = weight * value if total is None else total + weight * value
         assert total is not None
         return total
@@ -390,3 +392,13 @@ class Posterior:
 
     def _repr_html_(self) -> str:
         return html_table(self.summary())
+
+
+def _as_number(value: Any) -> torch.Tensor:
+    """What a function of a sample's values gave, as float64 on the CPU."""
+    try:
+        return torch.as_tensor(value).detach().to("cpu", torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"mean takes a function that gives a number, a bool or a tensor; it gave {value!r}"
+        ) from error

@@ -18,9 +18,11 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro.poutine.do_messenger import DoMessenger
 from pyro.poutine.runtime import _PYRO_STACK, am_i_wrapped, apply_stack
 from pyro.poutine.trace_messenger import TraceMessenger
 
+from lmppl.checks import check_choice
 from lmppl.distributions import LMText, ToolCall, ToolResult, check_lm
 from lmppl.lm import LM
 from lmppl.lm.tokens.text import Text
@@ -88,19 +90,19 @@ def _resolve_lm(lm: LM | None, what: str) -> LM:
 
 
 class _SiteMessage(dict[str, Any]):
-    """A Pyro message that encodes strings on their way in and refuses vectorised plates.
+    """A Pyro message whose value is what the site could hold, whichever handler gives it.
 
     ``pyro.condition(data={"z": "text"})`` puts a string into the message. Whatever handler does
     so, and whichever other handlers stand around it, the trace must hold a tensor. (A tool's
-    result, of any type, is wrapped as one.)
+    result, of any type, is wrapped as one.) Vectorised plates are refused.
     """
 
     def __setitem__(self, key: str, value: Any) -> None:
         if key == "value" and value is not None:
             if isinstance(self["fn"], ToolCall):
                 value = value if isinstance(value, ToolResult) else ToolResult.wrap(value)
-            elif isinstance(value, str):
-                value = _encode(self["name"], self["fn"], value)
+            else:
+                value = _as_value(self["name"], self["fn"], value)
         if key == "cond_indep_stack" and any(frame.vectorized for frame in value):
             plate = next(frame.name for frame in value if frame.vectorized)
             name = self["name"]
@@ -113,6 +115,29 @@ class _SiteMessage(dict[str, Any]):
                 f"{call}(f'{name}_{{i}}', ...)"
             )
         super().__setitem__(key, value)
+
+    def copy(self) -> _SiteMessage:
+        return _SiteMessage(self)
+
+
+_SEQUENTIALLY = (
+    "TraceEnum_ELBO enumerates its choices one after another, if the guide's site says so: "
+    "lm_sample(..., infer={'enumerate': 'sequential'}). HMC and NUTS enumerate in parallel only: "
+    "condition on the text, or take lmppl.infer(method='exact')."
+)
+
+
+def _as_value(name: str, fn: LMText, value: Any) -> torch.Tensor:
+    """What a handler gives as the value of a text site, as token ids."""
+    if hasattr(value, "string"):  # of an intervention, for which Pyro has renamed the site
+        name, value = name.removesuffix("__CF"), value.string
+    if isinstance(value, torch.Tensor) and value.dim() > 1:
+        way = _SEQUENTIALLY if fn.choices else "Run the program once for each."
+        raise ValueError(
+            f"site '{name}' is given a batch of texts (shape {tuple(value.shape)}), but a program "
+            f"branches on one. {way}"
+        )
+    return _of_site(name, fn.as_value, value)
 
 
 def _site(name: str, fn: Any, obs: torch.Tensor | None, infer: Mapping[str, Any] | None) -> Any:
@@ -137,19 +162,27 @@ def _site(name: str, fn: Any, obs: torch.Tensor | None, infer: Mapping[str, Any]
         stop=False,
         continuation=None,
     )
+    for frame in _PYRO_STACK:  # ``do`` takes no strings, so they are put into tensors for it
+        if isinstance(frame, DoMessenger) and isinstance(frame.data.get(name), str):
+            carrier: Any = torch.zeros(())
+            carrier.string = frame.data[name]
+            frame.data = {**frame.data, name: carrier}
     apply_stack(message)  # type: ignore[arg-type]
     return message["value"]
 
 
-def _encode(name: str, fn: LMText, value: str) -> torch.Tensor:
+def _of_site(name: str, make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """``make(...)``, whose refusals of an argument name the site."""
     try:
-        return fn.encode(value)
-    except ValueError as error:
-        raise ValueError(f"site '{name}': {_without_site(name, str(error))}") from error
+        return make(*args, **kwargs)
+    except (TypeError, ValueError) as error:
+        message = str(error).removeprefix(f"site '{name}': ").removeprefix("site '': ")
+        raise type(error)(f"site '{name}': {message}") from error
 
 
-def _without_site(name: str, message: str) -> str:
-    return message.removeprefix(f"site '{name}': ").removeprefix("site '': ")
+def _check_name(name: Any, what: str) -> None:
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"{what}'s name must be a non-empty string, given {name!r}")
 
 
 def lm_sample(
@@ -189,8 +222,7 @@ def lm_sample(
         ValueError: for a latent without ``max_tokens`` or ``choices``, an impossible observation
             and other arguments that define no distribution; the message names the site.
     """
-    if not isinstance(name, str) or not name:
-        raise ValueError(f"a site's name must be a non-empty string, given {name!r}")
+    _check_name(name, "a site")
     lm = _resolve_lm(lm, f"site '{name}'")
     if obs is not None and not isinstance(obs, str):
         raise TypeError(f"site '{name}': obs must be a str or a Text, given {type(obs).__name__}")
@@ -199,26 +231,27 @@ def lm_sample(
             f"site '{name}' is latent and needs max_tokens= (the largest number of tokens) or "
             "choices= (whole strings)"
         )
-    _warn_of_retokenisation(name, prefix)
+    if infer is not None and not isinstance(infer, Mapping):
+        raise TypeError(f"site '{name}': infer takes a dict of hints, given {infer!r}")
     num_tokens = None
     if obs is not None and max_tokens is None and choices is None:
         num_tokens = len(_observed_ids(name, lm, obs))
         if _stops(stop):  # no prefix likelihood: room for the text and the EOS that may close it
             max_tokens, num_tokens = num_tokens + 1, None
-    try:
-        fn = LMText(
-            lm,
-            prefix,
-            max_tokens=max_tokens,
-            stop=stop,
-            choices=choices,
-            temperature=temperature,
-            num_tokens=num_tokens,
-        )
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"site '{name}': {_without_site(name, str(error))}") from error
+    fn = _of_site(
+        name,
+        LMText,
+        lm,
+        prefix,
+        max_tokens=max_tokens,
+        stop=stop,
+        choices=choices,
+        temperature=temperature,
+        num_tokens=num_tokens,
+    )
     fn.name = name
-    value = None if obs is None else _encode(name, fn, obs)
+    _warn_of_retokenisation(name, prefix)
+    value = None if obs is None else _of_site(name, fn.encode, obs)
     return fn.text(_site(name, fn, value, infer))
 
 
@@ -236,7 +269,14 @@ def require(name: str, condition: Any) -> None:
     In lmppl's engines nothing after a failed ``require`` runs. Pyro's own tools cannot stop a
     run: there the site has log-probability ``-inf`` and the program runs on.
     """
-    holds = bool(condition)
+    _check_name(name, "a requirement")
+    try:
+        holds = bool(condition)
+    except (ValueError, RuntimeError) as error:  # an array or a tensor
+        raise TypeError(
+            f"require '{name}': the condition is {condition!r}, neither true nor false: take "
+            ".all() or .any() of it"
+        ) from error
     if holds and not am_i_wrapped():
         return  # Pyro warns of observations outside inference
     log_factor = torch.tensor(0.0 if holds else -math.inf)
@@ -260,8 +300,8 @@ def tool(name: str, fn: Callable[..., Any], *args: Any, on_error: str = "raise")
     Returns:
         Whatever ``fn(*args)`` returns. (None after a rejected call under Pyro's own tools.)
     """
-    if on_error not in ("raise", "reject"):
-        raise ValueError(f"tool '{name}': on_error={on_error!r}, allowed: 'raise', 'reject'")
+    _check_name(name, "a tool")
+    check_choice(f"tool '{name}': on_error", on_error, ("raise", "reject"))
     if not callable(fn):
         raise TypeError(f"tool '{name}': fn must be callable, given {type(fn).__name__}")
     value = _site(name, ToolCall(fn, args, on_error), None, {"hard": True})

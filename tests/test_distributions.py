@@ -270,7 +270,7 @@ def test_batch_of_prefixes():
         for p, v in zip(prefixes, rows, strict=True)
     ]
     torch.testing.assert_close(d.log_prob(rows), torch.stack(single), atol=1e-5, rtol=0)
-    with pytest.raises(ValueError, match="at least one prefix"):
+    with pytest.raises(ValueError, match="a list of prefixes"):
         LMText.batch(TINY, [], max_tokens=3)
     with pytest.raises(ValueError, match=r"batch of shape \(3,\)"):
         _ = d.prefix_ids
@@ -441,7 +441,6 @@ def test_impossible_values_beside_possible_ones_have_gradients(adapter):
         ({"stop": "."}, "needs max_tokens"),
         ({"max_tokens": 0}, "max_tokens=0"),
         ({"max_tokens": -2}, "max_tokens=-2"),
-        ({"max_tokens": 2.5}, "max_tokens=2.5"),
         ({"max_tokens": 2, "stop": ""}, "must not be empty"),
         ({"max_tokens": 2, "stop": [".", ""]}, "must not be empty"),
         ({"max_tokens": 2, "temperature": 0.0}, "temperature=0.0"),
@@ -449,8 +448,7 @@ def test_impossible_values_beside_possible_ones_have_gradients(adapter):
         ({"max_tokens": 2, "temperature": math.nan}, "temperature=nan"),
         ({"max_tokens": 2, "temperature": math.inf}, "temperature=inf"),
         ({"choices": []}, "at least one"),
-        ({"choices": "ab"}, "give a list"),
-        ({"choices": ["a", ""]}, "non-empty"),
+        ({"choices": ["a", ""]}, "none of them empty"),
         ({"choices": ["a", "b", "a"]}, "'a' twice"),
         ({"choices": ["a", "b"], "max_tokens": 2}, "exclude max_tokens"),
         ({"num_tokens": 2, "max_tokens": 2}, "num_tokens excludes"),

@@ -11,12 +11,16 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import (
+    MCMC,
+    NUTS,
     SVI,
     EmpiricalMarginal,
     Importance,
     Predictive,
     ReweightedWakeSleep,
     Trace_ELBO,
+    TraceEnum_ELBO,
+    config_enumerate,
 )
 
 import lmppl
@@ -118,6 +122,36 @@ def test_do_intervenes_with_tokens():
     trace = poutine.trace(poutine.do(infill, data={"z": value})).get_trace("ab.", "ab")
     assert trace.nodes["_RETURN"]["value"] == "ba"
     assert trace.nodes["y"]["fn"].prefix_ids == LM.encode("ab.ba")
+
+
+def with_later_text():
+    z = lm_sample("z", "ab", choices=["a", "b", "."])
+    return lm_sample("w", ["ab", z], max_tokens=1)
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+@pytest.mark.parametrize("method", [None, "exact", "importance"])
+def test_do_takes_a_string(method, as_tensor):
+    given = lmppl.LMText(LM, "ab", choices=["a", "b", "."]).encode("a") if as_tensor else "a"
+    program = poutine.do(with_later_text, data={"z": given})
+    for _ in range(2):  # the handler is as good as new
+        if method is None:
+            nodes = poutine.trace(program).get_trace().nodes
+            assert nodes["w"]["fn"].prefix_ids == LM.encode("aba")
+        else:
+            posterior = lmppl.infer(program, lm=LM, method=method, num_samples=64, seed=0)
+            # What was drawn is not what the rest of the program sees.
+            assert posterior.probs("z")["b"] > 0.5
+            assert {t.nodes["w"]["fn"].prefix_ids for t in posterior.traces} == {LM.encode("aba")}
+    if method == "exact":
+        for token, string in enumerate("ab."):
+            expected = naive_log_prob(LM, LM.encode("aba"), [token])
+            assert math.log(posterior.probs("w")[string]) == pytest.approx(expected, abs=1e-4)
+
+
+def test_do_with_an_impossible_string_names_the_site():
+    with pytest.raises(ValueError, match="site 'z': 'ab' is none of the choices"):
+        poutine.trace(poutine.do(with_later_text, data={"z": "ab"})).get_trace()
 
 
 def test_scale_tempers_a_whole_sequence():
@@ -329,3 +363,64 @@ def test_reweighted_wake_sleep_reaches_the_guide():
     wake, sleep = loss.loss_and_grads(short, guide, "ab.", "ab")
     assert math.isfinite(float(wake)) and math.isfinite(float(sleep))
     assert float(gradient(q).norm()) > 0
+
+
+# --- enumeration ---
+
+CHOICES = ["a", "b", "."]
+
+
+def chosen(mark=None):
+    z = lm_sample("z", "ab", choices=CHOICES, infer=mark and {"enumerate": mark})
+    lm_sample("y", [z, "b"], obs="a")
+
+
+def chosen_guide(mark=None):
+    lm_sample("z", "b", choices=CHOICES, infer=mark and {"enumerate": mark})
+
+
+@pytest.mark.parametrize(
+    "guide",
+    [
+        lambda: chosen_guide("sequential"),
+        config_enumerate(chosen_guide, default="sequential"),
+    ],
+    ids=["marked", "configured"],
+)
+def test_traceenum_elbo_enumerates_choices_one_after_another(guide):
+    q, p = (lmppl.LMText(LM, prefix, choices=CHOICES) for prefix in ("b", "ab"))
+    elbo = 0.0
+    for choice in CHOICES:
+        log_q, log_p = q.log_prob(q.encode(choice)), p.log_prob(p.encode(choice))
+        log_p = log_p + naive_log_prob(LM, LM.encode([choice, "b"]), [A])
+        elbo += float(log_q.exp() * (log_p - log_q))
+    for _ in range(2):  # no chance in it
+        loss = TraceEnum_ELBO(max_plate_nesting=0).loss(chosen, guide)
+        assert loss == pytest.approx(-elbo, abs=1e-4)
+
+
+@pytest.mark.parametrize("where", ["guide", "model"])
+def test_parallel_enumeration_of_texts_says_how_to_enumerate_them(where):
+    model, guide = chosen, chosen_guide
+    if where == "guide":
+        guide = config_enumerate(chosen_guide, default="parallel")
+    else:
+        model, guide = config_enumerate(chosen, default="parallel"), lambda: None
+    with pytest.raises(ValueError, match=r"site 'z' is given a batch.*'enumerate': 'sequential'"):
+        TraceEnum_ELBO(max_plate_nesting=0).loss(model, guide)
+
+
+def test_nuts_beside_a_text():
+    def program():
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        chosen()
+        pyro.factor("score", -((x - 1.0) ** 2))
+
+    def sample(model):
+        mcmc = MCMC(NUTS(model), num_samples=2, warmup_steps=1, disable_progbar=True)
+        mcmc.run()
+        return mcmc.get_samples()
+
+    with pytest.raises(ValueError, match="site 'z' .*HMC and NUTS .*condition on the text"):
+        sample(program)
+    assert sample(pyro.condition(program, data={"z": "b"})).keys() == {"x"}

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from lmppl import runtime
+from lmppl.checks import check_int
 from lmppl.diagnostics.diversity import TextDiversity, text_diversity
 from lmppl.engines.dispatch import infer
 from lmppl.guides.scoring import LatentScores, score_latents
@@ -173,8 +174,7 @@ def diagnose(
         ValueError: ``num_samples`` below 2; a posterior that is not exact or of another program or
             input; latents that are no complete, possible trace of the program.
     """
-    if not isinstance(num_samples, int) or num_samples < 2:
-        raise ValueError(f"num_samples={num_samples!r}: it must be an int of at least 2")
+    num_samples = check_int("num_samples", num_samples, least=2)
     _check_exact(posterior, latents)
     seeds = runtime.slot_seeds(runtime.fresh_seed(seed), 2)
 
@@ -267,6 +267,8 @@ def diagnose(
 def _check_exact(posterior: Posterior | None, latents: Sequence[Mapping[str, Any]] | None) -> None:
     if posterior is not None and latents is not None:
         raise ValueError("give posterior= or latents=, not both: an exact posterior needs no draws")
+    if posterior is not None and not isinstance(posterior, Posterior):
+        raise TypeError(f"posterior takes a lmppl.Posterior, given {type(posterior).__name__}")
     if posterior is not None:
         engine = posterior.info.get("engine")
         if engine != "exact":
@@ -275,8 +277,11 @@ def _check_exact(posterior: Posterior | None, latents: Sequence[Mapping[str, Any
                 "Draws that are known to be exact go into latents=[{site: value}, ...]"
             )
     if latents is not None:
-        if isinstance(latents, Mapping) or not all(isinstance(each, Mapping) for each in latents):
-            raise ValueError("latents= takes a list of dicts, [{site: text or tensor}, ...]")
+        is_list = isinstance(latents, Sequence)
+        if not is_list or not all(isinstance(draw, Mapping) for draw in latents):
+            raise TypeError(
+                f"latents takes a list of dicts, [{{site: text or tensor}}, ...], given {latents!r}"
+            )
         if not latents:
             raise ValueError("latents=[] holds no draw: give at least one, or leave it out")
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
-from lmppl.checks import check_callable, check_flag, check_int, check_seed, did_you_mean
+from lmppl.checks import check_callable, check_flag, check_int, did_you_mean
 from lmppl.distributions import check_lm
 from lmppl.engines import ENGINES, EngineLike
 from lmppl.lm import LM
@@ -64,7 +64,7 @@ def infer(
         ZeroEvidenceError: every sample has probability zero; it names the sites that killed them.
     """
     engine = prepare(model, method, lm, callback, options)
-    num_samples, seed = check_int("num_samples", num_samples), check_seed(seed)
+    num_samples = check_int("num_samples", num_samples)
     check_flag("profile", profile)
     model, args = bind(model, args, kwargs)
     # Without lm=, sites fall back on lmppl.use, or name their own; one that cannot says so.

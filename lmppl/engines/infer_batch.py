@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from lmppl import runtime
-from lmppl.checks import check_choice, check_int, check_seed
+from lmppl.checks import check_choice, check_int
 from lmppl.engines import EngineLike, GFlowNet
 from lmppl.engines.dispatch import infer, prepare
 from lmppl.lm import LM
@@ -90,7 +90,7 @@ def infer_batch(
     if "profile" in options:
         raise TypeError("infer_batch has no profile=: put the loop in `with lmppl.profile() as p:`")
     engine = prepare(model, method, lm, callback, options)
-    num_samples, seed = check_int("num_samples", num_samples), check_seed(seed)
+    num_samples = check_int("num_samples", num_samples)
     if isinstance(engine, GFlowNet) and guide is None:
         raise ValueError(
             "method='gflownet' without guide= would train a guide for every single input: train "

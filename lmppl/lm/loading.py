@@ -26,6 +26,8 @@ def load(
     **hf_kwargs: Any,
 ) -> tuple[Any, Any]:
     """A frozen model and its tokenizer; see ``LM.from_pretrained``."""
+    if not isinstance(name_or_path, (str, Path)):
+        raise TypeError(f"name_or_path={name_or_path!r}: it must be a name or a path")
     _refuse(hf_kwargs)
     device = choose_device(device)
     dtype = choose_dtype(dtype, device)
@@ -57,7 +59,7 @@ def choose_device(device: str | torch.device | None) -> torch.device:
     try:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
             f"device={str(device)!r} cannot be used here: {reason}. "

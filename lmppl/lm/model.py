@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import torch
 
+from lmppl.checks import check_int, check_number, check_seed
 from lmppl.lm.batches import scoring
 from lmppl.lm.batches.decoding import Decoding
 from lmppl.lm.batches.requests import Draw, Drawn, Score, Scored
@@ -53,6 +53,11 @@ class LM:
             raise TypeError(
                 f"{type(model).__name__} is not a causal language model: it has no output "
                 "embeddings. Load it with transformers.AutoModelForCausalLM."
+            )
+        if not callable(getattr(tokenizer, "decode", None)):
+            raise TypeError(
+                f"tokenizer must be the model's Hugging Face tokenizer, given {tokenizer!r}: load "
+                "it with transformers.AutoTokenizer"
             )
         self.model: Any = model.eval()
         self.tokenizer: Any = tokenizer
@@ -156,11 +161,10 @@ class LM:
         Returns:
             N texts, and their log-probabilities, (N,) float32 in nats.
         """
-        if num_samples < 0:
-            raise ValueError(f"num_samples={num_samples}: it must not be negative")
+        num_samples, seed = check_int("num_samples", num_samples, least=0), check_seed(seed)
         if max_tokens is None:
             raise ValueError("max_tokens is required: how long may a sample become, in tokens?")
-        _check_temperature(temperature)
+        temperature = check_number("temperature", temperature, above=0)
         stopping = self._stopping(stop, max_tokens)
         ids = self.encode(prefix)
         generator = None if seed is None else torch.Generator().manual_seed(seed)
@@ -197,7 +201,9 @@ class LM:
         """
         if isinstance(continuations, str):
             continuations = [continuations]
-        _check_temperature(temperature)
+        if not isinstance(continuations, Iterable):
+            raise TypeError(f"continuations takes a list of strings, given {continuations!r}")
+        temperature = check_number("temperature", temperature, above=0)
         stopping = self._stopping(stop, max_tokens)
         ids = self.encode(prefix)
         observed = [self.encode_observed(text, stopping) for text in continuations]
@@ -224,7 +230,7 @@ class LM:
             TypeError: a part that is not a string.
         """
         site = f"site '{name}': " if name else ""
-        if not isinstance(prefix, str) and not isinstance(prefix, Sequence):
+        if not isinstance(prefix, Sequence):
             raise TypeError(
                 f"{site}a prefix is a string, a Text, or a list of them, not "
                 f"{type(prefix).__name__} ({prefix!r})"
@@ -334,8 +340,12 @@ class LM:
             config: peft's configuration of the adapter; by default LoRA on every linear layer.
 
         Raises:
-            TypeError: this model has an adapter already.
+            TypeError: this model has an adapter already; what is no configuration.
         """
+        if config is not None and not hasattr(config, "peft_type"):
+            raise TypeError(
+                f"lora takes a peft.LoraConfig, given {type(config).__name__} ({config!r})"
+            )
         if is_adapted(self.model):
             raise TypeError(
                 f"{self.name!r} has an adapter already: make the second adapter from the base "
@@ -391,11 +401,6 @@ def _eos_ids(model: Any, tokenizer: Any, size: int) -> set[int]:
     for entry in named:
         ids.update(() if entry is None else entry if isinstance(entry, Iterable) else (entry,))
     return {int(token) for token in ids if 0 <= token < size}  # others can never be drawn
-
-
-def _check_temperature(temperature: float) -> None:
-    if not (isinstance(temperature, (int, float)) and 0 < temperature < math.inf):
-        raise ValueError(f"temperature={temperature!r}: it must be a positive number")
 
 
 def _totals(log_probs: Iterable[torch.Tensor]) -> torch.Tensor:

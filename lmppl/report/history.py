@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lmppl.checks import check_int
 from lmppl.report.tables import ABSENT, duration, grid_html, grid_text, percent, show
 
 if TYPE_CHECKING:
@@ -81,8 +82,7 @@ class History(list[dict[str, Any]]):
 
         What is not finite is left out; NaN where nothing is left.
         """
-        if window < 1:
-            raise ValueError(f"window={window}: it must be at least 1")
+        window = check_int("window", window)
         values, back = self.column(name), (window - 1) // 2
         means = []
         for i in range(len(values)):
@@ -155,8 +155,7 @@ class History(list[dict[str, Any]]):
 
     def _spaced(self, rows: int) -> list[int]:
         """Which steps the table shows: the first, the last, and some between."""
-        if rows < 1:
-            raise ValueError(f"rows={rows}: it must be at least 1")
+        rows = check_int("rows", rows)
         last = len(self) - 1
         if len(self) <= rows or rows == 1:
             return list(range(len(self)))[-rows:]

@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import torch
 
+from lmppl.checks import check_seed
 from lmppl.runtime.particle import Particle, Proposer
 from lmppl.runtime.scheduler import ask
 from lmppl.runtime.waits import DrawWait, HiddenWait, ModelWait, ScoreWait
@@ -21,7 +22,8 @@ from lmppl.runtime.waits import DrawWait, HiddenWait, ModelWait, ScoreWait
 
 def fresh_seed(seed: int | None) -> int:
     """``seed``, or one taken from torch's random stream (so that ``pyro.set_rng_seed`` governs)."""
-    return int(torch.randint(2**62, ())) if seed is None else int(seed)
+    seed = check_seed(seed)
+    return int(torch.randint(2**62, ())) if seed is None else seed
 
 
 def slot_seeds(seed: int, num: int) -> list[int]:

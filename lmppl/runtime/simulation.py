@@ -26,6 +26,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_factor
 
 from lmppl import runtime
+from lmppl.checks import check_int
 from lmppl.lm.tokens.text import Text
 from lmppl.runtime import Particle, is_latent
 from lmppl.runtime.arguments import check_program
@@ -112,8 +113,7 @@ def simulate(
             in ``observed`` that a run has no random site of; if ``max_attempts`` runs of one were all
             rejected.
     """
-    if not isinstance(num, int) or num < 1:
-        raise ValueError(f"num={num!r}: it must be an int of at least 1")
+    num = check_int("num", num)
     check_program(model)
     seed = runtime.fresh_seed(seed)
     return _simulate_each(model, [args] * num, seed, _names(observed), max_attempts)
@@ -147,8 +147,7 @@ class Stream(Iterator[tuple[tuple[Any, ...], Simulated]]):
     ) -> None:
         if not inputs:
             raise ValueError("inputs holds no input: give at least one, [(x, y)]")
-        if not isinstance(block, int) or block < 1:
-            raise ValueError(f"block={block!r}: it must be an int of at least 1")
+        block = check_int("block", block)
         self._model, self._inputs, self._block = model, list(inputs), block
         self._observed, self._max_attempts = _names(observed), max_attempts
         self._seed = runtime.fresh_seed(seed)
@@ -227,8 +226,7 @@ def _simulate_each(
     max_attempts: int,
 ) -> list[Simulated]:
     """One run for each input, all side by side; those that are rejected are drawn again."""
-    if not isinstance(max_attempts, int) or max_attempts < 1:
-        raise ValueError(f"max_attempts={max_attempts!r}: it must be an int of at least 1")
+    max_attempts = check_int("max_attempts", max_attempts)
     program = _forward(model)
     found: list[Simulated | None] = [None] * len(inputs)
     pending = list(range(len(inputs)))
@@ -350,7 +348,7 @@ class _Observe(Messenger):
                     f"site '{name}' observes the first {width} tokens of a text, in its simulation "
                     f"{len(ids)}. {_SAME} (Or give the site stop or max_tokens.)"
                 )
-            value = fn.value(ids)
+            value = fn.value(ids if len(ids) <= width else ())
             if not fn.supports(value):
                 # Another branch, whose site cannot produce this text: as a failed ``require``.
                 msg["infer"]["hard"] = True

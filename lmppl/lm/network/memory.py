@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from lmppl.checks import check_flag, check_int
+
 # The widest activation of a pass on a CPU: larger buffers come fresh from the system at every use.
 _CPU_ACTIVATION_BYTES = 32 << 20
 _FREE_SHARE = 0.5  # of the free memory, for one batch
@@ -28,7 +30,7 @@ class Memory:
             memory of one pass. None: the whole batch at once.
 
     Raises:
-        ValueError: a number below 1.
+        TypeError, ValueError: what is no whole number, or below 1.
     """
 
     batch_bytes: int | None = None
@@ -38,8 +40,9 @@ class Memory:
     def __post_init__(self) -> None:
         for name in ("batch_bytes", "training_tokens"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name}={value!r}: it must be a positive int, or None")
+            if value is not None:
+                object.__setattr__(self, name, check_int(name, value))
+        check_flag("gradient_checkpointing", self.gradient_checkpointing)
 
     def available(self, device: torch.device) -> int:
         """Bytes that one batch may take on a device."""

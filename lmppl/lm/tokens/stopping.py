@@ -8,11 +8,11 @@ even where a stop string spans tokens or a character is split between two of the
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from lmppl.checks import check_int
 from lmppl.lm.tokens.text import FinishReason, Text
 from lmppl.lm.tokens.vocabulary import Vocabulary
 
@@ -40,7 +40,8 @@ class Stopping:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", _as_stop(self.stop))
-        object.__setattr__(self, "max_tokens", _as_max_tokens(self.max_tokens))
+        if self.max_tokens is not None:
+            object.__setattr__(self, "max_tokens", check_int("max_tokens", self.max_tokens))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Stopping):
@@ -199,9 +200,8 @@ def _as_stop(stop: object) -> tuple[str, ...]:
     if stop is None:
         return ()
     strings = (stop,) if isinstance(stop, str) else stop
-    if not isinstance(strings, Iterable):
+    if not isinstance(strings, Sequence) or isinstance(strings, bytes):
         raise TypeError(f"stop={stop!r}: it must be a string or a list of strings")
-    strings = tuple(strings)
     for string in strings:
         if not isinstance(string, str):
             raise TypeError(f"stop={stop!r}: {string!r} is not a string")
@@ -210,20 +210,6 @@ def _as_stop(stop: object) -> tuple[str, ...]:
                 f"stop={stop!r}: a stop string must not be empty; leave stop out to have none"
             )
     return tuple(dict.fromkeys(str(string) for string in strings))
-
-
-def _as_max_tokens(max_tokens: object) -> int | None:
-    if max_tokens is None:
-        return None
-    try:
-        if isinstance(max_tokens, bool):
-            raise TypeError
-        number = operator.index(max_tokens)  # type: ignore[arg-type]
-    except TypeError:
-        raise TypeError(f"max_tokens={max_tokens!r}: it must be a whole number of tokens") from None
-    if number < 1:
-        raise ValueError(f"max_tokens={number}: a sequence has at least 1 token")
-    return number
 
 
 # --- observed text: the tokens that are scored, or why the site could not have produced it ---------

@@ -100,17 +100,19 @@ class Text(str):
         return tuple(ids)
 
     def __add__(self, other: str) -> Text:  # type: ignore[override]
-        if not isinstance(other, str):
-            return NotImplemented
-        self._check_vocabulary(other)
+        self._check_join(other)
         return Text._joined(str(self) + str(other), (*self.parts, *_parts(other)), self.vocabulary)
 
     def __radd__(self, other: str) -> Text:
-        if not isinstance(other, str):
-            return NotImplemented
+        self._check_join(other)
         return Text._joined(str(other) + str(self), (*_parts(other), *self.parts), self.vocabulary)
 
-    def _check_vocabulary(self, other: str) -> None:
+    def _check_join(self, other: Any) -> None:
+        if not isinstance(other, str):
+            raise TypeError(
+                f"cannot join {str(self)!r} and {other!r}: only strings are joined with +; a prefix "
+                "of several parts is one list, [before, z, after]"
+            )
         if isinstance(other, Text) and not self.vocabulary.same_as(other.vocabulary):
             raise ValueError(
                 f"cannot join {str(self)!r} and {str(other)!r}: their tokens belong to different "

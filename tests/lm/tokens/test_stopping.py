@@ -199,10 +199,10 @@ def test_forms_of_stop() -> None:
         ([".", ""], 3, ValueError, "must not be empty"),
         ([1], 3, TypeError, "1 is not a string"),
         (3, 3, TypeError, "a string or a list"),
-        (".", 0, ValueError, "at least 1 token"),
-        (".", -2, ValueError, "at least 1 token"),
-        (".", 2.5, TypeError, "whole number"),
-        (".", True, TypeError, "whole number"),
+        (".", 0, ValueError, "max_tokens=0.*at least 1"),
+        (".", -2, ValueError, "max_tokens=-2.*at least 1"),
+        (".", 2.5, TypeError, "max_tokens=2.5.*an int"),
+        (".", True, TypeError, "max_tokens=True.*an int"),
     ],
 )
 def test_bad_arguments(stop: object, max_tokens: object, error: type, message: str) -> None:

@@ -81,10 +81,12 @@ def test_augmented_assignment_makes_a_new_text():
 
 
 def test_a_join_with_what_is_no_string_is_a_type_error():
-    with pytest.raises(TypeError):
-        text(A) + 1  # type: ignore[operator]
-    with pytest.raises(TypeError):
-        1 + text(A)  # type: ignore[operator]
+    for join in (
+        lambda z: z + 1, lambda z: 1 + z, lambda z: z + ["b"], lambda z: ["b"] + z,
+        lambda z: z + None,
+    ):  # fmt: skip
+        with pytest.raises(TypeError, match=r"cannot join 'a' and .*\[before, z, after\]"):
+            join(text(A))
 
 
 def test_eos_is_counted_and_not_passed_on():
