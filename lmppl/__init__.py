@@ -12,6 +12,7 @@ from lmppl.posterior import Posterior, ZeroEvidenceError
 from lmppl.primitives import chat, lm_sample, require, tool, use
 from lmppl.report.profiling import Profile, profile
 from lmppl.runtime import ReplayError
+from lmppl.training import losses
 from lmppl.training.learn import learn
 from lmppl.training.lm_guide import LMGuide
 
@@ -39,6 +40,7 @@ __all__ = [
     "infer_batch",
     "learn",
     "lm_sample",
+    "losses",
     "profile",
     "register_engine",
     "require",

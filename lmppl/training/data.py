@@ -85,20 +85,20 @@ def read_data(
         Input(guide.model, args, i, options, records)
         for i, (args, records) in enumerate(zip(args_of, given, strict=True))
     ]
-    if options.kind.draws == "given":
+    if options.loss.draws == "given":
         inputs = [each for each in inputs if each.given]
     return Collection(inputs, generator), held_out, inputs[0]
 
 
 def _check_loss(options: FitOptions, *, has_latents: bool) -> None:
-    if options.kind.draws == "guide" and has_latents:
+    if options.loss.draws == "guide" and has_latents:
         raise ValueError(
-            f"loss={options.loss!r} learns from the guide's own draws only, so demonstrations= have "
-            "no use: 'vargrad', 'tb' and 'subtb' learn from them too, 'sft' from nothing else"
+            f"loss={options.loss.name!r} learns from the guide's own draws only, so demonstrations= "
+            "have no use: 'vargrad', 'tb' and 'subtb' learn from them too, 'sft' from nothing else"
         )
-    if options.kind.draws == "given" and not has_latents:
+    if options.loss.draws == "given" and not has_latents:
         raise ValueError(
-            f"loss={options.loss!r} is maximum likelihood on latents that are known: give "
+            f"loss={options.loss.name!r} is maximum likelihood on latents that are known: give "
             "demonstrations=[{'z': text}, ...] or simulate=N. Without, 'vargrad' (the default), "
             "'tb', 'subtb', 'elbo', 'wake' and 'ppo' learn from the program alone"
         )
@@ -189,7 +189,7 @@ def simulated_input(
     """
     # A tuple of its own: samples are told apart by it.
     program, args = one.program(guide.model), (*args,)
-    record = record_of_simulation(one, latents_known=not options.kind.truncations)
+    record = record_of_simulation(one, latents_known=not options.loss.truncations)
     each = Input(program, args, index, options, [record], exact=True)
     each.observations = guide.observations_of_simulation(one, program)
     return each

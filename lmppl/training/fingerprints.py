@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import dis
 import functools
 import hashlib
@@ -26,8 +25,7 @@ def identity(
     guide: TrainableGuide, source: Source, options: FitOptions, steps: int, seed: int
 ) -> dict[str, Any]:
     """What must be equal for a run to be the same one, by what it is called in messages."""
-    # (NumPy's integers are integers, too.)
-    given = json.loads(json.dumps(dataclasses.asdict(options), default=int))
+    given = json.loads(json.dumps(options.plain(), default=float))
     own = guide.identity().items()
     return {
         "program": program_fingerprint(guide.model),

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from lmppl import runtime
+from lmppl.checks import check_int
 from lmppl.guides.guide import TrainableGuide
 from lmppl.primitives import use
 from lmppl.report.history import History
@@ -51,8 +52,7 @@ class Run:
     logging_dir: str | Path
 
     def __post_init__(self) -> None:
-        if not isinstance(self.steps, int) or self.steps < 1:
-            raise ValueError(f"steps={self.steps!r}: it must be an int of at least 1")
+        check_int("steps", self.steps)
 
 
 def fit(
@@ -164,7 +164,7 @@ class _Loop:
         checkpoints = run.checkpoints
         parts: dict[str, Part] = {"guard": self._guard, "stopping": self._stopping}
         done = checkpoints.begin(trainer, parts)
-        config = {"steps": run.steps, "seed": run.seed, "loss": trainer.options.loss}
+        config = {"steps": run.steps, "seed": run.seed, "loss": trainer.options.loss.name}
         with (
             progress_bar("training the guide", run.steps, show=progress) as bar,
             tracker(run.log_with, directory=run.logging_dir, name="lmppl", config=config) as track,
@@ -205,7 +205,7 @@ class _Loop:
     def _elbo_again(self) -> float:
         """Of the last step's inputs, under the parameters as they now are."""
         samples, seed = self._held_out.num_samples, self._held_out.seed
-        return evaluate(self._guide, self._trainer.members, samples, seed=seed)["eval_elbo"]
+        return evaluate(self._guide, self._trainer.inputs, samples, seed=seed)["eval_elbo"]
 
     def _evaluate(self, number: int, figures: dict[str, Any]) -> bool:
         """Adds held-out figures to a step's, when it is time. Returns whether to stop."""

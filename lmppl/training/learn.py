@@ -120,7 +120,7 @@ def learn(
     settings = FitOptions.of(options, [each.name for each in own if each.kind is each.KEYWORD_ONLY])
     checkpoints = Checkpoints.of(checkpoint, checkpoint_every, resume, seed)
     seed = runtime.fresh_seed(seed)
-    config = {"steps": steps, "seed": seed, "method": method, "loss": settings.loss}
+    config = {"steps": steps, "seed": seed, "method": method, "loss": settings.loss.name}
     seed, own_seed = runtime.slot_seeds(seed, 2)  # the guide's, the M-step's
     held_out = HeldOut(eval_every, eval_samples, seed)
     generator = torch.Generator().manual_seed(seed % 2**63)
@@ -254,7 +254,7 @@ class _Dreams(Source):
         batch = []
         for index, one in enumerate(drawn, self._taken):
             batch.append(simulated_input(guide, args, one, index, options))
-            if options.kind.draws != "given":
+            if options.loss.draws != "given":
                 batch[
                     -1
                 ].forget_scores()  # the model may change before the last of the batch is used

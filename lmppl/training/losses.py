@@ -1,214 +1,317 @@
-"""From the samples of one input to a loss: which samples each objective takes, and how.
+"""The losses that a guide can be trained by: which samples each takes, and what it makes of them.
 
-The objectives themselves are pure functions of tensors, in ``lmppl.training.objectives``.
+A loss is a frozen dataclass with its own options. What it learns from is said by its class
+attributes; ``of`` computes it on the samples of one input. The formulas are pure functions of
+tensors, in ``lmppl.training.objectives``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
 
-from lmppl import runtime
-from lmppl.distributions import LMText, SiteScore
+from lmppl.checks import check_choice, check_int, check_number
+from lmppl.distributions import LMText
 from lmppl.guides.heads import Head
 from lmppl.lm import LM
 from lmppl.training import objectives
-from lmppl.training.options import FitOptions
-from lmppl.training.samples import Sample, Truncation
+from lmppl.training.batch import Batch
+from lmppl.training.samples import Sample
 
 
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """The samples of one input, with what the guide says of them.
+class Loss(ABC):
+    """What a guide is trained by.
 
     Attributes:
-        samples: N complete traces.
-        truncations: M truncations of some of them.
-        log_r: (N + M,) untempered log joints, nats; ``-inf`` where R = 0. Traces come first.
-        log_q: (N + M,) the guide's log-densities, nats, with gradient.
-        old_log_q: (N,) of the guide that drew them: equal to ``log_q`` at the first update.
-        log_prior: (N,) the program's own log-density of the latents, nats.
+        name: by which ``fit(loss=...)`` finds it.
+        draws: ``"mixture"``: traces of any behaviour policy; ``"guide"``: the guide's own draws
+            only; ``"given"``: latents that the user gave or that were simulated, and no draws.
+        truncations: whether it uses truncations of the traces.
+        needs_truncations: whether it is nothing without them.
+        takes_simulated: whether a loss on the guide's draws learns from simulated latents as well.
+        learns_log_z: whether the log evidence of each input is learned beside the guide.
+        defended: whether a loss on the guide's draws takes draws of the program as well, for the
+            term of dead traces, on inputs that have any.
+        updates: of the optimiser on the same draws.
     """
 
-    samples: Sequence[Sample]
-    truncations: Sequence[Truncation]
-    log_r: torch.Tensor
-    log_q: torch.Tensor
-    old_log_q: torch.Tensor
-    log_prior: torch.Tensor
+    name: ClassVar[str]
+    draws: ClassVar[Literal["mixture", "guide", "given"]]
+    truncations: ClassVar[bool] = False
+    needs_truncations: ClassVar[bool] = False
+    takes_simulated: ClassVar[bool] = False
+    learns_log_z: ClassVar[bool] = False
+    defended: ClassVar[bool] = False
+    updates: int = 1
 
-    @classmethod
-    def of(
-        cls,
-        samples: Sequence[Sample],
-        truncations: Sequence[Truncation],
-        scores: dict[int, dict[str, SiteScore]],
-        old_log_q: torch.Tensor | None = None,
-    ) -> Batch:
-        """From scores by the samples' ``id``.
+    @abstractmethod
+    def of(self, batch: Batch, *, moved: float = 1.0) -> torch.Tensor | None:
+        """The loss on the samples of one input, 0-d.
 
-        Raises:
-            ValueError: if the guide draws no latent of a live trace, or cannot draw one of them.
+        Args:
+            batch: the samples.
+            moved: how far an annealed target has come from the program's prior (0) to the
+                posterior (1).
+
+        Returns:
+            None if there is nothing to learn from them.
         """
-        # (A dead trace may have ended before its first latent.)
-        own = [scores[id(sample)] for sample in samples]
-        if not any(own) and any(sample.log_r > -math.inf for sample in samples):
-            raise ValueError("the guide has proposed no latent site of the program")
-        totals = [_total(sample, score) for sample, score in zip(samples, own, strict=True)]
-        home = next((total for total in totals if total.requires_grad), totals[0])
-        log_q = torch.stack([total.to(home) for total in totals])
-        if bool((log_q.detach() == -math.inf).any()):
-            _check_support(samples, scores)
-        complete = log_q.detach()
-        cut_q = [t.log_q(scores[id(t.sample)]) for t in truncations]
-        log_r = [*(s.log_r for s in samples), *(t.log_r for t in truncations)]
-        return cls(
-            samples,
-            truncations,
-            log_q.new_tensor(log_r),
-            torch.cat([log_q, torch.stack(cut_q).to(log_q)]) if cut_q else log_q,
-            complete if old_log_q is None else old_log_q,
-            log_q.new_tensor([_log_prior(sample) for sample in samples]),
-        )
-
-    def origin(self, *origins: str) -> torch.Tensor:
-        """(N,) bool: the complete traces that come from there."""
-        return torch.tensor([sample.origin in origins for sample in self.samples])
-
-    @property
-    def alive(self) -> bool:
-        """Whether any trace has a positive probability."""
-        return bool((self.log_r[: len(self.samples)] > -math.inf).any())
-
-    def figures(self) -> dict[str, float]:
-        """What the guide's own draws say of it; NaN if there are none."""
-        figures = {
-            "log_z": math.nan,
-            "elbo": math.nan,
-            "ess": math.nan,
-            "alive": math.nan,
-            "length": sum(s.num_tokens for s in self.samples) / len(self.samples),
-        }
-        own = self.origin("guide")
-        if not bool(own.any()):
-            return figures
-        num = len(self.samples)
-        log_r, log_q = self.log_r[:num][own], self.log_q.detach()[:num][own]
-        live = log_r > -math.inf
-        u = (log_r - log_q)[live]
-        if len(u):
-            figures["log_z"] = float(torch.logsumexp(u, 0)) - math.log(len(live))
-            figures["elbo"] = float(u.mean())
-        else:
-            figures["log_z"] = -math.inf
-        figures["ess"] = runtime.ess(u) / len(live)
-        figures["alive"] = len(u) / len(live)
-        return figures
 
 
-def loss_of(
-    batch: Batch,
-    options: FitOptions,
-    *,
-    beta: float,
-    likelihood_weight: float,
-    log_z: torch.Tensor,
-) -> torch.Tensor | None:
-    """The loss of one input's samples.
+@dataclass(frozen=True)
+class VarGrad(Loss):
+    """Variance of log R - log q over the samples of one input, whoever drew them.
+
+    Richter et al. (2020, arXiv 2010.10436).
 
     Args:
-        batch: the samples.
-        options: which loss, and its settings.
-        beta: inverse temperature of the reward.
-        likelihood_weight: of log R - log prior, for losses whose target is annealed.
-        log_z: the learned log evidence of this input, 0-d (used by ``"tb"``).
-
-    Returns:
-        0-d; None if there is nothing to learn from them.
+        huber: beyond this distance from log Z (nats) a trace counts by its distance, not its
+            square; ``math.inf``: the variance itself.
     """
-    num = len(batch.samples)
-    # A tempered -inf stays -inf.
-    log_r = torch.where(batch.log_r == -math.inf, -math.inf, batch.log_r * beta)
-    log_q = batch.log_q
-    if options.loss == "sft":
-        return objectives.sft(log_q[:num][batch.origin("given")])
-    if not batch.alive:
-        return None
-    own = batch.origin("guide")
-    own_r, own_q = log_r[:num][own], log_q[:num][own]
-    if likelihood_weight < 1.0:
-        own_prior = batch.log_prior[own] * beta
-        # A trace that the program cannot draw has no prior either.
-        live = own_r > -math.inf
-        annealed = own_prior + likelihood_weight * (own_r - own_prior)
-        own_r = torch.where(live, annealed, -math.inf)
-    if options.loss == "vargrad":
-        loss = objectives.vargrad(log_r, log_q, huber=options.huber)
-    elif options.loss == "tb":
-        loss = objectives.tb(log_r, log_q, log_z.to(log_q.device))
-    elif options.loss == "subtb":
-        loss = _subtb(batch, log_r, options.subtb_lambda)
-    elif options.loss == "elbo":
-        loss = objectives.elbo(own_r, own_q)
-    elif options.loss == "wake":
-        return _wake(batch, own_r, own_q)
-    else:
+
+    huber: float = 3.0
+
+    name = "vargrad"
+    draws = "mixture"
+    truncations = True
+
+    def __post_init__(self) -> None:
+        if self.huber != math.inf:
+            check_number("huber", self.huber, above=0.0)
+
+    def of(self, batch: Batch, *, moved: float = 1.0) -> torch.Tensor | None:
+        if not batch.alive:
+            return None
+        loss = objectives.vargrad(batch.log_r, batch.log_q, huber=self.huber)
+        return loss + _dead_traces(batch)
+
+
+@dataclass(frozen=True)
+class TB(Loss):
+    """Trajectory balance, with a learned log Z (Malkin et al., 2022, arXiv 2201.13259)."""
+
+    name = "tb"
+    draws = "mixture"
+    truncations = True
+    learns_log_z = True
+
+    def of(self, batch: Batch, *, moved: float = 1.0) -> torch.Tensor | None:
+        if not batch.alive:
+            return None
+        assert batch.log_z is not None
+        log_z = batch.log_z.to(batch.log_q.device)
+        return objectives.tb(batch.log_r, batch.log_q, log_z) + _dead_traces(batch)
+
+
+@dataclass(frozen=True)
+class SubTB(Loss):
+    """Pairs of truncations of each trace (Hu et al., 2024, arXiv 2310.04363), and the variance
+    between traces.
+
+    Args:
+        lam: the weight of a pair falls as ``lam ** distance``, in tokens; in (0, 1].
+    """
+
+    lam: float = 1.0
+
+    name = "subtb"
+    draws = "mixture"
+    truncations = needs_truncations = True
+
+    def __post_init__(self) -> None:
+        check_number("lam", self.lam, above=0.0, most=1.0)
+
+    def of(self, batch: Batch, *, moved: float = 1.0) -> torch.Tensor | None:
+        if not batch.alive:
+            return None
+        terms = []
+        for rows, positions in batch.cuts_of_samples():
+            log_r, log_q = batch.log_r[rows], batch.log_q[rows]
+            terms.append(objectives.subtb(log_r, log_q, self.lam, torch.tensor(positions)))
+        # Within samples u is tied together, and between them by the variance of complete traces.
+        complete = objectives.vargrad(batch.log_r[: batch.num], batch.log_q[: batch.num])
+        return torch.stack(terms).mean() + complete + _dead_traces(batch)
+
+
+@dataclass(frozen=True)
+class ELBO(Loss):
+    """Score-function gradient of the ELBO, the reverse KL, on the guide's own draws.
+
+    Args:
+        annealing: where the target begins between the program's prior (0) and the posterior (1):
+            at ``prior * (R / prior) ** annealing``. A loss that sees the guide's own draws only
+            never finds a mode again that the first, noisy steps have lost. 1: it is R throughout.
+    """
+
+    annealing: float = 0.25
+
+    name = "elbo"
+    draws = "guide"
+    defended = True
+
+    def __post_init__(self) -> None:
+        check_number("annealing", self.annealing, above=0.0, most=1.0)
+
+    def of(self, batch: Batch, *, moved: float = 1.0) -> torch.Tensor | None:
+        if not batch.alive:
+            return None
+        weight = self.annealing + (1.0 - self.annealing) * moved
+        return objectives.elbo(*_annealed(batch, weight)) + _dead_traces(batch)
+
+
+@dataclass(frozen=True)
+class Wake(Loss):
+    """Forward KL, by the guide's own draws weighted by R / q, and by simulated latents, which are
+    posterior draws as they are (Bornschein & Bengio, 2015, arXiv 1406.2751).
+
+    Args:
+        annealing: as of ``ELBO``.
+    """
+
+    annealing: float = 0.25
+
+    name = "wake"
+    draws = "guide"
+    takes_simulated = True
+
+    def __post_init__(self) -> None:
+        check_number("annealing", self.annealing, above=0.0, most=1.0)
+
+    def of(self, batch: Batch, *, moved: float = 1.0) -> torch.Tensor | None:
+        if not batch.alive:
+            return None
+        weight = self.annealing + (1.0 - self.annealing) * moved
+        log_r, log_q = _annealed(batch, weight)
+        loss = objectives.wake(log_r - log_q.detach(), log_q)
+        given = batch.origin("given")
+        if bool(given.any()):
+            loss = loss + objectives.sft(batch.log_q[: batch.num][given])
+        return loss
+
+
+@dataclass(frozen=True)
+class SFT(Loss):
+    """Maximum likelihood on latents that are known: demonstrations, or simulations."""
+
+    name = "sft"
+    draws = "given"
+
+    def of(self, batch: Batch, *, moved: float = 1.0) -> torch.Tensor | None:
+        return objectives.sft(batch.log_q[: batch.num][batch.origin("given")])
+
+
+@dataclass(frozen=True)
+class PPO(Loss):
+    """Clipped policy gradient on log R, for comparison (Schulman et al., 2017, arXiv 1707.06347).
+
+    Args:
+        updates: of the optimiser on the same draws.
+        clip: bound on the ratio of new to old density; in (0, 1).
+        kl: weight of its penalty, the divergence from the program's prior.
+    """
+
+    updates: int = 4
+    clip: float = 0.2
+    kl: float = 0.02
+
+    name = "ppo"
+    draws = "guide"
+
+    def __post_init__(self) -> None:
+        check_int("updates", self.updates)
+        check_number("kl", self.kl, least=0.0)
+        if not check_number("clip", self.clip, above=0.0, most=1.0) < 1.0:
+            raise ValueError(f"clip={self.clip}: it must be in (0, 1)")
+
+    def of(self, batch: Batch, *, moved: float = 1.0) -> torch.Tensor | None:
+        if not batch.alive:
+            return None
+        own = batch.origin("guide")
+        log_r, log_q = batch.log_r[: batch.num][own], batch.log_q[: batch.num][own]
         old, prior = batch.old_log_q[own], batch.log_prior[own]
-        return objectives.ppo(own_r, own_q, old, prior, clip=options.ppo_clip, kl=options.ppo_kl)
-    if len(own_q) > 1:
-        loss = loss + _alive(batch)
-    return loss
+        return objectives.ppo(log_r, log_q, old, prior, clip=self.clip, kl=self.kl)
 
 
-def _alive(batch: Batch) -> torch.Tensor:
-    """From what the guide and the program drew: the program comes to the dead traces of a guide
-    that has nearly forgotten them."""
+LOSSES: dict[str, type[Loss]] = {
+    loss.name: loss for loss in (VarGrad, TB, SubTB, ELBO, Wake, SFT, PPO)
+}
+"""By name, for ``fit(loss=...)``."""
+
+
+def loss_of(loss: str | Loss, options: Mapping[str, Any]) -> Loss:
+    """A loss, from its name and its own options.
+
+    Args:
+        loss: a name of ``LOSSES``, or a loss, which has its options.
+        options: of the loss.
+
+    Raises:
+        TypeError: for what is neither, or for options that it has not.
+        ValueError: for an unknown name, or an option out of range.
+    """
+    if isinstance(loss, type) and issubclass(loss, Loss):
+        raise TypeError(f"loss={loss.__name__}: give an object, {loss.__name__}()")
+    if isinstance(loss, Loss):
+        if options:
+            name = next(iter(options))
+            raise TypeError(
+                f"{name}= stands beside a loss that is an object: give it there, "
+                f"{type(loss).__name__}({name}=...)"
+            )
+        return loss
+    check_choice("loss", loss, LOSSES)
+    kind = LOSSES[loss]
+    own = option_names(kind)
+    for name in options:
+        if name not in own:
+            theirs = [other for other, each in LOSSES.items() if name in option_names(each)]
+            raise TypeError(
+                f"loss={loss!r} has no option {name!r}: it has {', '.join(own) or 'none'}; "
+                f"{name}= is of loss={' or '.join(map(repr, theirs))}"
+            )
+    return kind(**options)
+
+
+def option_names(kind: type[Loss]) -> list[str]:
+    """The options of a loss."""
+    return [option.name for option in fields(kind)]  # type: ignore[arg-type]
+
+
+def _annealed(batch: Batch, weight: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """log R and log q of the guide's own draws; log R with so much of log R - log prior."""
+    own = batch.origin("guide")
+    log_r, log_q = batch.log_r[: batch.num][own], batch.log_q[: batch.num][own]
+    if weight < 1.0:
+        log_prior = batch.log_prior[own] * batch.beta
+        # A trace that the program cannot draw has no prior either.
+        annealed = log_prior + weight * (log_r - log_prior)
+        log_r = torch.where(log_r > -math.inf, annealed, -math.inf)
+    return log_r, log_q
+
+
+def _dead_traces(batch: Batch) -> torch.Tensor | float:
+    """The term of dead traces, from what the guide and the program drew: the program comes to the
+    dead traces of a guide that has nearly forgotten them. 0 if the guide drew fewer than two."""
     drawn = batch.origin("guide", "prior")
-    num = len(batch.samples)
-    log_r, log_q, log_prior = (
-        batch.log_r[:num][drawn],
-        batch.log_q[:num][drawn],
-        batch.log_prior[drawn],
-    )
-    by_guide = int(batch.origin("guide").sum()) / len(log_q)
-    if by_guide == 1.0:
+    by_guide = int(batch.origin("guide").sum())
+    if by_guide < 2:
+        return 0.0
+    log_r, log_q = batch.log_r[: batch.num][drawn], batch.log_q[: batch.num][drawn]
+    share = by_guide / len(log_q)
+    if share == 1.0:
         return objectives.alive(log_r, log_q)
-    log_drawn = torch.logaddexp(
-        log_q.detach() + math.log(by_guide), log_prior + math.log(1.0 - by_guide)
-    )
+    log_prior = batch.log_prior[drawn]
+    log_drawn = torch.logaddexp(log_q.detach() + math.log(share), log_prior + math.log(1.0 - share))
     return objectives.alive(log_r, log_q, log_drawn)
 
 
-def _subtb(batch: Batch, log_r: torch.Tensor, lam: float) -> torch.Tensor:
-    """Pairs within each sample: its truncations by length, and the complete trace last."""
-    num = len(batch.samples)
-    cuts: dict[int, list[int]] = {}
-    for k in sorted(range(len(batch.truncations)), key=lambda k: batch.truncations[k].length):
-        cuts.setdefault(id(batch.truncations[k].sample), []).append(k)
-    terms = []
-    for i, sample in enumerate(batch.samples):
-        own = cuts.get(id(sample), [])
-        rows = [*(num + k for k in own), i]
-        lengths = [batch.truncations[k].length for k in own]
-        end = batch.truncations[own[0]].full_length if own else 0
-        positions = torch.tensor([*lengths, end])
-        terms.append(objectives.subtb(log_r[rows], batch.log_q[rows], lam, positions))
-    # Within samples u is tied together, and between them by the variance of complete traces.
-    complete = objectives.vargrad(log_r[:num], batch.log_q[:num])
-    return torch.stack(terms).mean() + complete
-
-
-def _wake(batch: Batch, own_r: torch.Tensor, own_q: torch.Tensor) -> torch.Tensor:
-    """Self-normalised draws of the guide; simulated latents are posterior draws as they are."""
-    loss = objectives.wake(own_r - own_q.detach(), own_q)
-    given = batch.origin("given")
-    if bool(given.any()):
-        loss = loss + objectives.sft(batch.log_q[: len(batch.samples)][given])
-    return loss
+# --- the learned log Z of TB --------------------------------------------------------------------
 
 
 class LogZ(nn.Module):
@@ -238,30 +341,3 @@ def prompt_state(lm: LM, samples: Sequence[Sample]) -> torch.Tensor:
             if isinstance(fn, LMText):
                 return lm.hidden([fn.prefix_ids])[0].float().cpu()
     return torch.zeros(lm.hidden_size)  # a program without latent texts
-
-
-def _log_prior(sample: Sample) -> float:
-    return sum(float(node["unscaled_log_prob"].sum()) for node in sample.particle.latents.values())
-
-
-def _check_support(samples: Sequence[Sample], scores: dict[int, dict[str, SiteScore]]) -> None:
-    """Raises for a live trace to which the guide gives no density."""
-    for sample in samples:
-        for name, (score, _) in scores[id(sample)].items():
-            if sample.log_r > -math.inf and float(score.detach()) == -math.inf:
-                node = sample.particle.sites[name]
-                is_text = isinstance(node["fn"], LMText)
-                value = str(node["fn"].text(node["value"])) if is_text else node["value"].tolist()
-                raise ValueError(
-                    f"site '{name}': the guide gives probability zero to {value!r}, which the "
-                    "program can draw: give both the same support (stop, max_tokens, choices). Or "
-                    "train with loss='elbo', which learns from the guide's own draws only"
-                )
-
-
-def _total(sample: Sample, scores: dict[str, SiteScore]) -> torch.Tensor:
-    """log q of a whole trace (0-d, nats)."""
-    left = torch.tensor(sample.left_to_model(scores))
-    terms = [score for score, _ in scores.values()] or [left]
-    total = torch.stack([term.to(terms[0].device) for term in terms]).sum()
-    return total + left.to(total) if scores else total

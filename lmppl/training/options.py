@@ -1,51 +1,15 @@
-"""How a guide is trained: the options of ``fit``, and what each loss needs."""
+"""How a guide is trained: the options that ``fit`` has for every loss."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from numbers import Integral
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
 
-from lmppl.checks import did_you_mean
+from lmppl.checks import check_flag, check_int, check_number, did_you_mean
 from lmppl.lm.network.memory import Memory
-
-LossName = Literal["vargrad", "tb", "subtb", "elbo", "wake", "sft", "ppo"]
-
-
-@dataclass(frozen=True)
-class LossKind:
-    """What a loss learns from.
-
-    Attributes:
-        draws: ``"mixture"``: traces of any behaviour policy; ``"guide"``: the guide's own draws
-            only; ``"given"``: latents that the user gave or that were simulated, and no draws.
-        truncations: whether it uses them.
-        repeats: whether the same draws serve for several updates.
-        annealed: whether its target moves from the program's prior to the posterior. A loss that
-            sees the guide's own draws only never finds a mode again that the first, noisy steps
-            have lost.
-        defended: whether a loss on the guide's own draws takes draws of the program as well, for
-            the term of dead traces, on inputs that have any.
-    """
-
-    draws: Literal["mixture", "guide", "given"]
-    truncations: bool = False
-    repeats: bool = False
-    annealed: bool = False
-    defended: bool = False
-
-
-LOSSES: dict[str, LossKind] = {
-    "vargrad": LossKind("mixture", truncations=True),
-    "tb": LossKind("mixture", truncations=True),
-    "subtb": LossKind("mixture", truncations=True),
-    "elbo": LossKind("guide", annealed=True, defended=True),
-    "wake": LossKind("guide", annealed=True),
-    "sft": LossKind("given"),
-    "ppo": LossKind("guide", repeats=True),
-}
+from lmppl.training.losses import LOSSES, Loss, VarGrad, loss_of, option_names
 
 
 @dataclass(frozen=True)
@@ -58,9 +22,7 @@ class FitOptions:
         learning_rate: AdamW's; it warms up over 5% of the steps and decays along a cosine. None:
             3e-3 for a hidden size of 64 or less, and falling with the square root of the size
             (1e-3 at 576, 4e-4 at 4096).
-        loss: ``"vargrad"``, ``"tb"``, ``"subtb"``, ``"elbo"``, ``"wake"``; or what they are
-            compared with, ``"sft"`` and ``"ppo"`` (see ``lmppl.training.objectives``).
-        subtb_lambda: weight of a pair of truncations decays as ``lambda ** distance``.
+        loss: what is minimised, with its own options; see ``lmppl.losses``.
         tempered_fraction: of the traces, drawn from the guide at a temperature in [0.5, 2].
         prior_fraction: of the traces, drawn from the program itself. Its support holds every mode
             of the posterior, also one that the guide has lost. (``"elbo"`` takes them where traces
@@ -69,122 +31,103 @@ class FitOptions:
         replay_capacity: how many distinct traces are kept for each input.
         near_duplicates: of two kept traces whose edit distance, in tokens, is below this fraction
             of the shorter one's length, only the better is kept. 0: only equal ones count as one.
-        huber: beyond this distance from log Z (nats) a trace counts linearly in ``"vargrad"``.
         truncations: how many tokens the rewards of truncations may cost, as a multiple of the
             complete traces'; 0: none.
         reward_temperature: first and last: the reward is ``R ** (1 / temperature)``. If the last
             is not 1, the guide's target is a *tempered* posterior.
-        annealing: where the target of ``"elbo"`` and ``"wake"`` begins between the program's prior (0)
-            and the posterior (1): at ``prior * (R / prior) ** annealing``. It reaches R after half
-            of the steps. 1: it is R throughout.
-        ppo_updates: updates on the same draws, for ``"ppo"``.
-        ppo_clip: bound on the ratio of new to old density, for ``"ppo"``.
-        ppo_kl: weight of its penalty, the divergence from the program's prior.
         max_grad_norm: gradients are clipped to it.
         gradient_checkpointing: keep only what enters each layer of the language model for the
             backward pass, and compute the rest anew there (see ``lmppl.Memory``).
         training_tokens: read at most so many tokens a pass, one pass after another: the gradient
             of the whole batch in the memory of a pass. None: the batch at once.
+
+    Raises:
+        TypeError: for an option of another type.
+        ValueError: for one out of range.
     """
 
     batch_size: int = 32
     inputs_per_step: int = 4
     learning_rate: float | None = None
-    loss: LossName = "vargrad"
-    subtb_lambda: float = 1.0
+    loss: Loss = VarGrad()
     tempered_fraction: float = 0.125
     prior_fraction: float = 0.125
     replay_fraction: float = 0.25
     replay_capacity: int = 64
     near_duplicates: float = 0.25
-    huber: float = 3.0
     truncations: float = 1.0
     reward_temperature: tuple[float, float] = (1.0, 1.0)
-    annealing: float = 0.25
-    ppo_updates: int = 4
-    ppo_clip: float = 0.2
-    ppo_kl: float = 0.02
     max_grad_norm: float = 1.0
     gradient_checkpointing: bool = False
     training_tokens: int | None = None
 
     @classmethod
     def of(cls, options: Mapping[str, Any], others: Sequence[str] = ()) -> FitOptions:
-        """From keywords.
+        """From keywords; those of a loss may stand beside its name.
 
         Args:
             options: the keywords.
             others: what else is allowed beside them, for messages.
 
         Raises:
-            TypeError: an unknown one (names the nearest), or one of another type.
+            TypeError: an unknown one (names the nearest), one of another loss or of another type.
             ValueError: one out of range.
         """
-        names = [each.name for each in fields(cls)]
+        shared = [option.name for option in fields(cls)]
+        of_losses = dict.fromkeys(name for kind in LOSSES.values() for name in option_names(kind))
         for name in options:
-            if name not in names:
-                allowed = [*others, *names]
+            if name not in shared and name not in of_losses:
+                allowed = [*others, *shared, *of_losses]
                 raise TypeError(f"no option {name!r}{did_you_mean(name, allowed)}")
-        return cls(**options)
+        loss = loss_of(
+            options.get("loss", VarGrad.name),
+            {name: value for name, value in options.items() if name in of_losses},
+        )
+        return cls(**{n: v for n, v in options.items() if n in shared} | {"loss": loss})
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "inputs_per_step", "replay_capacity", "ppo_updates"):
-            if not isinstance(getattr(self, name), Integral):
-                raise TypeError(f"{name}={getattr(self, name)!r}: it must be an int")
-        if not (
-            isinstance(self.reward_temperature, Sequence) and len(self.reward_temperature) == 2
-        ):
-            raise TypeError(
-                f"reward_temperature={self.reward_temperature!r}: give the first and the last, (4, 1)"
-            )
-        if self.batch_size < 2:
-            raise ValueError(f"batch_size={self.batch_size}: the variance needs at least 2 traces")
-        if self.inputs_per_step < 1:
-            raise ValueError(f"inputs_per_step={self.inputs_per_step}: it must be at least 1")
-        if self.learning_rate is not None and not self.learning_rate > 0:
-            raise ValueError(f"learning_rate={self.learning_rate}: it must be positive")
-        if self.loss not in LOSSES:
-            raise ValueError(f"loss={self.loss!r}, allowed: {', '.join(LOSSES)}")
-        fractions = (self.tempered_fraction, self.prior_fraction, self.replay_fraction)
-        if min(fractions) < 0 or sum(fractions) > 1:
+        for name, least in (("batch_size", 2), ("inputs_per_step", 1), ("replay_capacity", 1)):
+            self._set(name, check_int(name, getattr(self, name), least))
+        for name in ("tempered_fraction", "prior_fraction", "replay_fraction", "truncations"):
+            check_number(name, getattr(self, name), least=0.0)
+        if self.tempered_fraction + self.prior_fraction + self.replay_fraction > 1:
             raise ValueError(
-                f"tempered_fraction, prior_fraction and replay_fraction are {fractions}: they must "
-                "not be negative, and together at most 1"
+                f"tempered_fraction={self.tempered_fraction}, prior_fraction={self.prior_fraction}, "
+                f"replay_fraction={self.replay_fraction}: they must be together at most 1"
             )
-        if self.replay_capacity < 1:
-            raise ValueError(f"replay_capacity={self.replay_capacity}: it must be at least 1")
-        if not 0 <= self.near_duplicates < 1:
+        if not check_number("near_duplicates", self.near_duplicates, least=0.0) < 1:
             raise ValueError(f"near_duplicates={self.near_duplicates}: it must be in [0, 1)")
-        if not 0 < self.subtb_lambda <= 1:
-            raise ValueError(f"subtb_lambda={self.subtb_lambda}: it must be in (0, 1]")
-        if self.truncations < 0:
-            raise ValueError(f"truncations={self.truncations}: it must not be negative")
-        if self.loss == "subtb" and self.truncations == 0:
-            raise ValueError("loss='subtb' compares truncations of a trace: truncations=0 has none")
-        if not 0 < self.annealing <= 1:
-            raise ValueError(f"annealing={self.annealing}: it must be in (0, 1]")
-        if self.ppo_updates < 1 or not 0 < self.ppo_clip < 1 or self.ppo_kl < 0:
+        if self.learning_rate is not None:
+            check_number("learning_rate", self.learning_rate, above=0.0)
+        check_number("max_grad_norm", self.max_grad_norm, above=0.0)
+        self._set("loss", loss_of(self.loss, {}))
+        if self.loss.needs_truncations and self.truncations == 0:
             raise ValueError(
-                f"ppo_updates={self.ppo_updates}, ppo_clip={self.ppo_clip}, ppo_kl={self.ppo_kl}: "
-                "at least one update, a clip between 0 and 1, a penalty that is not negative"
+                f"loss={self.loss.name!r} compares truncations of a trace: truncations=0 has none"
             )
-        if not (self.huber > 0 and self.max_grad_norm > 0):
-            raise ValueError(
-                f"huber={self.huber}, max_grad_norm={self.max_grad_norm}: they must be positive"
+        temperatures = self.reward_temperature
+        if not (isinstance(temperatures, Sequence) and len(temperatures) == 2):
+            raise TypeError(
+                f"reward_temperature={temperatures!r}: give the first and the last, (4, 1)"
             )
-        self.memory(Memory())  # checks training_tokens
-        if min(self.reward_temperature) < 1.0:
-            raise ValueError(f"reward_temperature={self.reward_temperature}: at least 1 each")
+        for temperature in temperatures:
+            check_number("reward_temperature", temperature, least=1.0)
+        check_flag("gradient_checkpointing", self.gradient_checkpointing)
+        if self.training_tokens is not None:
+            self._set("training_tokens", check_int("training_tokens", self.training_tokens))
 
-    @property
-    def kind(self) -> LossKind:
-        """What the loss learns from."""
-        return LOSSES[self.loss]
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def plain(self) -> dict[str, Any]:
+        """All options, those of the loss beside the others, in JSON's types."""
+        options = asdict(self)
+        return {**options, **options["loss"], "loss": self.loss.name}
 
     def rate(self, hidden_size: int) -> float:
         """The learning rate for a language model of this width."""
         if self.learning_rate is not None:
-            return self.learning_rate
+            return float(self.learning_rate)
         return 3e-3 * min(1.0, math.sqrt(64 / hidden_size))
 
     def schedule(self, number: int, steps: int) -> float:
@@ -198,13 +141,7 @@ class FitOptions:
     def inverse_temperature(self, number: int, steps: int) -> float:
         """Of the reward, at a step: it moves along a line over the first half of them."""
         first, last = self.reward_temperature
-        return 1.0 / (first + (last - first) * _moved(number, steps))
-
-    def likelihood_weight(self, number: int, steps: int) -> float:
-        """Of log R - log prior, at a step: it moves along a line over the first half of them."""
-        if not self.kind.annealed:
-            return 1.0
-        return self.annealing + (1.0 - self.annealing) * _moved(number, steps)
+        return 1.0 / (first + (last - first) * moved(number, steps))
 
     def memory(self, usual: Memory) -> Memory:
         """What a trained language model's passes may take."""
@@ -221,6 +158,6 @@ class FitOptions:
         return None if last == 1.0 else last
 
 
-def _moved(number: int, steps: int) -> float:
+def moved(number: int, steps: int) -> float:
     """How far a schedule over the first half of the steps has come, in [0, 1]."""
     return min(1.0, number / max(1, steps // 2))

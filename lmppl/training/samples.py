@@ -9,18 +9,18 @@ out of the pass that scores the whole text.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from rapidfuzz.distance import Levenshtein
 
 from lmppl import runtime
-from lmppl.distributions import LMText, SiteScore, ToolCall
+from lmppl.distributions import LMText, ToolCall
 from lmppl.guides.automatic import TextDraw
 from lmppl.guides.prompts import Observations
-from lmppl.lm.batches.requests import Scored
 from lmppl.runtime import Given, Particle, is_latent
 from lmppl.runtime.records import Record, ReplayProposer, record_of
 
@@ -57,46 +57,29 @@ class Sample:
         """What is kept of it."""
         return record_of(self.particle, self.proposer.draws)
 
+    @cached_property
+    def sites(self) -> dict[str, Any]:
+        """Its sample sites, by name."""
+        return self.particle.sites
+
+    @cached_property
+    def log_priors(self) -> dict[str, float]:
+        """The program's own log-density (unscaled, nats) of each latent, by name."""
+        return {
+            name: float(node["unscaled_log_prob"].sum())
+            for name, node in self.sites.items()
+            if is_latent(node)
+        }
+
     @property
     def key(self) -> tuple[Any, ...]:
         """Equal for traces with the same latents."""
-        return tuple((name, _numbers(node)) for name, node in self.particle.latents.items())
+        return tuple((name, _numbers(self.sites[name])) for name in self.log_priors)
 
-    def left_to_model(self, scores: Mapping[str, SiteScore]) -> float:
-        """log-density (nats) of the latents that the guide, whose scores these are, has not: they
-        are drawn from the model, so their density in q is the model's."""
-        latents = self.particle.latents.items()
-        return math.fsum(
-            float(node["unscaled_log_prob"].sum()) for name, node in latents if name not in scores
-        )
-
-    @property
+    @cached_property
     def num_tokens(self) -> int:
         """Tokens of all its texts."""
-        return sum(_num_tokens(node) for node in self.particle.sites.values())
-
-
-@dataclass(frozen=True, eq=False)
-class Truncation:
-    """``t`` tokens of the last latent text ``name`` of ``sample``, closed by c."""
-
-    sample: Sample
-    name: str
-    length: int
-    log_r: float
-
-    @property
-    def full_length(self) -> int:
-        """Tokens of the whole text, without c where it ends with it."""
-        return _cuts(self.sample.particle.sites[self.name]).stop
-
-    def log_q(self, scores: dict[str, SiteScore]) -> torch.Tensor:
-        """log q of the truncated trace (0-d, nats), from the scores of the complete one."""
-        own = scores[self.name][1]
-        assert own is not None
-        others = [score for name, (score, _) in scores.items() if name != self.name]
-        total = closed_log_prob(own, self.length) + self.sample.left_to_model(scores)
-        return total + sum(other.to(total.device) for other in others)
+        return sum(map(_num_tokens, self.sites.values()))
 
 
 def first_reading(samples: Sequence[Sample], observations: Observations | None) -> Any:
@@ -106,15 +89,37 @@ def first_reading(samples: Sequence[Sample], observations: Observations | None) 
         for name, draw in sample.proposer.draws.items():
             if not isinstance(draw, TextDraw):
                 return tuple((observations or {}).items())
-            own = sample.particle.sites[name]["infer"].get("guide_prompt")
-            return draw.fn.prefix_ids if own is None else None
+            prompt = sample.sites[name]["infer"].get("guide_prompt")
+            return draw.fn.prefix_ids if prompt is None else None
     return None
 
 
-def closed_log_prob(scored: Scored, length: int) -> torch.Tensor:
-    """log-probability of the first ``length`` tokens and then the closing token (0-d, nats)."""
-    assert scored.closing_log_probs is not None
-    return scored.log_probs[:length].sum() + scored.closing_log_probs[length]
+def _numbers(node: Any) -> tuple[Any, ...]:
+    return tuple(node["value"].reshape(-1).tolist())
+
+
+def _num_tokens(node: Any) -> int:
+    fn = node["fn"]
+    return len(fn.token_ids(node["value"])) if isinstance(fn, LMText) and not fn.batch_shape else 0
+
+
+# --- truncations ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Truncation:
+    """``length`` tokens of the last latent text ``name`` of ``sample``, closed by c.
+
+    Attributes:
+        log_r: log R of the truncated trace, nats.
+        full_length: tokens of the whole text, without c where it ends with it.
+    """
+
+    sample: Sample
+    name: str
+    length: int
+    log_r: float
+    full_length: int
 
 
 def truncate(
@@ -131,118 +136,97 @@ def truncate(
             (nothing is observed after the text) are free, and all of them are taken.
         generator: of the random choice.
     """
-    free: list[tuple[Sample, str, int, int]] = []
-    costly: list[tuple[Sample, str, int, int]] = []
-    for sample in samples:
-        name = _last_text(sample)
-        if name is None:
-            continue
-        node = sample.particle.sites[name]
-        for length in _cuts(node):
-            cost = _cost_after(sample, name)
-            entry = (sample, name, length, cost + length if cost else 0)
-            (costly if cost else free).append(entry)
-    chosen, spent = list(free), 0
+    texts = [_CutText(sample, name) for sample in samples if (name := _last_text(sample))]
+    cuts = [(text, length) for text in texts for length in range(text.full_length)]
+    chosen = [(text, length) for text, length in cuts if not text.cost]
+    costly = [(text, length) for text, length in cuts if text.cost]
+    spent = 0
     for k in torch.randperm(len(costly), generator=generator).tolist():
-        if spent + costly[k][3] > token_budget:
+        text, length = costly[k]
+        spent += text.cost + length
+        if spent > token_budget:
             break
-        spent += costly[k][3]
-        chosen.append(costly[k])
+        chosen.append((text, length))
     runs: dict[Any, Particle] = {}  # equal truncations of different samples are run once
-    keys = [_cut_key(sample, name, length) for sample, name, length, _ in chosen]
-    for key, (sample, name, length, _) in zip(keys, chosen, strict=True):
+    keys = [text.key(length) for text, length in chosen]
+    for key, (text, length) in zip(keys, chosen, strict=True):
         if key not in runs:
-            runs[key] = _rerun(sample, name, length)
+            runs[key] = text.run(length)
     with runtime.ending(list(runs.values())):
         runtime.run_to_draws(list(runs.values()))
-        return [
-            Truncation(sample, name, length, runs[key].log_joint)
-            for key, (sample, name, length, _) in zip(keys, chosen, strict=True)
-            if _is_legal(runs[key], name)
-        ]
-
-
-def _numbers(node: Any) -> tuple[Any, ...]:
-    return tuple(node["value"].reshape(-1).tolist())
-
-
-def _cut_key(sample: Sample, name: str, length: int) -> tuple[Any, ...]:
-    """Equal for truncations to the same trace of the same input, continuous values included."""
-    before: list[Any] = []
-    for other, node in sample.particle.sites.items():
-        if other == name:
-            break
-        if is_latent(node):
-            before.append((other, _numbers(node)))
-        elif isinstance(node["fn"], ToolCall):
-            before.append((other, id(node["value"])))  # a tool may answer differently each time
-    node = sample.particle.sites[name]
-    tokens = node["fn"].token_ids(node["value"])[:length]
-    # A simulated input is a program of its own.
-    return id(sample.particle.program), id(sample.particle.args), *before, name, tokens
+        # Legal is a run that has ended, by itself or by a hard condition, and no latent followed.
+        log_r = {
+            key: run.log_joint
+            for key, run in runs.items()
+            if run.finished and next(reversed(run.latents)) == key[-2]
+        }
+    return [
+        Truncation(text.sample, text.name, length, log_r[key], text.full_length)
+        for key, (text, length) in zip(keys, chosen, strict=True)
+        if key in log_r
+    ]
 
 
 def _last_text(sample: Sample) -> str | None:
     """The last latent site, if its text can be cut: proposed, and scored token by token."""
-    names = list(sample.particle.latents)
-    if not names or sample.log_r == -math.inf:
+    name = next(reversed(sample.log_priors), None)
+    if name is None or sample.log_r == -math.inf or name not in sample.proposer.draws:
         return None
-    node = sample.particle.sites[names[-1]]
-    scored = node.get("scored")
-    if scored is None or scored.closing_log_probs is None or names[-1] not in sample.proposer.draws:
-        return None
-    return names[-1]
+    scored = sample.sites[name].get("scored")
+    return None if scored is None or scored.closing_log_probs is None else name
 
 
-def _cuts(node: Any) -> range:
-    """Lengths t at which the text can be cut; the complete trace itself is not among them."""
-    fn: LMText = node["fn"]
-    ids = fn.token_ids(node["value"])
-    ends_with_c = ids[-1] == fn.stopping.closing_token
-    return range(0, len(ids) - 1 if ends_with_c else len(ids))
+class _CutText:
+    """The last latent text of a trace, which can be cut.
 
+    Attributes:
+        full_length: it can be cut to fewer tokens than this, without those of c at its end.
+        cost: tokens of the texts that are observed after it.
+    """
 
-def _num_tokens(node: Any) -> int:
-    fn = node["fn"]
-    return len(fn.token_ids(node["value"])) if isinstance(fn, LMText) and not fn.batch_shape else 0
+    def __init__(self, sample: Sample, name: str) -> None:
+        self.sample, self.name = sample, name
+        self._node = sample.sites[name]
+        self._fn: LMText = self._node["fn"]
+        self._ids = self._fn.token_ids(self._node["value"])
+        self._closing = self._fn.stopping.closing_token
+        self.full_length = len(self._ids) - (self._ids[-1] == self._closing)
+        names = list(sample.sites)
+        at = names.index(name)
+        self._before = {other: sample.sites[other] for other in names[:at]}
+        self.cost = sum(_num_tokens(sample.sites[other]) for other in names[at + 1 :])
+        # A simulated input is a program of its own; a tool may answer differently each time.
+        self._key = (
+            id(sample.particle.program),
+            id(sample.particle.args),
+            *(
+                (other, _numbers(node) if is_latent(node) else id(node["value"]))
+                for other, node in self._before.items()
+                if is_latent(node) or isinstance(node["fn"], ToolCall)
+            ),
+            name,
+        )
 
+    def key(self, length: int) -> tuple[Any, ...]:
+        """Equal for truncations to the same trace of the same input, continuous values included."""
+        return *self._key, self._ids[:length]
 
-def _cost_after(sample: Sample, name: str) -> int:
-    """Tokens of the texts that are observed after a site."""
-    sites = list(sample.particle.sites)
-    after = sites[sites.index(name) + 1 :]
-    return sum(_num_tokens(sample.particle.sites[other]) for other in after)
-
-
-def _rerun(sample: Sample, name: str, length: int) -> Particle:
-    """The model on the truncated value; its own density is known from the complete trace."""
-    original = sample.particle
-    node = original.sites[name]
-    fn: LMText = node["fn"]
-    ids = fn.token_ids(node["value"])[:length]
-    c = fn.stopping.closing_token
-    assert c is not None  # _last_text asked for its scores
-    value = fn.value([*ids, c])
-    before: dict[str, Any] = {}
-    for other, site in original.sites.items():
-        if other == name:
-            break
-        before[other] = site
-    run = Particle(
-        original.program,
-        original.args,
-        seed=length,
-        replay=before,
-        given={name: Given(value, log_prob=closed_log_prob(node["scored"], length))},
-        slot=original.slot,
-    )
-    run.resume()
-    return run
-
-
-def _is_legal(run: Particle, name: str) -> bool:
-    """It has ended, by itself or by a hard condition, and no latent followed."""
-    return run.finished and list(run.latents)[-1:] == [name]
+    def run(self, length: int) -> Particle:
+        """The model on the truncated value; its own density is known from the complete trace."""
+        assert self._closing is not None  # _last_text asked for its scores
+        scored, value = self._node["scored"], self._fn.value([*self._ids[:length], self._closing])
+        log_prob = scored.log_probs[:length].sum() + scored.closing_log_probs[length]
+        original = self.sample.particle
+        run = Particle(
+            original.program,
+            original.args,
+            seed=length,
+            replay=self._before,
+            given={self.name: Given(value, log_prob=log_prob)},
+            slot=original.slot,
+        )
+        run.resume()
+        return run
 
 
 # --- the replay buffer ---------------------------------------------------------------------------
@@ -273,6 +257,12 @@ class ReplayBuffer:
     @records.setter
     def records(self, records: Sequence[Record]) -> None:
         self._records = {record.discrete_key: record for record in records}
+
+    def may_keep(self, log_r: float) -> bool:
+        """Whether a trace with this log R (nats) is alive and better than the worst."""
+        if len(self._records) < self._capacity:
+            return log_r > -math.inf
+        return log_r > min(record.log_r for record in self._records.values())
 
     def add(self, record: Record) -> None:
         """Keep a live trace, unless it or a better near duplicate is kept, or it is the worst."""

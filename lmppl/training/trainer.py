@@ -1,4 +1,4 @@
-"""One training step after another: draw, reward, score, update.
+"""One training step of a guide after another: draw, reward, score, update.
 
     for every step, for some inputs:
         traces ~ guide (on policy), guide at a random temperature, the program, and the replay buffer
@@ -9,7 +9,7 @@
         one AdamW step
 
 After Hu et al. (2024, arXiv 2310.04363), with the loss of Richter et al. (2020, arXiv 2010.10436).
-Other losses take other samples (``options.LOSSES``).
+Other losses (``lmppl.losses``) take other samples; who draws them is in ``behaviour``.
 """
 
 from __future__ import annotations
@@ -22,17 +22,13 @@ from typing import Any
 
 import torch
 
-from lmppl import runtime
 from lmppl.guides.guide import TrainableGuide
-from lmppl.runtime.records import Record, rescore
-from lmppl.training.fingerprints import digest_of
-from lmppl.training.inputs import Input, Source, observe
-from lmppl.training.losses import Batch, LogZ, loss_of, prompt_state
-from lmppl.training.options import FitOptions
-from lmppl.training.samples import Origin, Sample, Truncation, first_reading, truncate
-
-TEMPERATURES = (0.5, 2.0)
-"""Range of the tempered behaviour policy."""
+from lmppl.training.batch import Batch, batches_of
+from lmppl.training.behaviour import Behaviour, Lookalikes
+from lmppl.training.inputs import Input, Source
+from lmppl.training.losses import LogZ, prompt_state
+from lmppl.training.options import FitOptions, moved
+from lmppl.training.samples import Sample, Truncation, truncate
 
 _HEAD_RATE = 4.0
 """Learning rate of heads, small and new networks, in units of the adapter's."""
@@ -40,18 +36,13 @@ _HEAD_RATE = 4.0
 _LOG_Z_RATE = 25.0
 """Of a learned log Z, which is far from its start and has few gradients."""
 
-_PRIOR_STOCK = 8
-"""For how many steps of an input traces of the program itself are drawn at a time, at most."""
-
-_MOST_READINGS = 10_000
-
 _TRIAL_STEPS = 8
 _FEWEST_TRUNCATIONS = 0.05
 """If so few truncations a trace are legal and affordable in the first steps, none are tried more."""
 
 
 class Trainer:
-    """The state of one run of training.
+    """The state of one run of a guide's training.
 
     Args:
         guide: what is trained.
@@ -62,7 +53,7 @@ class Trainer:
         generator: of its other random choices; that of the source, so that one state is kept.
 
     Attributes:
-        members: the inputs of the last step.
+        inputs: of the last step.
         late_state: of the optimiser of a run that is resumed: also of parameters that it has not come
             to yet.
     """
@@ -78,6 +69,10 @@ class Trainer:
     ) -> None:
         self.guide, self.source, self.steps, self.options = guide, source, steps, options
         self.seed, self.generator = seed, generator
+        # A stream's inputs come once.
+        visits = steps * self._num_inputs // source.num_inputs if source.num_inputs else 1
+        self._behaviour = Behaviour(guide, options, visits, seed, generator)
+        self._lookalikes = Lookalikes(guide, alone=source.num_inputs == 1)
         self._rate = options.rate(guide.base.hidden_size)
         self.log_z: LogZ | None = None
         self.late_state: dict[str, Any] = {}
@@ -88,58 +83,45 @@ class Trainer:
             groups, lr=self._rate, betas=(0.9, 0.98), weight_decay=0.0
         )
         self._rates = [self._rate]
-        if options.loss == "tb":
+        if options.loss.learns_log_z:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 self.log_z = LogZ(guide.base.hidden_size, source.num_inputs)
             self._add_group(list(self.log_z.parameters()), _LOG_Z_RATE)
         self.adopt_new_parameters()
-        self.members: list[Input] = []
+        self.inputs: list[Input] = []
         self._dead: set[int] = set()  # inputs all of whose traces were dead
         self._any_alive = False
-        self._readings: dict[Any, tuple[str, int]] = {}  # what was read, and of which input
-        self._alike_told = False
         self._traces_cut = [0, 0]  # in the steps of trial: traces, and truncations of them
-        self._cuts = options.kind.truncations and options.truncations > 0
+        self._cuts = options.loss.truncations and options.truncations > 0
 
     def step(self, number: int) -> dict[str, Any] | None:
         """One step. Returns its figures; None if the data have ended."""
         began = time.perf_counter()
-        members = self.members = self.source.next(self._num_inputs)
-        if not members:
+        inputs = self.inputs = self.source.next(self._num_inputs)
+        if not inputs:
             return None
         with torch.no_grad():
-            batches = self._sample(members, number)
-            self.adopt_new_parameters()
+            samples = self._draw(inputs, number)
             sampled = time.perf_counter()
-            truncations = self._truncate(batches)
+            truncations = self._truncate(samples)
         rewarded = time.perf_counter()
-        samples = [sample for batch in batches for sample in batch]
-        old: list[torch.Tensor | None] = [None] * len(members)
-        updates = self.options.ppo_updates if self.options.kind.repeats else 1
-        norm = math.nan
-        for update in range(updates):
-            scored = self._score(members, batches, truncations, old)
-            losses = [
-                self._loss(each, batch, number) for each, batch in zip(members, scored, strict=True)
-            ]
-            found = [loss for loss in losses if loss is not None]
-            if found:
-                norm = self._update(torch.stack(found).mean(), number)
-            if update == 0:
-                self._try_truncations(scored, number)
-                first, old = (scored, losses), [batch.old_log_q for batch in scored]
-        figures = [batch.figures() for batch in first[0]]
-        for figure, loss in zip(figures, first[1], strict=True):
-            figure["loss"] = math.nan if loss is None else float(loss.detach())
+        first = batches = self._score(samples, truncations)
+        losses = self._losses(inputs, batches, number)
+        norm = self._update(losses, number)
+        self._try_truncations(batches, number)
+        for _ in range(1, self.options.loss.updates):
+            batches = self._score(samples, truncations, [batch.old_log_q for batch in first])
+            norm = self._update(self._losses(inputs, batches, number), number)
+        figures = [batch.figures() for batch in first]
         return {
-            "loss": mean([figure["loss"] for figure in figures]),
-            **{k: mean([figure[k] for figure in figures]) for k in figures[0] if k != "loss"},
+            "loss": mean([float(loss.detach()) for loss in losses if loss is not None]),
+            **{name: mean([of_input[name] for of_input in figures]) for name in figures[0]},
             "grad_norm": norm,
             "learning_rate": self._rate * self.options.schedule(number, self.steps),
-            "inputs": len(members),
-            "samples": len(samples),
-            "truncations": sum(len(batch.truncations) for batch in first[0]),
+            "inputs": len(inputs),
+            "samples": sum(map(len, samples)),
+            "truncations": sum(len(batch.truncations) for batch in first),
             "seconds_sampling": sampled - began,
             "seconds_truncations": rewarded - sampled,
             "seconds_gradient": time.perf_counter() - rewarded,
@@ -147,173 +129,28 @@ class Trainer:
 
     @property
     def _num_inputs(self) -> int:
-        options = self.options
-        if options.kind.draws == "given":  # each has few
-            return options.batch_size
-        return min(options.inputs_per_step, options.batch_size // 2)
+        """How many inputs a step has, if there are as many."""
+        options, few = self.options, self.source.num_inputs or math.inf
+        if options.loss.draws == "given":  # each has few
+            return int(min(options.batch_size, few))
+        return int(min(options.inputs_per_step, options.batch_size // 2, few))
 
-    @property
-    def _stocked_steps(self) -> int:
-        """For how many of an input's steps its traces of the program are drawn at a time."""
-        if self.source.num_inputs == 0:
-            return 1  # it comes once
-        visits = self.steps * min(self._num_inputs, self.source.num_inputs)
-        return max(1, min(_PRIOR_STOCK, visits // self.source.num_inputs))
+    def _draw(self, inputs: Sequence[Input], number: int) -> list[list[Sample]]:
+        """The traces of each input."""
+        samples = self._behaviour.draw(inputs, number)
+        for input_, of_input in zip(inputs, samples, strict=True):
+            self._lookalikes.look(input_, of_input)
+            self._any_alive |= input_.alive
+            (self._dead.discard if input_.alive else self._dead.add)(input_.index)
+        self.adopt_new_parameters()
+        return samples
 
-    # --- drawing ---------------------------------------------------------------------------------
-
-    def _sample(self, members: Sequence[Input], number: int) -> list[list[Sample]]:
-        """Complete traces of each input, by the behaviour policies that the loss learns from."""
-        options = self.options
-        share = options.batch_size // len(members)
-        low, high = (math.log(t) for t in TEMPERATURES)
-        heat = math.exp(low + (high - low) * float(torch.rand((), generator=self.generator)))
-        seeds = runtime.slot_seeds(runtime.nth_seed(self.seed, number), 4 * len(members))
-        redrawn = seeds[3 * len(members) :]  # of what a record leaves open
-        runs: list[tuple[int, Origin, runtime.Particle, Record | None]] = []
-        mixed = options.kind.draws == "mixture"
-        observe(self.guide, members)
-        with runtime.ending([]) as started:
-            for k, each in enumerate(members):
-                each.visits += 1
-                given = self._given(each, share)
-                recalled: list[tuple[Origin, Record]] = [("given", record) for record in given]
-                tempered = prior = policy = 0
-                if mixed:
-                    replayed = round((share - len(given)) * options.replay_fraction)
-                    recalled += [
-                        ("replay", record) for record in each.buffer.draw(replayed, self.generator)
-                    ]
-                    tempered = round(share * options.tempered_fraction)
-                    prior = round(share * options.prior_fraction)
-                    policy = max(1, share - len(recalled) - tempered - prior)
-                elif options.kind.draws == "guide":
-                    if options.kind.defended and each.rejects:
-                        prior = round(share * options.prior_fraction)
-                    policy = max(2, share - len(given) - prior)
-                # They do not depend on the guide, and a model decodes many for the price of few.
-                stock = self._stocked_steps * prior if len(each.stock) < prior else 0
-                policies: list[tuple[Origin, int, float, int]] = [
-                    ("guide", policy, 1.0, seeds[3 * k]),
-                    ("tempered", tempered, heat, seeds[3 * k + 1]),
-                    ("prior", stock, math.inf, seeds[3 * k + 2]),
-                ]
-                for origin, num, temperature, seed in policies:
-                    fresh = self._start(each, num, temperature, seed)
-                    started += fresh
-                    runs += [(k, origin, particle, None) for particle in fresh]
-                recalled += [
-                    ("prior", each.stock.pop()) for _ in range(min(len(each.stock), prior))
-                ]
-                own = runtime.slot_seeds(redrawn[k], len(recalled))
-                for slot, (origin, kept) in enumerate(recalled):
-                    particle = self._revive(each, kept, origin, own[slot], slot)
-                    started.append(particle)
-                    runs.append((k, origin, particle, kept))
-            runtime.run_to_end(started)
-        batches: list[list[Sample]] = [[] for _ in members]
-        for k, origin, particle, record in runs:
-            each, sample = members[k], Sample.of(particle, origin)
-            each.alive |= sample.log_r > -math.inf
-            each.rejects |= sample.log_r == -math.inf
-            if origin == "given" and record is not None:
-                self._check_given(each, sample)
-                each.given[each.given.index(record)] = sample.record  # scored now
-            if origin == "replay" and record is not None and not record.known:
-                each.buffer.replace(record, sample.record)  # the model has changed meanwhile
-            elif origin != "replay" and mixed:
-                each.buffer.add(sample.record)
-            drawn = sum(s.origin == "prior" for s in batches[k])
-            if origin == "prior" and drawn >= round(share * options.prior_fraction):
-                each.stock.append(sample.record)
-            else:
-                batches[k].append(sample)
-        for each, batch in zip(members, batches, strict=True):
-            if each.visits == 1:
-                self._check_told_apart(each, batch)
-            self._any_alive |= each.alive
-            (self._dead.discard if each.alive else self._dead.add)(each.index)
-        return batches
-
-    def _check_told_apart(self, each: Input, batch: Sequence[Sample]) -> None:
-        """Warn, once, of inputs that differ in what the guide does not read. (The arguments of
-        simulated ones do not say what was observed.)"""
-        guide = self.guide
-        sees_all = guide.reads_observations and guide.condition_on == "all"
-        alone = self.source.num_inputs == 1
-        if not sees_all or each.exact or alone or self._alike_told:
-            return
-        read = first_reading(batch, each.observations)
-        if read is None or len(self._readings) >= _MOST_READINGS:
-            return
-        given = digest_of(each.args)
-        other, index = self._readings.setdefault(read, (given, each.index))
-        if other != given:
-            self._alike_told = True
-            warnings.warn(
-                f"inputs {index} and {each.index} of the data have other arguments, but the guide "
-                "reads the same of both, their observations and the prefix of the first text. Where "
-                "their posteriors differ it can be right for neither: let it read what they differ "
-                "in, by a prefix or infer={'guide_prompt': text}",
-                stacklevel=6,
-            )
-
-    def _given(self, each: Input, share: int) -> list[Record]:
-        """Latents that the user gave: always for losses on them; else once each, to seed the
-        buffer."""
-        kind = self.options.kind
-        most = share if kind.draws == "given" else max(1, share // 2)
-        if kind.draws == "mixture":
-            return each.given[(each.visits - 1) * most : each.visits * most]
-        if kind.draws == "guide" and self.options.loss != "wake":
-            return []
-        num = min(len(each.given), most)
-        picks = torch.randperm(len(each.given), generator=self.generator)[:num].tolist()
-        return [each.given[k] for k in sorted(picks)]
-
-    def _start(
-        self, each: Input, num: int, temperature: float, seed: int
-    ) -> list[runtime.Particle]:
-        if num < 1:
-            return []
-        factory = self.guide.proposer_factory(
-            each.args, temperature=temperature, observations=each.observations
-        )
-        return runtime.start(
-            each.program, each.args, num, seed=seed, proposer=factory, score_closing=True
-        )
-
-    def _revive(
-        self, each: Input, record: Record, origin: Origin, seed: int, slot: int
-    ) -> runtime.Particle:
-        assert each.observations is not None
-        recaller = self.guide.recaller(each.args, each.observations)
-        is_given = origin == "given"
-        return rescore(
-            record,
-            each.program,
-            each.args,
-            recaller,
-            what=f"a {'demonstration' if is_given else 'stored trace'} of input {each.index}",
-            # What the guide draws itself is nothing to imitate.
-            complete=is_given and self.options.kind.draws == "given",
-            seed=seed,
-            slot=slot,
-        )
-
-    def _check_given(self, each: Input, sample: Sample) -> None:
-        if sample.log_r == -math.inf:
-            raise ValueError(
-                f"a demonstration of input {each.index} has probability zero under the program, by "
-                f"site '{sample.particle.killed_by}': correct it, or leave it out"
-            )
-
-    def _truncate(self, batches: Sequence[Sequence[Sample]]) -> list[Truncation]:
+    def _truncate(self, samples: Sequence[Sequence[Sample]]) -> list[Truncation]:
         if not self._cuts:
             return []
-        samples = [sample for batch in batches for sample in batch]
-        budget = round(self.options.truncations * sum(sample.num_tokens for sample in samples))
-        return truncate(samples, token_budget=budget, generator=self.generator)
+        flat = [sample for of_input in samples for sample in of_input]
+        budget = round(self.options.truncations * sum(sample.num_tokens for sample in flat))
+        return truncate(flat, token_budget=budget, generator=self.generator)
 
     def _try_truncations(self, batches: Sequence[Batch], number: int) -> None:
         """Give truncations up if in the first steps hardly any were of use."""
@@ -324,11 +161,11 @@ class Trainer:
         traces, cuts = self._traces_cut
         if number < _TRIAL_STEPS - 1 or cuts >= _FEWEST_TRUNCATIONS * traces:
             return
-        if self.options.loss == "subtb":
+        if self.options.loss.needs_truncations:
             raise ValueError(
-                f"loss='subtb' compares truncations of a trace, but of {traces} traces only {cuts} "
-                "were legal and within the budget (a truncation is not legal if another latent site "
-                "follows it): use loss='vargrad' or 'tb', or raise truncations="
+                f"loss={self.options.loss.name!r} compares truncations of a trace, but of {traces} "
+                f"traces only {cuts} were legal and within the budget (a truncation is not legal if "
+                "another latent site follows it): use loss='vargrad' or 'tb', or raise truncations="
             )
         self._cuts = False
         self.guide.notes.append(
@@ -340,40 +177,36 @@ class Trainer:
 
     def _score(
         self,
-        members: Sequence[Input],
-        batches: Sequence[Sequence[Sample]],
+        samples: Sequence[Sequence[Sample]],
         truncations: Sequence[Truncation],
-        old: Sequence[torch.Tensor | None],
+        old_log_q: Sequence[torch.Tensor] | None = None,
     ) -> list[Batch]:
-        samples = [sample for batch in batches for sample in batch]
-        scores = self.guide.score([sample.proposer for sample in samples])
-        by_sample = {id(sample): score for sample, score in zip(samples, scores, strict=True)}
-        own: list[list[Truncation]] = [[] for _ in members]
-        at = {id(sample): k for k, batch in enumerate(batches) for sample in batch}
-        for truncation in truncations:
-            if by_sample[id(truncation.sample)][truncation.name][1] is not None:
-                own[at[id(truncation.sample)]].append(truncation)
-        return [
-            Batch.of(batch, cuts, by_sample, before)
-            for batch, cuts, before in zip(batches, own, old, strict=True)
-        ]
+        """The traces of each input, with the guide's densities."""
+        proposers = [sample.proposer for of_input in samples for sample in of_input]
+        return batches_of(samples, truncations, self.guide.score(proposers), old_log_q)
 
-    def _loss(self, each: Input, batch: Batch, number: int) -> torch.Tensor | None:
-        log_z = torch.zeros(())
-        if self.log_z is not None:
-            if each.features is None:
-                each.features = prompt_state(self.guide.base, batch.samples)
-            log_z = self.log_z(each.features, each.index)
-        return loss_of(
-            batch,
-            self.options,
-            beta=self.options.inverse_temperature(number, self.steps),
-            likelihood_weight=self.options.likelihood_weight(number, self.steps),
-            log_z=log_z,
-        )
+    def _losses(
+        self, inputs: Sequence[Input], batches: Sequence[Batch], number: int
+    ) -> list[torch.Tensor | None]:
+        """Of each input of the step; None where there is nothing to learn from."""
+        beta = self.options.inverse_temperature(number, self.steps)
+        losses = []
+        for input_, batch in zip(inputs, batches, strict=True):
+            log_z = None
+            if self.log_z is not None:
+                if input_.features is None:
+                    input_.features = prompt_state(self.guide.base, batch.samples)
+                log_z = self.log_z(input_.features, input_.index)
+            tempered = batch.tempered(beta, log_z)
+            losses.append(self.options.loss.of(tempered, moved=moved(number, self.steps)))
+        return losses
 
-    def _update(self, loss: torch.Tensor, number: int) -> float:
-        """One step of the optimiser. Returns the norm of the gradient."""
+    def _update(self, losses: Sequence[torch.Tensor | None], number: int) -> float:
+        """One step of the optimiser on their mean. Returns the norm of the gradient (NaN: none)."""
+        found = [loss for loss in losses if loss is not None]
+        if not found:
+            return math.nan
+        loss = torch.stack(found).mean()
         if not bool(torch.isfinite(loss)):
             raise FloatingPointError(
                 f"the loss of step {number} is {float(loss.detach())}: the parameters of the step "

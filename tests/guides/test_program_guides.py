@@ -14,6 +14,7 @@ from lmppl import lm_sample, require
 from lmppl.testing import enumerate_program, guide_report, tiny_lm
 from lmppl.testing.programs import CASES
 from lmppl.training.inputs import Collection, Input
+from lmppl.training.losses import ELBO, TB, SubTB, VarGrad, Wake
 from lmppl.training.options import FitOptions
 from lmppl.training.trainer import Trainer
 
@@ -60,8 +61,8 @@ def test_the_exact_posterior_has_no_loss_and_no_gradient():
         with torch.no_grad():
             logits.copy_(posterior_logits(*args))
         kept = logits.detach().clone()
-        for loss in ("vargrad", "tb", "subtb", "elbo", "wake"):
-            options = FitOptions(loss=loss, batch_size=16, annealing=1.0)
+        for kind in (VarGrad(), TB(), SubTB(), ELBO(annealing=1.0), Wake(annealing=1.0)):
+            loss, options = kind.name, FitOptions(loss=kind, batch_size=16)
             generator = torch.Generator()
             source = Collection([Input(model, args, 0, options)], generator)
             trainer = Trainer(guide, source, 5, options, 0, generator)
@@ -197,15 +198,15 @@ SMALL = {"batch_size": 16, "seed": 0, "progress": False}
 
 def fit_and_watch(guide, monkeypatch, *args, **options):
     """The batches of a short training run."""
-    from lmppl.training import losses
+    from lmppl.training import trainer
 
-    batches, original = [], losses.Batch.of
+    batches, original = [], trainer.batches_of
 
     def watch(*args):
-        batches.append(original(*args))
-        return batches[-1]
+        batches.extend(original(*args))
+        return batches[-1:]
 
-    monkeypatch.setattr(losses.Batch, "of", staticmethod(watch))
+    monkeypatch.setattr(trainer, "batches_of", watch)
     guide.fit(*args, **(SMALL | options))
     return batches
 

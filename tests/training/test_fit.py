@@ -3,18 +3,19 @@
 import math
 from collections import Counter
 
+import numpy as np
 import pyro
 import pytest
 import torch
 from guide_helpers import draw_samples
 
 import lmppl
-from lmppl import lm_sample, require
+from lmppl import lm_sample, losses, require
 from lmppl.testing import guide_report, tiny_lm
 from lmppl.testing.programs import CASES
 from lmppl.training import objectives
 from lmppl.training.inputs import Collection, Input
-from lmppl.training.options import FitOptions
+from lmppl.training.options import FitOptions, moved
 from lmppl.training.trainer import Trainer
 
 CASE = CASES["one site"]
@@ -32,7 +33,7 @@ def equal(one, two):
 
 def trainer_on(guide, args_of, steps=10, **options):
     """A trainer before its first step, and its inputs."""
-    options = FitOptions(**options)
+    options = FitOptions.of(options)
     inputs = [Input(guide.model, args, i, options) for i, args in enumerate(args_of)]
     generator = torch.Generator().manual_seed(0)
     guide.prepare(args_of[0])
@@ -114,8 +115,8 @@ def test_the_batch_is_a_mixture_of_policies():
     guide = lmppl.LMGuide(CASE.program, lm=LM)
     with lmppl.use(LM), torch.no_grad():
         trainer, (one,) = trainer_on(guide, [CASE.args], batch_size=16)
-        (first,) = trainer._sample([one], 0)
-        (second,) = trainer._sample([one], 1)
+        (first,) = trainer._behaviour.draw([one], 0)
+        (second,) = trainer._behaviour.draw([one], 1)
     assert len(first) == len(second) == 16
     origins = [Counter(sample.origin for sample in batch) for batch in (first, second)]
     assert origins[0] == {"guide": 12, "tempered": 2, "prior": 2}  # nothing to replay as yet
@@ -141,10 +142,10 @@ def test_the_programs_draws_help_to_unlearn_dead_traces(loss, monkeypatch):
         trainer, (one,) = trainer_on(guide, [case.args], loss=loss, batch_size=16)
         with torch.no_grad():
             while not one.rejects:
-                trainer._sample([one], one.visits)
-            batches = trainer._sample([one], one.visits)
-        (batch,) = trainer._score([one], batches, [], [None])
-        trainer._loss(one, batch, 1)
+                trainer._behaviour.draw([one], one.visits)
+            batches = trainer._behaviour.draw([one], one.visits)
+        (batch,) = trainer._score(batches, [])
+        trainer._losses([one], [batch], 1)
     origins = Counter(sample.origin for sample in batches[0])
     assert sum(origins.values()) == 16 and origins["prior"] == 2
     ((log_r, log_q, log_drawn),) = seen
@@ -167,11 +168,8 @@ def test_reward_temperature_is_annealed():
 @pytest.mark.parametrize("loss", ["elbo", "wake"])
 def test_losses_on_the_guides_own_draws_begin_near_the_prior(loss, monkeypatch):
     """A mode that the first, noisy steps lose is never drawn again."""
-    options = FitOptions(loss=loss, annealing=0.2)
-    weights = [options.likelihood_weight(number, 10) for number in range(10)]
-    assert weights[0] == 0.2 and weights[5:] == [1.0] * 5
-    assert weights == sorted(weights)
-    assert FitOptions(loss="vargrad").likelihood_weight(0, 10) == 1.0
+    shares = [moved(number, 10) for number in range(10)]
+    assert shares[0] == 0.0 and shares[5:] == [1.0] * 5 and shares == sorted(shares)
     seen = []
     kept = getattr(objectives, loss)
 
@@ -184,9 +182,9 @@ def test_losses_on_the_guides_own_draws_begin_near_the_prior(loss, monkeypatch):
     with lmppl.use(LM):
         trainer, (one,) = trainer_on(guide, [CASE.args], steps=10, loss=loss, annealing=0.2)
         with torch.no_grad():
-            batches = trainer._sample([one], 0)
-        (batch,) = trainer._score([one], batches, [], [None])
-        trainer._loss(one, batch, 2)
+            batches = trainer._behaviour.draw([one], 0)
+        (batch,) = trainer._score(batches, [])
+        trainer._losses([one], [batch], 2)
     ((first, log_q),) = seen
     log_r = first if loss == "elbo" else first + log_q  # of wake they are log-weights
     expected = batch.log_prior + (0.2 + 0.8 * 2 / 5) * (batch.log_r - batch.log_prior)
@@ -367,25 +365,54 @@ def test_keyword_only_arguments_are_bound_otherwise():
 
 
 @pytest.mark.parametrize(
-    "options, message",
+    "options, error, message",
     [
-        ({"batch_size": 1}, "batch_size=1: the variance needs at least 2"),
-        ({"inputs_per_step": 0}, "inputs_per_step=0"),
-        ({"learning_rate": 0.0}, "learning_rate=0.0: it must be positive"),
-        ({"learning_rate": math.nan}, "learning_rate=nan: it must be positive"),
-        ({"loss": "mse"}, "loss='mse', allowed: vargrad, tb, subtb, elbo, wake, sft, ppo"),
-        ({"replay_fraction": 0.9}, "together at most 1"),
-        ({"prior_fraction": -0.1}, "must not be negative"),
-        ({"truncations": -1.0}, "truncations=-1.0"),
-        ({"reward_temperature": (0.5, 1.0)}, "at least 1 each"),
-        ({"annealing": 0.0}, "annealing=0.0: it must be in"),
-        ({"steps": 0}, "steps=0: it must be an int of at least 1"),
-        ({"steps": 2.5}, "steps=2.5"),
+        ({"batch_size": 1}, ValueError, "batch_size=1: it must be an int of at least 2"),
+        ({"inputs_per_step": 0}, ValueError, "inputs_per_step=0"),
+        ({"inputs_per_step": True}, TypeError, "inputs_per_step=True: it must be an int"),
+        ({"learning_rate": 0.0}, ValueError, "learning_rate=0.0: it must be a number above 0"),
+        ({"learning_rate": math.nan}, ValueError, "learning_rate=nan"),
+        ({"learning_rate": "fast"}, TypeError, "learning_rate='fast'"),
+        ({"loss": "mse"}, ValueError, "loss='mse', allowed: 'vargrad', 'tb', 'subtb', 'elbo'"),
+        ({"loss": losses.VarGrad}, TypeError, r"loss=VarGrad: give an object, VarGrad\(\)"),
+        ({"loss": None}, ValueError, "loss=None, allowed"),
+        ({"loss": losses.TB(), "huber": 2.0}, TypeError, r"give it there, TB\(huber=...\)"),
+        ({"loss": "tb", "huber": 2.0}, TypeError, "loss='tb' has no option 'huber': it has none; "),
+        ({"clip": 0.1}, TypeError, "'vargrad' has no .* 'clip': it has huber; .*loss='ppo'"),
+        ({"hubber": 0.1}, TypeError, "no option 'hubber'; did you mean 'huber'"),
+        ({"replay_fraction": 0.9}, ValueError, "together at most 1"),
+        ({"prior_fraction": -0.1}, ValueError, "prior_fraction=-0.1: .* at least 0"),
+        ({"truncations": -1.0}, ValueError, "truncations=-1.0"),
+        ({"reward_temperature": (0.5, 1.0)}, ValueError, "reward_temperature=0.5: .* at least 1"),
+        (
+            {"loss": "elbo", "annealing": 0.0},
+            ValueError,
+            "annealing=0.0: it must be a number above",
+        ),
+        ({"loss": "ppo", "updates": 0}, ValueError, "updates=0"),
+        ({"huber": 0}, ValueError, "huber=0: it must be a number above 0"),
+        ({"max_grad_norm": 0}, ValueError, "max_grad_norm=0: it must be a number above 0"),
+        ({"training_tokens": 0}, ValueError, "training_tokens=0: it must be an int of at least 1"),
+        ({"gradient_checkpointing": "no"}, TypeError, "gradient_checkpointing='no'"),
+        ({"steps": 0}, ValueError, "steps=0: it must be an int of at least 1"),
+        ({"steps": 2.5}, TypeError, "steps=2.5"),
+        ({"steps": True}, TypeError, "steps=True"),
     ],
 )
-def test_bad_options(options, message):
-    with pytest.raises(ValueError, match=message):
+def test_bad_options(options, error, message):
+    with pytest.raises(error, match=message):
         lmppl.LMGuide(CASE.program, lm=LM).fit([CASE.args], **({"steps": 1} | options))
+
+
+def test_a_loss_by_its_name_is_the_object():
+    """Its options stand beside its name, or in the object; numpy's integers are integers."""
+    assert FitOptions.of({"huber": 2.0}).loss == losses.VarGrad(huber=2.0)
+    of_object = FitOptions.of({"loss": losses.PPO(updates=np.int64(3)), "batch_size": np.int64(8)})
+    assert of_object == FitOptions.of({"loss": "ppo", "updates": 3, "batch_size": 8})
+    assert FitOptions().loss == losses.VarGrad(huber=3.0)
+    named = [fitted(0, loss="elbo", annealing=0.5), fitted(0, loss=losses.ELBO(annealing=0.5))]
+    assert equal(*map(weights, named))
+    assert of_object.plain()["loss"] == "ppo" and of_object.plain()["updates"] == 3
 
 
 def test_an_exception_of_the_program_names_its_site():

@@ -18,6 +18,7 @@ from lmppl.testing import enumerate_program, tiny_lm
 from lmppl.training.checkpoints import FORMAT
 from lmppl.training.inputs import Input
 from lmppl.training.learn import learn
+from lmppl.training.losses import VarGrad
 from lmppl.training.m_step import MStep
 from lmppl.training.options import FitOptions
 
@@ -126,20 +127,18 @@ def test_stored_rewards_are_scored_anew():
     guide = lmppl.LMGuide(labelled, lm=LM)
     seen = []
 
-    def look(batch, options, **rest):
+    def look(self, batch, **rest):
         for sample in batch.samples:
             node = sample.particle.sites["label"]
             p = float(pyro.param("p").detach())
             b = "b" in sample.particle.sites["z"]["fn"].text(sample.particle.sites["z"]["value"])
             expected = math.log(p if b == bool(float(node["value"])) else 1 - p)
             seen.append((sample.origin, float(node["log_prob_sum"]) - expected))
-        return original(batch, options, **rest)
+        return original(self, batch, **rest)
 
-    from lmppl.training import trainer
-
-    original = trainer.loss_of
+    original = VarGrad.of
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "loss_of", look)
+        patch.setattr(VarGrad, "of", look)
         learn(guide, DATA, 8, guide_steps=1, seed=0, progress=False, model_learning_rate=0.2)
     assert {"replay", "prior", "guide"} <= {origin for origin, _ in seen}
     assert max(abs(error) for _, error in seen) < 1e-5
@@ -157,17 +156,15 @@ def test_texts_are_scored_anew_too(method):
     guide = lmppl.LMGuide(program, lm=LM)
     values = []
 
-    def look(batch, options, **rest):
+    def look(self, batch, **rest):
         for node in (sample.particle.sites["y"] for sample in batch.samples):
             now = float(m.log_prob("b", [node["fn"].text(node["value"])], max_tokens=1))
             values.append(float(node["log_prob_sum"]) - now)
-        return original(batch, options, **rest)
+        return original(self, batch, **rest)
 
-    from lmppl.training import trainer
-
-    original = trainer.loss_of
+    original = VarGrad.of
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "loss_of", look)
+        patch.setattr(VarGrad, "of", look)
         learn(
             guide, [("ab.",)], 5, method=method, guide_steps=1, loss="vargrad", seed=0,
             progress=False, model_learning_rate=0.01, batch_size=8,
@@ -211,7 +208,7 @@ def test_the_m_step_has_draws_of_its_own(monkeypatch):
     """Not the numbers that the guide has just learned from."""
     from lmppl import runtime
 
-    seeds = {"_start": set(), "_draw": set()}
+    seeds = {"start": set(), "_draw": set()}
     original = runtime.start
 
     def start(*args, seed, **options):
@@ -222,7 +219,7 @@ def test_the_m_step_has_draws_of_its_own(monkeypatch):
     monkeypatch.setattr(runtime, "start", start)
     guide = lmppl.LMGuide(labelled, lm=LM)
     learn(guide, DATA[:2], steps=3, seed=0, batch_size=8, reward_temperature=(1.0, 2.0))
-    assert seeds["_start"] and seeds["_draw"] and not seeds["_start"] & seeds["_draw"]
+    assert seeds["start"] and seeds["_draw"] and not seeds["start"] & seeds["_draw"]
     assert guide.tempered_target == 2.0
 
 

@@ -12,7 +12,7 @@ from lmppl import lm_sample, require
 from lmppl.guides.scoring import score_latents
 from lmppl.testing import enumerate_program, guide_log_probs, tiny_lm
 from lmppl.testing.programs import CASES
-from lmppl.training.losses import Batch
+from lmppl.training.batch import batches_of
 from lmppl.training.samples import truncate
 
 LM = tiny_lm("ab.", seed=0)
@@ -38,13 +38,14 @@ def check_scores(guide, program, args, samples, truncations):
     exact = enumerate_program(program, *args, lm=guide.base)
     by_values = {tuple(sorted(trace.values.items())): trace for trace in exact}
     scores = guide.score([sample.proposer for sample in samples], grad=False)
-    score_of = {id(s): score for s, score in zip(samples, scores, strict=True)}
+    (batch,) = batches_of([samples], truncations, scores)
+    assert batch.truncations == truncations
     traces = [by_values[tuple(sorted(cut_values(t).items()))] for t in truncations]
     log_q = guide_log_probs(guide, program, args, traces, guide.base)
-    for truncation, trace, expected in zip(truncations, traces, log_q.tolist(), strict=True):
-        assert truncation.log_r == pytest.approx(trace.log_joint, abs=1e-4)
-        found = float(truncation.log_q(score_of[id(truncation.sample)]))
-        assert found == pytest.approx(expected, abs=1e-4)
+    expected = torch.tensor([trace.log_joint for trace in traces])
+    num = len(samples)
+    torch.testing.assert_close(batch.log_r[num:], expected, atol=1e-4, rtol=0.0)
+    torch.testing.assert_close(batch.log_q[num:], log_q.float(), atol=1e-4, rtol=0.0)
     return traces
 
 
@@ -189,8 +190,7 @@ def test_a_latent_that_is_left_to_the_model_has_the_models_density():
     samples = draw_samples(guide, program, ("a.",), 6)
     cuts = truncations_of(guide, program, ("a.",), samples)
     scores = guide.score([sample.proposer for sample in samples], grad=False)
-    by_sample = {id(sample): score for sample, score in zip(samples, scores, strict=True)}
-    batch = Batch.of(samples, cuts, by_sample)
+    (batch,) = batches_of([samples], cuts, scores)
     values = [{n: node["value"] for n, node in s.particle.latents.items()} for s in samples]
     for cut in cuts:
         site = cut.sample.particle.sites["w"]

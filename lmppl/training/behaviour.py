@@ -1,0 +1,288 @@
+"""What a guide learns from: the traces of a step, and the behaviour policies that draw them.
+
+    for each input of the step:
+        how many traces each policy draws          (by what the loss learns from)
+        each policy starts its runs of the program
+    all runs go on side by side to their ends
+    the best traces are kept in the input's buffer, for replay
+
+A policy is an object that starts runs. ``Drawn`` draws from the guide, at its own or another
+temperature, or from the program (the prior); ``Recalled`` runs the program on latents that are
+known: kept in the buffer, drawn ahead, or given by the user.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from lmppl import runtime
+from lmppl.guides.guide import Guide, TrainableGuide
+from lmppl.runtime import Particle
+from lmppl.runtime.records import Record, rescore
+from lmppl.training.fingerprints import digest_of
+from lmppl.training.inputs import Input, observe
+from lmppl.training.losses import Loss
+from lmppl.training.options import FitOptions
+from lmppl.training.samples import Origin, Sample, first_reading
+
+TEMPERATURES = (0.5, 2.0)
+"""Range of the tempered policy."""
+
+_PRIOR_STOCK = 8
+"""For how many steps of an input traces of the program itself are drawn at a time, at most."""
+
+_MOST_READINGS = 10_000
+
+
+class Policy(Protocol):
+    """What draws some traces of an input.
+
+    Attributes:
+        origin: what its traces are called.
+    """
+
+    @property
+    def origin(self) -> Origin: ...
+
+    def start(self, guide: Guide, input_: Input) -> list[Particle]:
+        """Its runs of the input's program, each at its first wait."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Draws from the guide.
+
+    Args:
+        origin: of the traces.
+        num: how many.
+        temperature: of the texts; ``math.inf``: they are drawn from the program instead.
+        seed: of the draws.
+        ahead: how many of them are for later steps.
+    """
+
+    origin: Origin
+    num: int
+    temperature: float
+    seed: int
+    ahead: int = 0
+
+    def start(self, guide: Guide, input_: Input) -> list[Particle]:
+        if self.num < 1:
+            return []
+        factory = guide.proposer_factory(
+            input_.args, temperature=self.temperature, observations=input_.observations
+        )
+        return runtime.start(
+            input_.program,
+            input_.args,
+            self.num,
+            seed=self.seed,
+            proposer=factory,
+            score_closing=True,
+        )
+
+
+@dataclass(frozen=True)
+class Recalled:
+    """Runs on latents that are known; what they leave open is drawn from the guide.
+
+    Args:
+        origin: of the traces.
+        records: the latents of each.
+        seeds: of what is drawn beside them, one a record.
+        complete: whether a latent that a record has not is an error.
+    """
+
+    origin: Origin
+    records: Sequence[Record]
+    seeds: Sequence[int]
+    complete: bool = False
+
+    def start(self, guide: Guide, input_: Input) -> list[Particle]:
+        assert input_.observations is not None
+        kind = "demonstration" if self.origin == "given" else "stored trace"
+        return [
+            rescore(
+                record,
+                input_.program,
+                input_.args,
+                guide.recaller(input_.args, input_.observations),
+                what=f"a {kind} of input {input_.index}",
+                complete=self.complete,
+                seed=seed,
+                slot=slot,
+            )
+            for slot, (record, seed) in enumerate(zip(self.records, self.seeds, strict=True))
+        ]
+
+
+class Behaviour:
+    """Draws the traces of each step.
+
+    Args:
+        guide: what is trained.
+        options: of the training.
+        visits: about how often each input is used; 1: once.
+        seed: of what is drawn.
+        generator: of the other random choices.
+    """
+
+    def __init__(
+        self,
+        guide: TrainableGuide,
+        options: FitOptions,
+        visits: int,
+        seed: int,
+        generator: torch.Generator,
+    ) -> None:
+        self._guide, self._options = guide, options
+        self._seed, self._generator = seed, generator
+        # They do not depend on the guide, and a model decodes many for the price of few.
+        self._stocked_steps = max(1, min(_PRIOR_STOCK, visits))
+
+    @property
+    def _loss(self) -> Loss:
+        return self._options.loss
+
+    def draw(self, inputs: Sequence[Input], number: int) -> list[list[Sample]]:
+        """Complete traces of each input of step ``number``."""
+        share = self._options.batch_size // len(inputs)
+        low, high = (math.log(t) for t in TEMPERATURES)
+        heat = math.exp(low + (high - low) * float(torch.rand((), generator=self._generator)))
+        seeds = runtime.slot_seeds(runtime.nth_seed(self._seed, number), 4 * len(inputs))
+        observe(self._guide, inputs)
+        runs: list[tuple[Input, Policy, list[Particle]]] = []
+        with runtime.ending([]) as started:
+            for k, input_ in enumerate(inputs):
+                input_.visits += 1
+                own_seeds = (*seeds[3 * k : 3 * k + 3], seeds[3 * len(inputs) + k])
+                for policy in self._policies(input_, share, heat, own_seeds):
+                    particles = policy.start(self._guide, input_)
+                    started += particles
+                    runs.append((input_, policy, particles))
+            runtime.run_to_end(started)
+        samples: dict[int, list[Sample]] = {id(input_): [] for input_ in inputs}
+        for input_, policy, particles in runs:
+            found = [Sample.of(particle, policy.origin) for particle in particles]
+            samples[id(input_)] += self._keep(input_, policy, found)
+        return [samples[id(input_)] for input_ in inputs]
+
+    def _policies(
+        self, input_: Input, share: int, heat: float, seeds: Sequence[int]
+    ) -> list[Policy]:
+        """What draws ``share`` traces of an input, and the traces to be kept for later steps."""
+        options, loss = self._options, self._loss
+        given = self._given(input_, share)
+        replayed: list[Record] = []
+        tempered = prior = drawn = 0
+        if loss.draws == "mixture":
+            num = round((share - len(given)) * options.replay_fraction)
+            replayed = input_.buffer.draw(num, self._generator)
+            tempered = round(share * options.tempered_fraction)
+            prior = self._prior_share(share)
+            drawn = max(1, share - len(given) - len(replayed) - tempered - prior)
+        elif loss.draws == "guide":
+            if loss.defended and input_.rejects:
+                prior = self._prior_share(share)
+            drawn = max(2, share - len(given) - prior)
+        ahead, stocked = 0, []
+        if len(input_.stock) < prior:
+            ahead = (self._stocked_steps - 1) * prior
+        else:
+            stocked = [input_.stock.pop() for _ in range(prior)]
+        recalled = runtime.slot_seeds(seeds[3], len(given) + len(replayed) + len(stocked))
+        first, second = len(given), len(given) + len(replayed)
+        return [
+            Drawn("guide", drawn, 1.0, seeds[0]),
+            Drawn("tempered", tempered, heat, seeds[1]),
+            Drawn("prior", prior - len(stocked) + ahead, math.inf, seeds[2], ahead),
+            # What the guide draws itself is nothing to imitate.
+            Recalled("given", given, recalled[:first], complete=loss.draws == "given"),
+            Recalled("replay", replayed, recalled[first:second]),
+            Recalled("prior", stocked, recalled[second:]),
+        ]
+
+    def _prior_share(self, share: int) -> int:
+        return round(share * self._options.prior_fraction)
+
+    def _given(self, input_: Input, share: int) -> list[Record]:
+        """Latents that the user gave: always for losses on them; else once each, to seed the
+        buffer."""
+        loss = self._loss
+        most = share if loss.draws == "given" else max(1, share // 2)
+        if loss.draws == "mixture":
+            return input_.given[(input_.visits - 1) * most : input_.visits * most]
+        if loss.draws == "guide" and not loss.takes_simulated:
+            return []
+        num = min(len(input_.given), most)
+        picks = torch.randperm(len(input_.given), generator=self._generator)[:num].tolist()
+        return [input_.given[k] for k in sorted(picks)]
+
+    def _keep(self, input_: Input, policy: Policy, samples: list[Sample]) -> list[Sample]:
+        """Keep what later steps may use of a policy's traces. Returns those that are for this one."""
+        for sample in samples:
+            dead = sample.log_r == -math.inf
+            input_.alive |= not dead
+            input_.rejects |= dead
+        if isinstance(policy, Recalled) and policy.origin != "prior":
+            for record, sample in zip(policy.records, samples, strict=True):
+                if policy.origin == "given":
+                    _check_given(input_, sample)
+                    input_.given[input_.given.index(record)] = sample.record  # scored now
+                elif not record.known:
+                    input_.buffer.replace(record, sample.record)  # the model has changed meanwhile
+        if self._loss.draws == "mixture" and policy.origin != "replay":
+            for sample in samples:
+                if input_.buffer.may_keep(sample.log_r):
+                    input_.buffer.add(sample.record)
+        now = len(samples) - (policy.ahead if isinstance(policy, Drawn) else 0)
+        input_.stock += [sample.record for sample in samples[now:]]
+        return samples[:now]
+
+
+def _check_given(input_: Input, sample: Sample) -> None:
+    if sample.log_r == -math.inf:
+        raise ValueError(
+            f"a demonstration of input {input_.index} has probability zero under the program, by "
+            f"site '{sample.particle.killed_by}': correct it, or leave it out"
+        )
+
+
+class Lookalikes:
+    """Warns, once, of inputs that differ in what the guide does not read.
+
+    Args:
+        guide: reads them.
+        alone: whether there is one input only.
+    """
+
+    def __init__(self, guide: TrainableGuide, *, alone: bool) -> None:
+        self._guide = guide
+        self._readings: dict[Any, tuple[str, int]] = {}  # what was read, and of which input
+        self._over = alone or not (guide.reads_observations and guide.condition_on == "all")
+
+    def look(self, input_: Input, samples: Sequence[Sample]) -> None:
+        """Look at the traces of an input that is used for the first time. (The arguments of
+        simulated ones do not say what was observed.)"""
+        if self._over or input_.exact or input_.visits > 1:
+            return
+        read = first_reading(samples, input_.observations)
+        if read is None or len(self._readings) >= _MOST_READINGS:
+            return
+        given = digest_of(input_.args)
+        other, index = self._readings.setdefault(read, (given, input_.index))
+        if other != given:
+            self._over = True
+            warnings.warn(
+                f"inputs {index} and {input_.index} of the data have other arguments, but the guide "
+                "reads the same of both, their observations and the prefix of the first text. Where "
+                "their posteriors differ it can be right for neither: let it read what they differ "
+                "in, by a prefix or infer={'guide_prompt': text}",
+                stacklevel=6,
+            )
