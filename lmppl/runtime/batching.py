@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from lmppl.checks import check_seed
+from lmppl.runtime.coroutine import GlobalState
 from lmppl.runtime.particle import Particle, Proposer
 from lmppl.runtime.scheduler import ask
 from lmppl.runtime.waits import DrawWait, HiddenWait, ModelWait, ScoreWait
@@ -61,12 +62,26 @@ def start(
         own = None if proposer is None else proposer(slot, each ^ 0x5DEECE66D)
         particles.append(Particle(program, args, seed=each, proposer=own, slot=slot, **options))
     try:
-        for particle in particles:
-            particle.resume()
+        resume(particles)
     except BaseException:
         with ending(particles):
             raise
     return particles
+
+
+def resume(particles: Sequence[Particle], answers: Sequence[Any] | None = None) -> None:
+    """Run each to its next wait or to its end.
+
+    Args:
+        particles: the runs.
+        answers: to what each waits for; None: they begin.
+    """
+    outer = GlobalState.suspend()
+    try:
+        for i, particle in enumerate(particles):
+            particle.resume(None if answers is None else answers[i], restore=False)
+    finally:
+        outer.install()
 
 
 def run_to_draws(particles: Sequence[Particle], *, grad: bool = False) -> None:
@@ -93,8 +108,7 @@ def _serve(particles: Sequence[Particle], *, grad: bool = False) -> None:
     if not particles:
         return
     answers = ask([p.waiting for p in particles if isinstance(p.waiting, ModelWait)], grad=grad)
-    for particle, answer in zip(particles, answers, strict=True):
-        particle.resume(answer)
+    resume(particles, answers)
 
 
 def run_to_end(particles: Sequence[Particle]) -> None:

@@ -2,7 +2,7 @@
 
 A program is ordinary code that calls ``lm_sample`` deep in its stack. To batch the model calls of
 many programs, each must wait at its call while the others reach theirs. A greenlet gives every
-run a stack of its own. What a stack does not hold, the *global_state* state that Pyro and torch keep in
+run a stack of its own. What a stack does not hold, the state that Pyro and torch keep in
 globals (handlers, plates, grad mode, autocast, default device, the random stream), is swapped at
 every switch, so that no program sees another's.
 """
@@ -15,32 +15,43 @@ from typing import Any
 
 import torch
 from greenlet import getcurrent, greenlet
-from pyro.poutine import runtime as pyro_runtime
+from pyro.poutine.runtime import _DIM_ALLOCATOR, _ENUM_ALLOCATOR, _PYRO_STACK
+from torch import default_generator
 from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
 from torch.utils import _device
 
-_DEVICES = ("cpu", "cuda")
-
 
 class GlobalState:
-    """The global state that belongs to one run, taken off when it is suspended."""
+    """The global state that belongs to one run, taken off when it is suspended.
 
-    _guard: Any = None
-    _cuda_rng: list[torch.Tensor] | None = None
+    A switch takes and installs one, and there are some for every site, so what is rarely set is
+    compared before it is set.
 
-    def __init__(self) -> None:
-        self._handlers = list(pyro_runtime._PYRO_STACK)
-        self._dims = list(pyro_runtime._DIM_ALLOCATOR._stack)
-        self._enum = dict(pyro_runtime._ENUM_ALLOCATOR.__dict__)
+    Args:
+        seed: of its random streams, which begin when it is first installed; None: the present ones.
+    """
+
+    __slots__ = (
+        "_autocast", "_cuda_rng", "_device", "_dims", "_dtype", "_enum", "_grad", "_guard",
+        "_handlers", "_modes", "_rng",
+    )  # fmt: skip
+
+    def __init__(self, seed: int | None = None) -> None:
+        self._handlers = _PYRO_STACK[:]
+        self._dims = _DIM_ALLOCATOR._stack[:]
+        self._enum = _ENUM_ALLOCATOR.__dict__.copy()
         self._grad = torch.is_grad_enabled()
         self._autocast = _autocast_state()
         self._dtype = torch.get_default_dtype()
-        self._modes = _get_current_function_mode_stack()
+        self._modes = _modes()
         self._device = _device.CURRENT_DEVICE
-        self.rng = torch.get_rng_state()
-        """State of torch's default CPU generator."""
+        self._guard: Any = None
+        # States of torch's default generators, or the seed that they begin with.
+        self._rng: torch.Tensor | int = default_generator.get_state() if seed is None else seed
+        self._cuda_rng: list[torch.Tensor] | int | None = None
         if torch.cuda.is_initialized():
-            self._cuda_rng = torch.cuda.get_rng_state_all()
+            states = [stream.get_state() for stream in torch.cuda.default_generators]
+            self._cuda_rng = states if seed is None else seed
 
     @classmethod
     def suspend(cls) -> GlobalState:
@@ -55,54 +66,63 @@ class GlobalState:
     @classmethod
     def fresh(cls, seed: int, *, grad: bool = False) -> GlobalState:
         """A state for a new run: no handlers, no plates, a random stream of its own."""
-        self = cls()
+        self = cls(seed % 2**63)
         self._handlers, self._dims, self._enum, self._grad = [], [], {}, grad
-        self.rng = torch.Generator().manual_seed(seed % 2**63).get_state()
-        if self._cuda_rng is not None:
-            streams = [torch.Generator(f"cuda:{i}") for i in range(len(self._cuda_rng))]
-            self._cuda_rng = [stream.manual_seed(seed % 2**63).get_state() for stream in streams]
         return self
 
     def take_streams(self, other: GlobalState) -> None:
         """Go on with the random streams of another run."""
-        self.rng, self._cuda_rng = other.rng, other._cuda_rng
+        self._rng, self._cuda_rng = other._rng, other._cuda_rng
 
     def install(self) -> None:
         """Make this the present state."""
         # In place: Pyro's modules hold references to these very objects.
-        pyro_runtime._PYRO_STACK[:] = self._handlers
-        pyro_runtime._DIM_ALLOCATOR._stack[:] = self._dims
-        pyro_runtime._ENUM_ALLOCATOR.__dict__.clear()
-        pyro_runtime._ENUM_ALLOCATOR.__dict__.update(self._enum)
+        _PYRO_STACK[:] = self._handlers
+        _DIM_ALLOCATOR._stack[:] = self._dims
+        _ENUM_ALLOCATOR.__dict__.clear()
+        _ENUM_ALLOCATOR.__dict__.update(self._enum)
         self._guard = None
-        torch.set_grad_enabled(self._grad)
+        torch._C._set_grad_enabled(self._grad)
         if self._autocast != _autocast_state():
             _set_autocast(self._autocast)
         if self._dtype != torch.get_default_dtype():
             torch.set_default_dtype(self._dtype)
-        present = _get_current_function_mode_stack()
+        present = _modes()
         if self._modes != present:
             for _ in present:
                 _pop_mode()
             for mode in self._modes:
                 _push_mode(mode)
         _device.CURRENT_DEVICE = self._device
-        torch.set_rng_state(self.rng)
+        _set_stream(default_generator, self._rng)
         if self._cuda_rng is not None:
-            torch.cuda.set_rng_state_all(self._cuda_rng)
+            streams = torch.cuda.default_generators
+            states = self._cuda_rng
+            for i, stream in enumerate(streams):
+                _set_stream(stream, states if isinstance(states, int) else states[i])
+
+
+def _set_stream(generator: torch.Generator, state: torch.Tensor | int) -> None:
+    if isinstance(state, int):
+        generator.manual_seed(state)
+    else:
+        generator.set_state(state)
+
+
+def _modes() -> list[Any]:
+    return _get_current_function_mode_stack() if torch._C._len_torch_function_stack() else []
 
 
 def _autocast_state() -> tuple[Any, ...]:
-    per_device = [
-        (torch.is_autocast_enabled(each), torch.get_autocast_dtype(each)) for each in _DEVICES
-    ]
-    return (*per_device, torch.is_autocast_cache_enabled())
+    enabled, dtype = torch.is_autocast_enabled, torch.get_autocast_dtype
+    cached = torch.is_autocast_cache_enabled()
+    return enabled("cpu"), dtype("cpu"), enabled("cuda"), dtype("cuda"), cached
 
 
 def _set_autocast(state: tuple[Any, ...]) -> None:
-    for each, (enabled, dtype) in zip(_DEVICES, state[:-1], strict=True):
-        torch.set_autocast_enabled(each, enabled)
-        torch.set_autocast_dtype(each, dtype)
+    for device, enabled, dtype in (("cpu", *state[:2]), ("cuda", *state[2:4])):
+        torch.set_autocast_enabled(device, enabled)
+        torch.set_autocast_dtype(device, dtype)
     torch.set_autocast_cache_enabled(state[-1])
 
 
@@ -133,13 +153,19 @@ class Coroutine:
         self._greenlet = stack(fn)
         self._greenlet.gr_context = copy_context()
 
-    def resume(self, answer: Any = None) -> Any:
+    def resume(self, answer: Any = None, *, restore: bool = True) -> Any:
         """Run until it suspends, and return what it suspended with (None when it finished).
 
         An exception of the function is raised here.
+
+        Args:
+            answer: what it waits for.
+            restore: whether to put the present global state back afterwards. (Who resumes many
+                takes it off once before them, and puts it back after the last.)
         """
-        go = self._greenlet.switch
-        return self._switch(lambda: go(answer) if self._started else go())
+        if self._started:
+            return self._switch(lambda: self._greenlet.switch(answer), restore)
+        return self._switch(self._greenlet.switch, restore)
 
     @property
     def _started(self) -> bool:
@@ -166,8 +192,8 @@ class Coroutine:
                 "around a site (catch Exception instead)"
             )
 
-    def _switch(self, go: Callable[[], Any]) -> Any:
-        outer = GlobalState.suspend()
+    def _switch(self, go: Callable[[], Any], restore: bool = True) -> Any:
+        outer = GlobalState.suspend() if restore else None
         self._greenlet.parent = getcurrent()
         self.global_state.install()
         try:
@@ -175,7 +201,8 @@ class Coroutine:
         finally:
             self.global_state = GlobalState.suspend()
             self.finished = self._greenlet.dead
-            outer.install()
+            if outer is not None:
+                outer.install()
         if self.finished:
             self.result = value
             return None

@@ -144,11 +144,11 @@ class Particle:
         """
         return None if self._at is None or self._at[0] in self.trace.nodes else self._at
 
-    def resume(self, answer: Any = None) -> None:
-        """Run to the next wait or to the end."""
+    def resume(self, answer: Any = None, *, restore: bool = True) -> None:
+        """Run to the next wait or to the end (see ``Coroutine.resume``)."""
         self.waiting = None
         try:
-            self.waiting = self.coroutine.resume(answer)
+            self.waiting = self.coroutine.resume(answer, restore=restore)
         except Rejected:
             self.close()
         except Exception as error:
