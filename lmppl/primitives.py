@@ -25,6 +25,7 @@ from pyro.poutine.trace_messenger import TraceMessenger
 from lmppl.checks import check_choice
 from lmppl.distributions import LMText, ToolCall, ToolResult, check_lm
 from lmppl.lm import LM
+from lmppl.lm.tokens.chat import strings_of
 from lmppl.lm.tokens.text import Text
 
 # --- which language model ------------------------------------------------------------------------
@@ -309,7 +310,7 @@ def tool(name: str, fn: Callable[..., Any], *args: Any, on_error: str = "raise")
 
 
 def chat(
-    messages: Sequence[Mapping[str, str]],
+    messages: Sequence[Mapping[str, Any]],
     *,
     lm: LM | None = None,
     add_generation_prompt: bool = True,
@@ -317,8 +318,9 @@ def chat(
     """A prefix by the model's chat template.
 
     Args:
-        messages: ``[{"role": ..., "content": ...}, ...]``; a content may be a ``Text``, which
-            keeps its tokens.
+        messages: ``[{"role": ..., "content": ...}, ...]``. A content is a string or what else the
+            template takes, such as ``[{"type": "text", "text": z}]``. A ``Text`` in it keeps its
+            tokens.
         lm: whose template; by default that of ``lmppl.infer`` or ``lmppl.use``.
         add_generation_prompt: end with the header of an assistant's turn.
 
@@ -326,10 +328,21 @@ def chat(
         A ``Text`` for ``prefix=``. A BOS token that the template writes is not added twice.
 
     Raises:
+        TypeError: for what is no list of messages.
         ValueError: if the tokenizer has no chat template, or a message has not both keys.
     """
     lm = _resolve_lm(lm, "chat")
-    return lm.apply_chat_template(messages, add_generation_prompt=add_generation_prompt)
+    prefix = lm.apply_chat_template(messages, add_generation_prompt=add_generation_prompt)
+    site = _latent_within(list(strings_of([message["content"] for message in messages])))
+    if site is not None:
+        _warn_once(
+            ("chat", site),
+            f"chat(): a message holds the text of site '{site}' as a plain str (an f-string or a "
+            "str method makes one), which is tokenised anew, maybe into other tokens than were "
+            "drawn. Give the text itself, or join it with +: 'content': before + z + after.",
+            stacklevel=3,
+        )
+    return prefix
 
 
 # --- a warning that saves hours ------------------------------------------------------------------
@@ -341,23 +354,34 @@ _SHORT = 4  # characters; shorter texts are found in many a string that was not 
 def _warn_of_retokenisation(name: str, prefix: str | Sequence[str]) -> None:
     """Warn once a site where a plain ``str`` makes the model see other tokens than were drawn."""
     parts = [prefix] if isinstance(prefix, str) else list(prefix)
-    plain = [part for part in parts if isinstance(part, str) and not isinstance(part, Text)]
-    if not plain:
-        return
-    last = parts[-1]
-    if last in plain and last.endswith(" ") and ("space", name) not in _warned:
-        _warned.add(("space", name))
-        warnings.warn(
+    plain = [part for part in parts if not isinstance(part, Text)]
+    if plain and parts[-1] is plain[-1] and plain[-1].endswith(" "):
+        _warn_once(
+            ("space", name),
             f"site '{name}': its prefix ends in a space. Most tokenizers attach a space to the "
             "word that follows, so the model has hardly seen such a prefix: end it before the space.",
-            stacklevel=3,
         )
-    if ("text", name) in _warned or all(len(part) < _SHORT for part in plain):
-        return
+    if ("text", name) not in _warned and (site := _latent_within(plain)):
+        _warn_once(
+            ("text", name),
+            f"site '{name}': its prefix holds the text of site '{site}' as a plain str (an "
+            "f-string or a str method makes one), which is tokenised anew, maybe into other "
+            "tokens than were drawn. Pass a list, [before, z, after], to keep its tokens.",
+        )
+
+
+def _warn_once(key: tuple[str, str], message: str, stacklevel: int = 4) -> None:
+    if key not in _warned:
+        _warned.add(key)
+        warnings.warn(message, stacklevel=stacklevel)
+
+
+def _latent_within(strings: Sequence[str]) -> str | None:
+    """The name of a latent site of this run whose text stands in one of some plain strings."""
+    if all(len(string) < _SHORT for string in strings):
+        return None
     for frame in _PYRO_STACK:
-        if not isinstance(frame, TraceMessenger):
-            continue
-        for site, node in frame.trace.nodes.items():
+        for site, node in frame.trace.nodes.items() if isinstance(frame, TraceMessenger) else ():
             if (
                 node["type"] != "sample"
                 or node["is_observed"]
@@ -367,15 +391,9 @@ def _warn_of_retokenisation(name: str, prefix: str | Sequence[str]) -> None:
                 continue
             fn = node["fn"]
             body = fn.text(node["value"]).body.strip() if node["value"].dim() == 1 else ""
-            holding = [part for part in plain if len(body) >= _SHORT and body in part]
+            holding = [part for part in strings if len(body) >= _SHORT and body in part]
             # What stood in the site's own prefix was there before its text was drawn.
             earlier = fn.lm.vocabulary.decode(fn.prefix_ids) if holding else ""
             if any(part not in earlier for part in holding):
-                _warned.add(("text", name))
-                warnings.warn(
-                    f"site '{name}': its prefix holds the text of site '{site}' as a plain str (an "
-                    "f-string or a str method makes one), which is tokenised anew, maybe into other "
-                    "tokens than were drawn. Pass a list, [before, z, after], to keep its tokens.",
-                    stacklevel=3,
-                )
-                return
+                return site
+    return None

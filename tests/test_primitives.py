@@ -460,14 +460,44 @@ def test_a_latent_pasted_into_a_string_warns_once_per_site():
     drawn = trace_of(lambda: lm_sample("z", "ab", max_tokens=8))
     drawn.nodes["z"]["value"] = drawn.nodes["z"]["fn"].encode("abba")
     run = poutine.replay(program, trace=drawn)
-    with pytest.warns(UserWarning, match=r"site 'w'.*site 'z'.*plain str.*\[before, z, after\]"):
+    message = r"site 'w'.*site 'z'.*plain str.*\[before, z, after\]"
+    with pytest.warns(UserWarning, match=message) as caught:
         trace_of(run, lambda z: f"a{z}.")
+    assert caught[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         trace_of(run, lambda z: f"a{z}.")  # once
         _warned.clear()
         trace_of(run, lambda z: ["a", z, "."])  # tokens are kept
         trace_of(run, lambda z: "a" + z)
+
+
+def test_a_latent_pasted_into_a_message_warns_once_per_site(chat_lm):
+    def program(content):
+        z = lm_sample("z", "ab", max_tokens=8, lm=chat_lm)
+        chat(
+            [{"role": "system", "content": "ab"}, {"role": "user", "content": content(z)}],
+            lm=chat_lm,
+        )
+
+    drawn = trace_of(lambda: lm_sample("z", "ab", max_tokens=8, lm=chat_lm))
+    drawn.nodes["z"]["value"] = drawn.nodes["z"]["fn"].encode("abba")
+    run = poutine.replay(program, trace=drawn)
+    parts = lambda text: [{"type": "text", "text": text}]  # noqa: E731
+    message = r"chat\(\): a message holds the text of site 'z' as a plain str.*before \+ z"
+    for content in (lambda z: f"a{z};", lambda z: str(z), lambda z: parts(f"{z}")):
+        _warned.clear()
+        with pytest.warns(UserWarning, match=message) as caught:
+            trace_of(run, content)
+        assert caught[0].filename == __file__  # not of lmppl
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            trace_of(run, content)  # once
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _warned.clear()
+        for content in (lambda z: z, lambda z: "a" + z + ";", lambda z: "bbbb"):
+            trace_of(run, content)  # tokens are kept
 
 
 def test_a_prefix_that_ends_in_a_space_warns_once():

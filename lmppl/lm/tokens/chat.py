@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lmppl.lm.tokens.text import Text
 from lmppl.lm.tokens.vocabulary import Vocabulary
-
-# Stands for a Text while the template is rendered: private-use characters, which no template has.
-_MARK = "\ue0f0{}\ue0f1"
-_MARKS = re.compile("\ue0f0([0-9]+)\ue0f1")
 
 
 def apply_chat_template(
@@ -22,29 +19,27 @@ def apply_chat_template(
 ) -> Text:
     """The messages in the model's chat format, as a text in which every ``Text`` keeps its tokens.
 
+    A ``Text`` may stand anywhere in a message: as its content, or in a part of it.
+
     Raises:
+        TypeError: what is no list of messages.
         ValueError: the tokenizer has no chat template, a message lacks a key, or the template
             refuses the messages.
     """
+    _check_messages(messages)
     tokenizer = vocabulary.tokenizer
-    if not getattr(tokenizer, "chat_template", None):
+    template = getattr(tokenizer, "chat_template", None)
+    if not template:
         raise ValueError(
             "chat(): this model's tokenizer has no chat template. Use an instruction-tuned model, "
             "set tokenizer.chat_template, or write the prefix out as text."
         )
+    # While the template is rendered, a mark that no message has stands for each Text.
+    written = "\n".join(strings_of([messages, template]))
+    marks = (f"\ue0f0{number}\ue0f1" for number in itertools.count())
+    mark = next(mark for mark in marks if mark not in written)
     texts: list[Text] = []
-    plain: list[dict[str, Any]] = []
-    for number, message in enumerate(messages):
-        if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
-            raise ValueError(
-                f"chat(): message {number} is {message!r}; it must be a dict with the keys 'role' "
-                "and 'content'"
-            )
-        entry = dict(message)
-        if isinstance(entry["content"], Text):
-            texts.append(entry["content"])
-            entry["content"] = _MARK.format(len(texts) - 1)
-        plain.append(entry)
+    plain = _without_texts(messages, texts, mark)
     try:
         rendered = tokenizer.apply_chat_template(
             plain, tokenize=False, add_generation_prompt=add_generation_prompt
@@ -53,12 +48,51 @@ def apply_chat_template(
         raise ValueError(
             f"chat(): the model's chat template refuses the messages: {error}"
         ) from error
-    # Splitting on one group alternates template text and numbers of Texts.
-    pieces = _MARKS.split(rendered)
+    if repr(mark)[1:-1] in rendered:
+        raise ValueError(
+            "chat(): the model's chat template writes a message with a Text in it as Python or "
+            "JSON would: it takes no such content. Give it as one string, 'content': before + z"
+        )
     result = Text("", (), vocabulary)
-    for position, piece in enumerate(pieces):
-        if position % 2:
-            result = result + texts[int(piece)]
-        elif piece:
-            result = result + piece
+    # Splitting on one group alternates what the template wrote and the numbers of Texts.
+    for position, piece in enumerate(re.split(f"{mark}([0-9]+){mark}", rendered)):
+        if piece:
+            result = result + (texts[int(piece)] if position % 2 else piece)
     return result
+
+
+def _check_messages(messages: Any) -> None:
+    if isinstance(messages, str) or not isinstance(messages, Sequence):
+        raise TypeError(
+            "chat() takes a list of messages, [{'role': 'user', 'content': ...}], given "
+            f"{type(messages).__name__} ({messages!r})"
+        )
+    for number, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
+            raise ValueError(
+                f"chat(): message {number} is {message!r}; it must be a dict with the keys 'role' "
+                "and 'content'"
+            )
+
+
+def strings_of(value: Any) -> Iterator[str]:
+    """The plain strings in nested lists and dicts; no ``Text``."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        for part in value:
+            yield from strings_of(part)
+    elif isinstance(value, str) and not isinstance(value, Text):
+        yield value
+
+
+def _without_texts(value: Any, texts: list[Text], mark: str) -> Any:
+    """A copy of nested lists and dicts with a mark for every ``Text``, which is put into ``texts``."""
+    if isinstance(value, Text):
+        texts.append(value)
+        return f"{mark}{len(texts) - 1}{mark}"
+    if isinstance(value, Mapping):
+        return {key: _without_texts(part, texts, mark) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_texts(part, texts, mark) for part in value]
+    return value
