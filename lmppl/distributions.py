@@ -10,6 +10,7 @@ methods of one ``LMText`` and the runtime, which gathers the sites of many parti
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -151,6 +152,9 @@ class LMText(TorchDistribution):
         new = self._with_rows((prefix_ids,), ())
         new.lm, new.temperature = lm, temperature
         return new
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LMText:
+        return self  # it never changes, and holds a language model
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> LMText:
         index = torch.arange(len(self._rows)).reshape(self.batch_shape).expand(batch_shape)
@@ -520,7 +524,7 @@ class ToolResult(torch.Tensor):
         return out
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ToolResult:
-        return self.clone()  # type: ignore[return-value]
+        return ToolResult.wrap(copy.deepcopy(self.result, memo), self.error)
 
     @staticmethod
     def wrap(result: Any, error: Exception | None = None) -> ToolResult:
@@ -547,6 +551,9 @@ class ToolCall(TorchDistribution):
     def __init__(self, fn: Callable[..., Any], args: tuple[Any, ...], on_error: str) -> None:
         self.fn, self.call_args, self.on_error = fn, args, on_error
         super().__init__(validate_args=False)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ToolCall:
+        return self  # its function may be anything
 
     @property
     def support(self) -> constraints.Constraint:

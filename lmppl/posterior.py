@@ -6,6 +6,7 @@ evidence, effective sample size, tables) is computed from these two.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -37,7 +38,7 @@ class ZeroEvidenceError(RuntimeError):
 
 
 class Posterior:
-    """Weighted traces of a program.
+    """Weighted traces of a program. (``copy.deepcopy`` shares its language models.)
 
     Args:
         traces: K traces; those of weight zero may be incomplete.
@@ -293,20 +294,50 @@ class Posterior:
         picks = torch.searchsorted(cumulative, uniforms * cumulative[-1], right=True)
         picks = picks.clamp(max=int(torch.nonzero(self.weights > 0)[-1]))
         log_evidence = self.log_evidence
-        drawn = Posterior(
+        notes = [*self.info.get("notes", ()), f"resampled from {len(self)} samples"]
+        return self._with(
             [self.traces[i] for i in picks.tolist()],
             torch.full((n,), 0.0 if log_evidence is None else log_evidence, dtype=torch.float64),
             [self.returns[i] for i in picks.tolist()],
-            guide=self.guide,
-            info={
-                **self.info,
-                "iid": False,
-                "notes": [*self.info.get("notes", ()), f"resampled from {len(self)} samples"],
-            },
-            claims_evidence=self._claims_evidence,
+            {**self.info, "iid": False, "notes": notes},
         )
-        drawn.profile = self.profile
-        return drawn
+
+    # --- copies -------------------------------------------------------------------------------
+
+    def _with(
+        self,
+        traces: Sequence[Trace],
+        log_weights: torch.Tensor,
+        returns: Sequence[Any],
+        info: Mapping[str, Any],
+    ) -> Posterior:
+        """Other samples by the same run."""
+        new = Posterior(
+            traces, log_weights, returns, guide=self.guide, info=info,
+            claims_evidence=self._claims_evidence,
+        )  # fmt: skip
+        new.profile = self.profile
+        return new
+
+    def __copy__(self) -> Posterior:
+        """New lists of the same traces and returned values."""
+        return self._with(self.traces, self.log_weights, self.returns, self.info)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Posterior:
+        """A posterior with values of its own. Shared are the guide, the profile and the
+        distributions (and so the language models), the programs' arguments and the functions of
+        tools.
+        """
+        traces = [_copied(trace, memo) for trace in self.traces]
+        returns = [_value_copied(value, memo) for value in self.returns]
+        return self._with(traces, self.log_weights, returns, copy.deepcopy(self.info, memo))
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a Posterior holds language models and a program's objects and is not pickled: store "
+            "posterior.summary(), or the values and posterior.log_weights: [str(z) for z in "
+            "posterior['z']] and [z.token_ids for z in posterior['z']]"
+        )
 
     def __len__(self) -> int:
         return len(self.traces)
@@ -402,3 +433,23 @@ def _as_number(value: Any) -> torch.Tensor:
         raise TypeError(
             f"mean takes a function that gives a number, a bool or a tensor; it gave {value!r}"
         ) from error
+
+
+_SHARED = ("fn", "args", "kwargs")  # of a trace's sites, by copies of it
+
+
+def _copied(trace: Trace, memo: dict[int, Any]) -> Trace:
+    """A trace with values of its own; the copy of one that stands in several places is one, too."""
+    if id(trace) not in memo:
+        memo[id(trace)] = new = trace.copy()
+        for name, node in trace.nodes.items():
+            new.nodes[name] = {
+                key: part if key in _SHARED else _value_copied(part, memo)
+                for key, part in node.items()
+            }
+    return memo[id(trace)]
+
+
+def _value_copied(value: Any, memo: dict[int, Any]) -> Any:
+    # Pyro's own traces may hold a graph, which torch does not copy.
+    return copy.deepcopy(value.detach() if isinstance(value, torch.Tensor) else value, memo)

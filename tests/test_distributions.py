@@ -484,6 +484,7 @@ def test_a_tool_result_survives_what_pyro_does_to_values(change):
     rejected = ToolCall(lambda: 1 / 0, (), "reject")
     for value in (ToolResult.wrap([1]), rejected()):
         again = change(value)
+        assert (again.result is value.result) == (change is not copy.deepcopy or not value.result)
         assert again.result == value.result and type(again.error) is type(value.error)
     assert float(rejected.log_prob(again)) == -math.inf
 
@@ -491,3 +492,9 @@ def test_a_tool_result_survives_what_pyro_does_to_values(change):
 def test_tool_results_stack_like_tensors():
     stacked = torch.stack([ToolResult.wrap("a"), ToolResult.wrap("b")])
     assert stacked.shape == (2,)
+
+
+def test_copies_of_a_site_share_its_language_model_and_its_function():
+    d, call = LMText(TINY, "ab", choices=["a", "b"]), ToolCall(open, (), "raise")
+    assert copy.deepcopy({"fn": d, "again": [d]})["again"][0].lm is TINY
+    assert copy.deepcopy(call).fn is open
