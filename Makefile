@@ -28,13 +28,14 @@ TORCH_VERSION := from importlib.metadata import version; print("    torch", vers
 
 say = @printf '==> %s\n'
 
-.PHONY: help setup demo test test-fast lint types docs format lock clean distclean
+.PHONY: help setup demo test test-all test-long test-fast lint types docs format lock clean distclean
 .PHONY: bench bench-full bench-peers bench-report
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make demo          set up, then run the story-infilling example with every engine'
-	@echo 'make test          set up, then lint, types, all tests, docs'
+	@echo 'make test          set up, then lint, types, tests, docs'
+	@echo 'make test-all      the same, and the tests that take minutes'
 	@echo 'make test-fast     set up, then the tests that take seconds'
 	@echo 'make bench         set up, then the benchmarks, in a few minutes'
 	@echo 'make bench-full    the benchmarks at all sizes (MACHINE=name publishes them in the docs)'
@@ -50,8 +51,17 @@ demo: setup
 
 test: lint types test-fast
 	$(say) 'slow tests'
-	@$(PYTEST) -m slow
+	@$(PYTEST) -m 'slow and not long'
 	@$(MAKE) --no-print-directory docs
+
+test-all: test test-long
+
+# lm/ has fast paths that some processors lack, so its tests run once more as on one with AVX2 only.
+test-long: setup
+	$(say) 'long tests'
+	@$(PYTEST) -m long
+	$(say) 'tests of lm/, as on a processor with AVX2 only'
+	@ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(PYTEST) -m 'not slow' tests/lm
 
 test-fast: setup
 	$(say) 'fast tests'

@@ -50,6 +50,21 @@ def test_unbiased_by_enumeration(remembered, monkeypatch, program, guide, num_sa
     )
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("guided", [False, True], ids=["prior", "guide"])
+@pytest.mark.parametrize("case", FINITE, ids=str)
+def test_one_draw_is_unbiased_on_every_program(remembered, monkeypatch, case, guided):
+    check_unbiased(
+        every_way(monkeypatch),
+        case.program,
+        case.args,
+        case.lm,
+        method="importance",
+        guide=GUIDES[case.name] if guided else None,
+        num_samples=1,
+    )
+
+
 @pytest.mark.parametrize("case", FINITE, ids=str)
 @pytest.mark.parametrize("num_samples", [1, 3])
 def test_a_perfect_guide_gives_the_evidence_exactly(case, num_samples):

@@ -41,11 +41,12 @@ def tv_and_floor(case, seeds, **options):
 
 @ALL
 def test_importance_is_at_the_iid_floor(case):
+    """Of one draw the expectation is enumerated instead (``test_importance.py``)."""
     distance, floor = tv_and_floor(case, range(4), method="importance", num_samples=250)
     assert distance < 1.3 * floor
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @ALL
 @GUIDED
 def test_importance_is_at_the_iid_floor_with_many_samples(case, guided):
@@ -87,7 +88,7 @@ def test_smc_is_unbiased(name, twist, guided, resampling, threshold):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @ALL
 @GUIDED
 @pytest.mark.parametrize("twist", [None, taste], ids=["none", "callable"])
@@ -107,7 +108,10 @@ def test_smc_is_unbiased_everywhere(case, guided, twist):
 
 @pytest.mark.slow
 @GUIDED
-@pytest.mark.parametrize("name", ["one site", "scale", "tool"])
+@pytest.mark.parametrize(
+    "name",
+    ["tool", *(pytest.param(name, marks=pytest.mark.long) for name in ("one site", "scale"))],
+)
 def test_smc_with_lookahead_is_unbiased_by_enumeration(monkeypatch, name, guided):
     """Where closing a text early is very unlikely, the lookahead all but rules out what would end
     well, so that its estimates have a tail that no number of runs shows: enumerate instead."""
