@@ -148,6 +148,32 @@ def test_the_behaviour_policy():
 # --- what it leaves to the model -----------------------------------------------------------------
 
 
+@pytest.mark.parametrize("engine", ["importance", "smc", "gflownet"])
+def test_a_guide_draws_for_its_model_loaded_again(engine):
+    case = CASES["chain"]
+    guide = shaken(lmppl.LMGuide(case.program, lm=case.lm))
+
+    def log_weights(lm, guide=guide):
+        options = {"method": engine, "num_samples": 16, "seed": 0, "guide": guide}
+        return lmppl.infer(case.program, *case.args, lm=lm, **options).log_weights
+
+    again = tiny_lm("ab.", seed=0)
+    torch.testing.assert_close(log_weights(again), log_weights(case.lm))
+    if engine != "gflownet":
+        assert not torch.allclose(log_weights(again), log_weights(again, guide=None))
+
+
+def test_for_which_models_a_guide_draws():
+    guide = lmppl.LMGuide(CASES["chain"].program, lm=LM).inner
+    again = tiny_lm("ab.", seed=0)
+    half = tiny_lm("ab.", seed=0)
+    half = lmppl.LM(half.model.to(torch.bfloat16), half.tokenizer)
+    for same in (LM, LM.adapter(), LM.sampler, again, again.adapter(), half):
+        assert guide.draws_for(same)
+    for other in (tiny_lm("ab.", seed=1), tiny_lm("ba.", seed=0), tiny_lm("ab.", unused_logits=2)):
+        assert not guide.draws_for(other)
+
+
 def test_sites_of_another_model_and_immovable_families_are_left_to_the_model():
     other = tiny_lm("ab.", seed=5)
 

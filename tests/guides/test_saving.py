@@ -2,6 +2,9 @@
 
 import json
 import os
+import signal
+import stat
+import warnings
 
 import pyro
 import pyro.distributions as dist
@@ -9,9 +12,12 @@ import pytest
 import torch
 from guide_helpers import draw_samples, equal, shaken, weights
 from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file, save_file
 
 import lmppl
 from lmppl import lm_sample
+from lmppl.guides.parameters import adapter_state, load_adapter_state
+from lmppl.guides.saving import present, read_state, replace_folder, write_state
 from lmppl.testing import guide_log_probs, tiny_lm
 from lmppl.testing.programs import CASES
 
@@ -142,6 +148,248 @@ def test_what_cannot_be_loaded(tmp_path):
     (path / "guide.json").write_text(json.dumps(description | {"format": 99}))
     with pytest.raises(ValueError, match="has format 99; this version of lmppl reads 5"):
         lmppl.LMGuide.load(path, CHAIN.program, lm=CHAIN.lm)
+
+
+# --- the base ------------------------------------------------------------------------------------
+
+
+def loaded_as(dtype, seed=0, **options):
+    lm = tiny_lm("ab.", seed=seed, **options)
+    return lmppl.LM(lm.model.to(dtype), lm.tokenizer, name=f"tiny in {dtype}")
+
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("saved", DTYPES, ids=str)
+def test_a_base_is_the_same_in_another_dtype(saved, tmp_path):
+    """By far more weights than one, so that some of them are rounded twice."""
+    case = CHAIN
+    lmppl.LMGuide(case.program, lm=loaded_as(saved, hidden_size=64)).save(tmp_path / "guide")
+    for dtype in DTYPES:
+        again = loaded_as(dtype, hidden_size=64)
+        lmppl.LMGuide.load(tmp_path / "guide", case.program, lm=again)
+        other = loaded_as(dtype, seed=1, hidden_size=64)
+        with pytest.raises(ValueError, match="whose weights or tokens are others"):
+            lmppl.LMGuide.load(tmp_path / "guide", case.program, lm=other)
+
+
+def test_a_base_that_was_trained_since_is_another_one(tmp_path):
+    lmppl.LMGuide(CHAIN.program, lm=CHAIN.lm).save(tmp_path / "guide")
+    lm = tiny_lm("ab.", seed=0)
+    with torch.no_grad():
+        lm.model.lm_head.weight[0, 0] += 1e-6
+    with pytest.raises(ValueError, match="whose weights or tokens are others"):
+        lmppl.LMGuide.load(tmp_path / "guide", CHAIN.program, lm=lm)
+
+
+# --- damage --------------------------------------------------------------------------------------
+
+
+def rewrite_json(change):
+    def rewrite(file):
+        described = json.loads(file.read_text())
+        change(described)
+        file.write_text(json.dumps(described))
+
+    return rewrite
+
+
+def rewrite_tensors(keep):
+    def rewrite(file):
+        tensors = load_file(file)
+        save_file({name: tensors[name] for name in sorted(tensors)[keep]}, file)
+
+    return rewrite
+
+
+def truncate(file):
+    file.write_bytes(file.read_bytes()[:-20])
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+
+
+def observe_less(described):
+    described["state"]["guide"]["condition_on"] = []
+
+
+ADAPTER, CONFIG = "adapter-0/adapter_model.safetensors", "adapter-0/adapter_config.json"
+FILES = [ADAPTER, CONFIG, "guide.json", "guide.safetensors"]
+DAMAGE = [
+    *((file, how) for file in FILES for how in (truncate, flip, os.remove)),
+    (ADAPTER, rewrite_tensors(slice(0, None, 2))),
+    (ADAPTER, rewrite_tensors(slice(0, 0))),
+    ("guide.safetensors", rewrite_tensors(slice(0, 0))),
+    (CONFIG, rewrite_json(lambda config: config.update(lora_alpha=64))),
+    ("guide.json", rewrite_json(observe_less)),
+]
+
+
+@pytest.mark.parametrize("file, damage", DAMAGE)
+def test_a_damaged_guide_is_refused_by_the_name_of_the_file(file, damage, tmp_path):
+    guide = lmppl.LMGuide(BETA.program, lm=BETA.lm)
+    guide.prepare(BETA.args)
+    shaken(guide).save(tmp_path / "guide")
+    lmppl.LMGuide.load(tmp_path / "guide", BETA.program, lm=BETA.lm)
+    damage(tmp_path / "guide" / file)
+    if damage is os.remove and file == "guide.json":
+        with pytest.raises(FileNotFoundError, match="is no guide: it has no guide.json"):
+            lmppl.LMGuide.load(tmp_path / "guide", BETA.program, lm=BETA.lm)
+        return
+    with pytest.raises(ValueError, match=f"{file} (was damaged or edited|is missing)"):
+        lmppl.LMGuide.load(tmp_path / "guide", BETA.program, lm=BETA.lm)
+
+
+def test_a_guide_that_is_only_written_otherwise_is_the_same(tmp_path):
+    guide = shaken(lmppl.LMGuide(CHAIN.program, lm=CHAIN.lm))
+    guide.save(tmp_path / "guide")
+    file = tmp_path / "guide" / "guide.json"
+    file.write_text(json.dumps(json.loads(file.read_text()), indent=4))  # to be read by people
+    (tmp_path / "guide" / "README.md").write_text("a guide")
+    loaded = lmppl.LMGuide.load(tmp_path / "guide", CHAIN.program, lm=CHAIN.lm)
+    assert torch.equal(log_q(loaded, CHAIN), log_q(guide, CHAIN))
+
+
+def test_every_tensor_of_an_adapter_is_there_and_no_other():
+    state = adapter_state(CHAIN.lm.adapter(LoraConfig(r=2, lora_alpha=4)))
+    name, tensor = next(iter(state["tensors"].items()))
+    adapter = CHAIN.lm.adapter(LoraConfig(r=2, lora_alpha=4))
+    load_adapter_state(adapter, state)
+    less = {key: value for key, value in state["tensors"].items() if key != name}
+    for tensors, has in (
+        (less, r"has shape None, this adapter's \(2, 64\)"),
+        (state["tensors"] | {name: tensor[:1]}, r"has shape \(1, 64\), this adapter's \(2, 64\)"),
+        (state["tensors"] | {f"{name}.more": tensor}, r"has shape \(2, 64\), this adapter's None"),
+    ):
+        with pytest.raises(ValueError, match=f"tensor '{name}.*{has}"):
+            load_adapter_state(adapter, state | {"tensors": tensors})
+    with pytest.raises(ValueError, match="lora_alpha=4, this one has 8"):
+        load_adapter_state(CHAIN.lm.adapter(LoraConfig(r=2, lora_alpha=8)), state)
+
+
+def test_a_state_is_read_as_it_was_written(tmp_path):
+    state = {
+        "tensors": [
+            torch.arange(5000.0),
+            torch.tensor(True),
+            torch.empty(0, 3),
+            {"a": torch.eye(2)},
+        ],
+        "small": {str(n): torch.full((n,), n, dtype=torch.bfloat16) for n in (1, 2, 3)},
+        "values": [None, 1, 2.5, "text", float("-inf"), [], {}, ("a", 1)],
+    }
+    write_state(tmp_path, "thing", 3, state)
+    again = read_state(tmp_path, "thing", 3)
+    assert again["values"] == [*state["values"][:-1], ["a", 1]]
+    for one, two in zip(again["tensors"], state["tensors"], strict=True):
+        one, two = (each["a"] if isinstance(each, dict) else each for each in (one, two))
+        assert torch.equal(one, two) and one.dtype == two.dtype and one.shape == two.shape
+    for name, tensor in state["small"].items():
+        assert torch.equal(again["small"][name], tensor)
+        assert again["small"][name].untyped_storage().nbytes() == tensor.nbytes
+    with pytest.raises(ValueError, match=r"state.a has a key '\$tensor'"):
+        write_state(tmp_path, "thing", 3, {"a": {"$tensor": 1}})
+
+
+# --- interruptions -------------------------------------------------------------------------------
+
+
+def write_number(number):
+    def write(folder):
+        (folder / "part").mkdir()
+        write_state(folder, "thing", 1, {"number": number})
+
+    return write
+
+
+def number_at(path):
+    return read_state(present(path), "thing", 1)["number"]
+
+
+@pytest.mark.parametrize("step", ["mkdir", "write", "first rename", "second rename"])
+@pytest.mark.parametrize("exception", [KeyboardInterrupt, OSError], ids=lambda e: e.__name__)
+def test_an_interruption_at_any_step_leaves_the_old_or_the_new(
+    step, exception, tmp_path, monkeypatch
+):
+    path = tmp_path / "thing"
+    replace_folder(path, "thing", write_number(1))
+    renames = 0
+    replace = os.replace
+
+    def interrupted(*args, **kwargs):
+        raise exception
+
+    def interrupted_rename(source, target):
+        nonlocal renames
+        renames += 1
+        if renames == (1 if step == "first rename" else 2):
+            raise exception
+        replace(source, target)
+
+    def interrupted_write(folder):
+        write_number(2)(folder)
+        raise exception
+
+    with monkeypatch.context() as patch:
+        if step == "mkdir":
+            patch.setattr("pathlib.Path.mkdir", interrupted)
+        elif "rename" in step:
+            patch.setattr("os.replace", interrupted_rename)
+        with pytest.raises(exception):
+            replace_folder(path, "thing", interrupted_write if step == "write" else write_number(2))
+    assert number_at(path) == 1 and os.listdir(tmp_path) == ["thing"]
+    replace_folder(path, "thing", write_number(3))
+    assert number_at(path) == 3 and os.listdir(tmp_path) == ["thing"]
+
+
+def test_a_process_that_is_killed_between_the_renames_loses_nothing(tmp_path):
+    path = tmp_path / "thing"
+    replace_folder(path, "thing", write_number(1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # a fork where there are threads
+        child = os.fork()
+    if not child:
+        replace, renames = os.replace, []
+
+        def killed(source, target):
+            renames.append(source)
+            if len(renames) == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            replace(source, target)
+
+        os.replace = killed
+        try:
+            replace_folder(path, "thing", write_number(2))
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    assert sorted(os.listdir(tmp_path)) == [".thing.new", ".thing.old"]
+    assert number_at(path) == 1
+    replace_folder(path, "thing", write_number(3))
+    assert number_at(path) == 3 and os.listdir(tmp_path) == ["thing"]
+
+
+def test_a_guide_is_found_where_an_interruption_left_it(tmp_path):
+    guide = lmppl.LMGuide(CHAIN.program, lm=CHAIN.lm)
+    guide.save(tmp_path / "guide")
+    os.replace(tmp_path / "guide", tmp_path / ".guide.old")
+    loaded = lmppl.LMGuide.load(tmp_path / "guide", CHAIN.program, lm=CHAIN.lm)
+    assert torch.equal(log_q(loaded, CHAIN), log_q(guide, CHAIN))
+
+
+def test_a_saved_guide_may_be_read_by_whom_the_umask_lets(tmp_path):
+    before = os.umask(0o027)
+    try:
+        lmppl.LMGuide(CHAIN.program, lm=CHAIN.lm).save(tmp_path / "guide")
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "guide", tmp_path / "guide" / "adapter-0"):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o750
 
 
 # --- guide programs ------------------------------------------------------------------------------

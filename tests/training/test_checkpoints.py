@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -310,6 +311,49 @@ def test_an_error_of_safetensors_stops_nothing(tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match="could not be written .*No space left.*goes on"):
         guide = run(tmp_path / "run", steps=2)
     assert len(guide.history) == 2 and list(tmp_path.iterdir()) == []
+
+
+FILES = ["checkpoint.json", "checkpoint.safetensors", "guide/guide.json"]
+FILES += ["guide/guide.safetensors", "guide/adapter-0/adapter_config.json"]
+FILES += ["guide/adapter-0/adapter_model.safetensors"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "run"
+    run(folder, steps=2)
+    return folder
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("how", ["shorter", "edited"])
+def test_a_damaged_checkpoint_is_refused_by_the_name_of_the_file(file, how, checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "run")
+    content = (tmp_path / "run" / file).read_bytes()
+    edited = content.replace(b"16", b"17").replace(b"0", b"1")
+    assert content != edited
+    (tmp_path / "run" / file).write_bytes(content[:-10] if how == "shorter" else edited)
+    with pytest.raises(ValueError, match=f"{file} was damaged or edited"):
+        run(tmp_path / "run", steps=2, resume=True)
+
+
+def test_a_checkpoint_is_found_where_an_interruption_left_it(checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / ".run.old")
+    (tmp_path / ".run.new").mkdir()  # half written
+    again = run(tmp_path / "run", steps=2, resume=True)
+    assert len(again.history) == 2  # and none of them again
+    with pytest.raises(FileExistsError, match="resume=True goes on with the run in it"):
+        run(tmp_path / "run", steps=2)
+
+
+def test_what_an_interruption_left_is_put_back_by_the_next_checkpoint(tmp_path):
+    whole = run(tmp_path / "whole", steps=4)
+    interrupted(tmp_path / "broken", 3, steps=4)  # after the checkpoint of 3 steps
+    os.replace(tmp_path / "broken", tmp_path / ".broken.old")
+    (tmp_path / ".broken.new").mkdir()
+    resumed = run(tmp_path / "broken", steps=4, resume=True)
+    assert equal(weights(resumed), weights(whole))
+    assert sorted(os.listdir(tmp_path)) == ["broken", "whole"]
 
 
 def test_a_learned_log_z_reads_the_same_state_when_resumed(tmp_path):
