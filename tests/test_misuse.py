@@ -47,6 +47,10 @@ def after(act):
     return lambda: run(lambda: act(program()))
 
 
+def guide(**arguments):
+    return lambda: lmppl.LMGuide(program, lm=LM, **arguments)
+
+
 def posterior():
     return run()
 
@@ -175,6 +179,35 @@ MISUSE = {
             ValueError,
             "on_error='returns', allowed: 'raise', 'return'; did you mean 'return'",
         ),
+    ],
+    "engines": [
+        (lambda: lmppl.Exact(max_traces="9"), TypeError, f"max_traces='9': .*{INT}"),
+        (lambda: lmppl.Exact(max_traces=0), ValueError, f"max_traces=0: .*{INT}"),
+        (lambda: lmppl.GFlowNet(steps=0), ValueError, f"steps=0: .*{INT}"),
+        (lambda: lmppl.GFlowNet(steps="9"), TypeError, f"steps='9': .*{INT}"),
+        (lambda: lmppl.GFlowNet(correct="no"), TypeError, "correct='no': .*True or False"),
+        (lambda: lmppl.GFlowNet(fit=3), TypeError, "fit=3: it takes a dict"),
+        (lambda: lmppl.GFlowNet(fit={"steps": 3}), TypeError, "fit={'steps': 3}: .*not steps="),
+        (lambda: lmppl.Importance().run(program, num_samples=True), TypeError, f"=True: .*{INT}"),
+        (lambda: lmppl.register_engine(3, lmppl.SMC), TypeError, "name must be a string, given 3"),
+        (lambda: lmppl.register_engine("mine", lmppl.SMC()), TypeError, "engine must be a function"),
+        (lambda: lmppl.register_engine("smc", lmppl.SMC), ValueError, "'smc' is registered"),
+    ],
+    "LMGuide": [
+        (lambda: lmppl.LMGuide("infill", lm=LM), TypeError, "model must be a function, given str"),
+        (lambda: lmppl.LMGuide(program, lm="gpt2"), TypeError, r"LMGuide: lm .*given str.*'gpt2'\)"),
+        (lambda: lmppl.LMGuide(program, lm=LM, lora="x"), TypeError, "a peft.LoraConfig, given str"),
+        (lambda: lmppl.LMGuide(program, lm=LM, program=3), TypeError, "program must be a function"),
+        (guide(condition_on="y"), TypeError, "condition_on='y': give 'all' or a list"),
+        (guide(condition_on=3), TypeError, "condition_on=3: give 'all' or a list"),
+        (guide(condition_on=[3]), TypeError, r"condition_on=\[3\]: give .all. or a list of names"),
+        (lambda: run(guide=lmppl.LMGuide), TypeError, "given the class LMGuide: make an object"),
+        (lambda: guide()().fit("ab"), TypeError, "data must be a list of inputs, given one str"),
+        (lambda: guide()().fit([()], steps="9"), TypeError, f"steps='9': .*{INT}"),
+        (lambda: guide()().fit([()], seed="a"), TypeError, f"seed='a': .*{SEED}"),
+        (lambda: guide()().fit([()], seed=-1), ValueError, f"seed=-1: .*{SEED}"),
+        (lambda: guide()().fit([()], batchsize=8), TypeError, "'batchsize'; did you mean 'batch_size'"),
+        (lambda: guide()().fit([()], training_tokens=0), ValueError, "training_tokens=0: .*least 1"),
     ],
     "diagnose": [
         (lambda: diagnose(3, lm=LM), TypeError, "model must be a function, given int"),

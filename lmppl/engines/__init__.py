@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from lmppl.checks import check_callable
 from lmppl.engines.base import Engine, EngineLike, State
 from lmppl.engines.exact import Exact
 from lmppl.engines.gflownet import GFlowNet
@@ -39,8 +40,12 @@ def register_engine(name: str, engine: Callable[..., EngineLike]) -> None:
             objects have ``run``, such as a subclass of ``Engine``.
 
     Raises:
+        TypeError: if the name is no string, or ``engine`` makes none.
         ValueError: if the name is taken.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"an engine's name must be a string, given {name!r}")
+    check_callable("engine", engine)
     if name in ENGINES:
         raise ValueError(f"an engine named {name!r} is registered already: choose another name")
     ENGINES[name] = engine

@@ -26,6 +26,7 @@ from typing import Any, ClassVar, Protocol, final
 import torch
 
 from lmppl import runtime
+from lmppl.checks import check_int
 from lmppl.guides.guide import proposer_factory
 from lmppl.posterior import Posterior
 from lmppl.report.progress import progress_bar
@@ -85,6 +86,7 @@ class Engine(ABC):
             ValueError: for a program without a latent site.
             ZeroEvidenceError: if all weights are zero; it carries the posterior.
         """
+        num_samples = check_int("num_samples", num_samples)
         seed = runtime.fresh_seed(seed)
         with Meter(self.name, progress, callback) as meter:
             state = State(model, args, num_samples, guide, seed, meter)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from lmppl.checks import check_int
 from lmppl.distributions import choice_log_probs
 from lmppl.engines.base import Engine, State
 from lmppl.lm.batches.enumeration import enumerate_sequences
@@ -38,6 +39,9 @@ class Exact(Engine):
     max_traces: int = 100_000
 
     name = "exact"
+
+    def __post_init__(self) -> None:
+        check_int("max_traces", self.max_traces)
 
     def sample(self, state: State) -> None:
         if state.guide is not None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lmppl.checks import check_flag, check_int
 from lmppl.engines.base import Engine, State
 from lmppl.engines.importance import Importance
 from lmppl.training.lm_guide import LMGuide
@@ -42,6 +43,14 @@ class GFlowNet(Engine):
     fit: Mapping[str, Any] = field(default_factory=dict)
 
     name = "gflownet"
+
+    def __post_init__(self) -> None:
+        check_int("steps", self.steps)
+        check_flag("correct", self.correct)
+        if not isinstance(self.fit, Mapping) or "steps" in self.fit:
+            raise TypeError(
+                f"fit={self.fit!r}: it takes a dict of options of LMGuide.fit, not steps="
+            )
 
     def sample(self, state: State) -> None:
         if state.guide is None:

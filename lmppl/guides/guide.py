@@ -143,6 +143,10 @@ def as_guide(guide: Any) -> Guide | None:
     Raises:
         TypeError: for anything else.
     """
+    if isinstance(guide, type):
+        raise TypeError(
+            f"guide= takes a guide, given the class {guide.__name__}: make an object of it"
+        )
     if guide is None or hasattr(guide, "proposer_factory"):
         return guide
     if callable(guide):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import nn
 
 from lmppl import runtime
-from lmppl.distributions import SiteScore
+from lmppl.distributions import SiteScore, check_lm
 from lmppl.guides.automatic import AutomaticGuide
 from lmppl.guides.parameters import base_state, lora_config, same_base
 from lmppl.guides.program import ProgramGuide
@@ -80,13 +80,14 @@ class LMGuide:
         lm = lm if lm is not None else default_lm()
         if lm is None:
             raise ValueError("LMGuide needs a language model: pass lm= or call lmppl.use(lm)")
+        check_lm("LMGuide", lm)
         check_program(model)
         if program is not None:
             check_program(program, "program")
-        if isinstance(condition_on, str) and condition_on != "all":
-            raise ValueError(
-                f"condition_on={condition_on!r}: give 'all' or a list of names, [{condition_on!r}]"
-            )
+        names = [] if condition_on == "all" else condition_on
+        is_list = isinstance(names, Collection) and not isinstance(names, str)
+        if not is_list or not all(isinstance(name, str) for name in names):
+            raise TypeError(f"condition_on={condition_on!r}: give 'all' or a list of names, ['y']")
         if program is not None and (lora is not None or adapter_per_site):
             raise ValueError(
                 "lora= and adapter_per_site= are for the automatic guide; a guide program makes its "

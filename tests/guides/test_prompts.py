@@ -252,7 +252,7 @@ def test_condition_on():
     )  # fmt: skip
     with pytest.raises(ValueError, match="condition_on names 'z'.*observed sites: first, last"):
         observed(two, "a", "b.", "ba", condition_on=["z"])
-    with pytest.raises(ValueError, match=r"give 'all' or a list of names, \['last'\]"):
+    with pytest.raises(TypeError, match=r"condition_on='last': give 'all' or a list of names"):
         lmppl.LMGuide(two, lm=LM, condition_on="last")
 
 
