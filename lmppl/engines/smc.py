@@ -14,9 +14,8 @@ observation with one that has not would favour whoever pays late.
 
 *Within* a site nothing distinguishes one partial text from another unless a twist does (twisted
 SMC; Zhao et al., 2024, arXiv 2404.17546): with psi of the text so far, particles inside the site
-are compared by w psi, and one that is copied gets weight mean(w psi) / psi. So psi is gone when the
-site's last text has closed, and changes no expectation (``twists.py``). Without a twist and with
-the prior as proposal, SMC on a program with one latent site *is* importance sampling with
+are compared by w psi, defensively, and psi changes no expectation (``twists.py``). Without a twist
+and with the prior as proposal, SMC on a program with one latent site *is* importance sampling with
 resampling.
 """
 
@@ -35,6 +34,10 @@ from lmppl.engines.resampling import SCHEMES, settle_in_place
 from lmppl.engines.twists import Twist
 from lmppl.runtime import log_mean_exp
 
+# A fifth costs a twist that helps a tenth of its precision. Of fewer slots than a few the defence
+# would be noise; and with more than half of all there would be no twist.
+_DEFENSE, _DEFENDED_SLOTS, _MOST_DEFENSE = 0.2, 4, 0.5
+
 
 @dataclass(frozen=True)
 class SMC(Engine):
@@ -52,12 +55,16 @@ class SMC(Engine):
             site's text so far; a dict gives callables by site name.
         twist_every: texts are compared each time they have grown by so many tokens. A
             comparison by ``"lookahead"`` or ``"flow"`` scores what follows for every text.
+        twist_defense: which share of the M particles within a site is resampled without regard to
+            the twist, which may mislead; 0: none. None: a fifth, but at least 4 of them, and at
+            most half.
     """
 
     ess_threshold: float = 0.5
     resampling: Literal["systematic", "stratified", "multinomial", "residual"] = "systematic"
     twist: Literal["lookahead", "flow"] | Twist | Mapping[str, Twist] | None = None
     twist_every: int = 1
+    twist_defense: float | None = None
 
     name = "smc"
 
@@ -77,6 +84,12 @@ class SMC(Engine):
         if not isinstance(self.twist_every, int) or self.twist_every < 1:
             raise ValueError(
                 f"twist_every={self.twist_every!r}: it is a number of tokens, 1 or more"
+            )
+
+        if self.twist_defense is not None and not 0.0 <= self.twist_defense <= 1.0:
+            raise ValueError(
+                f"twist_defense={self.twist_defense}: it is a share of the particles, between 0 (the "
+                "twist alone decides) and 1 (it decides nothing)"
             )
 
     def sample(self, state: State) -> None:
@@ -116,5 +129,12 @@ class SMC(Engine):
                 lambda weights: self._ancestors(weights, state.generator),
                 threshold=self.ess_threshold,
                 every=self.twist_every,
+                defense=self._defense(len(twisted)),
             )
         runtime.serve_draws(others)
+
+    def _defense(self, num: int) -> float:
+        """The defended share of so many slots."""
+        if self.twist_defense is not None:
+            return self.twist_defense
+        return min(_MOST_DEFENSE, max(_DEFENSE, _DEFENDED_SLOTS / num))

@@ -1,9 +1,18 @@
 """Twists: guesses of how well a text that is under way will end, by which SMC compares texts.
 
-Inside a site, SMC compares its slots by w psi: w is what a slot's particle weighs without a twist,
-and psi what the twist says of its text so far. A slot that is copied takes ancestor a with weight
-mean(w psi) / psi_a, so the expectation of any function of the texts is the same as before, whatever
-the numbers psi are and whatever they depend on. Nothing has to be undone when the texts have closed.
+    M slots draw their texts side by side; each time these have grown by a few tokens:
+        psi_i = twist of text i so far
+        a_i   = (1 - eps) w_i psi_i / sum(w psi)  +  eps w_i / sum(w)
+        if 1 / sum(a^2) < threshold * M:
+            ancestors ~ a;  a copy of i weighs w_i / (M a_i)
+
+Here w is what a slot's particle weighs without a twist. The expectation of any function of the texts is
+the same as before, whatever the numbers psi are and whatever they depend on, since i has M a_i copies on
+average. So nothing has to be undone when the texts have closed.
+
+A twist may mislead by tens of nats, and with eps = 0 all slots would follow it: an estimate that is
+unbiased on paper, and far too small in every run. The second term is a *defence* (Hesterberg, 1995): a
+share eps of the slots goes by w alone, and no copy weighs more than mean(w) / eps.
 
 For some texts a twist has no number. What is psi then? Of size 1 it must not be: psi is about the
 evidence that is still to come, e^-30 before a sentence, and a text at 1 beside such neighbours
@@ -31,9 +40,7 @@ from lmppl.runtime import (
     Given,
     Particle,
     ending,
-    ess,
     is_latent,
-    log_mean_exp,
     run_to_draws,
 )
 
@@ -161,6 +168,7 @@ def draw(
     *,
     threshold: float,
     every: int,
+    defense: float,
 ) -> int:
     """Draw texts token by token, resampling among them under the twisted target.
 
@@ -168,14 +176,15 @@ def draw(
         state: particles, of which the ``members`` wait to draw a text.
         members: M of them, one a slot.
         twist: judges texts.
-        ancestors_of: draws M ancestors by their weights, (M,).
-        threshold: resample when the ESS falls below this fraction of M.
+        ancestors_of: draws M ancestors with probabilities in proportion to (M,) weights.
+        threshold: resample when 1 / sum(a^2) falls below this fraction of M.
         every: compare the texts each time they have grown by so many tokens.
+        defense: eps.
 
     Returns:
         The number of resamplings.
     """
-    particles = state.particles
+    particles, num = state.particles, len(members)
     decoding = begin_draws(_requests([particles[i].waiting for i in members], state.generator))
     texts = Texts(twist, particles, members, decoding)
     index = torch.tensor(members)
@@ -186,22 +195,46 @@ def draw(
             continue
         if not texts.update(state.log_weights[index]):
             continue  # the same weights as before
-        twisted = state.log_weights[index] + texts.log_psi
-        if ess(twisted) < threshold * len(members):
-            ancestors = ancestors_of((twisted - twisted.max()).exp()).tolist()
-            decoding.select(ancestors)
-            texts.select(ancestors)
-            state.log_weights[index] = log_mean_exp(twisted) - texts.log_psi
+        log_weights = state.log_weights[index]
+        a = shares(log_weights, texts.log_psi, defense)
+        if 1.0 / float((a**2).sum()) < threshold * num:
+            ancestors = ancestors_of(a)
+            decoding.select(ancestors.tolist())
+            texts.select(ancestors.tolist())
+            state.log_weights[index] = log_weights_of_copies(log_weights, a, ancestors)
             resamplings += 1
-    ancestors = list(range(len(particles)))
+    programs = list(range(len(particles)))
     for slot, program in zip(members, texts.programs, strict=True):
-        ancestors[slot] = program
-    state.select(ancestors)  # they replay particles that still wait at this draw
+        programs[slot] = program
+    state.select(programs)  # they replay particles that still wait at this draw
     for slot, drawn in zip(members, decoding.results(), strict=True):
         wait = particles[slot].waiting
         assert isinstance(wait, DrawWait)
         particles[slot].resume((wait.fn.value(drawn.token_ids), drawn.log_probs.sum()))
     return resamplings
+
+
+def shares(log_weights: torch.Tensor, log_psi: torch.Tensor, defense: float) -> torch.Tensor:
+    """The share a of the next generation that each slot is to have, (M,) float64; it sums to 1.
+
+    Args:
+        log_weights: without twist, (M,) nats, finite.
+        log_psi: (M,) nats; ``-inf``: certain to end badly, and so without a share.
+        defense: eps, what is shared by the weights alone.
+    """
+    lost = log_psi == -math.inf
+    if bool(lost.all()):
+        return torch.softmax(log_weights, 0)
+    plain = torch.softmax(log_weights.masked_fill(lost, -math.inf), 0)
+    twisted = torch.softmax(log_weights + log_psi, 0)
+    return (1.0 - defense) * twisted + defense * plain
+
+
+def log_weights_of_copies(
+    log_weights: torch.Tensor, a: torch.Tensor, ancestors: torch.Tensor
+) -> torch.Tensor:
+    """What copies of slots with these weights and shares weigh, (M,) nats: w / (M a)."""
+    return (log_weights - (len(a) * a).log())[ancestors]
 
 
 def _requests(waits: Sequence[Any], generator: torch.Generator) -> list[tuple[LM, Draw]]:

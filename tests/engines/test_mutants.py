@@ -125,8 +125,7 @@ def keep_the_old_weights(patch):
 
 
 def take_the_maximum(patch):
-    for module in (smc, twists):
-        patch.setattr(module, "log_mean_exp", lambda log_weights: float(log_weights.max()))
+    patch.setattr(smc, "log_mean_exp", lambda log_weights: float(log_weights.max()))
 
 
 def resample_the_best(patch):
@@ -143,7 +142,6 @@ def resample_the_best(patch):
         (revive_the_dead, small.constraint, SMC),
         (keep_the_old_weights, small.two_sites, SMC),
         (take_the_maximum, small.two_sites, SMC),
-        (take_the_maximum, small.longer, TWISTED),
         (resample_the_best, small.two_sites, SMC),
         (resample_the_best, small.longer, TWISTED),
     ],
@@ -167,31 +165,40 @@ def test_wrong_copies_are_found_in_every_scheme(monkeypatch, mutate, name):
 # --- mistakes in twists --------------------------------------------------------------------------
 
 
-def forget_whose_twist_was_paid_for(patch):
-    """Twists that don't telescope: a copy is divided by the psi of the text that was there."""
-    select = twists.Texts.select
-
-    def mutant(self, ancestors):
-        before = self.log_psi
-        select(self, ancestors)
-        self.log_psi = before
-
-    patch.setattr(twists.Texts, "select", mutant)
+def forget_whose_share_was_paid_for(patch):
+    """A copy is divided by the share of the slot that it comes to."""
+    patch.setattr(
+        twists,
+        "log_weights_of_copies",
+        lambda log_weights, a, ancestors: log_weights[ancestors] - (len(a) * a).log(),
+    )
 
 
-def forget_to_divide_by_the_twist(patch):
-    """A copy keeps the psi that it was chosen for."""
-    select = twists.Texts.select
-
-    def mutant(self, ancestors):
-        select(self, ancestors)
-        self.log_psi = torch.zeros_like(self.log_psi)
-
-    patch.setattr(twists.Texts, "select", mutant)
+def forget_to_divide_by_the_share(patch):
+    patch.setattr(
+        twists, "log_weights_of_copies", lambda log_weights, a, ancestors: log_weights[ancestors]
+    )
 
 
-@pytest.mark.parametrize("mutate", [forget_whose_twist_was_paid_for, forget_to_divide_by_the_twist])
-def test_a_twist_that_does_not_telescope_is_found(monkeypatch, mutate):
+def forget_the_defence(patch):
+    """Drawn by the twist alone, and divided by the shares of both."""
+    ancestors = smc.SMC._ancestors
+    shares, twisted = twists.shares, []
+
+    def mutant_shares(log_weights, log_psi, defense):
+        twisted[:] = [shares(log_weights, log_psi, 0.0)]
+        return shares(log_weights, log_psi, defense)
+
+    patch.setattr(twists, "shares", mutant_shares)
+    patch.setattr(
+        smc.SMC, "_ancestors", lambda self, a, generator: ancestors(self, twisted[0], generator)
+    )
+
+
+@pytest.mark.parametrize(
+    "mutate", [forget_whose_share_was_paid_for, forget_to_divide_by_the_share, forget_the_defence]
+)
+def test_wrong_shares_are_found(monkeypatch, mutate):
     assert_found(monkeypatch, mutate, small.longer, **TWISTED)
 
 
