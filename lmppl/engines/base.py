@@ -251,7 +251,7 @@ class State:
         """
         dead = (self.log_weights == -math.inf).tolist()
         killed = Counter(
-            particle.killed_by or "unknown"
+            particle.killed_by or "(the engine)"
             for particle, is_dead in zip(self.particles, dead, strict=True)
             if is_dead
         )

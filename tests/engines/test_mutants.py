@@ -10,7 +10,7 @@ from test_smc import check_lookaheads_draw_apart
 
 from lmppl import distributions
 from lmppl.engines import resampling, smc, twists
-from lmppl.runtime import particle, scheduler
+from lmppl.runtime import particle, waits
 
 pytestmark = pytest.mark.usefixtures("remembered")
 
@@ -51,7 +51,7 @@ def drop_the_end_factor(patch):
             results.append((log_prob, scored))
         return results
 
-    patch.setattr(scheduler, "score_texts", mutant)
+    patch.setattr(waits, "score_texts", mutant)
 
 
 def count_observations_twice(patch):
