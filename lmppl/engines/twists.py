@@ -33,7 +33,7 @@ from lmppl.distributions import LMText, draw_request
 from lmppl.engines.base import State
 from lmppl.lm import LM, begin_draws
 from lmppl.lm.batches.decoding import Decoding
-from lmppl.lm.batches.requests import Draw
+from lmppl.lm.batches.requests import Draw, Drawn
 from lmppl.lm.tokens.text import Text
 from lmppl.runtime import (
     DrawWait,
@@ -43,6 +43,7 @@ from lmppl.runtime import (
     is_latent,
     run_to_draws,
 )
+from lmppl.runtime.batching import resume
 
 Twist = Callable[[Text], float]
 """log psi (nats) of a site's text so far; finite wherever a completion has mass."""
@@ -207,11 +208,15 @@ def draw(
     for slot, program in zip(members, texts.programs, strict=True):
         programs[slot] = program
     state.select(programs)  # they replay particles that still wait at this draw
-    for slot, drawn in zip(members, decoding.results(), strict=True):
-        wait = particles[slot].waiting
-        assert isinstance(wait, DrawWait)
-        particles[slot].resume((wait.fn.value(drawn.token_ids), drawn.log_probs.sum()))
+    drawn = [particles[slot] for slot in members]
+    resume(drawn, list(map(_answer, drawn, decoding.results())))
     return resamplings
+
+
+def _answer(particle: Particle, drawn: Drawn) -> tuple[torch.Tensor, torch.Tensor]:
+    """A text as its particle's wait has it, and its log-probability."""
+    assert isinstance(particle.waiting, DrawWait)
+    return particle.waiting.fn.value(drawn.token_ids), drawn.log_probs.sum()
 
 
 def shares(log_weights: torch.Tensor, log_psi: torch.Tensor, defense: float) -> torch.Tensor:

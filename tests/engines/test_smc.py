@@ -371,10 +371,10 @@ def test_every_program_is_left_closed():
     started = []
     start = Particle.resume
 
-    def counted(self, answer=None):
+    def counted(self, answer=None, **options):
         if answer is None and self.waiting is None:
             started.append(1)
-        return start(self, answer)
+        return start(self, answer, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Particle, "resume", counted)
