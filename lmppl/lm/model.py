@@ -18,12 +18,14 @@ from lmppl.lm.meter.usage import Usage
 from lmppl.lm.network.adapter import (
     adapter_version,
     add_adapter,
+    can_merge,
     is_adapted,
     merge,
     merge_again,
 )
 from lmppl.lm.network.memory import Memory
-from lmppl.lm.network.runner import Runner, context_length, text_config
+from lmppl.lm.network.modules import context_length, text_config
+from lmppl.lm.network.runner import Runner
 from lmppl.lm.tokens.chat import apply_chat_template
 from lmppl.lm.tokens.stopping import Stopping, encode_observed
 from lmppl.lm.tokens.text import Text
@@ -341,6 +343,8 @@ class LM:
 
         Raises:
             TypeError: this model has an adapter already; what is no configuration.
+            ValueError: a configuration that peft refuses, that would change the base's weights, or
+                whose adapter drawing and scoring would not see; the message names it.
         """
         if config is not None and not hasattr(config, "peft_type"):
             raise TypeError(
@@ -363,18 +367,22 @@ class LM:
             return self
         return self._with(merge(self.model))
 
+    @cached_property
+    def _merges(self) -> bool:
+        return is_adapted(self.model) and can_merge(self.model)
+
     @property
     def sampler(self) -> LM:
         """The model that sequences are drawn from: ``merged()`` of the adapter's present parameters,
-        which makes a decoding step faster, kept until they change."""
-        if not is_adapted(self.model):
+        which makes a decoding step faster, kept until they change. This model itself if it has no
+        adapter, or one that is no change of weights."""
+        if not self._merges:
             return self
         version = adapter_version(self.model)
         if self._sampler is None or self._sampler[0] != version:
             model = self.merged() if self._sampler is None else self._sampler[1]
             # Also after the first merge, whose numbers may differ in their last bits.
-            if not merge_again(self.model, model.model) and self._sampler is not None:
-                model = self.merged()
+            merge_again(self.model, model.model)
             self._sampler = version, model
         self._sampler[1].memory = self.memory
         return self._sampler[1]

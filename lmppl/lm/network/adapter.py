@@ -1,45 +1,28 @@
 """Adapters: trainable copies of a language model that share its weights.
 
-peft edits a model in place, so it gets a clone of the module tree whose parameters and buffers
-are the base's own tensors. The base stays bit-exact, and base and adapter can be used in turn.
+peft edits a model in place, so it gets a clone of the module tree on the base's own memory. It may
+not write there: an adapter that would change the base is refused, whatever its configuration is
+called. Base and adapter can then be used in turn, and the base stays bit-exact.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import sys
 import warnings
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn import Parameter
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 from lmppl.lm.network.lora import factors, plain_adapter
+from lmppl.lm.network.modules import clone, logits_agree, plain_logits
 
 if TYPE_CHECKING:  # peft takes seconds, and is imported when an adapter is made
-    from peft import LoraConfig, PeftModel
-
-
-def clone(
-    model: torch.nn.Module, *, own: Iterable[torch.nn.Parameter] = (), frozen: bool = False
-) -> Any:
-    """A copy of the module tree and its configuration on the same parameters and buffers.
-
-    Args:
-        model: any module; it is not changed.
-        own: parameters that the copy gets its own of.
-        frozen: share the memory of parameters that need a gradient, but as parameters that need
-            none: ``requires_grad`` of the original stays as it is.
-    """
-    memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    if frozen:
-        for p in model.parameters():
-            if p.requires_grad:
-                memo[id(p)] = torch.nn.Parameter(p.detach(), requires_grad=False)
-    for p in own:
-        del memo[id(p)]
-    return copy.deepcopy(model, memo=memo)
+    from peft import PeftConfig, PeftModel
 
 
 def is_adapted(model: Any) -> bool:
@@ -48,11 +31,24 @@ def is_adapted(model: Any) -> bool:
     return peft is not None and isinstance(model, peft.PeftModel)
 
 
-def default_config(model: torch.nn.Module) -> LoraConfig:
-    """LoRA (Hu et al. 2021, arXiv 2106.09685) on every linear layer but the output embedding.
+def adapted_modules(model: PeftModel) -> Any:
+    """The base model's modules, with those of the adapter in their place.
 
-    Without dropout, since the densities of a guide must be the same when drawn and when scored.
+    Raises:
+        ValueError: the adapter is more than that (prompt learning).
     """
+    for config in model.peft_config.values():
+        if config.is_prompt_learning:
+            raise ValueError(
+                f"{_name(config)}: prompt-learning adapters (prefix or prompt tuning) are not "
+                "supported: their virtual tokens would be lost; use LoRA or another adapter of the "
+                "weights"
+            )
+    return model.get_base_model()
+
+
+def default_config(model: torch.nn.Module) -> PeftConfig:
+    """LoRA (Hu et al. 2021, arXiv 2106.09685) on every linear layer but the output embedding."""
     from peft import LoraConfig
 
     return LoraConfig(
@@ -65,20 +61,117 @@ def default_config(model: torch.nn.Module) -> LoraConfig:
     )
 
 
-def add_adapter(model: torch.nn.Module, config: LoraConfig | None = None) -> PeftModel:
-    """A trainable adapter on a clone of ``model``, at first equal to it.
+def add_adapter(model: torch.nn.Module, config: PeftConfig | None = None) -> PeftModel:
+    """A trainable adapter on a clone of ``model``.
 
-    The adapter's parameters are float32 whatever the base's dtype, and the only ones that need a
-    gradient *in the new model's* ``parameters()``; base parameters are shared and frozen.
+    Parameters of the base are shared and frozen; those that the configuration trains (biases) are
+    copied. What peft adds is float32 whatever the base's dtype. Dropout has no effect: densities
+    must be the same when drawn and when scored.
+
+    Raises:
+        ValueError: peft refuses the configuration, or the adapter would change the base, train
+            nothing, or change the logits by other means than the base model's layers.
     """
     from peft import get_peft_model
 
-    base = clone(model, frozen=True)
+    parameters = list(model.parameters())
+    memory = {_memory(p) for p in parameters}
+    plain = [p for p in parameters if type(p) is Parameter]  # quantised ones are more than numbers
+    shared = {p: Parameter(p.detach(), requires_grad=False) for p in plain}
+    base = clone(model, shared)
     config = default_config(base) if config is None else copy.deepcopy(config)
-    with warnings.catch_warnings():
-        # peft 0.21 asks transformers for a property under the name it had before.
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-        return get_peft_model(base, config)
+    try:
+        with warnings.catch_warnings(), _ReadOnly(memory):
+            # peft 0.21 asks transformers for a property under the name it had before.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            adapted = get_peft_model(base, config)
+    except _BaseWrittenError:
+        raise _changes_base(config) from None
+    except (ValueError, TypeError, AttributeError, NotImplementedError, RuntimeError) as error:
+        raise ValueError(f"peft makes no adapter of {_name(config)}: {error}") from error
+    if any(_memory(new) != _memory(old) for old, new in shared.items()):
+        raise _changes_base(config)
+    modules = adapted_modules(adapted)
+    _share(modules, {new: old for old, new in shared.items() if not old.requires_grad})
+    trained = [p for p in adapted.parameters() if p.requires_grad]
+    for parameter in trained:
+        if _memory(parameter) in memory:
+            parameter.data = parameter.data.clone()
+    if not trained:
+        raise ValueError(f"{_name(config)} leaves nothing to train (inference_mode?)")
+    if not _is_plain(adapted) or getattr(config, "layer_replication", None):
+        _check_logits(adapted, model, config)
+    return adapted
+
+
+def _share(modules: torch.nn.Module, originals: dict[Parameter, Parameter]) -> None:
+    """Put the base's very parameters in place of their frozen stand-ins, so that the adapter
+    follows what is done to them later."""
+    for module in modules.modules():
+        for name, parameter in module._parameters.items():
+            if parameter in originals and not parameter.requires_grad:
+                module._parameters[name] = originals[parameter]
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+class _BaseWrittenError(Exception):
+    """Something was about to be written into the base's memory."""
+
+
+class _ReadOnly(TorchDispatchMode):
+    """Inside, nothing is written into some memory: what would do so raises."""
+
+    def __init__(self, memory: set[int]) -> None:
+        super().__init__()
+        self._memory = memory - {0}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = dict(kwargs or {})
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            given[argument.name] = value
+        for argument in func._schema.arguments:
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                written = given.get(argument.name)
+                for tensor in written if isinstance(written, (list, tuple)) else [written]:
+                    if isinstance(tensor, torch.Tensor) and _memory(tensor) in self._memory:
+                        raise _BaseWrittenError
+        return func(*args, **(kwargs or {}))
+
+
+def _changed_fields(config: PeftConfig) -> dict[str, Any]:
+    """What the configuration asks for besides its defaults."""
+    fields = {}
+    for field in dataclasses.fields(config):
+        made = field.default_factory
+        default = field.default if made is dataclasses.MISSING else made()
+        value = getattr(config, field.name)
+        if field.init and value != default and not field.name.startswith(("peft_", "task_")):
+            fields[field.name] = value
+    return fields
+
+
+def _name(config: PeftConfig) -> str:
+    fields = ", ".join(f"{name}={value!r}" for name, value in _changed_fields(config).items())
+    return f"{type(config).__name__}({fields})"
+
+
+def _changes_base(config: PeftConfig) -> ValueError:
+    fields = [
+        f"{name}={value!r}"
+        for name, value in _changed_fields(config).items()
+        if name.startswith("init_") or name.endswith("_config")
+    ]
+    what = " and ".join(fields) or _name(config)
+    return ValueError(
+        f"{type(config).__name__}: {what} changes the base's weights when the adapter is made, but "
+        "the base is the model that the adapter's draws are weighed by, and is shared. Leave that "
+        "out, which starts from the base as it is (LoRA: init_lora_weights=True or 'gaussian')"
+    )
 
 
 def adapter_version(model: PeftModel) -> tuple[float, ...]:
@@ -92,30 +185,70 @@ def adapter_version(model: PeftModel) -> tuple[float, ...]:
         return tuple(torch.stack(digests).tolist())
 
 
-def merge(model: PeftModel) -> Any:
-    """A frozen copy of the adapted model with the adapter merged into its weights.
+# --- what it computes, by a twin that is far from where the adapter begins ------------------------
 
-    Out of place: only the adapted layers get new weights, computed in float32 and rounded once to
-    the base's dtype. (In place, merging and unmerging a bfloat16 base changes it for good.) The
-    density differs from the adapter's by that rounding, so weights must use the log-probabilities
-    of the model that was drawn from.
-    """
-    adapted = {
-        parameter: None
-        for layer in _tuned_layers(model).values()
-        for parameter in layer.get_base_layer().parameters()
-    }
-    with torch.no_grad(), torch.inference_mode(False):
-        copied = clone(model, own=adapted)
-        layers = [layer.get_base_layer() for layer in _tuned_layers(copied).values()]
-        dtypes = [(p, p.dtype) for layer in layers for p in layer.parameters()]
-        for parameter, _ in dtypes:
-            parameter.data = parameter.data.float()
-        whole = copied.merge_and_unload()
-        for parameter, dtype in dtypes:
-            parameter.data = parameter.data.to(dtype)
-            parameter.requires_grad_(False)
-    return whole
+
+def _twin(model: PeftModel) -> PeftModel:
+    """A copy with trained parameters of its own, some way from the present ones."""
+    generator = torch.Generator().manual_seed(0)
+    twins = {}
+    for old in (p for p in model.parameters() if p.requires_grad):
+        noise = torch.randn(old.shape, generator=generator).to(old.device, old.dtype)
+        size = max(0.2 * float(old.std(correction=0)), 0.02)
+        twins[old] = Parameter(old.detach() + size * noise)
+    return clone(model, twins).eval()
+
+
+def _probe(model: PeftModel) -> torch.Tensor:
+    """A few tokens (1, T): those that a configuration names (trained ones, triggers), and others."""
+    named = [
+        number
+        for config in model.peft_config.values()
+        for value in vars(config).values()
+        for number in (value[:8] if isinstance(value, list) else ())
+        if type(number) is int
+    ]
+    embedding = model.get_input_embeddings().weight
+    return torch.tensor([[1, 2, *named, 0, 1]], device=embedding.device) % len(embedding)
+
+
+@torch.no_grad()
+def _check_logits(model: PeftModel, base: torch.nn.Module, config: PeftConfig) -> None:
+    """Raises ``ValueError`` unless the adapter changes the logits, does so in the base model's layers
+    alone, and leaves them a function of the tokens before."""
+    tokens = _probe(model)
+    try:
+        twin = _twin(model)
+        whole = plain_logits(twin, tokens)
+        by_layers = plain_logits(twin.get_base_model(), tokens)
+        early = plain_logits(twin, tokens[:, :2])
+    except Exception as error:  # whatever its code raises
+        raise ValueError(f"{_name(config)}: the adapted model does not run: {error}") from error
+    if torch.equal(whole, plain_logits(clone(base).eval(), tokens)):
+        wrong = "its parameters have no effect on the logits"
+    elif not torch.equal(whole, by_layers):
+        wrong = "it changes the model by other means than its layers, which nobody else would see"
+    elif not logits_agree(early, whole[:, :2], exact=whole.dtype == torch.float32):
+        wrong = "logits depend on the tokens that follow, so they define no density"
+    else:
+        return
+    raise ValueError(f"{_name(config)}: {wrong}; use LoRA or another adapter of the weights")
+
+
+@torch.no_grad()
+def can_merge(model: PeftModel) -> bool:
+    """Whether merged weights give the adapter's logits."""
+    if _is_plain(model):
+        return True
+    twin, tokens = _twin(model), _probe(model)
+    try:
+        got = plain_logits(merge(twin), tokens)
+    except Exception:  # peft says in many ways that it can't merge
+        return False
+    return logits_agree(got, plain_logits(twin, tokens), exact=got.dtype == torch.float32)
+
+
+# --- merged weights --------------------------------------------------------------------------------
 
 
 def _tuned_layers(model: Any) -> dict[str, Any]:
@@ -125,42 +258,60 @@ def _tuned_layers(model: Any) -> dict[str, Any]:
     return {name: m for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
 
 
-def merge_again(model: PeftModel, into: Any) -> bool:
-    """Write the present merged weights into what ``merge(model)`` has returned before.
+def _is_plain(model: PeftModel) -> bool:
+    """Whether the adapter consists of nothing but plain LoRA layers."""
+    known: set[int] = set()
+    for layer in _tuned_layers(model).values():
+        name = plain_adapter(layer)
+        if name is None:
+            return False
+        known.update(id(factor) for factor in factors(layer, name)[:2])
+    return all(id(p) in known for p in model.parameters() if p.requires_grad)
 
-    Returns False where the adapter is more than a difference of weights (DoRA, trained biases, ...).
+
+def merge(model: PeftModel) -> Any:
+    """A frozen copy of the adapted model with the adapter merged into its weights.
+
+    Out of place: only the adapted layers get new weights, each its own even where the base's are
+    tied, computed in float32 and rounded once to the base's dtype. (In place, merging and unmerging
+    a bfloat16 base changes it for good.) The density differs from the adapter's by that rounding,
+    so weights must use the log-probabilities of the model that was drawn from.
     """
-    modules = dict(into.named_modules())
-    pairs: list[tuple[Any, torch.Tensor]] = []
-    for name, layer in _tuned_layers(model.get_base_model()).items():
-        target = modules.get(name)
-        plain = hasattr(layer, "lora_A") and not any(getattr(layer, "use_dora", {}).values())
-        bias = any(getattr(layer, "lora_bias", {}).values())
-        if not plain or bias or target is None or not hasattr(layer, "get_delta_weight"):
-            return False
-        base_bias = getattr(layer.get_base_layer(), "bias", None)
-        if getattr(layer, "lora_embedding_A", None) or (
-            base_bias is not None and base_bias.requires_grad
-        ):
-            return False
-        pairs.append((layer, target.weight))
-    others = {id(p) for layer, _ in pairs for p in layer.parameters()}
-    if any(p.requires_grad and id(p) not in others for p in model.parameters()):
-        return False
-    room: dict[torch.Size, torch.Tensor] = {}  # float32, used again by every layer of a shape
+    trained = [p for p in model.parameters() if p.requires_grad]
     with torch.no_grad(), torch.inference_mode(False):
-        for layer, weight in pairs:
+        copied = clone(model, {p: Parameter(p.detach().clone()) for p in trained})
+        dtypes: list[tuple[torch.nn.Module, str, torch.dtype]] = []
+        for layer in _tuned_layers(copied).values():
+            base = layer.get_base_layer()
+            for name, parameter in base.named_parameters(recurse=False):
+                dtypes.append((base, name, parameter.dtype))
+                whole = parameter.detach().to(torch.float32, copy=True)
+                base._parameters[name] = Parameter(whole, requires_grad=False)
+        with warnings.catch_warnings():  # such as that it is tied, which it no longer is
+            warnings.simplefilter("ignore", UserWarning)
+            merged = copied.merge_and_unload()
+        for base, name, dtype in dtypes:
+            parameter = base.get_parameter(name)
+            parameter.data = parameter.data.to(dtype)
+        return merged.requires_grad_(False)
+
+
+def merge_again(model: PeftModel, into: Any) -> None:
+    """Write the present merged weights into what ``merge(model)`` has returned before. (That counts
+    their versions up, so that kept prompts are dropped.)"""
+    with torch.no_grad(), torch.inference_mode(False):
+        if not _is_plain(model):
+            present = dict(merge(model).named_parameters())
+            for name, parameter in into.named_parameters():
+                if parameter is not present[name]:
+                    parameter.copy_(present[name])
+            return
+        modules = dict(into.named_modules())
+        room: dict[torch.Size, torch.Tensor] = {}  # float32, used again by every layer of a shape
+        for name, layer in _tuned_layers(model.get_base_model()).items():
             base = layer.get_base_layer().weight
             if base.shape not in room:
                 room[base.shape] = torch.empty_like(base, dtype=torch.float32)
+            down, up, scale = factors(layer, str(plain_adapter(layer)))
             total = room[base.shape].copy_(base)
-            alone = plain_adapter(layer)
-            if alone is not None:
-                down, up, scale = factors(layer, alone)
-                total.addmm_(up.float(), down.float(), alpha=scale)
-            else:
-                for adapter in layer.active_adapters:
-                    if adapter in layer.lora_A:
-                        total += layer.get_delta_weight(adapter).float()
-            weight.copy_(total)  # counts its version up, so that kept prompts are dropped
-    return True
+            modules[name].weight.copy_(total.addmm_(up.float(), down.float(), alpha=scale))

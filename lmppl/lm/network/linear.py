@@ -32,12 +32,12 @@ def can_pack(model: nn.Module) -> bool:
         return False
     if not all(hasattr(ops, name) for name in ("_linear_pointwise", "_reorder_linear_weight")):
         return False
-    weights = [layer.weight for layer in _layers(model).values()]
+    weights = [layer.weight for layer in packable_layers(model).values()]
     size = sum(weight.numel() * weight.element_size() for weight in weights)
     return bool(weights) and size <= _MAX_PACKED_BYTES
 
 
-def _layers(model: nn.Module) -> dict[str, Any]:
+def packable_layers(model: nn.Module) -> dict[str, Any]:
     """The linear layers that can be packed, by name."""
     return {
         name: layer
@@ -65,7 +65,7 @@ class InputLog:
     """Which linear layers of a model read the same input: a context around one forward pass."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._layers = _layers(model)
+        self._layers = packable_layers(model)
         self._calls: list[tuple[str, torch.Tensor]] = []  # the tensors, so that ids stay unique
         self._hooks: list[Any] = []
 
@@ -108,7 +108,7 @@ def pack(model: nn.Module, groups: Sequence[Sequence[str]]) -> None:
         model: a clone that nobody else uses; its parameters stay as they are.
         groups: names of layers, as ``InputLog.groups`` gives them.
     """
-    layers = _layers(model)
+    layers = packable_layers(model)
     for names in groups:
         product = _Product([layers[name] for name in names])
         for index, name in enumerate(names):

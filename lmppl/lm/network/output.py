@@ -17,8 +17,8 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from lmppl.lm.network.adapter import clone
-from lmppl.lm.network.linear import PackedLinear, can_pack, pack
+from lmppl.lm.network.linear import PackedLinear, can_pack, pack, packable_layers
+from lmppl.lm.network.modules import clone, plain_logits
 
 # Logits (float32) that are held at a time. On a CPU, buffers of this size are used again and again,
 # where larger ones come fresh from the system at every use, which costs more than the softmax.
@@ -123,15 +123,15 @@ class OutputLayer:
     def check(self, tokens: torch.Tensor) -> None:
         """Find out how to get logits, by comparison with the model's own after ``tokens`` (1, T)."""
         with self._head.as_it_is():
-            want = self._model(input_ids=tokens, use_cache=False, return_dict=True).logits[0]
+            want = plain_logits(self._model, tokens)[0]
         with self._head.asking_for(None):
-            self._model(input_ids=tokens, use_cache=False, return_dict=True)
+            plain_logits(self._model, tokens)
         states = self._head.take()
         layer = self._head.layer
         self._is_plain = torch.equal(layer(states), want)
         if self._is_plain:
             holder = nn.ModuleDict({"layer": layer})
-            if can_pack(holder):
+            if can_pack(holder) and packable_layers(holder).keys() == {"layer"}:
                 pack(holder, [["layer"]])
                 packed = holder["layer"]
                 assert isinstance(packed, PackedLinear)

@@ -20,11 +20,18 @@ import torch
 from lmppl.lm.meter.roofline import Matrices, Product
 from lmppl.lm.meter.usage import Usage
 from lmppl.lm.meter.work import count_pass
-from lmppl.lm.network.adapter import clone, is_adapted
+from lmppl.lm.network.adapter import adapted_modules, is_adapted
 from lmppl.lm.network.attention import Group, LayerKV, PrefixCache, Tree, use_attention
 from lmppl.lm.network.linear import InputLog, can_pack, pack, packed_products
 from lmppl.lm.network.lora import fuse
 from lmppl.lm.network.memory import Memory
+from lmppl.lm.network.modules import (
+    clone,
+    context_length,
+    logits_agree,
+    plain_logits,
+    text_config,
+)
 from lmppl.lm.network.output import OutputHead, OutputLayer
 from lmppl.lm.network.recompute import Checkpointing
 
@@ -118,22 +125,6 @@ class Costs:
         return num_rows * length * (self.token + self.score * (self.prefix + length))
 
 
-def text_config(model: Any) -> Any:
-    """The configuration of the part that writes text (some models have several parts)."""
-    config = model.config
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
-def context_length(model: Any) -> int | None:
-    """The most tokens of a prefix and its continuation; None if the model has no such limit."""
-    config = text_config(model)
-    for field in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"):
-        length = getattr(config, field, None)
-        if isinstance(length, int) and length > 0:
-            return length
-    return None
-
-
 class Runner:
     """Runs one model.
 
@@ -165,12 +156,7 @@ class Runner:
         self.name, self.decode = name, decode
         self.memory, self.usage = Memory(), Usage()
         if is_adapted(model):
-            if any(c.is_prompt_learning for c in model.peft_config.values()):
-                raise ValueError(
-                    "prompt-learning adapters (prefix or prompt tuning) are not supported: their "
-                    "virtual tokens would be lost; use LoRA or another adapter of the weights"
-                )
-            model = model.get_base_model()
+            model = adapted_modules(model)
         self._model = clone(model).eval()
         output = self._model.get_output_embeddings()
         if output is None:
@@ -486,7 +472,7 @@ class Runner:
         ends = torch.tensor([[5, 5, 5, 5, 5], [5, 2, 5, 5, 5]], device=device)
         depths = torch.tensor([[0, 1, 2, 3, 4], [0, 1, 1, 2, 3]], device=device)
         cache = PrefixCache([prompt.group(2)], tree=Tree(depths, ends))
-        got = self.logits(self.run_cached(ids, cache)).float()
+        got = self.logits(self.run_cached(ids, cache))
         other = [ids[1, [0, 1]], ids[1, [0, 2, 3, 4]]]
         want = torch.cat([self._plain_logits(prompt.tokens, row) for row in (ids[0], *other)])
         got = got[[0, 1, 2, 3, 4, 5, 6, 5, 7, 8, 9]]
@@ -502,18 +488,15 @@ class Runner:
         if [w is not None for w in cache.windows] != sliding[:num_layers]:
             return "its attention layers don't say which of them have a sliding window"
         exact = prompt.layers[0][0].dtype in (torch.float32, torch.float64)
-        tolerance = (1e-3 if exact else 0.1) * want.std() + 1e-6
-        valid = bool(torch.isfinite(want).all())  # else whoever runs the model reports it
-        if valid and not bool((got - want).abs().mean() <= tolerance):
-            return "its logits are not those of the plain model"
-        return None
+        agree = logits_agree(got, want, exact=exact)
+        return None if agree else "its logits are not those of the plain model"
 
     def _plain_logits(self, prefix: Tokens, tokens: torch.Tensor) -> torch.Tensor:
         """The model's own logits (T, V) of ``tokens`` after ``prefix``, float32."""
         ids = torch.tensor([prefix], device=self.device)
         full = torch.cat([ids, tokens.unsqueeze(0)], 1)
         with self._head.as_it_is():
-            logits = self._model(input_ids=full, use_cache=False, return_dict=True).logits
+            logits = plain_logits(self._model, full)
         return logits[0, len(prefix) :].float()
 
 

@@ -6,7 +6,8 @@ from architectures import SIZE, make_model
 from peft import LoraConfig, PeftModel
 
 from lmppl.lm.batches.requests import Score
-from lmppl.lm.network.adapter import clone, default_config
+from lmppl.lm.network.adapter import default_config
+from lmppl.lm.network.modules import clone
 from lmppl.testing.tiny import tiny_lm
 
 REQUESTS = [Score((0, 1, 2) * 8, (0, 1, k, 2, 1)) for k in range(4)]
@@ -49,24 +50,28 @@ def test_clone_shares_tensors_and_nothing_else(name):
         assert copied.lm_head.weight is copied.transformer.wte.weight
 
 
-def test_clone_with_own_parameters():
-    model = make_model("llama", frozen=False)
-    own = model.model.layers[0].self_attn.q_proj.weight
-    copied = clone(model, own=[own])
-    new = copied.model.layers[0].self_attn.q_proj.weight
-    assert torch.equal(new, own) and new.data_ptr() != own.data_ptr()
-    assert copied.model.layers[1].self_attn.q_proj.weight is (
-        model.model.layers[1].self_attn.q_proj.weight
-    )
+def test_clone_with_other_parameters():
+    model = make_model("gpt2")
+    tied = model.lm_head.weight
+    new = torch.nn.Parameter(tied.detach().clone())
+    copied = clone(model, {tied: new})
+    assert copied.lm_head.weight is copied.transformer.wte.weight is new
+    others = [id(p) for p in model.parameters() if p is not tied]
+    assert [id(p) for p in copied.parameters() if p is not new] == others
+    assert model.lm_head.weight is tied
 
 
-def test_frozen_clone_shares_memory():
-    model = make_model("gpt2", frozen=False)
-    copied = clone(model, frozen=True)
-    for new, old in zip(copied.parameters(), model.parameters(), strict=True):
-        assert not new.requires_grad and old.requires_grad
-        assert new.data_ptr() == old.data_ptr()
-    assert copied.lm_head.weight is copied.transformer.wte.weight
+def test_what_is_done_to_the_base_later_reaches_its_adapters():
+    base = tiny_lm("ab.")
+    base.model.requires_grad_(False)
+    adapter = base.adapter()
+    log_probs(adapter), adapter.sample("ab", 2, max_tokens=2)
+    with torch.no_grad():
+        base.model.model.layers[0].self_attn.q_proj.weight.mul_(2.0)
+    torch.testing.assert_close(log_probs(adapter), log_probs(base), atol=1e-4, rtol=0)
+    base.model.bfloat16()
+    frozen = {p.dtype for p in adapter.model.parameters() if not p.requires_grad}
+    assert frozen == {torch.bfloat16}
 
 
 def test_adapter_starts_as_the_base_and_leaves_it_alone():
