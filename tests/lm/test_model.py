@@ -1,12 +1,14 @@
 """LM: what a user holds. Prefixes, observed text, samples and densities of a tiny model."""
 
+import functools
 import math
 
 import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from lmppl.lm import LM
+import lmppl
+from lmppl.lm import LM, begin_draws
 from lmppl.lm.batches.requests import Draw, Score
 from lmppl.lm.loading import choose_device, choose_dtype
 from lmppl.lm.tokens.stopping import Stopping
@@ -220,6 +222,47 @@ def test_context_length_is_checked_and_named() -> None:
         lm.score([Score((A,) * 5, (B,) * 4, name="y")])
     with pytest.raises(ValueError, match="do not fit"):
         lm.hidden([(A,) * 9])
+
+
+def _drawn(lm, prefix, num_tokens):
+    stopping = Stopping(lm.vocabulary, ".", num_tokens)
+    return lm.draw([Draw(prefix, stopping, torch.rand(num_tokens).double(), name="z")])
+
+
+def _closing(lm, prefix, num_tokens):
+    stopping = Stopping(lm.vocabulary, ".", num_tokens)
+    uniforms = torch.full((num_tokens,), 1e-9, dtype=torch.float64)
+    decoding = begin_draws([(lm, Draw(prefix, stopping, uniforms, name="z"))])
+    for _ in range(num_tokens - 1):
+        assert math.isfinite(decoding.closing_log_probs()[0])
+        decoding.step()
+
+
+def _inferred(lm, prefix, num_tokens, method, **options):
+    def model():
+        limit = {} if "choices" in options else {"max_tokens": num_tokens}
+        lmppl.lm_sample("z", Text("ab", prefix, lm.vocabulary), **limit, **options)
+
+    lmppl.infer(model, lm=lm, method=method)
+
+
+WAYS_IN = {
+    "draw": _drawn,
+    "closing": _closing,
+    "score": lambda lm, prefix, n: lm.score([Score(prefix, (0,) * n, name="z")]),
+    "hidden": lambda lm, prefix, n: lm.hidden([(*prefix, *(0,) * n)]),
+    "exact": functools.partial(_inferred, method="exact", stop="."),
+    "importance": functools.partial(_inferred, method="importance"),
+    "choices": functools.partial(_inferred, method="exact", choices=["ab", "ba"]),
+}
+
+
+@pytest.mark.parametrize("way", WAYS_IN.values(), ids=WAYS_IN)
+def test_no_way_into_the_model_leads_past_its_context(way) -> None:
+    lm = tiny_lm("ab.", context_length=8)
+    way(lm, (0, 1, 0, 1, 0, 1), 2)
+    with pytest.raises(ValueError, match="do not fit the context of 'tiny-ab.-0', 8 tokens"):
+        way(lm, (0, 1, 0, 1, 0, 1, 0), 2)
 
 
 def test_tokens_are_counted_and_adapters_share_the_count() -> None:
