@@ -17,7 +17,7 @@ import torch
 from pyro.poutine import Trace
 
 from lmppl.checks import check_callable, check_int, check_seed, did_you_mean
-from lmppl.report.tables import html_table, text_table
+from lmppl.report.tables import Block, Report, posterior_blocks
 from lmppl.runtime.sites import has_value, is_continuous, is_latent, key_of, value_of, values_of
 from lmppl.runtime.weights import ess
 
@@ -37,7 +37,7 @@ class ZeroEvidenceError(RuntimeError):
         self.posterior = posterior
 
 
-class Posterior:
+class Posterior(Report):
     """Weighted traces of a program. (``copy.deepcopy`` shares its language models.)
 
     Args:
@@ -418,11 +418,8 @@ class Posterior:
         sd = torch.tensordot(weights, (values - mean) ** 2, 1).sqrt()
         return {"mean": mean.tolist(), "sd": sd.tolist(), "weight": total}
 
-    def __repr__(self) -> str:
-        return text_table(self.summary())
-
-    def _repr_html_(self) -> str:
-        return html_table(self.summary())
+    def _blocks(self) -> list[Block]:
+        return posterior_blocks(self.summary())
 
 
 def _as_number(value: Any) -> torch.Tensor:

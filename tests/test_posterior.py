@@ -22,7 +22,7 @@ from rich.cells import cell_len
 import lmppl
 from lmppl import Posterior, ZeroEvidenceError
 from lmppl.distributions import ToolCall, ToolResult
-from lmppl.report.tables import MAX_ROWS, bar, text_table
+from lmppl.report.tables import MAX_ROWS, as_text, bar, posterior_blocks
 from lmppl.testing import tiny_lm
 
 NO_WEIGHT = -math.inf
@@ -537,7 +537,7 @@ HOSTILE = "[bold]x[/bold][/nope] \x1b[31mred\nnew\r\tline <script>alert(1)</scri
 
 def test_what_a_model_wrote_is_shown_never_interpreted():
     posterior = posterior_of([HOSTILE], [1.0], info={"notes": [HOSTILE], "killed": {HOSTILE: 1}})
-    table = text_table(posterior.summary(), width=400)
+    table = as_text(posterior_blocks(posterior.summary()), width=400)
     row = next(line for line in table.splitlines() if "100.0%" in line)
     assert (
         repr(HOSTILE) in row
@@ -582,10 +582,10 @@ def test_a_continuous_site_in_one_branch_is_averaged_where_it_is():
 
 
 def test_bars_are_in_eighths():
-    assert bar(1.0, 1.0) == "█" * 10
-    assert bar(0.0, 1.0) == ""
-    assert bar(1 / 80, 1.0) == "▏"
-    lengths = [len(bar(i / 80, 1.0)) for i in range(81)]
+    assert bar(1.0) == "█" * 10
+    assert bar(0.0) == ""
+    assert bar(1 / 80) == "▏"
+    lengths = [len(bar(i / 80)) for i in range(81)]
     assert all(a <= b for a, b in itertools.pairwise(lengths))
 
 

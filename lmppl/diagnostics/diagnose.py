@@ -18,9 +18,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,12 +29,13 @@ import torch
 from lmppl import runtime
 from lmppl.checks import check_int
 from lmppl.diagnostics.diversity import TextDiversity, text_diversity
+from lmppl.distributions import check_lm
 from lmppl.engines.dispatch import infer
 from lmppl.guides.scoring import LatentScores, score_latents
 from lmppl.lm import LM
 from lmppl.posterior import Posterior, ZeroEvidenceError
 from lmppl.primitives import use
-from lmppl.report.tables import diagnosis_html, diagnosis_text
+from lmppl.report.tables import Block, Report, diagnosis_blocks
 from lmppl.runtime import estimates
 from lmppl.runtime.estimates import Bracket
 from lmppl.training.lm_guide import LMGuide
@@ -46,7 +48,7 @@ _SAME_DENSITY = 0.5
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Diagnosis:
+class Diagnosis(Report):
     """How good a guide is on one input; what ``diagnose`` returns. All in nats.
 
     A ``..._stderr`` is a standard error (of a bracket: the larger of its ends', as if ELBO and
@@ -127,11 +129,8 @@ class Diagnosis:
         texts = {name: dataclasses.asdict(text) for name, text in self.texts.items()}
         return {**figures, "texts": texts, "notes": list(self.notes)}
 
-    def __repr__(self) -> str:
-        return diagnosis_text(self.summary())
-
-    def _repr_html_(self) -> str:
-        return diagnosis_html(self.summary())
+    def _blocks(self) -> list[Block]:
+        return diagnosis_blocks(self.summary())
 
 
 def diagnose(
@@ -178,90 +177,118 @@ def diagnose(
     _check_exact(posterior, latents)
     seeds = runtime.slot_seeds(runtime.fresh_seed(seed), 2)
 
-    def draws(proposal: Any, own_seed: int) -> Posterior:
+    def draws(proposal: Any, seed: int) -> Posterior:
         try:
             return infer(
-                model, *args, method="importance", lm=lm, guide=proposal, num_samples=num_samples,
-                seed=own_seed, progress=progress,
+                model, *args, method="importance", guide=proposal, num_samples=num_samples,
+                seed=seed, progress=progress,
             )  # fmt: skip
         except ZeroEvidenceError as error:
             return error.posterior  # that all are dead is a finding
 
-    samples = draws(guide, seeds[0])
-    u = samples.log_weights
-    alive = u[u > -math.inf]
-    elbo, elbo_stderr = estimates.mean_of(u)
-    elbo_alive, elbo_alive_stderr = estimates.elbo_alive(u)
-    iw_bound, iw_bound_stderr = float(runtime.log_mean_exp(u)), samples.log_evidence_stderr
-    notes: list[str] = []
-
-    exact = _exact_draws(guide, model, args, posterior, latents, lm)
-
-    # log Z a second time, and the bounds that make the brackets.
-    log_z, log_z_stderr, log_z_source = None, None, None
-    lower, lower_stderr = iw_bound, iw_bound_stderr
-    upper, upper_stderr = math.inf, iw_bound_stderr  # no upper bound: errors are those of the lower
-    eubo, eubo_stderr = None, None
-    if exact is not None and posterior is not None:
-        assert posterior.log_evidence is not None
-        log_z, log_z_stderr, log_z_source = posterior.log_evidence, 0.0, "exact"
-        lower, lower_stderr = upper, upper_stderr = log_z, 0.0
-        eubo, eubo_stderr = float(posterior.weights[posterior.weights > 0] @ exact), 0.0
-    else:
-        if guide is not None:
+    log_z: _Estimate = (None, None)
+    exact = source = None
+    with nullcontext() if lm is None else use(check_lm("diagnose", lm)):
+        samples = draws(guide, seeds[0])
+        if latents is not None:
+            exact = _of_draws(score_latents(guide, model, args, latents))
+        if posterior is not None:
+            exact = _of_posterior(posterior, partial(score_latents, guide, model, args))
+            log_z, source = (posterior.log_evidence, 0.0), "exact"
+        elif guide is not None:
             prior = draws(None, seeds[1])
-            log_z, log_z_stderr = prior.log_evidence, prior.log_evidence_stderr
-            log_z_source = "prior"
-        if exact is not None:
-            eubo, eubo_stderr = estimates.mean_of(exact)
-            upper, upper_stderr = estimates.iw_upper_bound(exact, u, iw_bound_stderr)
-            error = estimates.combined(eubo_stderr, iw_bound_stderr, estimates.ROUNDING)
-            if error is not None and iw_bound - eubo > 3 * error:
-                notes.append("EUBO is below log Z: are the latents exact posterior draws?")
-    known = [each for each in (lower_stderr, upper_stderr) if each is not None]
-    bounds_stderr = max(known) if len(known) == 2 else None
-    z_score = estimates.z_score(iw_bound, iw_bound_stderr, log_z, log_z_stderr)
-    if z_score is not None and abs(z_score) > 3:
-        notes.append(
-            f"the guide's estimate of log Z and that of the {log_z_source} disagree by "
-            f"{abs(z_score):.1f} standard errors"
-        )
-    if log_z_source == "prior" and log_z == -math.inf:
-        notes.append("every draw of the prior is dead, so it estimates no log Z")
-    pareto_k, threshold = _tail(alive, notes)
+            log_z, source = (prior.log_evidence, prior.log_evidence_stderr), "prior"
+    figures = _figures(samples.log_weights, samples.log_evidence_stderr, exact, posterior, log_z)
+    z_score = estimates.z_score(*figures["iw_bound"], *log_z)
+    live = samples.log_weights[samples.log_weights > -math.inf]
+    pareto_k, threshold, tail_notes = _tail(live)
     return Diagnosis(
         guide=_in_words(guide),
         num_samples=num_samples,
-        dead_fraction=1.0 - len(alive) / num_samples,
+        dead_fraction=1.0 - len(live) / num_samples,
         killed=dict(samples.killed.most_common()),
-        elbo=elbo,
-        elbo_stderr=elbo_stderr,
-        elbo_alive=elbo_alive,
-        elbo_alive_stderr=elbo_alive_stderr,
-        iw_bound=iw_bound,
-        iw_bound_stderr=iw_bound_stderr,
-        eubo=eubo,
-        eubo_stderr=eubo_stderr,
-        iw_upper_bound=None if exact is None else upper,
-        iw_upper_bound_stderr=None if exact is None else upper_stderr,
         exact_source=None if exact is None else "latents" if posterior is None else "posterior",
-        log_z=log_z,
-        log_z_stderr=log_z_stderr,
-        log_z_source=log_z_source,
+        log_z_source=source,
         z_score=z_score,
-        kl_guide_posterior=estimates.less(lower, upper, elbo),
-        kl_guide_posterior_stderr=estimates.combined(elbo_stderr, bounds_stderr),
-        kl_alive_posterior=estimates.less(lower, upper, elbo_alive),
-        kl_alive_posterior_stderr=estimates.combined(elbo_alive_stderr, bounds_stderr),
-        kl_posterior_guide=None if eubo is None else estimates.less(-upper, -lower, -eubo),
-        kl_posterior_guide_stderr=estimates.combined(eubo_stderr, bounds_stderr),
         ess_fraction=samples.ess / num_samples,
         pareto_k=pareto_k,
         pareto_k_threshold=threshold,
         texts=text_diversity(samples),
-        notes=tuple(notes),
+        notes=tuple([*_notes(figures, source, z_score), *tail_notes]),
         samples=samples,
+        **{name: figure[0] for name, figure in figures.items()},
+        **{f"{name}_stderr": figure[1] for name, figure in figures.items()},
     )
+
+
+_Estimate = tuple[Any, Any]
+"""A figure (None: unknown) and its standard error."""
+
+
+def _figures(
+    u: torch.Tensor,
+    iw_stderr: float | None,
+    exact: torch.Tensor | None,
+    posterior: Posterior | None,
+    log_z: _Estimate,
+) -> dict[str, _Estimate]:
+    """Bounds of log Z, and the brackets of divergences that follow, by their names in ``Diagnosis``.
+
+    Args:
+        u: of the guide's draws, (N,) float64.
+        iw_stderr: standard error of the log of their mean weight.
+        exact: u of exact draws, (K,) float64: of all traces, weighted by ``posterior`` if given.
+        posterior: the exact posterior.
+        log_z: estimated without the guide.
+    """
+    elbo, elbo_alive = estimates.mean_of(u), estimates.elbo_alive(u)
+    lower: _Estimate = float(runtime.log_mean_exp(u)), iw_stderr
+    iw_bound = lower
+    upper: _Estimate = math.inf, iw_stderr  # no upper bound: errors are those of the lower
+    eubo: _Estimate | None = None
+    if exact is not None and posterior is not None:
+        lower = upper = log_z
+        eubo = float(posterior.weights[posterior.weights > 0] @ exact), 0.0
+    elif exact is not None:
+        eubo, upper = estimates.mean_of(exact), estimates.iw_upper_bound(exact, u, iw_stderr)
+    (low, low_stderr), (high, high_stderr) = lower, upper
+    known = low_stderr is not None and high_stderr is not None
+    bounds_stderr = max(low_stderr, high_stderr) if known else None
+
+    def divergence(low: float, high: float, bound: _Estimate) -> _Estimate:
+        return estimates.less(low, high, bound[0]), estimates.combined(bound[1], bounds_stderr)
+
+    found = {
+        "elbo": elbo,
+        "elbo_alive": elbo_alive,
+        "iw_bound": iw_bound,
+        "log_z": log_z,
+        "kl_guide_posterior": divergence(low, high, elbo),
+        "kl_alive_posterior": divergence(low, high, elbo_alive),
+    }
+    above = dict.fromkeys(("eubo", "iw_upper_bound", "kl_posterior_guide"), (None, None))
+    if eubo is not None:
+        minus_eubo = -eubo[0], eubo[1]
+        above = {"eubo": eubo, "iw_upper_bound": upper}
+        above["kl_posterior_guide"] = divergence(-high, -low, minus_eubo)
+    return found | above
+
+
+def _notes(
+    figures: Mapping[str, _Estimate], source: str | None, z_score: float | None
+) -> Iterator[str]:
+    """What to beware of in the estimates of log Z."""
+    (iw_bound, iw_stderr), (eubo, eubo_stderr) = figures["iw_bound"], figures["eubo"]
+    error = estimates.combined(eubo_stderr, iw_stderr, estimates.ROUNDING)
+    if eubo is not None and source != "exact" and error is not None and iw_bound - eubo > 3 * error:
+        yield "EUBO is below log Z: are the latents exact posterior draws?"
+    if z_score is not None and abs(z_score) > 3:
+        yield (
+            f"the guide's estimate of log Z and that of the {source} disagree by "
+            f"{abs(z_score):.1f} standard errors"
+        )
+    if source == "prior" and figures["log_z"][0] == -math.inf:
+        yield "every draw of the prior is dead, so it estimates no log Z"
 
 
 def _check_exact(posterior: Posterior | None, latents: Sequence[Mapping[str, Any]] | None) -> None:
@@ -292,70 +319,47 @@ def _in_words(guide: Any) -> str:
     return repr(guide) if isinstance(guide, LMGuide) else getattr(guide, "__name__", "a program")
 
 
-def _tail(alive: torch.Tensor, notes: list[str]) -> tuple[float | None, float | None]:
-    """Pareto k of live log-weights and what it should be below, and notes on it."""
-    pareto_k, why_not = estimates.pareto_k(alive.numpy())
+def _tail(live: torch.Tensor) -> tuple[float | None, float | None, list[str]]:
+    """Pareto k of live log-weights, what it should be below, and notes on it."""
+    pareto_k, why_not = estimates.pareto_k(live.numpy())
     if pareto_k is None:
-        notes.append(f"no Pareto k: {why_not}")
-        return None, None
-    threshold = min(1 - 1 / math.log10(len(alive)), 0.7)
-    if pareto_k > threshold:
-        notes.append(
-            f"Pareto k is above {threshold:.2f}: the weights' tail is heavy, and the importance "
-            "bounds and their standard errors are too optimistic"
+        return None, None, [f"no Pareto k: {why_not}"]
+    threshold = min(1 - 1 / math.log10(len(live)), 0.7)
+    heavy = (
+        f"Pareto k is above {threshold:.2f}: the weights' tail is heavy, and the importance "
+        "bounds and their standard errors are too optimistic"
+    )
+    return pareto_k, threshold, [heavy] * (pareto_k > threshold)
+
+
+def _of_draws(scores: LatentScores) -> torch.Tensor:
+    """u of given latents, (K,) float64."""
+    dead = torch.nonzero(scores.log_joint == -math.inf).flatten().tolist()
+    if dead:
+        raise ValueError(
+            f"latents[{dead[0]}] has probability zero under the program on this input, so it "
+            "is no draw from its posterior"
         )
-    return pareto_k, threshold
+    return scores.log_joint - scores.log_q
 
 
-def _exact_draws(
-    guide: Any,
-    model: Callable[..., Any],
-    args: tuple[Any, ...],
-    posterior: Posterior | None,
-    latents: Sequence[Mapping[str, Any]] | None,
-    lm: LM | None,
-) -> torch.Tensor | None:
-    """u of the latents, or of every live trace of the exact posterior, (K,) float64."""
-    if latents is not None:
-        scores = _score(guide, model, args, latents, lm, "latents")
-        log_joint, log_q = scores.log_joint, scores.log_q
-        dead = torch.nonzero(log_joint == -math.inf).flatten().tolist()
-        if dead:
-            raise ValueError(
-                f"latents[{dead[0]}] has probability zero under the program on this input, so it "
-                "is no draw from its posterior"
-            )
-        return log_joint - log_q
-    if posterior is None:
-        return None
+def _of_posterior(posterior: Posterior, score: Callable[..., LatentScores]) -> torch.Tensor:
+    """u of every live trace of the exact posterior, (K,) float64."""
     live = torch.nonzero(posterior.weights > 0).flatten().tolist()
     values = [
         {
-            name: posterior.traces[i].nodes[name]["value"]
+            name: node["value"]
             for name, node in posterior.traces[i].nodes.items()
             if node["type"] == "sample" and runtime.is_latent(node)
         }
         for i in live
     ]
-    scores = _score(guide, model, args, values, lm, "the posterior's trace ")
-    log_joint, log_q = scores.log_joint, scores.log_q
+    scores = score(values, what="the posterior's trace ")
     recorded = posterior.log_weights[live] - math.log(len(posterior))
-    if bool(((log_joint - recorded).abs() > _SAME_DENSITY).any()):
+    if bool(((scores.log_joint - recorded).abs() > _SAME_DENSITY).any()):
         raise ValueError(
             "posterior= does not belong to this program on these arguments with this language "
             "model (or was resampled): its traces have other densities there. Run "
             "infer(model, *args, method='exact') with the same model, args and lm"
         )
-    return log_joint - log_q
-
-
-def _score(
-    guide: Any,
-    model: Callable[..., Any],
-    args: tuple[Any, ...],
-    latents: Sequence[Mapping[str, Any]],
-    lm: LM | None,
-    what: str,
-) -> LatentScores:
-    with nullcontext() if lm is None else use(lm):
-        return score_latents(guide, model, args, latents, what=what)
+    return scores.log_joint - scores.log_q

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmppl.checks import check_int
-from lmppl.report.tables import ABSENT, duration, grid_html, grid_text, percent, show
+from lmppl.report.tables import ABSENT, Block, Report, Table, as_text, duration, percent, show
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,7 +48,7 @@ _COLOURS = {"elbo": ("#c8452c", "#eec2b8")}  # of lines and of points
 _BLUE = ("#1b6ca8", "#b3cde1")
 
 
-class History(list[dict[str, Any]]):
+class History(Report, list[dict[str, Any]]):
     """The figures of a training run: a list of dicts, one a step.
 
     It equals a plain list of the same dicts, and ``json`` writes it as one. It is printed as a
@@ -116,17 +116,11 @@ class History(list[dict[str, Any]]):
         them. ESS and alive are shares of the samples; log Z and the ELBO are in nats. The last line
         says where the time went.
         """
+        return as_text(self._blocks(rows))
+
+    def _blocks(self, rows: int = 10) -> list[Block]:
         if not self:
-            return _EMPTY
-        return grid_text(**self._grid(rows))
-
-    def __repr__(self) -> str:
-        return self.table()
-
-    def _repr_html_(self) -> str:
-        return grid_html(**self._grid(10)) if self else f"<div>{_EMPTY}</div>"
-
-    def _grid(self, rows: int) -> dict[str, Any]:
+            return ["History: no steps yet"]
         keys = dict.fromkeys(key for figures in self for key in figures)
         held_out = [name for name in keys if name.startswith(_HELD_OUT)]
         columns: Sequence[str] = _COLUMNS
@@ -139,12 +133,12 @@ class History(list[dict[str, Any]]):
         if seconds:
             above += f", {duration(sum(seconds.values()))}"
         split = [f"{show(k, quote=False)} {percent(v)}" for k, v in self.time_split().items()]
-        return {
-            "columns": [_label(name, gap="\n") for name in names],
-            "rows": [[_cell(name, self[i]) for name in names] for i in self._spaced(rows)],
-            "above": above,
-            "below": f"time: {', '.join(split)}" if split else "",
-        }
+        table = Table(
+            [(_label(name, gap="\n"), "figure") for name in names],
+            [[_cell(name, self[i]) for name in names] for i in self._spaced(rows)],
+            gap=1 if len(names) < 10 else 0,  # a terminal may have 80 columns
+        )
+        return [above, table, *[f"time: {', '.join(split)}"] * bool(split)]
 
     def _tells(self, name: str) -> bool:
         """Whether a figure is known of any step (of a guide that draws nothing, some never are)."""
@@ -270,9 +264,6 @@ class History(list[dict[str, Any]]):
     def _steps(self) -> list[float]:
         numbers = [_number(figures.get("step")) for figures in self]
         return [n if math.isfinite(n) else float(i) for i, n in enumerate(numbers)]
-
-
-_EMPTY = "History: no steps yet"
 
 
 def _figure(figures: dict[str, Any], name: str) -> Any:

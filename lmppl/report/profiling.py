@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lmppl.lm.meter.work import KINDS, Kind, Ledger, WorkRecord, recording
-from lmppl.report.tables import profile_html, profile_text
+from lmppl.report.tables import Block, Report, profile_blocks
 
 # A pass with a gradient: the products forward, and as many again for the gradients of their
 # inputs. The base is frozen, so no product is needed for the gradients of its weights.
@@ -70,7 +70,7 @@ class Work:
         return self.gemm_seconds / self.seconds
 
 
-class Profile:
+class Profile(Report):
     """Where the time went.
 
     Its figures are there when its block, or ``infer``, has ended. All language models of the
@@ -168,13 +168,10 @@ class Profile:
             ],
         }
 
-    def __repr__(self) -> str:
+    def _blocks(self) -> list[Block]:
         if self._works is None:
-            return "Profile: its with block has not ended"
-        return profile_text(self.summary())
-
-    def _repr_html_(self) -> str:
-        return f"<pre>{self!r}</pre>" if self._works is None else profile_html(self.summary())
+            return ["Profile: its with block has not ended"]
+        return profile_blocks(self.summary())
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """Posteriors, profiles, diagnoses and training runs as tables: text for terminals, HTML for notebooks.
 
-What a model wrote is shown as Python would show the string, never interpreted: no line breaks,
-control characters, console markup or HTML of its making reach the screen.
+A report is a list of blocks, lines and tables, which ``as_text`` and ``as_html`` write. What a model
+wrote is shown as Python would show the string, never interpreted: no line breaks, control characters,
+console markup or HTML of its making reach the screen.
 """
 
 from __future__ import annotations
@@ -9,105 +10,194 @@ from __future__ import annotations
 import html
 import io
 import shutil
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
-
-if TYPE_CHECKING:  # rich is imported when a table is wanted
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text as RichText
 
 MAX_ROWS = 10
 _BAR_WIDTH = 10
 ABSENT = "-"  # such as a site that a branch of the program did not reach
 
+Kind = Literal["figure", "name", "text", "bar"]
+"""What a column holds: figures (on the right), names (on the left), texts that are cut where there is
+no room, or bars, which are given as shares of the longest."""
 
-def text_table(summary: Mapping[str, Any], width: int | None = None) -> str:
-    """``Posterior.summary()`` as text no wider than ``width`` columns (default: the terminal)."""
+
+@dataclass(frozen=True)
+class Table:
+    """A table of a report.
+
+    Args:
+        columns: heading and kind of each column. A line break in a heading keeps its column narrow.
+        rows: their cells.
+        gap: blanks between columns.
+    """
+
+    columns: Sequence[tuple[str, Kind]]
+    rows: Sequence[Sequence[Any]]
+    gap: int = 2
+
+
+Block = str | Table
+
+
+class Report:
+    """An object that is shown as a report: by ``print``, and in notebooks."""
+
+    @abstractmethod
+    def _blocks(self) -> Sequence[Block]:
+        """Its lines and tables."""
+
+    def __repr__(self) -> str:
+        return as_text(self._blocks())
+
+    def _repr_html_(self) -> str:
+        return as_html(self._blocks())
+
+
+def as_text(blocks: Sequence[Block], width: int | None = None) -> str:
+    """A report as text no wider than ``width`` columns (default: the terminal; at least 40)."""
+    from rich.console import Console  # when a table is wanted
+    from rich.text import Text
+
     out = io.StringIO()
-    console = _console(out, width)
-    for line in header_lines(summary):
-        console.print(_plain(line), soft_wrap=False)
-    rows: Sequence[Mapping[str, Any]] = summary["rows"]
-    if rows:
-        table = _table()
-        table.add_column("weight", justify="right", width=6, no_wrap=True)
-        table.add_column("", width=_BAR_WIDTH, no_wrap=True)
-        for name in summary["sites"]:
-            table.add_column(_cell(show(name, quote=False)))
-        for row in rows[:MAX_ROWS]:
-            cells = [_cell(show_in(row, name)) for name in summary["sites"]]
-            table.add_row(percent(row["weight"]), bar(row["weight"], rows[0]["weight"]), *cells)
-        console.print(table)
-    for line in footer_lines(summary):
-        console.print(_plain(line))
-    return _stripped(out)
-
-
-def _console(out: io.StringIO, width: int | None) -> Console:
-    """One that writes plain text, as wide as the terminal unless ``width`` is given."""
-    from rich.console import Console
-
     width = shutil.get_terminal_size((100, 24)).columns if width is None else width
-    return Console(
+    console = Console(
         file=out, width=max(width, 40), color_system=None, force_terminal=False,
         force_jupyter=False, legacy_windows=False,
     )  # fmt: skip
-
-
-def _table(gap: int = 2) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    return Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, gap, 0, 0))
-
-
-def _stripped(out: io.StringIO) -> str:
+    for block in blocks:
+        console.print(Text(block) if isinstance(block, str) else _rich_table(block))
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
 
-def _plain(text: str, **options: Any) -> RichText:
-    """Text as it is: rich reads no markup in it."""
-    from rich.text import Text as RichText
+def _rich_table(table: Table) -> Any:
+    from rich import box
+    from rich.table import Table as RichTable
+    from rich.text import Text
 
-    return RichText(text, **options)
-
-
-def _cell(text: str) -> RichText:
-    # Cut by the cell, not by the column: rich takes width only from columns that may wrap.
-    return _plain(text, no_wrap=True, overflow="ellipsis")
-
-
-def html_table(summary: Mapping[str, Any]) -> str:
-    """``Posterior.summary()`` as HTML."""
-    rows: Sequence[Mapping[str, Any]] = summary["rows"]
-    parts = ["<div>", *(f"<div>{html.escape(line)}</div>" for line in header_lines(summary))]
-    if rows:
-        names = "".join(
-            f'<th style="text-align:left">{html.escape(show(name, quote=False))}</th>'
-            for name in summary["sites"]
+    shown = RichTable(
+        box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, table.gap, 0, 0)
+    )
+    kinds = [kind for _, kind in table.columns]
+    for heading, kind in table.columns:
+        # Texts are cut by the cell, not by the column: rich takes width only from columns that
+        # may wrap.
+        shown.add_column(
+            Text(heading, no_wrap=True, overflow="ellipsis"),
+            justify="right" if kind == "figure" else "left",
+            vertical="bottom",
+            width=_BAR_WIDTH if kind == "bar" else None,
+            no_wrap=kind != "text",
         )
-        parts.append(f"<table><thead><tr><th>weight</th><th></th>{names}</tr></thead><tbody>")
-        for row in rows[:MAX_ROWS]:
-            share = 100 * row["weight"] / rows[0]["weight"]
-            cells = "".join(
-                f'<td style="text-align:left;white-space:pre-wrap">'
-                f"{html.escape(show_in(row, name))}</td>"
-                for name in summary["sites"]
-            )
-            parts.append(
-                f"<tr><td>{percent(row['weight'])}</td>"
-                '<td><div style="width:6em;text-align:left"><div style="background:#6a8fc5;'
-                f'height:0.8em;width:{share:.0f}%"></div></div></td>{cells}</tr>'
-            )
-        parts.append("</tbody></table>")
-    parts += [f"<div>{html.escape(line)}</div>" for line in footer_lines(summary)]
-    return "".join([*parts, "</div>"])
+    for row in table.rows:
+        cells = [
+            bar(cell) if kind == "bar" else cell for cell, kind in zip(row, kinds, strict=True)
+        ]
+        shown.add_row(*(Text(cell, no_wrap=True, overflow="ellipsis") for cell in cells))
+    return shown
 
 
-def header_lines(summary: Mapping[str, Any]) -> list[str]:
+def as_html(blocks: Sequence[Block]) -> str:
+    """A report as HTML."""
+    parts = [
+        f"<div>{html.escape(block)}</div>" * bool(block)
+        if isinstance(block, str)
+        else _html_table(block)
+        for block in blocks
+    ]
+    return "".join(["<div>", *parts, "</div>"])
+
+
+_TEXT_STYLE = ' style="text-align:left;white-space:pre-wrap"'
+
+
+def _html_table(table: Table) -> str:
+    styles = [_TEXT_STYLE if kind == "text" else "" for _, kind in table.columns]
+    head = "".join(
+        f"<th{style}>{html.escape(heading.replace(chr(10), ' '))}</th>"
+        for (heading, _), style in zip(table.columns, styles, strict=True)
+    )
+    body = "".join(
+        "<tr>"
+        + "".join(
+            f"<td{style}>{_html_bar(cell) if kind == 'bar' else html.escape(cell)}</td>"
+            for cell, (_, kind), style in zip(row, table.columns, styles, strict=True)
+        )
+        + "</tr>"
+        for row in table.rows
+    )
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def bar(share: float) -> str:
+    """A bar of at most ten cells, in eighths."""
+    eighths = round(8 * _BAR_WIDTH * share)
+    return "█" * (eighths // 8) + ("" if eighths % 8 == 0 else "▏▎▍▌▋▊▉"[eighths % 8 - 1])
+
+
+def _html_bar(share: float) -> str:
+    return (
+        '<div style="width:6em;text-align:left"><div style="background:#6a8fc5;'
+        f'height:0.8em;width:{100 * share:.0f}%"></div></div>'
+    )
+
+
+# --- values --------------------------------------------------------------------------------------
+
+
+def show(value: Any, *, quote: bool = True) -> str:
+    """One printable line that stands for a value."""
+    if isinstance(value, str):
+        # As repr writes it: escapes for what is not printable, quotes that show the blanks.
+        text = repr(str(value))
+        return text if quote else text[1:-1]
+    if isinstance(value, torch.Tensor):
+        value = value.tolist()
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, (list, tuple)):
+        shown = [show(part) for part in value[:4]] + ["..."] * (len(value) > 4)
+        return f"[{', '.join(shown)}]"
+    return "".join(character if character.isprintable() else " " for character in repr(value))
+
+
+def percent(weight: float) -> str:
+    return f"{100 * weight:.1f}%"
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds >= 10 else f"{seconds:.3f} s"
+
+
+def _number(value: float | None, digits: int) -> str:
+    return ABSENT if value is None else f"{value:.{digits}f}"
+
+
+def _notes(summary: Mapping[str, Any]) -> list[str]:
+    return [f"note: {show(note, quote=False)}" for note in summary["notes"]]
+
+
+# --- posteriors ----------------------------------------------------------------------------------
+
+
+def posterior_blocks(summary: Mapping[str, Any]) -> list[Block]:
+    """What ``Posterior.summary()`` says."""
+    rows, sites = summary["rows"], summary["sites"]
+    shown = [
+        [percent(row["weight"]), row["weight"] / rows[0]["weight"]]
+        + [ABSENT if (value := row["values"].get(name)) is None else show(value) for name in sites]
+        for row in rows[:MAX_ROWS]
+    ]
+    texts: list[tuple[str, Kind]] = [(show(name, quote=False), "text") for name in sites]
+    table = Table([("weight", "figure"), ("", "bar"), *texts], shown)
+    return [*_run(summary), *[table] * bool(rows), *_beside_the_rows(summary), *_notes(summary)]
+
+
+def _run(summary: Mapping[str, Any]) -> list[str]:
     """What was run, and how far the result can be trusted."""
     count = summary["num_samples"]
     first = f"Posterior by {summary['engine']}: " if summary["engine"] else "Posterior: "
@@ -132,8 +222,8 @@ def header_lines(summary: Mapping[str, Any]) -> list[str]:
     return [first, second, *([", ".join(cost)] if cost else [])]
 
 
-def footer_lines(summary: Mapping[str, Any]) -> list[str]:
-    """What the rows leave out: further rows, numeric sites, dead samples, notes."""
+def _beside_the_rows(summary: Mapping[str, Any]) -> list[str]:
+    """What the rows leave out: further rows, numeric sites, dead samples."""
     lines = []
     rest = summary["rows"][MAX_ROWS:]
     if rest:
@@ -149,135 +239,25 @@ def footer_lines(summary: Mapping[str, Any]) -> list[str]:
             f"{show(name, quote=False)} ({count:,})" for name, count in summary["killed"].items()
         )
         lines.append(f"samples with probability zero, by the site that ended them: {sites}")
-    return lines + [f"note: {show(note, quote=False)}" for note in summary["notes"]]
-
-
-def percent(weight: float) -> str:
-    return f"{100 * weight:.1f}%"
-
-
-def bar(weight: float, largest: float) -> str:
-    """A bar of at most ten cells, in eighths."""
-    eighths = round(8 * _BAR_WIDTH * weight / largest)
-    return "█" * (eighths // 8) + ("" if eighths % 8 == 0 else "▏▎▍▌▋▊▉"[eighths % 8 - 1])
-
-
-def show_in(row: Mapping[str, Any], name: str) -> str:
-    value = row["values"].get(name)
-    return ABSENT if value is None else show(value)
-
-
-def show(value: Any, *, quote: bool = True) -> str:
-    """One printable line that stands for a value."""
-    if isinstance(value, str):
-        # As repr writes it: escapes for what is not printable, quotes that show the blanks.
-        text = repr(str(value))
-        return text if quote else text[1:-1]
-    if isinstance(value, torch.Tensor):
-        value = value.tolist()
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, (list, tuple)):
-        shown = [show(each) for each in value[:4]] + ["..."] * (len(value) > 4)
-        return f"[{', '.join(shown)}]"
-    text = repr(value)
-    return "".join(each if each.isprintable() else " " for each in text)
-
-
-# --- figures -------------------------------------------------------------------------------------
-
-
-def grid_text(
-    columns: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    *,
-    above: str,
-    below: str = "",
-    width: int | None = None,
-) -> str:
-    """Figures as text no wider than ``width`` columns (default: the terminal).
-
-    Args:
-        columns: their headings; one without a heading holds the names of the rows. A line break
-            in a heading keeps its column narrow.
-        rows: their cells.
-        above: a line above the table.
-        below: a line below it, or nothing.
-        width: of a line at most.
-    """
-    out = io.StringIO()
-    console = _console(out, width)
-    console.print(_plain(above))
-    # Many columns, and a terminal may have 80. (Rich puts a blank of its own between them.)
-    table = _table(gap=1 if len(columns) < 10 else 0)
-    for column in columns:
-        table.add_column(
-            _plain(column),
-            justify="right" if column else "left",
-            vertical="bottom",
-            no_wrap=True,
-        )
-    for row in rows:
-        table.add_row(*(_plain(cell) for cell in row))
-    console.print(table)
-    if below:
-        console.print(_plain(below))
-    return _stripped(out)
-
-
-def grid_html(
-    columns: Sequence[str], rows: Sequence[Sequence[str]], *, above: str, below: str = ""
-) -> str:
-    """The same as HTML."""
-    last = f"<div>{html.escape(below)}</div>" if below else ""
-    table = _html_rows([name.replace("\n", " ") for name in columns], rows)
-    return f"<div><div>{html.escape(above)}</div>{table}{last}</div>"
-
-
-def _html_rows(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
-    )
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return lines
 
 
 # --- profiles ------------------------------------------------------------------------------------
 
-_PROFILE_COLUMNS = (
-    "", "tokens", "positions", "passes", "batch", "seconds", "share", "tokens/s", "roofline",
-)  # fmt: skip
 
-
-def profile_text(summary: Mapping[str, Any], width: int | None = None) -> str:
-    """``Profile.summary()`` as text no wider than ``width`` columns (default: the terminal)."""
-    rows = profile_rows(summary)
-    return grid_text(_PROFILE_COLUMNS, rows, above=profile_header(summary), width=width)
-
-
-def profile_html(summary: Mapping[str, Any]) -> str:
-    """``Profile.summary()`` as HTML."""
-    return grid_html(_PROFILE_COLUMNS, profile_rows(summary), above=profile_header(summary))
-
-
-def profile_header(summary: Mapping[str, Any]) -> str:
-    count = summary["passes"]
+def profile_blocks(summary: Mapping[str, Any]) -> list[Block]:
+    """What ``Profile.summary()`` says: a row a kind of work, then what is outside the models."""
+    count, total = summary["passes"], summary["seconds"] or 1.0
     line = f"Profile: {duration(summary['seconds'])}, {count:,} forward pass{'es' * (count != 1)}"
     if count:
         line += f" of {summary['mean_batch']:.1f} rows on average"
-    return line
-
-
-def profile_rows(summary: Mapping[str, Any]) -> list[list[str]]:
-    """One a kind of work, then what is outside the language models."""
-    total = summary["seconds"] or 1.0
     rows = [
         [
             work["kind"],
             f"{work['tokens']:,}" if work["tokens"] else ABSENT,
             f"{work['positions']:,}",
             f"{work['passes']:,}",
-            ABSENT if work["mean_batch"] is None else f"{work['mean_batch']:.1f}",
+            _number(work["mean_batch"], 1),
             duration(work["seconds"]),
             percent(work["seconds"] / total),
             ABSENT if work["tokens_per_second"] is None else f"{work['tokens_per_second']:,.0f}",
@@ -286,103 +266,55 @@ def profile_rows(summary: Mapping[str, Any]) -> list[list[str]]:
         for work in summary["works"]
     ]
     outside = [duration(summary["seconds_outside"]), percent(summary["share_outside"])]
-    return [*rows, ["outside", *4 * [""], *outside, "", ""]]
-
-
-def duration(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds >= 10 else f"{seconds:.3f} s"
+    rows.append(["outside", *4 * [""], *outside, "", ""])
+    figures = ["tokens", "positions", "passes", "batch", "seconds", "share", "tokens/s", "roofline"]
+    return [line, Table([("", "name"), *((name, "figure") for name in figures)], rows, gap=1)]
 
 
 # --- diagnoses -----------------------------------------------------------------------------------
 
-_FIGURE_COLUMNS = ("", "nats", "std. error")
-_DIVERSITY_COLUMNS = (
-    "site", "draws", "distinct", "dist-1", "dist-2", "edits", "edits|w", "tokens", "tokens|w",
-)  # fmt: skip
 
-
-def diagnosis_text(summary: Mapping[str, Any], width: int | None = None) -> str:
-    """``Diagnosis.summary()`` as text no wider than ``width`` columns (default: the terminal)."""
-    out = io.StringIO()
-    console = _console(out, width)
-    console.print(_plain(diagnosis_header(summary)))
-    for columns, rows in _diagnosis_tables(summary):
-        console.print()
-        table = _table()
-        for i, column in enumerate(columns):
-            table.add_column(column, justify="right" if i else "left", no_wrap=True)
-        for row in rows:
-            table.add_row(*map(_cell, row))
-        console.print(table)
-    for note in summary["notes"]:
-        console.print(_plain(f"note: {show(note, quote=False)}"))
-    return _stripped(out)
-
-
-def diagnosis_html(summary: Mapping[str, Any]) -> str:
-    """``Diagnosis.summary()`` as HTML."""
-    tables = [_html_rows(columns, rows) for columns, rows in _diagnosis_tables(summary)]
-    notes = [
-        f"<div>{html.escape(show(f'note: {note}', quote=False))}</div>" for note in summary["notes"]
-    ]
-    header = f"<div>{html.escape(diagnosis_header(summary))}</div>"
-    return "".join(["<div>", header, *tables, *notes, "</div>"])
-
-
-def diagnosis_header(summary: Mapping[str, Any]) -> str:
+def diagnosis_blocks(summary: Mapping[str, Any]) -> list[Block]:
+    """What ``Diagnosis.summary()`` says."""
     line = f"Diagnosis of {show(summary['guide'], quote=False)}: {summary['num_samples']:,} draws"
     if summary["dead_fraction"]:
         line += f", {percent(summary['dead_fraction'])} with probability zero"
         if summary["killed"]:
             line += f" (by {', '.join(show(name, quote=False) for name in summary['killed'])})"
-    return line
-
-
-def _diagnosis_tables(
-    summary: Mapping[str, Any],
-) -> list[tuple[Sequence[str], list[list[str]]]]:
-    tables: list[tuple[Sequence[str], list[list[str]]]] = [
-        (_FIGURE_COLUMNS, diagnosis_rows(summary))
-    ]
+    columns: list[tuple[str, Kind]] = [("", "name"), ("nats", "figure"), ("std. error", "figure")]
+    blocks: list[Block] = [line, "", Table(columns, _bounds(summary) + _weights(summary))]
     if summary["texts"]:
-        rows = [
-            [show(name, quote=False), f"{text['num_draws']:,}", f"{text['num_distinct']:,}"]
-            + [_number(text[key], 2) for key in (
-                "distinct_1", "distinct_2", "edit_distance", "weighted_edit_distance",
-            )]
-            + [_number(text[key], 1) for key in ("mean_length", "weighted_mean_length")]
-            for name, text in summary["texts"].items()
-        ]  # fmt: skip
-        tables.append((_DIVERSITY_COLUMNS, rows))
-    return tables
+        blocks += ["", _diversity(summary["texts"])]
+    return [*blocks, *_notes(summary)]
 
 
-def diagnosis_rows(summary: Mapping[str, Any]) -> list[list[str]]:
-    """Bounds of log Z from below to above, divergences, then the weights' figures."""
+def _bounds(summary: Mapping[str, Any]) -> list[list[str]]:
+    """Bounds of log Z from below to above, then divergences."""
 
     def row(label: str, key: str) -> list[str]:
-        return [label, _number(summary[key], 3), _error(summary[key + "_stderr"])]
-
-    def kl(label: str, key: str) -> list[str]:
-        return [label, _bracket(summary[key]), _error(summary[key + "_stderr"])]
+        value, stderr = summary[key], summary[key + "_stderr"]
+        error = ABSENT if stderr is None else "exact" if stderr == 0 else f"{stderr:.2g}"
+        return [label, _bracket(value) if isinstance(value, tuple) else _number(value, 3), error]
 
     dead = summary["dead_fraction"] > 0
-    rows = [row("ELBO", "elbo")]
-    if dead:
-        rows.append(row("ELBO of the live part", "elbo_alive"))
-    rows.append(row("log Z >=, log mean weight", "iw_bound"))
-    if summary["log_z"] is not None:
-        by = "exact" if summary["log_z_source"] == "exact" else "by the prior's draws"
-        rows.append(row(f"log Z, {by}", "log_z"))
-    if summary["eubo"] is not None:
-        if summary["log_z_source"] != "exact":
-            rows.append(row("log Z <=, with an exact draw", "iw_upper_bound"))
-        rows.append(row("EUBO", "eubo"))
-    rows.append(kl("KL(guide || posterior)", "kl_guide_posterior"))
-    if dead:
-        rows.append(kl("  of the live part", "kl_alive_posterior"))
-    if summary["kl_posterior_guide"] is not None:
-        rows.append(kl("KL(posterior || guide)", "kl_posterior_guide"))
+    is_exact, has_exact = summary["log_z_source"] == "exact", summary["eubo"] is not None
+    by = "exact" if is_exact else "by the prior's draws"
+    rows = [
+        (True, "ELBO", "elbo"),
+        (dead, "ELBO of the live part", "elbo_alive"),
+        (True, "log Z >=, log mean weight", "iw_bound"),
+        (summary["log_z"] is not None, f"log Z, {by}", "log_z"),
+        (has_exact and not is_exact, "log Z <=, with an exact draw", "iw_upper_bound"),
+        (has_exact, "EUBO", "eubo"),
+        (True, "KL(guide || posterior)", "kl_guide_posterior"),
+        (dead, "  of the live part", "kl_alive_posterior"),
+        (summary["kl_posterior_guide"] is not None, "KL(posterior || guide)", "kl_posterior_guide"),
+    ]
+    return [row(label, key) for is_known, label, key in rows if is_known]
+
+
+def _weights(summary: Mapping[str, Any]) -> list[list[str]]:
+    rows = []
     if summary["z_score"] is not None:
         agree = "disagree" if abs(summary["z_score"]) > 3 else "agree"
         rows.append([f"log Z's two estimates {agree}", f"z = {summary['z_score']:.1f}", ""])
@@ -393,17 +325,27 @@ def diagnosis_rows(summary: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
-def _number(value: float | None, digits: int) -> str:
-    return ABSENT if value is None else f"{value:.{digits}f}"
-
-
-def _error(stderr: float | None) -> str:
-    return ABSENT if stderr is None else "exact" if stderr == 0 else f"{stderr:.2g}"
-
-
 def _bracket(bracket: tuple[float, float]) -> str:
     """One number where the ends agree."""
     lower, upper = (_number(end, 3) for end in bracket)
     if lower == upper:
         return lower
     return f">= {lower}" if upper == "inf" else f"{lower} to {upper}"
+
+
+_DIVERSITY = {
+    "dist-1": ("distinct_1", 2), "dist-2": ("distinct_2", 2), "edits": ("edit_distance", 2),
+    "edits|w": ("weighted_edit_distance", 2), "tokens": ("mean_length", 1),
+    "tokens|w": ("weighted_mean_length", 1),
+}  # fmt: skip
+
+
+def _diversity(texts: Mapping[str, Mapping[str, Any]]) -> Table:
+    """A row a site."""
+    rows = [
+        [show(name, quote=False), f"{text['num_draws']:,}", f"{text['num_distinct']:,}"]
+        + [_number(text[key], digits) for key, digits in _DIVERSITY.values()]
+        for name, text in texts.items()
+    ]
+    figures = ("draws", "distinct", *_DIVERSITY)
+    return Table([("site", "name"), *((name, "figure") for name in figures)], rows)

@@ -132,7 +132,7 @@ def test_rows_are_spaced_evenly_and_meet_the_evaluations():
 
 def test_empty():
     assert repr(History()) == History().table() == "History: no steps yet"
-    assert History()._repr_html_() == "<div>History: no steps yet</div>"
+    assert History()._repr_html_() == "<div><div>History: no steps yet</div></div>"
     assert repr(History([{}])).startswith("History: 1 step, 0 samples")
 
 

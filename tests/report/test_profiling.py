@@ -10,7 +10,7 @@ import torch
 import lmppl
 from lmppl import lm_sample, require
 from lmppl.lm.meter import roofline, work
-from lmppl.report.tables import profile_text
+from lmppl.report.tables import as_text, profile_blocks
 from lmppl.testing import tiny_lm
 
 LM = tiny_lm("ab.", seed=0, eos=False)
@@ -255,7 +255,7 @@ SUMMARY = {
 
 
 def test_the_table_has_a_row_a_kind():
-    lines = profile_text(SUMMARY, width=80).splitlines()
+    lines = as_text(profile_blocks(SUMMARY), width=80).splitlines()
     assert lines[0] == "Profile: 20.0 s, 1,234 forward passes of 31.3 rows on average"
     assert lines[1].split() == [
         "tokens", "positions", "passes", "batch", "seconds", "share", "tokens/s", "roofline",
