@@ -1,4 +1,7 @@
-"""Bad input: a clear error that names the site, what was given and what to do; nothing is lost."""
+"""Bad input: a clear error that names the site, what was given and what to do; nothing is lost.
+
+(Arguments of another type, or out of range, are in the table of ``test_misuse.py``.)
+"""
 
 from __future__ import annotations
 
@@ -74,27 +77,6 @@ def test_an_unknown_option_names_the_nearest(option, near):
 def test_a_programs_keyword_is_told_apart():
     with pytest.raises(TypeError, match=r"the program's go in kwargs="):
         infer(lambda x, y=None: one_site(), "a", y="b")
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"method": "smc", "ess_threshold": 1.5}, "ess_threshold=1.5"),
-        ({"method": "smc", "resampling": "none"}, "resampling='none'.*systematic"),
-        ({"method": "smc", "twist": "look"}, "twist='look'.*lookahead"),
-        ({"num_samples": 0}, "num_samples=0"),
-    ],
-    ids=str,
-)
-def test_bad_values_of_options(options, message):
-    with pytest.raises(ValueError, match=message):
-        infer(one_site, **options)
-
-
-def test_a_number_of_samples_of_another_type():
-    for given in (2.5, True, "8", None):
-        with pytest.raises(TypeError, match="num_samples=.*it must be an int of at least 1"):
-            infer(one_site, num_samples=given)
 
 
 def test_options_beside_an_engine_object():

@@ -28,6 +28,7 @@ from typing import Literal
 import torch
 
 from lmppl import runtime
+from lmppl.checks import check_choice, check_int, check_number
 from lmppl.engines import twists
 from lmppl.engines.base import Engine, State
 from lmppl.engines.resampling import SCHEMES, settle_in_place
@@ -69,27 +70,16 @@ class SMC(Engine):
     name = "smc"
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.ess_threshold <= 1.0:
-            raise ValueError(
-                f"ess_threshold={self.ess_threshold}: it is a fraction of the number of particles, "
-                "between 0 (never resample) and 1 (at every barrier)"
-            )
-        if self.resampling not in SCHEMES:
-            raise ValueError(f"resampling={self.resampling!r}, allowed: {sorted(SCHEMES)}")
-        if isinstance(self.twist, str) and self.twist not in ("lookahead", "flow"):
+        check_number("ess_threshold", self.ess_threshold, least=0, most=1)
+        check_choice("resampling", self.resampling, sorted(SCHEMES))
+        check_int("twist_every", self.twist_every)
+        if self.twist_defense is not None:
+            check_number("twist_defense", self.twist_defense, least=0, most=1)
+        functions = self.twist.values() if isinstance(self.twist, Mapping) else [self.twist]
+        if self.twist not in (None, "lookahead", "flow") and not all(map(callable, functions)):
             raise ValueError(
                 f"twist={self.twist!r}, allowed: None, 'lookahead', 'flow', a callable that gives "
                 "log psi of a text, or a dict of callables by site name"
-            )
-        if not isinstance(self.twist_every, int) or self.twist_every < 1:
-            raise ValueError(
-                f"twist_every={self.twist_every!r}: it is a number of tokens, 1 or more"
-            )
-
-        if self.twist_defense is not None and not 0.0 <= self.twist_defense <= 1.0:
-            raise ValueError(
-                f"twist_defense={self.twist_defense}: it is a share of the particles, between 0 (the "
-                "twist alone decides) and 1 (it decides nothing)"
             )
 
     def sample(self, state: State) -> None:

@@ -414,7 +414,7 @@ def test_a_flow_needs_a_guide():
         lmppl.infer(case.program, *case.args, lm=case.lm, method="smc", twist="flow")
 
 
-@pytest.mark.parametrize("value", [0, -1, 1.5])
+@pytest.mark.parametrize("value", [0, -1])
 def test_twist_every_is_a_number_of_tokens(value):
-    with pytest.raises(ValueError, match="twist_every=.*tokens"):
+    with pytest.raises(ValueError, match="twist_every=.*int of at least 1"):
         smc.SMC(twist_every=value)

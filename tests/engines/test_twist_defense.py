@@ -164,5 +164,5 @@ def test_by_default_a_fifth_is_defended_and_several_slots():
 
 @pytest.mark.parametrize("value", [-0.1, 1.5, math.nan])
 def test_it_is_a_share(value):
-    with pytest.raises(ValueError, match="twist_defense=.*between 0"):
+    with pytest.raises(ValueError, match="twist_defense=.*at least 0 and at most 1"):
         SMC(twist_defense=value)
