@@ -21,6 +21,7 @@ from torch.distributions import constraints
 
 from lmppl.checks import check_int, check_number
 from lmppl.lm import LM
+from lmppl.lm.batches.inverse_cdf import inverse_cdf_of
 from lmppl.lm.batches.requests import Draw, Score, Scored
 from lmppl.lm.tokens.stopping import Stopping
 from lmppl.lm.tokens.text import Text
@@ -228,7 +229,7 @@ class LMText(TorchDistribution):
         else:
             ids = obs.token_ids if isinstance(obs, Text) else self.lm.vocabulary.encode(obs)
             closed = [ids + self.lm.vocabulary.encode(stop) for stop in self.stopping.stop]
-            ids = next((each for each in (ids, *closed) if each in self.choices), ids)
+            ids = next((tokens for tokens in (ids, *closed) if tokens in self.choices), ids)
             if ids not in self.choices:
                 allowed = [self.lm.vocabulary.decode(choice) for choice in self.choices]
                 raise ValueError(f"{str(obs)!r} is none of the choices {allowed}")
@@ -411,7 +412,7 @@ def draw_texts(
         for i, table in zip(chosen, tables, strict=True):
             d = distributions[i]
             assert d.choices is not None
-            k = _inverse_cdf(table, float(uniforms[i][0]))
+            k = int(inverse_cdf_of(table.double().exp(), uniforms[i][:1]))
             results[i] = (d.value(d.choices[k]), table[k])
     return results
 
@@ -458,8 +459,8 @@ def score_texts(
             by_lm.setdefault(d.lm, []).append((i, request))
     for lm, requests in by_lm.items():
         scored = lm.score([request for _, request in requests], grad=grad)
-        for (i, _), each in zip(requests, scored, strict=True):
-            results[i] = (each.log_probs.sum(), each)
+        for (i, _), terms in zip(requests, scored, strict=True):
+            results[i] = (terms.log_probs.sum(), terms)
     if chosen:
         tables = choice_log_probs(
             [distributions[i] for i in chosen], [names[i] for i in chosen], grad=grad
@@ -481,24 +482,15 @@ def choice_log_probs(
         # The temperature applies to whole strings, so tokens are scored at 1.
         for choice in d.choices:
             by_lm.setdefault(d.lm, []).append((i, Score(d.prefix_ids, choice, name=name)))
-    terms: list[list[torch.Tensor]] = [[] for _ in distributions]
+    log_probs: list[list[torch.Tensor]] = [[] for _ in distributions]
     for lm, requests in by_lm.items():
         scored = lm.score([request for _, request in requests], grad=grad)
-        for (i, _), each in zip(requests, scored, strict=True):
-            terms[i].append(each.log_probs.sum())
+        for (i, _), terms in zip(requests, scored, strict=True):
+            log_probs[i].append(terms.log_probs.sum())
     return [
-        torch.log_softmax(torch.stack(each) / d.temperature, -1)
-        for each, d in zip(terms, distributions, strict=True)
+        torch.log_softmax(torch.stack(of_choices) / d.temperature, -1)
+        for of_choices, d in zip(log_probs, distributions, strict=True)
     ]
-
-
-def _inverse_cdf(log_probs: torch.Tensor, u: float) -> int:
-    """The index at which the cumulative distribution first exceeds u; never one of probability 0."""
-    cumulative = log_probs.double().exp().cumsum(-1)
-    target = torch.tensor(u * float(cumulative[-1]), dtype=torch.float64)
-    k = int(torch.searchsorted(cumulative, target, right=True))
-    positive = torch.nonzero(log_probs > -math.inf)
-    return min(k, int(positive[-1]))
 
 
 # --- results of tools ----------------------------------------------------------------------------

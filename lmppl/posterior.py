@@ -17,6 +17,7 @@ import torch
 from pyro.poutine import Trace
 
 from lmppl.checks import check_callable, check_int, check_seed, did_you_mean
+from lmppl.lm.batches.inverse_cdf import inverse_cdf_of
 from lmppl.report.tables import Block, Report, posterior_blocks
 from lmppl.runtime.sites import has_value, is_continuous, is_latent, key_of, value_of, values_of
 from lmppl.runtime.weights import ess
@@ -288,17 +289,13 @@ class Posterior(Report):
         n, seed = check_int("n", n), check_seed(seed)
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         uniforms = torch.rand(n, dtype=torch.float64, generator=generator)
-        cumulative = self.weights.cumsum(0)  # (K,) float64
-        # The first trace at which the sum exceeds u. One of weight zero does not raise the sum, so
-        # it is never the first; the clamp is for a u that rounds up to the whole sum.
-        picks = torch.searchsorted(cumulative, uniforms * cumulative[-1], right=True)
-        picks = picks.clamp(max=int(torch.nonzero(self.weights > 0)[-1]))
+        picks = inverse_cdf_of(self.weights, uniforms).tolist()
         log_evidence = self.log_evidence
         notes = [*self.info.get("notes", ()), f"resampled from {len(self)} samples"]
         return self._with(
-            [self.traces[i] for i in picks.tolist()],
+            [self.traces[i] for i in picks],
             torch.full((n,), 0.0 if log_evidence is None else log_evidence, dtype=torch.float64),
-            [self.returns[i] for i in picks.tolist()],
+            [self.returns[i] for i in picks],
             {**self.info, "iid": False, "notes": notes},
         )
 

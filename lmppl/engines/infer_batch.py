@@ -105,7 +105,7 @@ def infer_batch(
     lm = default_lm() if lm is None else lm  # of here, wherever the posteriors are asked for
     seed = runtime.fresh_seed(seed)
 
-    def run(index: int, item: Any, its_seed: int) -> Posterior:
+    def run(index: int, item: Any, input_seed: int) -> Posterior:
         """One input alone."""
 
         def report(figures: dict[str, Any]) -> None:
@@ -120,20 +120,20 @@ def infer_batch(
                 lm=lm,
                 num_samples=num_samples,
                 guide=guide,
-                seed=its_seed,
+                seed=input_seed,
                 progress=False,
                 callback=report,
             )
         except Exception as error:
-            error.add_note(f"raised for input {index} of the batch (seed={its_seed})")
+            error.add_note(f"raised for input {index} of the batch (seed={input_seed})")
             raise
-        posterior.info.update(input=index, seed=its_seed)
+        posterior.info.update(input=index, seed=input_seed)
         return posterior
 
     def start(index: int, item: Any) -> Member:
-        its_seed = runtime.nth_seed(seed, index)
-        global_state = GlobalState.fresh(its_seed, grad=torch.is_grad_enabled())
-        return Member(lambda: run(index, item, its_seed), global_state)
+        input_seed = runtime.nth_seed(seed, index)
+        global_state = GlobalState.fresh(input_seed, grad=torch.is_grad_enabled())
+        return Member(lambda: run(index, item, input_seed), global_state)
 
     bar = progress_bar(f"{engine.name}, inputs", operator.length_hint(inputs) or None, progress)
     return _in_order(source, start, at_once, on_error, bar)

@@ -206,7 +206,7 @@ def profile() -> Iterator[Profile]:
 
 
 def _work(kind: Kind, record: WorkRecord) -> Work:
-    groups = [passes for (its, _), passes in record.passes.items() if its == kind]
+    groups = [passes for (work, _), passes in record.passes.items() if work == kind]
     times = _PASSES_OF_TRAINING if kind == "trained" else 1
     flops, gemm_seconds = 0, 0.0
     known = bool(groups)

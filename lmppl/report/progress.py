@@ -105,4 +105,4 @@ def _figures(figures: dict[str, Any]) -> str:
 
 def _plain(text: str) -> str:
     """One line without control characters, which would move the terminal's cursor."""
-    return "".join(each if each.isprintable() else " " for each in text)
+    return "".join(character if character.isprintable() else " " for character in text)

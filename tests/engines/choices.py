@@ -89,12 +89,12 @@ def _route(patch, choices: Choices) -> None:
         tokens = torch.tensor([choices.pick([p / math.fsum(row) for p in row]) for row in table])
         return tokens, log_probs.gather(1, tokens.unsqueeze(1)).squeeze(1)
 
-    def inverse_cdf(log_probs, u):
-        probs = log_probs.double().exp()
-        return choices.pick((probs / probs.sum()).tolist())
+    def inverse_cdf_of(weights, uniforms):
+        weights = weights.double()
+        return torch.tensor([choices.pick((weights / weights.sum()).tolist()) for _ in uniforms])
 
     patch.setattr(rows, "invert", invert)
-    patch.setattr(distributions, "_inverse_cdf", inverse_cdf)
+    patch.setattr(distributions, "inverse_cdf_of", inverse_cdf_of)
     patch.setattr(Coin, "choices", choices, raising=False)
     for name in SCHEMES:
         patch.setitem(SCHEMES, name, _enumerated(name, SCHEMES[name], choices))

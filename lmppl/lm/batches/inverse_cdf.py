@@ -86,6 +86,20 @@ def invert(
     return tokens.to(probs.device).squeeze(-1), log_probs.to(probs.device).squeeze(-1)
 
 
+def inverse_cdf_of(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """The indices at which the cumulative weights first exceed their sum times each uniform.
+
+    Args:
+        weights: (N,), of any positive scale; summed in float64.
+        uniforms: (M,) float64 in [0, 1).
+
+    Returns:
+        (M,) indices, never one of weight zero.
+    """
+    cdf = weights.double().cumsum(0)
+    return _first_above(cdf.unsqueeze(0), (uniforms * cdf[-1]).unsqueeze(0)).squeeze(0)
+
+
 def tempered(
     logits: torch.Tensor, temperature: float | Sequence[float] | torch.Tensor
 ) -> torch.Tensor:
