@@ -167,10 +167,7 @@ class _ScoreTable:
                 terms.append(log_prob)
                 places.append(i * width + j)
         left = torch.tensor(
-            [
-                math.fsum(lp for name, lp in sample.log_priors.items() if name not in score)
-                for sample, score in zip(samples, scores, strict=True)
-            ]
+            [sample.log_left(score) for sample, score in zip(samples, scores, strict=True)]
         )
         if not terms:
             self._terms, self.log_q = left, left

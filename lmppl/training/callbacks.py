@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from lmppl.checks import check_int
+
 _WINDOW = 10
 _LEAST_FALL = 20.0  # nats
 
@@ -34,40 +36,43 @@ class Snapshot:
 
 
 class DivergenceGuard:
-    """Stops a run whose guide has become much worse than it was untrained.
+    """Stops a run that has become much worse than it was at first.
 
-    ELBOs of different inputs are not of a size: long observations come late in a sorted stream. So
-    where the ELBO has fallen, the best parameters are tried on the same inputs first.
+    Figures of different inputs are not of a size: long observations come late in a sorted stream. So
+    where the figure has fallen, the best parameters are tried on the same inputs first.
+
+    Args:
+        name: of the figure that it watches, in messages.
 
     Attributes:
-        first: mean ELBO of the first steps, nats.
-        best: the highest mean ELBO of as many steps in a row.
+        first: its mean over the first steps, nats.
+        best: the highest mean over as many steps in a row.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "ELBO") -> None:
+        self._name = name
         self.first: float | None = None
         self.best = -math.inf
         self.snapshot = Snapshot()
         self._recent: list[float] = []
 
     def watch(
-        self, number: int, elbo: float, parameters: Parameters, elbo_again: Callable[[], float]
+        self, number: int, figure: float, parameters: Parameters, again: Callable[[], float]
     ) -> None:
         """Take note of a step.
 
         Args:
             number: of the step.
-            elbo: of its inputs, nats.
+            figure: of its inputs, nats.
             parameters: by name.
-            elbo_again: the ELBO of the step's inputs under what is in ``parameters`` when it is
-                called.
+            again: the figure of the step's inputs under what is in ``parameters`` when it is called.
 
         Raises:
             FloatingPointError: if training has diverged; the best parameters are put back.
         """
-        if not math.isfinite(elbo):
+        if not math.isfinite(figure):
             return
-        self._recent.append(elbo)
+        self._recent.append(figure)
         if len(self._recent) < _WINDOW:
             return
         mean = sum(self._recent) / _WINDOW
@@ -81,14 +86,14 @@ class DivergenceGuard:
             present = Snapshot()
             present.take(parameters)
             self.snapshot.put_back(parameters)
-            if not _fell(elbo_again(), elbo):
+            if not _fell(again(), figure):
                 present.put_back(parameters)
                 return
             raise FloatingPointError(
-                f"training has diverged: up to step {number} the ELBO fell to {mean:.1f} nats; it "
-                f"was {self.first:.1f} before training and {self.best:.1f} at its best. The "
+                f"training has diverged: up to step {number} the {self._name} fell to {mean:.1f} "
+                f"nats; it was {self.first:.1f} before training and {self.best:.1f} at its best. The "
                 "parameters of the best steps are put back. Lower learning_rate (a half or a "
-                "quarter), or raise batch_size"
+                "quarter; for a program also model_learning_rate), or raise batch_size"
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -105,8 +110,8 @@ class DivergenceGuard:
         self.snapshot = Snapshot(state["snapshot"])
 
 
-def _fell(elbo: float, to: float) -> bool:
-    return to < elbo - max(_LEAST_FALL, abs(elbo))
+def _fell(figure: float, to: float) -> bool:
+    return to < figure - max(_LEAST_FALL, abs(figure))
 
 
 class EarlyStopping:
@@ -117,9 +122,7 @@ class EarlyStopping:
     """
 
     def __init__(self, patience: int | None) -> None:
-        if patience is not None and patience < 1:
-            raise ValueError(f"patience={patience}: it must be at least 1 evaluation")
-        self.patience = patience
+        self.patience = None if patience is None else check_int("patience", patience)
         self.best, self.best_step, self.waited = -math.inf, -1, 0
         self.snapshot = Snapshot()
 

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import torch
 
+from lmppl.checks import check_int
 from lmppl.distributions import ToolResult
 from lmppl.guides.parameters import same_base
 from lmppl.guides.saving import (
@@ -74,8 +75,7 @@ class Checkpoints:
         Raises:
             ValueError: for one out of range, or without what it needs.
         """
-        if not isinstance(every, int) or every < 1:
-            raise ValueError(f"checkpoint_every={every!r}: it must be an int of at least 1")
+        every = check_int("checkpoint_every", every)
         if resume and checkpoint is None:
             raise ValueError("resume=True needs checkpoint=: the folder of the run to go on with")
         if resume and seed is None:

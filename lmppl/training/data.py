@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 from lmppl import runtime
+from lmppl.checks import check_int
 from lmppl.guides.guide import TrainableGuide
 from lmppl.posterior import Posterior
 from lmppl.report.progress import progress_bar
 from lmppl.runtime import simulation
-from lmppl.runtime.arguments import Args, items_of
+from lmppl.runtime.arguments import Args
 from lmppl.runtime.records import Record, record_of_simulation
 from lmppl.runtime.simulation import Simulated
 from lmppl.training.inputs import (
@@ -24,7 +25,6 @@ from lmppl.training.inputs import (
     Source,
     Stream,
     read_inputs,
-    read_stream,
 )
 from lmppl.training.options import FitOptions
 
@@ -68,25 +68,20 @@ def read_data(
             f"eval_data={eval_data}: a number is for simulate=; give a list of held-out inputs"
         )
     held_out = held_out_inputs(guide, eval_data, options)
-    items = items_of(data)
+    stream = read_inputs(guide.model, data, options)
     if not hasattr(data, "__len__"):
         if demonstrations is not None:
             raise ValueError("demonstrations= needs data that is a list, in the same order")
         _check_loss(options, has_latents=False)
-        stream = read_stream(guide.model, items, options)
-        first = next(stream, None)
-        if first is None:
-            raise ValueError("data holds no input: give at least one, [(x, y)]")
+        first = next(stream)
         return Stream(itertools.chain([first], stream)), held_out, first
-    args_of = read_inputs(guide.model, data)
-    given = _demonstrations(demonstrations, len(args_of), seed)
+    inputs = list(stream)
+    given = _demonstrations(demonstrations, len(inputs), seed)
     _check_loss(options, has_latents=any(given))
-    inputs = [
-        Input(guide.model, args, i, options, records)
-        for i, (args, records) in enumerate(zip(args_of, given, strict=True))
-    ]
+    for input_, records in zip(inputs, given, strict=True):
+        input_.given = records
     if options.loss.draws == "given":
-        inputs = [each for each in inputs if each.given]
+        inputs = [input_ for input_ in inputs if input_.given]
     return Collection(inputs, generator), held_out, inputs[0]
 
 
@@ -115,9 +110,13 @@ def _simulated_inputs(
     progress: bool | None,
 ) -> tuple[Source, list[Input], Input]:
     check_simulated(guide)
-    if not (number == math.inf or (isinstance(number, int) and number >= 1)):
-        raise ValueError(f"simulate={number!r}: it must be an int of at least 1, or math.inf")
-    args_of = read_inputs(guide.model, [()] if data is None else data)
+    if number != math.inf:
+        try:
+            check_int("simulate", number)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{error}, or math.inf") from None
+    given = read_inputs(guide.model, [()] if data is None else data, options)
+    args_of = [input_.args for input_ in given]
     seeds = runtime.slot_seeds(seed, 2)
     if isinstance(eval_data, int):
         held_out = list(
@@ -132,8 +131,8 @@ def _simulated_inputs(
         return source, held_out, example
     inputs = []
     with progress_bar("simulating inputs", int(number), show=progress) as bar:
-        for each in simulated_inputs(guide, pairs, options, int(number)):
-            inputs.append(each)
+        for input_ in simulated_inputs(guide, pairs, options, int(number)):
+            inputs.append(input_)
             bar.advance()
     return Collection(inputs, generator), held_out, inputs[0]
 
@@ -190,9 +189,9 @@ def simulated_input(
     # A tuple of its own: samples are told apart by it.
     program, args = one.program(guide.model), (*args,)
     record = record_of_simulation(one, latents_known=not options.loss.truncations)
-    each = Input(program, args, index, options, [record], exact=True)
-    each.observations = guide.observations_of_simulation(one, program)
-    return each
+    input_ = Input(program, args, index, options, [record], exact=True)
+    input_.observations = guide.observations_of_simulation(one, program)
+    return input_
 
 
 def held_out_inputs(
@@ -201,8 +200,60 @@ def held_out_inputs(
     """Those that a user gives; none, if ``data`` is None."""
     if data is None:
         return []
-    args_of = read_inputs(guide.model, data, "eval_data")
-    return [Input(guide.model, args, i, options) for i, args in enumerate(args_of)]
+    return list(read_inputs(guide.model, data, options, "eval_data"))
+
+
+class Dreams(Source):
+    """Inputs simulated under the model as it is when they are asked for, a batch at a time.
+
+    Args:
+        guide: for which they are.
+        inputs: whose arguments they are simulated on, in turn.
+        options: of the training.
+        seed: of the simulations.
+    """
+
+    def __init__(
+        self, guide: TrainableGuide, inputs: Sequence[Input], options: FitOptions, seed: int
+    ) -> None:
+        self._guide, self._inputs, self._options, self._seed = guide, inputs, options, seed
+        self._waiting: list[Input] = []
+        self._batches = self._taken = 0
+
+    def next(self, num: int) -> list[Input]:
+        while len(self._waiting) < num:
+            self._waiting += self._batch()
+        chosen, self._waiting = self._waiting[:num], self._waiting[num:]
+        return chosen
+
+    def _batch(self) -> list[Input]:
+        guide, options, number = self._guide, self._options, self._batches
+        self._batches += 1
+        args = self._inputs[number % len(self._inputs)].args
+        drawn = simulation.simulate(guide.model, args, options.batch_size, seed=self._seed + number)
+        batch = [
+            simulated_input(guide, args, one, index, options)
+            for index, one in enumerate(drawn, self._taken)
+        ]
+        if options.loss.draws != "given":
+            for input_ in batch:
+                input_.forget_scores()  # the model may change before the last of them is used
+        self._taken += len(batch)
+        return batch
+
+    @property
+    def kept(self) -> list[Input]:
+        return []
+
+    def forget(self) -> None:
+        """Dream anew: those that wait are not in a checkpoint."""
+        self._waiting.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"batches": self._batches, "taken": self._taken}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._batches, self._taken = state["batches"], state["taken"]
 
 
 def _demonstrations(given: Sequence[Any] | None, num: int, seed: int) -> list[list[Record]]:

@@ -5,17 +5,15 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from numbers import Integral
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 
 from lmppl import runtime
+from lmppl.checks import check_int
 from lmppl.guides.guide import Guide
 from lmppl.guides.scoring import score_traces
 from lmppl.runtime import Proposer
-from lmppl.training.callbacks import EarlyStopping
 from lmppl.training.inputs import Input, observe
 
 _MOST_PARTICLES = 512
@@ -38,23 +36,18 @@ class HeldOut:
     inputs: Sequence[Input] = ()
 
     def __post_init__(self) -> None:
-        given: list[tuple[str, Any]] = [
-            ("eval_every", self.every),
-            ("eval_samples", self.num_samples),
-        ]
-        for name, value in given:
-            if not isinstance(value, Integral) or value < 1:
-                raise ValueError(f"{name}={value!r}: it must be an int of at least 1")
+        check_int("eval_every", self.every)
+        check_int("eval_samples", self.num_samples)
 
-    def stopping(self, patience: int | None) -> EarlyStopping:
-        """Of the run, by its figures.
+    def with_inputs(self, inputs: Sequence[Input], patience: int | None) -> HeldOut:
+        """The same with inputs.
 
         Raises:
-            ValueError: if there are none.
+            ValueError: if there are none, and a run is to stop by their figures.
         """
-        if patience is not None and not self.inputs:
+        if patience is not None and not inputs:
             raise ValueError(f"patience={patience} needs eval_data=, held-out inputs")
-        return EarlyStopping(patience)
+        return replace(self, inputs=inputs)
 
     def figures(self, guide: Guide, number: int, steps: int) -> dict[str, float]:
         """What ``evaluate`` finds after step ``number`` of ``steps``; nothing if it is not time."""

@@ -1,58 +1,27 @@
-"""The life of a run of training: its inputs, evaluations, checkpoints and end.
+"""Training a guide on inputs: what a run of it is made of.
 
-What happens within a step is in ``trainer.py``, what can be set in ``options.py``.
+The run itself is in ``loop.py``, what happens within a step in ``trainer.py``, what can be set in
+``options.py``.
 """
 
 from __future__ import annotations
 
-import inspect
-import math
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lmppl import runtime
-from lmppl.checks import check_int
 from lmppl.guides.guide import TrainableGuide
 from lmppl.primitives import use
 from lmppl.report.history import History
-from lmppl.report.progress import progress_bar
-from lmppl.training.callbacks import DivergenceGuard, EarlyStopping
-from lmppl.training.checkpoints import Checkpoints, Part
+from lmppl.training.checkpoints import Part
 from lmppl.training.data import read_data
-from lmppl.training.evaluation import HeldOut, evaluate
+from lmppl.training.evaluation import evaluate
+from lmppl.training.loop import Run, train
 from lmppl.training.options import FitOptions
-from lmppl.training.tracking import tracker
 from lmppl.training.trainer import Trainer
-
-_SHOWN = ("loss", "log_z", "elbo", "ess", "length")
-
-
-@dataclass(frozen=True)
-class Run:
-    """What surrounds the steps of a run.
-
-    Args:
-        steps: optimiser steps.
-        seed: of all random choices.
-        checkpoints: where its state is kept.
-        log_with: trackers of figures: a name that accelerate knows ("tensorboard", "wandb", ...),
-            a tracker object, or a list of those.
-        logging_dir: where they write.
-    """
-
-    steps: int
-    seed: int
-    checkpoints: Checkpoints
-    log_with: Any
-    logging_dir: str | Path
-
-    def __post_init__(self) -> None:
-        check_int("steps", self.steps)
 
 
 def fit(
@@ -95,7 +64,7 @@ def fit(
         eval_every, eval_samples: steps between evaluations on them, and draws for each.
         patience: evaluations without a better ESS fraction after which training stops, with the
             parameters of the best; None: it never stops early.
-        log_with, logging_dir: see ``Run``.
+        log_with, logging_dir: see ``lmppl.training.loop.Run``.
         checkpoint, checkpoint_every, resume: a folder for checkpoints, steps between them, and
             whether to go on from the one that is there.
         seed: makes the run reproducible.
@@ -111,19 +80,24 @@ def fit(
             parameters are kept.
         KeyboardInterrupt: is passed on; the guide so far is kept and usable, as is the checkpoint.
     """
-    own = inspect.signature(fit).parameters.values()
-    settings = FitOptions.of(options, [each.name for each in own if each.kind is each.KEYWORD_ONLY])
-    run = Run(
+    settings = FitOptions.of(options, beside=fit)
+    run = Run.of(
         steps,
-        runtime.fresh_seed(seed),
-        Checkpoints.of(checkpoint, checkpoint_every, resume, seed),
-        log_with,
-        logging_dir,
+        seed,
+        eval_every=eval_every,
+        eval_samples=eval_samples,
+        patience=patience,
+        checkpoint=checkpoint,
+        checkpoint_every=checkpoint_every,
+        resume=resume,
+        log_with=log_with,
+        logging_dir=logging_dir,
+        progress=progress,
+        callback=callback,
     )
-    held_out = HeldOut(eval_every, eval_samples, run.seed)
     generator = torch.Generator().manual_seed(run.seed % 2**63)
     with use(guide.base):
-        source, eval_inputs, example = read_data(
+        source, held_out, example = read_data(
             guide,
             data,
             simulate,
@@ -134,89 +108,45 @@ def fit(
             generator,
             progress,
         )
-        held_out = replace(held_out, inputs=eval_inputs)
-        stopping = held_out.stopping(patience)
+        run = replace(run, held_out=run.held_out.with_inputs(held_out, patience))
         guide.start_training(several_inputs=source.num_inputs != 1)
         guide.tempered_target = settings.tempered_target
         guide.prepare(example.args, example.program, example.observations)
-        trainer = Trainer(guide, source, steps, settings, run.seed, generator)
-        _Loop(trainer, held_out, stopping, run, callback).run(progress)
+        trainer = Trainer(guide, source, run.steps, settings, run.seed, generator)
+        train(_GuideLearner(trainer, run), run)
 
 
-class _Loop:
-    """The steps of a run, and what happens between them."""
+class _GuideLearner:
+    """A guide that learns."""
 
-    def __init__(
-        self,
-        trainer: Trainer,
-        held_out: HeldOut,
-        stopping: EarlyStopping,
-        run: Run,
-        callback: Callable[[dict[str, Any]], None] | None,
-    ) -> None:
-        self._trainer, self._held_out, self._run = trainer, held_out, run
-        self._callback = callback
-        self._guide = trainer.guide
-        self._guard, self._stopping = DivergenceGuard(), stopping
+    task = "training the guide"
+    shown: tuple[str, ...] = ("loss", "log_z", "elbo", "ess", "length")
+    watched = "elbo", "ELBO"
+    judged = "eval_ess", "ESS"
 
-    def run(self, progress: bool | None) -> None:
-        run, trainer = self._run, self._trainer
-        checkpoints = run.checkpoints
-        parts: dict[str, Part] = {"guard": self._guard, "stopping": self._stopping}
-        done = checkpoints.begin(trainer, parts)
-        config = {"steps": run.steps, "seed": run.seed, "loss": trainer.options.loss.name}
-        with (
-            progress_bar("training the guide", run.steps, show=progress) as bar,
-            tracker(run.log_with, directory=run.logging_dir, name="lmppl", config=config) as track,
-        ):
-            bar.advance(done)
-            for number in range(done, done if self._stopping.over else run.steps):
-                figures = trainer.step(number)
-                if figures is None:
-                    warnings.warn(
-                        f"the data ended after {number} of {run.steps} steps: training ends here, "
-                        "with a learning rate that has not come to its end",
-                        stacklevel=4,
-                    )
-                    checkpoints.save(number, last=True)
-                    break
-                figures = {"step": len(self._guide.history), **figures}
-                stop = self._evaluate(number, figures)
-                self._guide.history.append(figures)
-                bar.advance(**_shown(figures))
-                track.log(figures, figures["step"])
-                if self._callback is not None:
-                    self._callback(figures)
-                self._guard.watch(
-                    number, figures["elbo"], self._guide.named_parameters(), self._elbo_again
-                )
-                if stop:
-                    self._guide.notes.append(
-                        f"stopped after {number + 1} steps: no better held-out ESS since step "
-                        f"{self._stopping.best_step}"
-                    )
-                last = stop or number == run.steps - 1
-                checkpoints.save(number + 1, last=last)
-                if stop:
-                    break
-        self._stopping.finish(self._guide.named_parameters())
-        trainer.report_dead()
+    def __init__(self, trainer: Trainer, run: Run) -> None:
+        self.trainer, self._held_out = trainer, run.held_out
 
-    def _elbo_again(self) -> float:
-        """Of the last step's inputs, under the parameters as they now are."""
+    @property
+    def history(self) -> History:
+        return self.trainer.guide.history
+
+    def step(self, number: int) -> dict[str, Any] | None:
+        return self.trainer.step(number)
+
+    def watched_again(self) -> float:
         samples, seed = self._held_out.num_samples, self._held_out.seed
-        return evaluate(self._guide, self._trainer.inputs, samples, seed=seed)["eval_elbo"]
+        found = evaluate(self.trainer.guide, self.trainer.inputs, samples, seed=seed)
+        return found["eval_elbo"]
 
-    def _evaluate(self, number: int, figures: dict[str, Any]) -> bool:
-        """Adds held-out figures to a step's, when it is time. Returns whether to stop."""
-        found = self._held_out.figures(self._guide, number, self._run.steps)
-        figures |= found
-        if not found:
-            return False
-        return self._stopping.should_stop(number, found["eval_ess"], self._guide.named_parameters())
+    def named_parameters(self) -> dict[str, torch.nn.Parameter]:
+        return self.trainer.guide.named_parameters()
 
+    def parts(self) -> dict[str, Part]:
+        return {}
 
-def _shown(figures: Mapping[str, Any]) -> dict[str, Any]:
-    (rate,) = History([dict(figures)]).column("samples_per_second")
-    shown = {name: figures[name] for name in _SHOWN if math.isfinite(figures[name])}
-    return {**shown, "samples/s": rate}
+    def identity(self) -> dict[str, Any]:
+        return {}
+
+    def forget(self) -> None:
+        """The trainer has forgotten all."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -66,19 +66,23 @@ class Input:
 
 def observe(guide: Guide, inputs: Sequence[Input]) -> None:
     """Find what the guide reads of inputs for which that is not known yet."""
-    new = [each for each in inputs if each.observations is None]
+    new = [input_ for input_ in inputs if input_.observations is None]
     if new:
-        found = guide.observations_of([(each.program, each.args) for each in new])
-        for each, observations in zip(new, found, strict=True):
-            each.observations = observations
+        found = guide.observations_of([(input_.program, input_.args) for input_ in new])
+        for input_, observations in zip(new, found, strict=True):
+            input_.observations = observations
 
 
-def read_inputs(program: Callable[..., Any], data: Iterable[Any], what: str = "data") -> list[Args]:
-    """Inputs as tuples of positional arguments.
+def read_inputs(
+    program: Callable[..., Any], data: Any, options: FitOptions, what: str = "data"
+) -> Iterator[Input]:
+    """The inputs that a user gives, checked one by one as they come.
 
     Args:
         program: the program.
-        data: tuples (or lists) of positional arguments, or dicts of arguments by name.
+        data: tuples (or lists) of its positional arguments, or dicts of its arguments by name; a
+            collection or an iterator.
+        options: of the training.
         what: the argument that they are given as, for messages.
 
     Raises:
@@ -86,11 +90,11 @@ def read_inputs(program: Callable[..., Any], data: Iterable[Any], what: str = "d
         ValueError: if there is no item.
     """
     signature = signature_of(program)
-    items = items_of(data, what)
-    inputs = [positional(signature, item, i, what) for i, item in enumerate(items)]
-    if not inputs:
+    index = -1
+    for index, item in enumerate(items_of(data, what)):
+        yield Input(program, positional(signature, item, index, what), index, options)
+    if index < 0:
         raise ValueError(f"{what} holds no input: give at least one, [(x, y)]")
-    return inputs
 
 
 # --- where the inputs of each step come from -----------------------------------------------------
@@ -173,8 +177,8 @@ class Stream(Source):
 
     def next(self, num: int) -> list[Input]:
         chosen = list(itertools.islice(self._inputs, num))
-        for index, each in enumerate(chosen, self._taken):
-            each.index = index  # what was skipped counts
+        for index, input_ in enumerate(chosen, self._taken):
+            input_.index = index  # what was skipped counts
         self._taken += len(chosen)
         return chosen
 
@@ -196,13 +200,3 @@ class Stream(Source):
                 f"the data ended after {skipped} inputs, but the run to be resumed had used "
                 f"{state['taken']}: give the same data again, from its beginning"
             )
-
-
-def read_stream(
-    program: Callable[..., Any], data: Iterable[Any], options: FitOptions
-) -> Iterator[Input]:
-    """The inputs of an iterator, checked one by one as they come."""
-    signature = signature_of(program)
-    for index, item in enumerate(data):
-        args: Args = positional(signature, item, index)
-        yield Input(program, args, index, options)

@@ -13,8 +13,6 @@ identity). ``method="wake-sleep"`` trains the guide on what the model dreams, in
 
 from __future__ import annotations
 
-import inspect
-import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,20 +23,19 @@ from typing import Any, Literal
 import torch
 
 from lmppl import runtime
+from lmppl.checks import check_choice, check_int
 from lmppl.guides.guide import TrainableGuide
 from lmppl.guides.parameters import SavedParams
 from lmppl.primitives import use
 from lmppl.report.history import History
-from lmppl.report.progress import progress_bar
-from lmppl.runtime.simulation import simulate
-from lmppl.training.checkpoints import Checkpoints, Part
-from lmppl.training.data import check_simulated, held_out_inputs, simulated_input
-from lmppl.training.evaluation import HeldOut
+from lmppl.training.checkpoints import Part
+from lmppl.training.data import Dreams, check_simulated, held_out_inputs
+from lmppl.training.evaluation import evaluate
 from lmppl.training.fingerprints import digest_of
-from lmppl.training.inputs import Collection, Input, Source, read_inputs
+from lmppl.training.inputs import Collection, Input, read_inputs
+from lmppl.training.loop import Run, train
 from lmppl.training.m_step import MStep
 from lmppl.training.options import FitOptions
-from lmppl.training.tracking import tracker
 from lmppl.training.trainer import Trainer, mean
 
 _FEWEST_EFFECTIVE = 3.0
@@ -104,101 +101,138 @@ def learn(
         ValueError: if the program has nothing to learn, options are out of range, the checkpoint is
             of another run, or no trace of any input was ever alive. (Inputs of which that is true
             while others live are warned of.)
-        FloatingPointError: if a loss is not finite; the last good parameters are kept.
+        FloatingPointError: if a loss is not finite, or learning diverges; the last good parameters
+            are kept.
     """
-    if method not in ("em", "wake-sleep"):
-        raise ValueError(f"method={method!r}, allowed: 'em', 'wake-sleep'")
-    for name, value in (
-        ("steps", steps), ("guide_steps", guide_steps), ("num_samples", num_samples)
-    ):  # fmt: skip
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r}: it must be an int of at least 1")
+    check_choice("method", method, ("em", "wake-sleep"))
+    guide_steps = check_int("guide_steps", guide_steps)
+    num_samples = check_int("num_samples", num_samples)
     if method == "wake-sleep":
         check_simulated(guide)
         options.setdefault("loss", "sft")
-    own = inspect.signature(learn).parameters.values()
-    settings = FitOptions.of(options, [each.name for each in own if each.kind is each.KEYWORD_ONLY])
-    checkpoints = Checkpoints.of(checkpoint, checkpoint_every, resume, seed)
-    seed = runtime.fresh_seed(seed)
-    config = {"steps": steps, "seed": seed, "method": method, "loss": settings.loss.name}
-    seed, own_seed = runtime.slot_seeds(seed, 2)  # the guide's, the M-step's
-    held_out = HeldOut(eval_every, eval_samples, seed)
-    generator = torch.Generator().manual_seed(seed % 2**63)
+    settings = FitOptions.of(options, beside=learn)
+    run = Run.of(
+        steps,
+        seed,
+        eval_every=eval_every,
+        eval_samples=eval_samples,
+        patience=patience,
+        checkpoint=checkpoint,
+        checkpoint_every=checkpoint_every,
+        resume=resume,
+        log_with=log_with,
+        logging_dir=logging_dir,
+        progress=progress,
+        callback=callback,
+    )
     saved = SavedParams()
     with use(guide.base), _restoring(guide, saved):
-        held_out = replace(held_out, inputs=held_out_inputs(guide, eval_data, settings))
-        stopping = held_out.stopping(patience)
-        inputs = [
-            Input(guide.model, args, i, settings)
-            for i, args in enumerate(read_inputs(guide.model, data))
-        ]
-        m_step = MStep(guide, inputs, settings, model_learning_rate, saved)
+        held_out = held_out_inputs(guide, eval_data, settings)
+        run = replace(run, held_out=run.held_out.with_inputs(held_out, patience))
+        inputs = list(read_inputs(guide.model, data, settings))
+        m_step = MStep(guide, inputs, settings, model_learning_rate, num_samples, saved)
         guide.start_training(several_inputs=len(inputs) > 1)
         guide.tempered_target = settings.tempered_target
         guide.prepare(inputs[0].args)
-        source = Collection(inputs, generator)
-        dreams = _Dreams(guide, inputs, settings, seed) if method == "wake-sleep" else None
-        trainer = Trainer(guide, dreams or source, steps * guide_steps, settings, seed, generator)
-        progress_of = _Steps(source)
-        parts: dict[str, Part] = {
-            "m_step": m_step, "m_steps": progress_of, "stopping": stopping
-        }  # fmt: skip
-        this_run = {
-            "method": method,
-            "guide_steps": guide_steps,
-            "num_samples": num_samples,
-            "model_learning_rate": model_learning_rate,
-            "data of the M-steps": digest_of([each.args for each in inputs]),
-        }
-        history = progress_of.history
-        done = checkpoints.begin(trainer, parts, this_run)
-        with (
-            progress_bar("learning the model", steps, show=progress) as bar,
-            tracker(log_with, directory=logging_dir, name="lmppl", config=config) as track,
-        ):
-            bar.advance(done)
-            for number in range(done, done if stopping.over else steps):
-                figures: dict[str, Any] = {}
-                for k in range(guide_steps):
-                    figures = trainer.step(number * guide_steps + k) or figures
-                members = source.next(settings.inputs_per_step)
-                found = m_step.step(members, num_samples, runtime.nth_seed(own_seed, number))
-                for each in inputs:
-                    each.forget_scores()
-                tried = held_out.figures(guide, number, steps)
-                history.append({"step": number, **figures, **found, **tried})
-                guide.history.append({**figures, "step": len(guide.history)})
-                bar.advance(log_evidence=found["log_evidence"])
-                track.log(history[-1], number)
-                if callback is not None:
-                    callback(history[-1])
-                stop = bool(tried) and stopping.should_stop(
-                    number,
-                    -math.inf if tried.get("eval_dead") else tried["eval_log_z"],
-                    _parameters(guide, m_step),
-                )
-                if stop:
-                    guide.notes.append(
-                        f"learning stopped after {number + 1} M-steps: no better held-out log "
-                        f"evidence since step {stopping.best_step}"
-                    )
-                last = stop or number == steps - 1
-                if checkpoints.save(number + 1, last=last):
-                    m_step.forget()
-                    if dreams is not None:
-                        dreams.forget()
-                if stop:
-                    break
-        stopping.finish(_parameters(guide, m_step))
-        trainer.report_dead()
-        guide.notes += _poor_draws(history, num_samples)
+        learner = _ProgramLearner(guide, inputs, m_step, settings, method, guide_steps, run)
+        train(learner, run, method=method)
+        guide.notes += _poor_draws(learner.history, num_samples)
     for name in saved.waiting:
         warnings.warn(
             f"the parameter {name!r} had been learned, but no run of the program came to it since "
             "learning was resumed: its value is in the checkpoint alone",
             stacklevel=3,
         )
-    return history
+    return learner.history
+
+
+class _ProgramLearner:
+    """A program that learns, with its guide.
+
+    Args:
+        guide: of the program.
+        inputs: the data.
+        m_step: of the program's parameters.
+        options: of the guide's training.
+        method, guide_steps: see ``learn``.
+        run: of which it is.
+    """
+
+    task = "learning the program"
+    shown: tuple[str, ...] = ("log_evidence", "model_ess", "elbo")
+    watched = "log_evidence", "log evidence"
+    judged = "eval_log_z", "log evidence"
+
+    def __init__(
+        self,
+        guide: TrainableGuide,
+        inputs: Sequence[Input],
+        m_step: MStep,
+        options: FitOptions,
+        method: str,
+        guide_steps: int,
+        run: Run,
+    ) -> None:
+        self.history = History()
+        self._inputs, self._m_step = inputs, m_step
+        self._method, self._guide_steps = method, guide_steps
+        self._members: list[Input] = []  # inputs of the last M-step
+        self._num = options.inputs_per_step
+        guide_seed, self._seed = runtime.slot_seeds(run.seed, 2)
+        generator = torch.Generator().manual_seed(guide_seed % 2**63)
+        self._source = Collection(inputs, generator)
+        self._dreams = Dreams(guide, inputs, options, guide_seed) if method != "em" else None
+        source = self._dreams or self._source
+        steps = run.steps * guide_steps
+        self.trainer = Trainer(guide, source, steps, options, guide_seed, generator)
+
+    def step(self, number: int) -> dict[str, Any] | None:
+        """Some training steps of the guide, and an M-step."""
+        figures: dict[str, Any] = {}
+        for k in range(self._guide_steps):
+            figures = self.trainer.step(number * self._guide_steps + k) or figures
+        guide_history = self.trainer.guide.history
+        guide_history.append({**figures, "step": len(guide_history)})
+        self._members = self._source.next(self._num)
+        found = self._m_step.step(self._members, runtime.nth_seed(self._seed, number))
+        for input_ in self._inputs:
+            input_.forget_scores()
+        return {**figures, **found}
+
+    def watched_again(self) -> float:
+        num, seed = self._m_step.num_samples, self._seed
+        return evaluate(self.trainer.guide, self._members, num, seed=seed)["eval_log_z"]
+
+    def named_parameters(self) -> dict[str, torch.nn.Parameter]:
+        guide, program = self.trainer.guide.named_parameters(), self._m_step.named_parameters()
+        return {
+            **{f"guide.{name}": parameter for name, parameter in guide.items()},
+            **{f"model.{name}": parameter for name, parameter in program.items()},
+        }
+
+    def parts(self) -> dict[str, Part]:
+        return {"m_step": self._m_step, "learner": self}
+
+    def identity(self) -> dict[str, Any]:
+        return {
+            "method": self._method,
+            "guide_steps": self._guide_steps,
+            **self._m_step.identity(),
+            "data of the M-steps": digest_of([input_.args for input_ in self._inputs]),
+        }
+
+    def forget(self) -> None:
+        self._m_step.forget()
+        if self._dreams is not None:
+            self._dreams.forget()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Which inputs come next, and the figures so far."""
+        return {"source": self._source.state_dict(), "history": self.history}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._source.load_state_dict(state["source"])
+        self.history += state["history"]
 
 
 def _poor_draws(history: History, num_samples: int) -> list[str]:
@@ -222,69 +256,3 @@ def _restoring(guide: TrainableGuide, saved: SavedParams) -> Iterator[None]:
         yield
     finally:
         guide.model = model
-
-
-def _parameters(guide: TrainableGuide, m_step: MStep) -> dict[str, torch.nn.Parameter]:
-    """Of both, for early stopping."""
-    model = {f"model.{name}": p for name, p in m_step.named_parameters().items()}
-    return {f"guide.{name}": p for name, p in guide.named_parameters().items()} | model
-
-
-class _Dreams(Source):
-    """Inputs simulated under the model as it is when they are asked for, a batch at a time."""
-
-    def __init__(
-        self, guide: TrainableGuide, inputs: Sequence[Input], options: FitOptions, seed: int
-    ) -> None:
-        self._guide, self._inputs, self._options, self._seed = guide, inputs, options, seed
-        self._waiting: list[Input] = []
-        self._batches = self._taken = 0
-
-    def next(self, num: int) -> list[Input]:
-        while len(self._waiting) < num:
-            self._waiting += self._batch()
-        chosen, self._waiting = self._waiting[:num], self._waiting[num:]
-        return chosen
-
-    def _batch(self) -> list[Input]:
-        guide, options, number = self._guide, self._options, self._batches
-        self._batches += 1
-        args = self._inputs[number % len(self._inputs)].args
-        drawn = simulate(guide.model, args, options.batch_size, seed=self._seed + number)
-        batch = []
-        for index, one in enumerate(drawn, self._taken):
-            batch.append(simulated_input(guide, args, one, index, options))
-            if options.loss.draws != "given":
-                batch[
-                    -1
-                ].forget_scores()  # the model may change before the last of the batch is used
-        self._taken += len(batch)
-        return batch
-
-    @property
-    def kept(self) -> list[Input]:
-        return []
-
-    def forget(self) -> None:
-        """Dream anew: those that wait are not in a checkpoint."""
-        self._waiting.clear()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"batches": self._batches, "taken": self._taken}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._batches, self._taken = state["batches"], state["taken"]
-
-
-class _Steps:
-    """Where the M-steps of a run are: their inputs and figures."""
-
-    def __init__(self, source: Source) -> None:
-        self.source, self.history = source, History()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"source": self.source.state_dict(), "history": self.history}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.source.load_state_dict(state["source"])
-        self.history += state["history"]

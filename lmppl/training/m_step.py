@@ -1,9 +1,19 @@
-"""The M-step of learning a program: one step of maximum likelihood on draws of its guide."""
+"""The M-step of learning a program: one step of maximum likelihood on draws of its guide.
+
+    z_i ~ (1 - eps) q + eps p                       (the guide q, and the program p itself)
+    w_i = R(z_i) / ((1 - eps) q(z_i) + eps p(z_i))  (the balance heuristic of Veach & Guibas, 1995)
+    one step of AdamW on the mean over inputs of sum_i w_i log R(z_i) / sum_i w_i
+
+A guide that is young, or that has lost a mode, gives explanations of the data that it does not draw no
+weight, and nothing shows it: all its draws weigh alike. Draws of the program find them, and no weight
+is larger than the likelihood over eps.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +25,16 @@ from lmppl.runtime import Given, Particle
 from lmppl.runtime.records import Record, record_of
 from lmppl.training.inputs import Input, observe
 from lmppl.training.options import FitOptions
+from lmppl.training.samples import Sample
 from lmppl.training.trainer import mean, optimizer_state, restore_optimizer
+
+
+@dataclass(frozen=True, eq=False)
+class _Draws:
+    """Draws for one input."""
+
+    records: list[Record]
+    log_weights: torch.Tensor  # (num_samples,) float64, nats
 
 
 class MStep:
@@ -26,6 +45,7 @@ class MStep:
         inputs: of the data.
         options: of the training.
         rate: AdamW's; None: the guide's.
+        num_samples: draws for each input, ``options.prior_fraction`` of them the program's own.
         saved: is around the program, for parameters of a resumed run that it comes to late.
 
     Raises:
@@ -38,9 +58,13 @@ class MStep:
         inputs: Sequence[Input],
         options: FitOptions,
         rate: float | None,
+        num_samples: int,
         saved: SavedParams | None = None,
     ) -> None:
         self._guide, self._inputs, self._options = guide, inputs, options
+        self.num_samples, self._given_rate = num_samples, rate
+        share = round(options.prior_fraction * num_samples)
+        self._by_program = min(max(1, share), num_samples - 1) if options.prior_fraction else 0
         self._saved = saved or SavedParams()
         self._late_state: dict[str, Any] = {}
         self._trainables = Trainables(guide.base)
@@ -74,25 +98,24 @@ class MStep:
             self._parameters += new.values()
             restore_optimizer(self._optimizer, new, self._late_state)
 
-    def step(self, members: Sequence[Input], num: int, seed: int) -> dict[str, float]:
+    def step(self, inputs: Sequence[Input], seed: int) -> dict[str, float]:
         """Raise the likelihood of some inputs' observations. Returns its figures."""
-        drawn = self._draw(members, num, seed)
-        losses, evidence, sizes = [], [], []
-        terms = self._log_joints(
-            [(each, record) for each, pairs in zip(members, drawn, strict=True)
-             for record, _ in pairs]
+        draws = self._draw(inputs, seed)
+        log_joints = self._log_joints(
+            [(input_, record) for input_, drawn in zip(inputs, draws, strict=True)
+             for record in drawn.records]
         )  # fmt: skip
-        for pairs in drawn:
-            own, terms = terms[: len(pairs)], terms[len(pairs) :]
-            log_weights = torch.tensor([weight for _, weight in pairs], dtype=torch.float64)
-            if not pairs or bool((log_weights == -math.inf).all()):
+        losses, evidence, sizes = [], [], []
+        for drawn, log_joint in zip(draws, log_joints.split(self.num_samples), strict=True):
+            log_weights = drawn.log_weights
+            if bool((log_weights == -math.inf).all()):
                 evidence.append(-math.inf)
                 continue
-            weights = torch.softmax(log_weights, 0).to(own[0].dtype)
-            live = [i for i, w in enumerate(weights.tolist()) if w > 0.0]
-            losses.append(-torch.stack([weights[i] * own[i] for i in live]).sum())
+            live = log_weights > -math.inf
+            weights = torch.softmax(log_weights[live], 0).to(log_joint)
+            losses.append(-(weights * log_joint[live.to(log_joint.device)]).sum())
             evidence.append(runtime.log_mean_exp(log_weights))
-            sizes.append(runtime.ess(log_weights) / len(pairs))
+            sizes.append(runtime.ess(log_weights) / len(log_weights))
         if losses:
             loss = torch.stack(losses).mean()
             self._update(loss)
@@ -101,6 +124,10 @@ class MStep:
             "model_loss": float(loss.detach()) if losses else math.nan,
             "model_ess": mean(sizes),
         }
+
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for a run to be the same one; JSON's types."""
+        return {"num_samples": self.num_samples, "model_learning_rate": self._given_rate}
 
     def named_parameters(self) -> dict[str, torch.nn.Parameter]:
         """Of the program, as far as its runs have used them."""
@@ -155,33 +182,64 @@ class MStep:
     # --- a step ----------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _draw(
-        self, members: Sequence[Input], num: int, seed: int
-    ) -> list[list[tuple[Record, float]]]:
-        """Draws of the guide for each input, with their log-weights (nats)."""
-        seeds = runtime.slot_seeds(seed, len(members))
-        observe(self._guide, members)
+    def _draw(self, inputs: Sequence[Input], seed: int) -> list[_Draws]:
+        """Draws of the guide for each input, and a few of the program."""
+        seeds = iter(runtime.slot_seeds(seed, 2 * len(inputs)))
+        observe(self._guide, inputs)
+        by_program = self._by_program
         with runtime.ending([]) as particles:
-            for each, own in zip(members, seeds, strict=True):
-                factory = self._guide.proposer_factory(each.args, observations=each.observations)
-                particles += runtime.start(each.program, each.args, num, seed=own, proposer=factory)
+            for input_ in inputs:
+                for num, temperature in (
+                    (self.num_samples - by_program, 1.0),
+                    (by_program, math.inf),
+                ):
+                    factory = self._guide.proposer_factory(
+                        input_.args, temperature=temperature, observations=input_.observations
+                    )
+                    particles += runtime.start(
+                        input_.program, input_.args, num, seed=next(seeds), proposer=factory
+                    )
             runtime.run_to_end(particles)
-            pairs = [(record_of(p, {}), p.take_log_weight()) for p in particles]
-        return [pairs[k * num : (k + 1) * num] for k in range(len(members))]
+        samples = [Sample.of(particle, "guide") for particle in particles]
+        records = [record_of(sample.particle, {}) for sample in samples]
+        log_weights = self._log_weights(samples)
+        num = self.num_samples
+        return [
+            _Draws(records[first : first + num], log_weights[first : first + num])
+            for first in range(0, len(samples), num)
+        ]
 
-    def _log_joints(self, drawn: Sequence[tuple[Input, Record]]) -> list[torch.Tensor]:
-        """log p(latents, observations) of each draw, 0-d with gradient."""
+    def _log_weights(self, samples: Sequence[Sample]) -> torch.Tensor:
+        """log R - log((1 - eps) q + eps p) of each draw, (N,) float64, nats (R: the joint density, q:
+        of the latents in the guide, p: in the program, eps: the program's share of the draws)."""
+        scores = self._guide.score([sample.proposer for sample in samples], grad=False)
+        log_q = [sample.log_q(score) for sample, score in zip(samples, scores, strict=True)]
+        log_p = [math.fsum(sample.log_priors.values()) for sample in samples]
+        log_r = torch.tensor([sample.log_r for sample in samples], dtype=torch.float64)
+        eps = torch.tensor(self._by_program / self.num_samples, dtype=torch.float64)
+        log_drawn = torch.logaddexp(
+            torch.tensor(log_q, dtype=torch.float64) + torch.log1p(-eps),
+            torch.tensor(log_p, dtype=torch.float64) + eps.log(),
+        )
+        return torch.where(log_r > -math.inf, log_r - log_drawn, -math.inf)
+
+    def _log_joints(self, drawn: Sequence[tuple[Input, Record]]) -> torch.Tensor:
+        """log p(latents, observations) of each draw, (N,) with gradient."""
         runs = []
-        for slot, (each, record) in enumerate(drawn):
+        for slot, (input_, record) in enumerate(drawn):
             values = {**record.values, **record.tools}
             given = {name: Given(torch.as_tensor(value)) for name, value in values.items()}
-            run = Particle(each.program, each.args, seed=slot, given=given, grad=True, slot=slot)
+            run = Particle(
+                input_.program, input_.args, seed=slot, given=given, grad=True, slot=slot
+            )
             run.resume()
             runs.append(run)
         with runtime.ending(runs):
             runtime.run_to_draws(runs, grad=True)
             self._trainables.add(runs)
-        return [torch.stack([n["log_prob_sum"] for n in run.sites.values()]).sum() for run in runs]
+        return torch.stack(
+            [torch.stack([n["log_prob_sum"] for n in run.sites.values()]).sum() for run in runs]
+        )
 
     def _update(self, loss: torch.Tensor) -> None:
         self._adopt()

@@ -9,7 +9,7 @@ out of the pass that scores the whole text.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -18,7 +18,7 @@ import torch
 from rapidfuzz.distance import Levenshtein
 
 from lmppl import runtime
-from lmppl.distributions import LMText, ToolCall
+from lmppl.distributions import LMText, SiteScore, ToolCall
 from lmppl.guides.automatic import TextDraw
 from lmppl.guides.prompts import Observations
 from lmppl.runtime import Given, Particle, is_latent
@@ -70,6 +70,15 @@ class Sample:
             for name, node in self.sites.items()
             if is_latent(node)
         }
+
+    def log_left(self, scores: Mapping[str, Any]) -> float:
+        """log-density (nats) of the latents that a guide, whose scores these are, has not: they are
+        drawn from the model, so their density in q is the model's."""
+        return math.fsum(log_p for name, log_p in self.log_priors.items() if name not in scores)
+
+    def log_q(self, scores: Mapping[str, SiteScore]) -> float:
+        """log q of the whole trace (nats), without gradient."""
+        return math.fsum(float(log_q) for log_q, _ in scores.values()) + self.log_left(scores)
 
     @property
     def key(self) -> tuple[Any, ...]:

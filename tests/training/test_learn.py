@@ -107,9 +107,9 @@ def test_the_gradient_is_that_of_the_evidence():
     options = FitOptions()
     with lmppl.use(LM):
         one = Input(labelled, args, 0, options)
-        learner = MStep(guide, [one], options, 1e-9)
+        learner = MStep(guide, [one], options, 1e-9, 4000)
         (parameter,) = learner._parameters
-        learner.step([one], 4000, seed=0)
+        learner.step([one], seed=0)
         found = float(parameter.grad)
     step, values = 1e-3, []
     for sign in (1, -1):
@@ -271,7 +271,7 @@ def test_a_model_under_which_a_held_out_input_is_dead_is_not_the_best(monkeypatc
     held_out = {"eval_data": [("ba", 0.0)], "eval_every": 1, "patience": 2}
     learn(guide, DATA, 5, **held_out, **options)
     (note,) = guide.notes
-    assert note.endswith("after 5 M-steps: no better held-out log evidence since step 2")
+    assert note == "stopped after 5 steps: no better held-out log evidence since step 2"
 
 
 def test_dead_held_out_inputs_are_counted():
@@ -357,9 +357,7 @@ def test_learning_stops_at_the_best_held_out_evidence(monkeypatch):
     assert len(history) == 8
     assert all(torch.equal(a, b) for a, b in zip(parameters(), seen[-1.0], strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(seen[-1.5], seen[-1.0], strict=True))
-    assert guide.notes == [
-        "learning stopped after 8 M-steps: no better held-out log evidence since step 3"
-    ]
+    assert guide.notes == ["stopped after 8 steps: no better held-out log evidence since step 3"]
     with pytest.raises(ValueError, match="patience=2 needs eval_data="):
         learn(guide, DATA, 1, patience=2)
     with pytest.raises(ValueError, match="eval_every=0"):
