@@ -70,9 +70,7 @@ class LM:
         self.usage = Usage()
         self.memory = Memory()
         self._runner: Runner | None = None  # made at first use
-        self._sampler: tuple[tuple[float, ...], LM] | None = (
-            None  # of which version, see ``sampler``
-        )
+        self._sampler: tuple[Any, LM] | None = None  # of which version, see ``sampler``
 
     @classmethod
     def from_pretrained(
@@ -326,12 +324,13 @@ class LM:
         return scoring.hidden(self.runner, prefixes)
 
     def forget(self) -> None:
-        """Drop what is remembered of prompts and merged weights. It is made again when needed."""
-        if self._sampler is not None:
-            self._sampler[1].forget()
-        self._sampler = None
-        if self._runner is not None:
-            self._runner.forget()
+        """Drop all that was made of the model: prompts, merged and packed weights. It is made again
+        when needed.
+
+        Changed weights are noticed by themselves at the next draw or score. Call this after a write
+        of single numbers through ``.data``, and after a module was replaced.
+        """
+        self._sampler = self._runner = None
 
     # Adapters.
 
@@ -378,9 +377,12 @@ class LM:
         adapter, or one that is no change of weights."""
         if not self._merges:
             return self
-        version = adapter_version(self.model)
+        self.runner.refresh()
+        kind = self.dtype, self.device
+        version = (kind, self.runner.generation, adapter_version(self.model))
         if self._sampler is None or self._sampler[0] != version:
-            model = self.merged() if self._sampler is None else self._sampler[1]
+            kept = self._sampler
+            model = kept[1] if kept is not None and kept[0][0] == kind else self.merged()
             # Also after the first merge, whose numbers may differ in their last bits.
             merge_again(self.model, model.model)
             self._sampler = version, model

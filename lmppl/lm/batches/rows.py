@@ -45,6 +45,7 @@ class Rows(ABC):
                 "a batch needs at least one prefix, and each prefix at least one token (a model "
                 "without a BOS token cannot continue an empty text)"
             )
+        runner.refresh()
         kind = CachedRows if runner.fast else PlainRows
         return kind(runner, prefixes, max_new)
 

@@ -76,6 +76,7 @@ def score(runner: Runner, requests: Sequence[Score], *, grad: bool = False) -> l
         ValueError: an empty prefix, tokens that do not fit the model's context, or logits that
             define no distribution (naming the site).
     """
+    runner.refresh()
     sequences: dict[tuple[Tokens, int], _Sequence] = {}
     num_tokens = 0
     for request in dict.fromkeys(requests):
@@ -125,6 +126,7 @@ def hidden(runner: Runner, prefixes: Sequence[Tokens]) -> torch.Tensor:
         raise ValueError(
             "no prefix, or one without tokens (this model has no BOS token to start from)"
         )
+    runner.refresh()
     for prefix in prefixes:
         runner.check_context(len(prefix), 0, "")
     distinct = [_Sequence(prefix, len(prefix) - 1) for prefix in dict.fromkeys(prefixes)]

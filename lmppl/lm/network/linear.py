@@ -19,6 +19,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from lmppl.lm.network.modules import version
+
 _MAX_PACKED_BYTES = 4 << 30  # of the second copy, over all layers of a model
 _ROWS = 64  # for which the layout is chosen; others use the same
 
@@ -110,30 +112,28 @@ def pack(model: nn.Module, groups: Sequence[Sequence[str]]) -> None:
     """
     layers = packable_layers(model)
     for names in groups:
-        product = _Product([layers[name] for name in names])
+        product = PackedProduct([layers[name] for name in names])
         for index, name in enumerate(names):
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, PackedLinear(product, index))
 
 
-class _Product:
+class PackedProduct:
     """One packed product of all layers that read one input."""
 
     def __init__(self, layers: Sequence[Any]) -> None:
         self.layers = layers
         self._sizes = [_out_in(layer)[0] for layer in layers]
-        self._parameters = [p for layer in layers for p in layer.parameters()]
         self._packed: torch.Tensor | None = None
         self._bias: torch.Tensor | None = None
-        self._versions: list[int] = []
         self._input: torch.Tensor | None = None  # what the outputs at hand were made of
         self._version = 0
         self._outputs: tuple[torch.Tensor, ...] = ()
 
     def __call__(self, given: torch.Tensor, index: int) -> torch.Tensor:
-        if index == 0 or self._input is not given or self._version != _version(given):
+        if index == 0 or self._input is not given or self._version != version(given):
             self._outputs = self.multiply(given).split(self._sizes, -1)
-            self._input, self._version = given, _version(given)
+            self._input, self._version = given, version(given)
         output = self._outputs[index]
         if index == len(self._sizes) - 1:
             self._input, self._outputs = None, ()
@@ -146,21 +146,15 @@ class _Product:
 
     def multiply(self, given: torch.Tensor) -> torch.Tensor:
         """All layers' outputs, side by side."""
-        versions = [_version(p) for p in self._parameters]
-        if versions != self._versions:
+        if self._packed is None:
             self._pack()
-            self._versions = versions
         return torch.ops.mkldnn._linear_pointwise(
             given.contiguous(), self._packed, self._bias, "none", [], ""
         )
 
-    def is_frozen(self) -> bool:
-        """Whether the packed weights can be trusted. A trainable parameter may change without a
-        trace, also while it is frozen again: what was packed before is forgotten."""
-        if not any(p.requires_grad for p in self._parameters):
-            return True
-        self._versions = []
-        return False
+    def forget(self) -> None:
+        """The weights have changed: pack them when they are next needed."""
+        self._packed = None
 
     def _pack(self) -> None:
         with torch.no_grad():
@@ -181,17 +175,18 @@ class _Product:
 class PackedLinear(nn.Module):
     """A frozen linear layer whose product is computed by a packed copy of its weights.
 
-    Its parameters are those of the layer. The packed copy is made at first use and again when they
-    have changed.
+    Its parameters are those of the layer. The packed copy is made at first use, and whoever knows
+    that they have changed tells its product to forget it.
 
     Attributes:
         layer: the layer that it stands for.
     """
 
-    def __init__(self, product: _Product, index: int) -> None:
+    def __init__(self, product: PackedProduct, index: int) -> None:
         super().__init__()
         self._product, self._index = product, index
         self.layer = product.layers[index]
+        self._read = tuple(self.layer.parameters())
 
     @property
     def weight(self) -> torch.Tensor:
@@ -202,20 +197,15 @@ class PackedLinear(nn.Module):
         return self.layer.bias
 
     def forward(self, given: torch.Tensor) -> torch.Tensor:
-        # In this order: it must be known of every pass whether parameters could have changed.
-        if not self._product.is_frozen() or given.requires_grad:
+        if given.requires_grad or any(p.requires_grad for p in self._read):
             return self.layer(given)
         return self._product(given, self._index)
 
 
-def packed_products(modules: Iterable[nn.Module]) -> list[_Product]:
+def packed_products(modules: Iterable[nn.Module]) -> list[PackedProduct]:
     """Those that packed layers among the modules are computed by."""
     found = {id(m._product): m._product for m in modules if isinstance(m, PackedLinear)}
     return list(found.values())
-
-
-def _version(parameter: torch.Tensor) -> int:
-    return 0 if parameter.is_inference() else parameter._version  # the former can't be written to
 
 
 def _out_in_weight(layer: Any) -> torch.Tensor:

@@ -8,6 +8,7 @@ for a model is decided by a probe that compares it with the plain one, never by 
 from __future__ import annotations
 
 import functools
+import itertools
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -17,15 +18,16 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-from lmppl.lm.meter.roofline import Matrices, Product
+from lmppl.lm.meter.roofline import Matrices
 from lmppl.lm.meter.usage import Usage
 from lmppl.lm.meter.work import count_pass
 from lmppl.lm.network.adapter import adapted_modules, is_adapted
 from lmppl.lm.network.attention import Group, LayerKV, PrefixCache, Tree, use_attention
-from lmppl.lm.network.linear import InputLog, can_pack, pack, packed_products
+from lmppl.lm.network.linear import InputLog, PackedProduct, can_pack, pack, packed_products
 from lmppl.lm.network.lora import fuse
 from lmppl.lm.network.memory import Memory
 from lmppl.lm.network.modules import (
+    WeightWatch,
     clone,
     context_length,
     logits_agree,
@@ -155,8 +157,17 @@ class Runner:
     ) -> None:
         self.name, self.decode = name, decode
         self.memory, self.usage = Memory(), Usage()
-        if is_adapted(model):
-            model = adapted_modules(model)
+        self._given = model
+        self._max_prompt_bytes = max_prompt_bytes
+        self.computed_tokens = 0  # positions that went through the model, padding included
+        self.generation = 0  # how often weights were found changed
+        self._build()
+
+    def _build(self) -> None:
+        """Begin with the model as it is now."""
+        for found in ("fast", "matrices", "context_length"):
+            self.__dict__.pop(found, None)
+        model = adapted_modules(self._given) if is_adapted(self._given) else self._given
         self._model = clone(model).eval()
         output = self._model.get_output_embeddings()
         if output is None:
@@ -169,12 +180,11 @@ class Runner:
         self._parameters = tuple(self._model.parameters())
         self._prompts: OrderedDict[Tokens, Prompt] = OrderedDict()
         self._prompt_bytes = 0
-        self._max_prompt_bytes = max_prompt_bytes
-        self._versions: tuple[int, ...] = ()
+        self._watch = WeightWatch(self._parameters)
+        self._kinds = self._watch.kinds()
         self.slow_reason: str | None = None
         devices = {p.device for p in self._parameters}
         self.can_record = len(devices) == 1  # decoding steps, on CUDA
-        self.computed_tokens = 0  # positions that went through the model, padding included
 
     @property
     def device(self) -> torch.device:
@@ -223,7 +233,7 @@ class Runner:
         """What a forward pass multiplies by."""
         return Matrices(self._model, self._head, self._packed)
 
-    def _packed(self) -> tuple[list[Product], list[Product]]:
+    def _packed(self) -> tuple[list[PackedProduct], list[PackedProduct]]:
         """What it multiplies by instead where it can: outside the output layer, and in it."""
         fast = () if self._fast_model is None else self._fast_model.modules()
         output = self._output.packed
@@ -383,7 +393,7 @@ class Runner:
         """The keys and values of ``tokens``, which begin with those of ``base``. Differentiable."""
         known = len(base.tokens)
         if self.trains:
-            self.forget()
+            self._forget_prompts()
         cache = PrefixCache([base.group(1)])
         new = torch.tensor([tokens[known:]], device=self.device)
         with self.checkpointing(False):  # its keys and values are wanted, not its output
@@ -403,16 +413,29 @@ class Runner:
 
     def _remembered(self) -> OrderedDict[Tokens, Prompt]:
         """Prompts by their tokens, all of them, from the least to the most recently used."""
-        versions = tuple(p._version for p in self._parameters if not p.is_inference())
-        if not self._remembers or versions != self._versions:
-            self.forget()
-            self._versions = versions
+        if not self._remembers:
+            self._forget_prompts()
         return self._prompts
 
-    def forget(self) -> None:
-        """Drop the remembered prompts."""
+    def _forget_prompts(self) -> None:
         self._prompts.clear()
         self._prompt_bytes = 0
+
+    def refresh(self) -> None:
+        """Drop what was made of weights that have changed since: prompts and packed products.
+
+        Every way into the model begins so. See ``WeightWatch`` for what is noticed.
+        """
+        if not self._watch.changed():
+            return
+        self.generation += 1
+        if self._watch.kinds() != self._kinds:  # another dtype, or device
+            self._build()
+            self._watch.changed()
+            return
+        self._forget_prompts()
+        for product in itertools.chain(*self._packed()):
+            product.forget()
 
     def _remember(self, prompt: Prompt) -> None:
         if prompt.num_bytes > self._max_prompt_bytes:

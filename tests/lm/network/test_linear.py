@@ -4,13 +4,16 @@ import pytest
 import torch
 from architectures import FAST, SIZE, make_model
 
-from lmppl.lm.network.linear import InputLog, PackedLinear, can_pack, pack
+from lmppl.lm.network.linear import (
+    InputLog,
+    PackedLinear,
+    can_pack,
+    pack,
+    packed_products,
+)
 from lmppl.lm.network.runner import Runner
 
-pytestmark = pytest.mark.skipif(
-    not can_pack(torch.nn.ModuleDict({"layer": torch.nn.Linear(4, 4).requires_grad_(False)})),
-    reason="this machine has no packed products",
-)
+HAS_KERNELS = can_pack(torch.nn.ModuleDict({"a": torch.nn.Linear(4, 4).requires_grad_(False)}))
 
 
 class Block(torch.nn.Module):
@@ -32,6 +35,8 @@ class Block(torch.nn.Module):
 
 
 def packed(bias=True):
+    if not HAS_KERNELS:
+        pytest.skip("this machine has no packed products")
     block = Block(bias)
     with InputLog(block) as log:
         block(torch.randn(2, 8))
@@ -67,11 +72,13 @@ def test_an_input_that_is_changed_in_place_is_another_input():
     torch.testing.assert_close(block.b(x), Block(True).b(x), atol=1e-6, rtol=1e-5)
 
 
-def test_changed_weights_are_packed_anew():
+def test_weights_are_packed_anew_when_they_are_forgotten():
     block, _ = packed()
     x = torch.randn(3, 8)
     before = block.a(x).clone()
     block.a.weight.mul_(2.0)
+    for product in packed_products(block.modules()):
+        product.forget()
     torch.testing.assert_close(block.a(x.clone()), block.a.layer(x), atol=1e-6, rtol=1e-5)
     assert not torch.allclose(block.a(x.clone()), before)
 
@@ -81,21 +88,6 @@ def test_trainable_weights_are_not_packed():
     x = torch.randn(3, 8)
     block.b.weight.requires_grad_(True)
     assert block.a(x) is not None and block.b(x).requires_grad
-    block.b.weight.data.mul_(-1.0)  # leaves no trace in the version
-    block.b.weight.requires_grad_(False)
-    torch.testing.assert_close(block.b(x), block.b.layer(x), atol=1e-6, rtol=1e-5)
-
-
-def test_weights_that_were_trained_and_frozen_again_are_packed_anew():
-    block, _ = packed()
-    x = torch.randn(3, 8)
-    block.d(torch.randn(2, 17))
-    block.a(x)
-    block.a.weight.requires_grad_(True)
-    block.a(x.clone().requires_grad_())
-    block.a.weight.data.add_(1.0)  # as fused optimisers do: no trace in the version
-    block.a.weight.requires_grad_(False)
-    torch.testing.assert_close(block.a(x), block.a.layer(x), atol=1e-5, rtol=1e-5)
 
 
 def test_gradients_pass_through_to_the_input():
@@ -110,12 +102,13 @@ def test_gradients_pass_through_to_the_input():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", FAST)
 def test_models_are_packed_and_equal_their_plain_selves(name, dtype):
+    """Or left alone, where the machine has no such products of that dtype."""
     model = make_model(name).to(dtype)
     runner = Runner(model)
     assert runner.fast, runner.slow_reason
     layers = [m for m in runner._fast_model.modules() if isinstance(m, PackedLinear)]
-    assert layers
-    if name != "gpt2":  # its queries, keys and values are one layer already
+    assert bool(layers) == can_pack(model)
+    if layers and name != "gpt2":  # its queries, keys and values are one layer already
         assert any(len(m._product.layers) == 3 for m in layers)
     config = runner._model.config
     assert runner._compare(config) is None
