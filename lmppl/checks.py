@@ -1,4 +1,8 @@
-"""Checks of what users give, each written once. A refusal says what was given and what is allowed."""
+"""Checks of what users give, each written once. A refusal says what was given and what is allowed.
+
+Numbers may be of any library (numpy's, a tensor of one element), and come back as Python's. The wrong
+type, ``bool`` among the numbers, is a ``TypeError``; what is out of range is a ``ValueError``.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +26,7 @@ def did_you_mean(name: object, allowed: Iterable[str], what: str = "Allowed") ->
 
 
 def check_choice(argument: str, value: object, allowed: Iterable[str]) -> None:
-    """Raise ``ValueError`` unless a value is one of the allowed strings."""
+    """Check that a value is one of the allowed strings."""
     names = list(allowed)
     if not isinstance(value, str) or value not in names:
         choices = ", ".join(map(repr, names))
@@ -30,12 +34,7 @@ def check_choice(argument: str, value: object, allowed: Iterable[str]) -> None:
 
 
 def check_int(argument: str, value: Any, least: int = 1) -> int:
-    """A whole number, numpy's among them, as an ``int``.
-
-    Raises:
-        TypeError: for another type, ``bool`` among them.
-        ValueError: if it is below ``least``.
-    """
+    """A whole number of at least ``least``."""
     try:
         if _is_bool(value):
             raise TypeError
@@ -48,69 +47,43 @@ def check_int(argument: str, value: Any, least: int = 1) -> int:
 
 
 def check_number(
-    argument: str,
-    value: Any,
-    *,
-    above: float | None = None,
-    least: float = -math.inf,
+    argument: str, value: Any, *, above: float = -math.inf, least: float = -math.inf,
     most: float = math.inf,
-) -> float:
-    """A finite number of any type, a tensor's among them, as a ``float``.
-
-    Args:
-        argument: its name, for the message.
-        value: what was given.
-        above: it must be larger than this.
-        least, most: it must be within these.
-
-    Raises:
-        TypeError: if it is no single number.
-        ValueError: if it is not finite, or out of range.
-    """
-    bounds = [] if above is None else [f"above {above:g}"]
-    bounds += [f"at least {least:g}"] * (least > -math.inf)
-    bounds += [f"at most {most:g}"] * (most < math.inf)
-    allowed = " ".join(["a number", " and ".join(bounds)]).strip()
+) -> float:  # fmt: skip
+    """A finite number above ``above``, and from ``least`` to ``most``."""
+    limits = ("above", above), ("at least", least), ("at most", most)
+    bounds = [f"{word} {limit:g}" for word, limit in limits if math.isfinite(limit)]
+    message = f"{argument}={value!r}: it must be a number {' and '.join(bounds)}".rstrip()
     try:
         if _is_bool(value) or isinstance(value, (str, bytes)) or getattr(value, "ndim", False):
             raise TypeError
         number = float(value)
     except (TypeError, ValueError):
-        raise TypeError(f"{argument}={value!r}: it must be {allowed}") from None
-    in_range = least <= number <= most and (above is None or number > above)
-    if not (in_range and math.isfinite(number)):
-        raise ValueError(f"{argument}={value!r}: it must be {allowed}")
+        raise TypeError(message) from None
+    if not (above < number and least <= number <= most and math.isfinite(number)):
+        raise ValueError(message)
     return number
 
 
 def check_seed(seed: Any) -> int | None:
-    """A seed of torch's random streams as an ``int``; None: there is none.
-
-    Raises:
-        TypeError: for another type.
-        ValueError: if it is negative, or takes more than 64 bits.
-    """
+    """A seed of torch's random streams, an int of at most 64 bits; None: there is none."""
     if seed is None:
         return None
-    allowed = "it must be an int of at least 0 and below 2**64, or None"
-    try:
-        number = check_int("seed", seed, least=0)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"seed={seed!r}: {allowed}") from None
+    number = check_int("seed", seed, least=0)
     if number >= 2**64:
-        raise ValueError(f"seed={seed!r}: {allowed}")
+        raise ValueError(f"seed={seed!r}: it must be below 2**64")
     return number
 
 
 def check_flag(argument: str, value: Any) -> bool:
-    """True or False, numpy's among them. Raises ``TypeError`` for anything else."""
+    """True or False."""
     if not _is_bool(value) or getattr(value, "ndim", False):
         raise TypeError(f"{argument}={value!r}: it must be True or False")
     return bool(value)
 
 
 def check_callable(argument: str, value: Any) -> None:
-    """Raise ``TypeError`` unless a value can be called."""
+    """Check that a value can be called."""
     if not callable(value):
         raise TypeError(f"{argument} must be a function, given {type(value).__name__} ({value!r})")
 

@@ -168,19 +168,20 @@ class Posterior(Report):
     @cached_property
     def sites(self) -> list[str]:
         """Names of all sites with a value, in the order in which the programs reached them."""
-        names = {
-            name: None for trace in self.traces for name in trace.nodes if has_value(trace, name)
-        }
-        return list(names)
+        names = (name for trace in self.traces for name in trace.nodes if has_value(trace, name))
+        return list(dict.fromkeys(names))
 
     @cached_property
     def latents(self) -> list[str]:
         """Names of the latent sites: sampled, neither observed nor the result of a tool."""
-        return [
-            name
-            for name in self.sites
-            if any(has_value(trace, name) and is_latent(trace.nodes[name]) for trace in self.traces)
-        ]
+        return [name for name in self.sites if any(map(is_latent, self._nodes(name)))]
+
+    def _nodes(self, name: str) -> list[Any]:
+        return [trace.nodes[name] for trace in self.traces if has_value(trace, name)]
+
+    def _is_numeric(self, name: str) -> bool:
+        """Whether a site is continuous: its values don't repeat, its moments mean something."""
+        return any(map(is_continuous, self._nodes(name)))
 
     def __getitem__(self, name: str) -> list[Any]:
         """The values of a site, one a trace: a ``Text``, a tool's result or a tensor.
@@ -199,9 +200,8 @@ class Posterior(Report):
         return name in self.sites
 
     def _check_site(self, name: str) -> None:
-        if name in self.sites:
-            return
-        raise KeyError(f"no trace has a site {name!r}{did_you_mean(name, self.sites, 'Sites')}")
+        if name not in self.sites:
+            raise KeyError(f"no trace has a site {name!r}{did_you_mean(name, self.sites, 'Sites')}")
 
     def probs(self, name: str) -> dict[Any, float]:
         """Posterior probability of each value of a site, the largest first; they sum to 1.
@@ -220,12 +220,17 @@ class Posterior(Report):
                 f"site '{name}' is continuous, so each sample has a value of its own: use "
                 f".mean('{name}'), or .resample(n)['{name}'] for unweighted draws"
             )
-        totals: dict[Any, float] = {}
-        for value, weight in zip(self[name], self.weights.tolist(), strict=True):
+        return {value: weight for (value,), weight in self._ranked([name])}
+
+    def _ranked(self, names: Sequence[str]) -> list[tuple[tuple[Hashable, ...], float]]:
+        """The distinct joint values of some sites with their probabilities, the largest first."""
+        totals: dict[tuple[Hashable, ...], float] = {}
+        columns = [self[name] for name in names]
+        for weight, *values in zip(self.weights.tolist(), *columns, strict=True):
             if weight > 0:
-                key = key_of(value)
+                key = tuple(map(key_of, values))
                 totals[key] = totals.get(key, 0.0) + weight
-        return dict(sorted(totals.items(), key=lambda item: -item[1]))
+        return sorted(totals.items(), key=lambda item: -item[1])
 
     def best(self, name: str) -> Any:
         """The most probable value of a site (None only if no live sample reaches it).
@@ -247,34 +252,18 @@ class Posterior(Report):
             TypeError: for a site whose values are texts.
             ValueError: if a live sample has not reached the site.
         """
-        if not isinstance(name_or_fn, str):
+        if isinstance(name_or_fn, str):
+            self._check_site(name_or_fn)
+        else:
             check_callable("name_or_fn", name_or_fn)
-        fn = self._numeric(name_or_fn) if isinstance(name_or_fn, str) else name_or_fn
-        total: torch.Tensor | None = None
-        for trace, weight in zip(self.traces, self.weights.tolist(), strict=True):
-            if weight > 0:  # samples of weight zero may be incomplete
-                value = _as_number(fn(values_of(trace)))
-                total = weight * value if total is None else total + weight * value
-        assert total is not None
-        return total
-
-    def _numeric(self, name: str) -> Callable[[dict[str, Any]], Any]:
-        self._check_site(name)
-
-        def read(values: dict[str, Any]) -> Any:
-            if name not in values:
-                raise ValueError(
-                    f"site '{name}' is not reached in every sample; give a function of a sample's "
-                    "values that says what counts there"
-                )
-            if not isinstance(values[name], (torch.Tensor, int, float)):
-                raise TypeError(
-                    f"site '{name}' has no mean, its values are {type(values[name]).__name__}s: "
-                    f"use .probs('{name}')"
-                )
-            return values[name]
-
-        return read
+        # Samples of weight zero may be incomplete.
+        return torch.stack(
+            [
+                weight * _number_of(values_of(trace), name_or_fn)
+                for trace, weight in self
+                if weight > 0
+            ]
+        ).sum(0)
 
     def resample(self, n: int, seed: int | None = None) -> Posterior:
         """``n`` independent draws of the traces by weight, all of equal weight.
@@ -358,24 +347,14 @@ class Posterior(Report):
         """
         numeric = [name for name in self.latents if self._is_numeric(name)]
         discrete = [name for name in self.latents if name not in numeric]
-        rows: dict[tuple[Hashable, ...], float] = {}
-        if self._alive and discrete:
-            columns = [self[name] for name in discrete]
-            for i, weight in enumerate(self.weights.tolist()):
-                if weight > 0:
-                    key = tuple(key_of(column[i]) for column in columns)
-                    rows[key] = rows.get(key, 0.0) + weight
-        ranked = sorted(rows.items(), key=lambda item: -item[1])
+        costs = ("tokens_sampled", "tokens_scored", "tokens_trained", "seconds")
         return {
             "engine": self.info.get("engine"),
             "num_samples": len(self),
             "ess": self.ess,
             "log_evidence": self.log_evidence,
             "log_evidence_stderr": self.log_evidence_stderr,
-            "tokens_sampled": self.info.get("tokens_sampled"),
-            "tokens_scored": self.info.get("tokens_scored"),
-            "tokens_trained": self.info.get("tokens_trained"),
-            "seconds": self.info.get("seconds"),
+            **{cost: self.info.get(cost) for cost in costs},
             "killed": dict(self.killed.most_common()),
             "notes": list(self.info.get("notes", ())),
             "sites": discrete,
@@ -384,20 +363,14 @@ class Posterior(Report):
                     "weight": weight,
                     "values": {
                         name: str(value) if isinstance(value, str) else value
-                        for name, value in zip(discrete, key, strict=True)
+                        for name, value in zip(discrete, values, strict=True)
                         if value is not None
                     },
                 }
-                for key, weight in ranked
+                for values, weight in (self._ranked(discrete) if self._alive and discrete else ())
             ],
             "numeric": {name: self._moments(name) for name in numeric} if self._alive else {},
         }
-
-    def _is_numeric(self, name: str) -> bool:
-        """Whether a site is continuous: its values don't repeat, its moments mean something."""
-        return any(
-            is_continuous(trace.nodes[name]) for trace in self.traces if has_value(trace, name)
-        )
 
     def _moments(self, name: str) -> dict[str, Any]:
         """Mean and standard deviation over the samples that reach a site, and their weight."""
@@ -419,13 +392,25 @@ class Posterior(Report):
         return posterior_blocks(self.summary())
 
 
-def _as_number(value: Any) -> torch.Tensor:
-    """What a function of a sample's values gave, as float64 on the CPU."""
+def _number_of(
+    values: dict[str, Any], name_or_fn: str | Callable[[dict[str, Any]], Any]
+) -> torch.Tensor:
+    """A site's value, or what a function says of a sample's values, as float64 on the CPU."""
+    if not isinstance(name_or_fn, str):
+        value, where = name_or_fn(values), "the function"
+    elif name_or_fn in values:
+        value, where = values[name_or_fn], f"site '{name_or_fn}'"
+    else:
+        raise ValueError(
+            f"site '{name_or_fn}' is not reached in every sample; give a function of a sample's "
+            "values that says what counts there"
+        )
     try:
         return torch.as_tensor(value).detach().to("cpu", torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
-            f"mean takes a function that gives a number, a bool or a tensor; it gave {value!r}"
+            f"{where} has no mean, as it gives {value!r} and no number, bool or tensor: "
+            "posterior.probs(name) has the probabilities of a site's values"
         ) from error
 
 

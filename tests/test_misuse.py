@@ -60,7 +60,7 @@ def text(**arguments):
 
 
 TWO = torch.tensor([True, False])
-INT, SEED, NUMBER = "int of at least 1", "int of at least 0 and below 2\\*\\*64", "a number above 0"
+INT, SEED, NUMBER = "int of at least 1", "int of at least 0", "a number above 0"
 HISTORY = History([{"step": 0, "loss": 1.0}])
 
 MISUSE = {
@@ -162,7 +162,7 @@ MISUSE = {
         (lambda: run(seed=2.5), TypeError, f"seed=2.5: .*{SEED}"),
         (lambda: run(seed=True), TypeError, f"seed=True: .*{SEED}"),
         (lambda: run(seed=-1), ValueError, f"seed=-1: .*{SEED}"),
-        (lambda: run(seed=2**64), ValueError, f"seed={2**64}: .*{SEED}"),
+        (lambda: run(seed=2**64), ValueError, f"seed={2**64}: .*below 2"),
         (lambda: run(guide="q"), TypeError, "guide= takes .*LMGuide.* given str"),
         (lambda: run(callback=3), TypeError, "callback must be a function, given int"),
         (lambda: run(profile="x"), TypeError, "profile='x': it must be True or False"),
@@ -260,10 +260,10 @@ MISUSE = {
         (lambda: posterior().resample(2, seed=-1), ValueError, f"seed=-1: .*{SEED}"),
         (lambda: posterior()["zz"], KeyError, "site 'zz'; did you mean 'z'.*Sites: z"),
         (lambda: posterior()[0], KeyError, "site 0.*Sites: z"),
-        (lambda: posterior().mean("z"), TypeError, r"site 'z' has no mean.*\.probs\('z'\)"),
+        (lambda: posterior().mean("z"), TypeError, r"site 'z' has no mean.*gives Text.*\.probs"),
         (lambda: posterior().mean(3), TypeError, "name_or_fn must be a function, given int"),
-        (lambda: posterior().mean(lambda v: None), TypeError, "a number.*it gave None"),
-        (lambda: posterior().mean(lambda v: v["z"]), TypeError, "a number.*it gave Text"),
+        (lambda: posterior().mean(lambda v: None), TypeError, "the function has no mean.*gives None"),
+        (lambda: posterior().mean(lambda v: v["z"]), TypeError, "the function has no mean.*gives Text"),
     ],
     "History": [
         (lambda: HISTORY.table("5"), TypeError, f"rows='5': .*{INT}"),
