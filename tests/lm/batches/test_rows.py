@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import random
 import warnings
 
@@ -26,18 +27,33 @@ def assert_naive(model, rows, sequences):
 
 
 def grow(model, rows, sequences, steps, selections):
-    """Extend by random tokens and select in between; at every step compare with the naive pass."""
+    """Extend by random tokens and select in between; compare each step with the naive pass (over
+    the longest sequences, which have all steps of their beginnings too)."""
     generator = random.Random(1)
+    seen = []
     for step in range(steps):
         if step in selections:
             rows.select(selections[step])
             sequences = [sequences[i] for i in selections[step]]
         assert len(rows) == len(sequences)
-        assert_naive(model, rows, sequences)
+        seen += zip([step] * len(rows), sequences, rows.logits.clone(), strict=True)
         new = [generator.randrange(SIZE) for _ in sequences]
         rows.extend(torch.tensor(new) if step % 2 else new)
         sequences = [(*s, t) for s, t in zip(sequences, new, strict=True)]
-    assert_naive(model, rows, sequences)
+    seen += zip([steps] * len(rows), sequences, rows.logits, strict=True)
+    naive = {}
+    for step, sequence, logits in reversed(seen):
+        if sequence not in naive:
+            log_probs = naive_log_probs(model, sequence)
+            naive |= {sequence[: i + 1]: log_probs[i] for i in range(len(sequence))}
+        got = torch.log_softmax(logits.float(), -1)
+        torch.testing.assert_close(
+            got,
+            naive[sequence],
+            atol=1e-4,
+            rtol=0,
+            msg=lambda said, step=step: f"step {step}: {said}",
+        )
 
 
 PREFIXES = {
@@ -54,11 +70,17 @@ PREFIXES = {
 }
 
 
+@functools.cache
+def model_and_runner(name):
+    model = make_model(name)
+    return model, Runner(model)
+
+
 @pytest.mark.parametrize("prefixes", PREFIXES.values(), ids=PREFIXES)
 @pytest.mark.parametrize("name", FAST)
 def test_equals_a_naive_forward_pass(name, prefixes):
-    model = make_model(name)
-    runner = Runner(model)
+    model, runner = model_and_runner(name)
+    runner.forget()
     rows = Rows.start(runner, prefixes, 12)
     assert isinstance(rows, CachedRows)
     n = len(prefixes)
@@ -73,8 +95,9 @@ def test_equals_a_naive_forward_pass(name, prefixes):
 def test_static_steps_equal_a_naive_forward_pass(name, prefixes, monkeypatch):
     """What CUDA records, step by step on the CPU."""
     monkeypatch.setattr("lmppl.lm.batches.rows._STATIC_DEVICES", {"cpu"})
-    model = make_model(name)
-    rows = Rows.start(Runner(model), prefixes, 14)
+    model, runner = model_and_runner(name)
+    runner.forget()
+    rows = Rows.start(runner, prefixes, 14)
     n = len(prefixes)
     gather = [n - 1, 0, n - 1, *range(n)]  # more rows than before
     drop = [i for i in range(n + 3) if i != 1]  # their places stay

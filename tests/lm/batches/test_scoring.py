@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import math
 import random
 
@@ -42,9 +43,11 @@ def naive(model, request, temperature=None):
 
 
 def assert_naive(model, requests, scored):
-    assert len(scored) == len(requests)
-    for request, got in zip(requests, scored, strict=True):
-        want, closing = naive(model, request)
+    assert_equal([naive(model, request) for request in requests], scored)
+
+
+def assert_equal(expected, scored):
+    for (want, closing), got in zip(expected, scored, strict=True):
         assert got.log_probs.dtype == torch.float32
         torch.testing.assert_close(got.log_probs.detach(), want, atol=1e-4, rtol=0)
         if closing is None:
@@ -70,6 +73,12 @@ def mixed_requests():
     ]
 
 
+@functools.cache
+def model_and_expected(name):
+    model = make_model(name)
+    return model, [naive(model, request) for request in mixed_requests()]
+
+
 MEMORIES = {
     "plenty": Memory(),
     "small passes": Memory(batch_bytes=20_000, training_tokens=40, gradient_checkpointing=True),
@@ -82,10 +91,8 @@ MEMORIES = {
 @pytest.mark.parametrize("name", [*FAST, "bloom"])
 @pytest.mark.filterwarnings("ignore:.*slow path")
 def test_equals_a_naive_forward_pass(name, memory, grad):
-    model = make_model(name)
-    requests = mixed_requests()
-    scored = score(runner_of(model, memory), requests, grad=grad)
-    assert_naive(model, requests, scored)
+    model, expected = model_and_expected(name)
+    assert_equal(expected, score(runner_of(model, memory), mixed_requests(), grad=grad))
 
 
 tokens = st.lists(st.integers(0, 3), min_size=1, max_size=6).map(tuple)
