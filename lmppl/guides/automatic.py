@@ -80,6 +80,7 @@ class AutomaticGuide:
         self.heads = nn.ModuleDict()
         self.sites = TrainedSites()
         self._several_inputs = False
+        self.told_of_cuts: set[str] = set()  # sites of which it was warned that they read not all
         self._drawn_for: WeakKeyDictionary[LM, bool] = WeakKeyDictionary()
         self._adapters: dict[str, LM] = {}  # of sites; under "" the one that all share
         if not adapter_per_site:
@@ -315,7 +316,7 @@ class AutomaticProposer:
             return None
         if self._sites is not None:
             self._sites.check(site["name"], fn)
-        prompt = guide_prompt(site, trace, self._observations)
+        prompt = guide_prompt(site, trace, self._observations, self._guide.told_of_cuts)
         return fn.with_prefix_ids(prompt, self._guide.adapter_for(site["name"]), fn.temperature)
 
     def _head_draw(
@@ -351,7 +352,8 @@ class AutomaticProposer:
                 if fn.batch_shape or not fn.lm.vocabulary.same_as(base.vocabulary):
                     continue
                 if not tokens:
-                    tokens = guide_prompt(node, Trace(), self._observations)
+                    told = self._guide.told_of_cuts
+                    tokens = guide_prompt(node, Trace(), self._observations, told)
                 tokens += fn.token_ids(value)
             else:
                 numbers.append(value.detach().float().reshape(-1))
@@ -361,6 +363,8 @@ class AutomaticProposer:
             tokens = (*vocabulary.bos_ids, *lines(seen, vocabulary), *seen.get(OPENING, ()))
         # As many features without a token to read: on another input there may be one.
         state = torch.zeros(base.hidden_size)
+        if base.context_length is not None:
+            tokens = tokens[-base.context_length :]
         if tokens:
             state = suspend(HiddenWait(name, base, tokens)).float()
         return torch.cat([*numbers, state])
@@ -403,12 +407,16 @@ def _score_draws(
     )
     for (i, name, _), result in zip(texts, results, strict=True):
         scores[i][name] = result
-    for score, proposer in zip(scores, proposers, strict=True):
+    by_head: dict[str, list[tuple[int, str, HeadDraw]]] = {}
+    for i, proposer in enumerate(proposers):
         for name, draw in proposer.draws.items():
             if isinstance(draw, HeadDraw):
-                with torch.set_grad_enabled(grad):
-                    q_fn = moved(draw.fn, heads[draw.key](draw.features))
-                    score[name] = (q_fn.log_prob(draw.value).sum(), None)
+                by_head.setdefault(draw.key, []).append((i, name, draw))
+    with torch.set_grad_enabled(grad):
+        for key, draws in by_head.items():
+            moves = heads[key](torch.stack([draw.features for _, _, draw in draws]))
+            for (i, name, draw), move in zip(draws, moves.unbind(), strict=True):
+                scores[i][name] = (moved(draw.fn, move).log_prob(draw.value).sum(), None)
     return scores
 
 

@@ -83,7 +83,36 @@ def head_for(
 def num_moves(fn: Any) -> int | None:
     """How many unconstrained parameters a distribution has; None where the head cannot move it."""
     try:
-        num = sum(each.numel() for each in _unconstrained(_base(fn)[0]).values())
+        kind = _kind(fn)
+    except TypeError:
+        return _num_moves(fn)
+    if kind not in _known_moves:
+        _known_moves[kind] = _num_moves(fn)
+    return _known_moves[kind]
+
+
+_known_moves: dict[Any, int | None] = {}  # it takes as long as the draw
+
+
+def _kind(fn: Any) -> tuple[Any, ...]:
+    """Equal for distributions that differ in nothing but values of parameters; raises ``TypeError``
+    for one that holds what it cannot tell of."""
+    kind: list[Any] = [type(fn)]
+    for name, value in vars(fn).items():
+        if isinstance(value, torch.Tensor) and (name[0] == "_" or name in fn.arg_constraints):
+            kind.append((name, value.shape))
+        elif isinstance(value, torch.distributions.Distribution):
+            kind.append((name, _kind(value)))
+        elif value is None or isinstance(value, (int, float, str, torch.Size)):
+            kind.append((name, value))
+        else:
+            raise TypeError(f"{name} is a {type(value).__name__}")
+    return tuple(kind)
+
+
+def _num_moves(fn: Any) -> int | None:
+    try:
+        num = sum(value.numel() for value in _unconstrained(_base(fn)[0]).values())
         # Some families are not made from their arg_constraints alone; of some (Uniform) the
         # parameters are the ends of the support.
         same = _same(_base(fn)[0].support, _base(moved(fn, torch.ones(num)))[0].support)

@@ -7,6 +7,7 @@ holds. The prefix stands last, so that an untrained guide continues it much as t
 
 from __future__ import annotations
 
+import bisect
 import inspect
 import itertools
 import json
@@ -214,26 +215,57 @@ def _encode(text: str, vocabulary: Vocabulary) -> tuple[int, ...] | None:
         return None
 
 
-def guide_prompt(site: Any, trace: Trace, observations: Observations) -> tuple[int, ...]:
+def guide_prompt(
+    site: Any, trace: Trace, observations: Observations, told: set[str]
+) -> tuple[int, ...]:
     """The tokens after which the automatic guide draws a latent text.
+
+    Where the context has no room for all, each observation is cut to its first k tokens, with the
+    largest k that leaves room for a mark of each earlier latent.
 
     Args:
         site: the latent site's Pyro message.
         trace: the run so far.
         observations: of the input; those that the run has passed already are left out.
+        told: names of sites of which it was warned that the observations are cut; it is added to.
+
+    Raises:
+        ValueError: if the prompt that the user gave for the site is too long.
     """
-    fn: LMText = site["fn"]
-    vocabulary = fn.lm.vocabulary
+    name, fn = site["name"], site["fn"]
+    vocabulary, limit = fn.lm.vocabulary, fn.lm.context_length
     own = site["infer"].get("guide_prompt")
     if own is not None:
-        return fn.lm.encode(own, name=site["name"])
+        prompt = fn.lm.encode(own, name=name)
+        if limit is not None and len(prompt) + fn.event_shape[0] > limit:
+            raise ValueError(
+                f"site '{name}': its guide_prompt of {len(prompt)} tokens, and up to "
+                f"{fn.event_shape[0]} more, do not fit the context of {fn.lm.name!r}, {limit} "
+                "tokens: shorten infer={'guide_prompt': ...}"
+            )
+        return prompt
+    earlier = [
+        node
+        for node in trace.nodes.values()
+        if node["type"] == "sample" and "fn" in node and is_latent(node)
+    ][-_MOST_MARKS:]
     later = {name: ids for name, ids in observations.items() if name not in trace.nodes}
-    below = lines(later, vocabulary)
-    limit = fn.lm.context_length
-    room = _MOST_SHOWN
+    below, room = lines(later, vocabulary), _MOST_SHOWN
     if limit is not None:
-        room = min(room, limit - len(below) - len(fn.prefix_ids) - fn.event_shape[0])
-    head = (*_earlier(trace, fn, vocabulary, room), *below)
+        room = limit - len(fn.prefix_ids) - fn.event_shape[0]
+        if len(below) > room:
+            whole, below = below, _cut_lines(later, vocabulary, room - len(earlier))
+            if name not in told and room >= 0:  # (else the program's own prefix is too long)
+                told.add(name)
+                warnings.warn(
+                    f"site '{name}': the guide reads {len(below)} of the {len(whole)} tokens that "
+                    f"show the observations, the beginning of each, since the context of "
+                    f"{fn.lm.name!r} holds {limit}. Name those that it needs in condition_on=[...], "
+                    "or give the site a prompt, infer={'guide_prompt': text}",
+                    stacklevel=2,
+                )
+        room = min(_MOST_SHOWN, room - len(below))
+    head = (*_marks(earlier, fn, vocabulary, room), *below)
     bos = vocabulary.bos_ids
     if bos and fn.prefix_ids[: len(bos)] == bos:
         return (*bos, *head, *fn.prefix_ids[len(bos) :])
@@ -247,7 +279,21 @@ def lines(observations: Observations, vocabulary: Vocabulary) -> tuple[int, ...]
     return tuple(token for ids in shown for token in (*ids, *newline))
 
 
-def _earlier(trace: Trace, fn: LMText, vocabulary: Vocabulary, room: int) -> tuple[int, ...]:
+def _cut_lines(observations: Observations, vocabulary: Vocabulary, room: int) -> tuple[int, ...]:
+    """``lines`` of the first k tokens of each observation, with the largest k for which they have
+    room; none if there is room for none."""
+
+    def cut(k: int) -> tuple[int, ...]:
+        return lines({name: ids[:k] for name, ids in observations.items()}, vocabulary)
+
+    longest = max(len(ids) for name, ids in observations.items() if name != OPENING)
+    k = bisect.bisect_right(range(longest + 1), room, key=lambda k: len(cut(k))) - 1
+    return cut(k) if k > 0 else ()
+
+
+def _marks(
+    latents: Sequence[Any], fn: LMText, vocabulary: Vocabulary, room: int
+) -> tuple[int, ...]:
     """What stands in front, for each latent that the run has drawn, in at most ``room`` tokens.
 
     A text that the prefix holds has EOS alone; if it ended by EOS, another one, with the text
@@ -261,13 +307,7 @@ def _earlier(trace: Trace, fn: LMText, vocabulary: Vocabulary, room: int) -> tup
     observation or a factor that follows can depend on both. It stands there as a document of its own,
     a text as it is, a number as ``name = value``. If there is no room for all, the latest do.
     """
-    latents = [
-        node
-        for node in trace.nodes.values()
-        if node["type"] == "sample" and "fn" in node and is_latent(node)
-    ]
     # Room for a mark of each is kept, if there is any.
-    latents = latents[-_MOST_MARKS:]
     least = _eos(vocabulary) if room >= len(latents) else ()
     room -= len(least) * len(latents)
     marks: list[tuple[int, ...]] = []

@@ -77,3 +77,13 @@ def test_the_model_own_parameters_get_no_gradient():
     q = moved(dist.Normal(loc, 1.0), torch.zeros(2, requires_grad=True))
     q.log_prob(T(1.0)).backward()
     assert loc.grad is None
+
+
+def test_how_many_moves_there_are_is_remembered_of_equal_kinds_only():
+    """``Multinomial`` is made anew from its probabilities alone, so in one trial."""
+    p = T([0.2, 0.3, 0.5])
+    for trials, moves in ((1, 3), (5, None), (1, 3)):
+        assert num_moves(dist.Multinomial(trials, p)) == moves
+    assert num_moves(dist.Categorical(p)) == 3 and num_moves(dist.Categorical(T([0.5, 0.5]))) == 2
+    assert num_moves(dist.Categorical(p).expand([2])) == 6
+    assert num_moves(dist.Beta(T([1.0]), T([1.0]))) == num_moves(dist.Beta(1.0, 1.0)) == 2

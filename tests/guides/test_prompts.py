@@ -1,17 +1,18 @@
 """What the automatic guide reads."""
 
+import functools
 import warnings
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from guide_helpers import draw_samples, latent_ids
+from guide_helpers import draw_samples, latent_ids, shaken
 
 import lmppl
 from lmppl import lm_sample, require, tool
 from lmppl.guides.prompts import find_observations
-from lmppl.testing import tiny_lm
+from lmppl.testing import enumerate_program, guide_log_probs, tiny_lm
 
 # Enough characters to write ``b = 1.0`` on a line of its own.
 LM = tiny_lm(["a", "b", ".", "\n", " ", "=", "1", "0"], seed=0, bos=True)
@@ -397,3 +398,94 @@ def test_a_text_of_another_tokenizer_is_written_anew():
         lm_sample("y", "a", obs="ab.", lm=other)
 
     assert observed(program, "a", lm=PLAIN) == {"y": ids("ab.", PLAIN)}
+
+
+# --- what does not fit the context ---------------------------------------------------------------
+
+SMALL = tiny_lm("ab.\n", seed=0, context_length=20)
+
+
+def three(x, *observed):
+    z = lm_sample("z", x, max_tokens=3, stop=".")
+    w = lm_sample("w", [x, z], max_tokens=3, stop=".")
+    for i, y in enumerate(observed):
+        lm_sample(f"y{i}", ["b", w], obs=y)
+
+
+def cut_prompts(*observed, program=three, lm=SMALL):
+    guide = lmppl.LMGuide(program, lm=lm)
+    with pytest.warns(UserWarning, match=r"site '[zw]': the guide reads \d+ of the \d+ tokens"):
+        samples = draw_samples(guide, program, ("b", *observed), 20)
+    with lmppl.use(lm):  # and is warned of once
+        draw_samples(guide, program, ("b", *observed), 20)
+    return [
+        (s.proposer.draws["z"].fn.prefix_ids, s.proposer.draws["w"].fn.prefix_ids) for s in samples
+    ]
+
+
+def test_observations_are_cut_to_their_beginnings_where_the_context_has_no_room():
+    eos = SMALL.vocabulary.eos_id
+    inked = functools.partial(ids, lm=SMALL)
+    long, short = "ab" * 6 + "a.", "b."
+    # Of the 20 tokens z takes 3 and its prefix 1: 16 are left. A line of 12, and one of 2, and ends.
+    for z, w in cut_prompts(long, short):
+        assert z == (*inked(long[:12] + "\n" + short + "\n"), *inked("b"))
+        # w has a longer prefix, and a mark of z in front of all.
+        prefix = w[max(i for i, token in enumerate(w) if token == inked("\n")[0]) + 1 :]
+        k = 20 - 3 - len(prefix) - 1 - 2 - 2
+        lines = inked(long[:k] + "\n" + short + "\n")
+        marks = w[: len(w) - len(lines) - len(prefix)]
+        assert w == (*marks, *lines, *prefix) and eos in marks and len(w) + 3 <= 20
+    (z, _), *_ = cut_prompts("ab" * 4, "ab" * 3)  # there is just room for z
+    assert z == (*inked("abababab\nababab\n"), *inked("b"))
+    (z, _), *_ = cut_prompts("ab" * 5, "ab" * 5)
+    assert z == (*inked("abababa\nabababa\n"), *inked("b"))
+
+
+def test_a_guide_that_reads_the_beginnings_is_a_distribution_and_learns():
+    args = ("b", "ab" * 6 + "a.", "b.")
+    guide = lmppl.LMGuide(three, lm=SMALL)
+    with pytest.warns(UserWarning, match="Name those that it needs in condition_on"):
+        guide.fit([args], steps=2, batch_size=8, seed=0, progress=False)
+    exact = enumerate_program(three, *args, lm=SMALL)
+    log_q = guide_log_probs(shaken(guide), three, args, list(exact), SMALL)
+    assert float(log_q.exp().sum()) == pytest.approx(1.0, abs=1e-4)
+
+
+def test_a_prefix_that_fills_the_context_leaves_no_room_for_observations():
+    def program(x, y):
+        z = lm_sample("z", x, max_tokens=3, stop=".")
+        lm_sample("y", ["b", z], obs=y)
+
+    for length, k in ((13, 3), (14, 2), (15, 1), (16, 0), (17, 0)):
+        guide = lmppl.LMGuide(program, lm=SMALL)
+        with pytest.warns(UserWarning) if k < 3 else warnings.catch_warnings():
+            (sample,) = draw_samples(guide, program, ("b" * length, "ab."), 1)
+        shown = "ab."[:k] + "\n" if k else ""
+        assert sample.proposer.draws["z"].fn.prefix_ids == ids(shown + "b" * length, SMALL)
+    with pytest.raises(ValueError, match="a prefix of 18 tokens and 3 more do not fit"):
+        draw_samples(lmppl.LMGuide(program, lm=SMALL), program, ("b" * 18, "ab."), 1)
+
+
+def test_a_prompt_of_the_user_that_is_too_long_is_named():
+    def program(x):
+        lm_sample("z", x, max_tokens=3, infer={"guide_prompt": "ab" * 9})
+
+    with pytest.raises(
+        ValueError, match="site 'z': its guide_prompt of 18 tokens, and up to 3 more"
+    ):
+        draw_samples(lmppl.LMGuide(program, lm=SMALL), program, ("b",), 1)
+
+
+def test_a_head_reads_the_latest_tokens_that_the_context_holds():
+    def program(x, y):
+        pyro.sample("n", dist.Normal(0.0, 1.0))
+        z = lm_sample("z", x, max_tokens=3, stop=".")
+        pyro.sample("m", dist.Normal(0.0, 1.0))
+        lm_sample("y0", [x, z], obs=y)
+        lm_sample("y1", [x, z], obs=y)
+
+    guide = lmppl.LMGuide(program, lm=SMALL)
+    with pytest.warns(UserWarning, match="site 'z': the guide reads"):
+        (sample,) = draw_samples(guide, program, ("b", "ab" * 7), 1)
+    assert set(sample.proposer.draws) == {"n", "z", "m"}
