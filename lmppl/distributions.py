@@ -21,7 +21,7 @@ from torch.distributions import constraints
 
 from lmppl.checks import check_int, check_number
 from lmppl.lm import LM
-from lmppl.lm.batches.inverse_cdf import inverse_cdf_of
+from lmppl.lm.batches.inverse_cdf import inverse_cdf
 from lmppl.lm.batches.requests import Draw, Score, Scored
 from lmppl.lm.tokens.stopping import Stopping
 from lmppl.lm.tokens.text import Text
@@ -412,7 +412,7 @@ def draw_texts(
         for i, table in zip(chosen, tables, strict=True):
             d = distributions[i]
             assert d.choices is not None
-            k = int(inverse_cdf_of(table.double().exp(), uniforms[i][:1]))
+            k = int(inverse_cdf(table.double().exp(), uniforms[i][:1]))
             results[i] = (d.value(d.choices[k]), table[k])
     return results
 

@@ -17,7 +17,7 @@ import torch
 from pyro.poutine import Trace
 
 from lmppl.checks import check_callable, check_int, check_seed, did_you_mean
-from lmppl.lm.batches.inverse_cdf import inverse_cdf_of
+from lmppl.lm.batches.inverse_cdf import inverse_cdf
 from lmppl.report.tables import Block, Report, posterior_blocks
 from lmppl.runtime.sites import has_value, is_continuous, is_latent, key_of, value_of, values_of
 from lmppl.runtime.weights import ess
@@ -278,7 +278,7 @@ class Posterior(Report):
         n, seed = check_int("n", n), check_seed(seed)
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         uniforms = torch.rand(n, dtype=torch.float64, generator=generator)
-        picks = inverse_cdf_of(self.weights, uniforms).tolist()
+        picks = inverse_cdf(self.weights, uniforms).tolist()
         log_evidence = self.log_evidence
         notes = [*self.info.get("notes", ()), f"resampled from {len(self)} samples"]
         return self._with(

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from lmppl.lm.batches.inverse_cdf import inverse_cdf_of
+from lmppl.lm.batches.inverse_cdf import inverse_cdf
 
 Scheme = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
 
@@ -19,21 +19,21 @@ Scheme = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
 def multinomial(weights: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Independent draws. ``weights``: (N,) float64, any positive scale. Returns (N,) ancestors."""
     n = len(weights)
-    return inverse_cdf_of(weights, torch.rand(n, generator=generator, dtype=torch.float64))
+    return inverse_cdf(weights, torch.rand(n, generator=generator, dtype=torch.float64))
 
 
 def stratified(weights: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """One draw in each of N equal strata (Kitagawa, 1996)."""
     n = len(weights)
     jitter = torch.rand(n, generator=generator, dtype=torch.float64)
-    return inverse_cdf_of(weights, (torch.arange(n, dtype=torch.float64) + jitter) / n)
+    return inverse_cdf(weights, (torch.arange(n, dtype=torch.float64) + jitter) / n)
 
 
 def systematic(weights: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """One draw shared by N equal strata (Carpenter et al., 1999)."""
     n = len(weights)
     jitter = torch.rand(1, generator=generator, dtype=torch.float64)
-    return inverse_cdf_of(weights, (torch.arange(n, dtype=torch.float64) + jitter) / n)
+    return inverse_cdf(weights, (torch.arange(n, dtype=torch.float64) + jitter) / n)
 
 
 def residual(weights: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -49,7 +49,7 @@ def residual(weights: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     rest = expected - copies
     if float(rest.sum()) <= 0.0:  # rounding left no remainder to draw from
         rest = weights
-    return torch.cat([certain, inverse_cdf_of(rest, uniforms)])
+    return torch.cat([certain, inverse_cdf(rest, uniforms)])
 
 
 SCHEMES: dict[str, Scheme] = {

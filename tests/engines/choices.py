@@ -89,12 +89,12 @@ def _route(patch, choices: Choices) -> None:
         tokens = torch.tensor([choices.pick([p / math.fsum(row) for p in row]) for row in table])
         return tokens, log_probs.gather(1, tokens.unsqueeze(1)).squeeze(1)
 
-    def inverse_cdf_of(weights, uniforms):
+    def inverse_cdf(weights, uniforms):
         weights = weights.double()
         return torch.tensor([choices.pick((weights / weights.sum()).tolist()) for _ in uniforms])
 
     patch.setattr(rows, "invert", invert)
-    patch.setattr(distributions, "inverse_cdf_of", inverse_cdf_of)
+    patch.setattr(distributions, "inverse_cdf", inverse_cdf)
     patch.setattr(Coin, "choices", choices, raising=False)
     for name in SCHEMES:
         patch.setitem(SCHEMES, name, _enumerated(name, SCHEMES[name], choices))

@@ -108,13 +108,13 @@ def resample_with_unnormalised_weights(patch):
         index = torch.searchsorted(weights.double().cumsum(0), uniforms, right=True)
         return index.clamp_max(int(torch.nonzero(weights > 0)[-1]))
 
-    patch.setattr(resampling, "inverse_cdf_of", mutant)
+    patch.setattr(resampling, "inverse_cdf", mutant)
 
 
 def revive_the_dead(patch):
     """A small number is added to every weight, against division by zero."""
-    original = resampling.inverse_cdf_of
-    patch.setattr(resampling, "inverse_cdf_of", lambda weights, u: original(weights + 1e-2, u))
+    original = resampling.inverse_cdf
+    patch.setattr(resampling, "inverse_cdf", lambda weights, u: original(weights + 1e-2, u))
 
 
 def keep_the_old_weights(patch):

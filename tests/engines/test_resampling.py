@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmppl.engines.resampling import SCHEMES, settle_in_place
-from lmppl.lm.batches.inverse_cdf import inverse_cdf_of
+from lmppl.lm.batches.inverse_cdf import inverse_cdf
 
 NAMES = pytest.mark.parametrize("name", sorted(SCHEMES))
 
@@ -71,7 +71,7 @@ def test_the_dead_are_never_chosen(name, weights, seed):
 @given(weights=_WEIGHTS, uniforms=st.lists(_UNIFORMS, min_size=1, max_size=8))
 def test_the_dead_are_never_chosen_at_any_uniform(weights, uniforms):
     weights = torch.tensor(weights, dtype=torch.float64)
-    index = inverse_cdf_of(weights, torch.tensor(uniforms, dtype=torch.float64))
+    index = inverse_cdf(weights, torch.tensor(uniforms, dtype=torch.float64))
     assert bool((weights[index] > 0).all())
 
 
@@ -87,7 +87,7 @@ def test_small_weights_are_summed_in_float64():
     """In float32 a running sum of 1 swallows 1e-8, a million times over."""
     weights = torch.full((1_000_001,), 1e-8)
     weights[0] = 1.0
-    index = inverse_cdf_of(weights, torch.tensor([0.9999], dtype=torch.float64))
+    index = inverse_cdf(weights, torch.tensor([0.9999], dtype=torch.float64))
     expected = (0.9999 * 1.01 - 1.0) / 1e-8
     assert int(index[0]) == pytest.approx(expected, rel=1e-2)
 

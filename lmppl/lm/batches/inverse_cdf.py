@@ -15,22 +15,7 @@ import torch.nn.functional as F
 _BLOCK = 256
 
 
-class InvalidLogits(ValueError):
-    """Logits that define no distribution: NaN or +inf among them, or all of them -inf.
-
-    Attributes:
-        row: the first such row.
-    """
-
-    def __init__(self, row: int) -> None:
-        super().__init__(
-            f"row {row} of the logits defines no distribution: it has NaN or +inf, or every token "
-            "has probability zero"
-        )
-        self.row = row
-
-
-def inverse_cdf(
+def invert(
     logits: torch.Tensor,
     uniforms: torch.Tensor,
     temperature: float | Sequence[float] | torch.Tensor = 1.0,
@@ -44,25 +29,10 @@ def inverse_cdf(
 
     Returns:
         tokens (B,), never one of probability zero, and their log-probabilities (B,) float32, in
-        nats, under ``softmax(logits / temperature)``.
-
-    Raises:
-        InvalidLogits: a row defines no distribution.
+        nats, under ``softmax(logits / temperature)``. Of a row that defines no distribution (NaN or
+        +inf, or every token has probability zero) the log-probability is NaN, and the token is
+        arbitrary but within the vocabulary: to check would be to wait for the device.
     """
-    tokens, log_probs = invert(logits, uniforms, temperature)
-    invalid = torch.isnan(log_probs)
-    if invalid.any():
-        raise InvalidLogits(int(invalid.nonzero()[0, 0]))
-    return tokens, log_probs
-
-
-def invert(
-    logits: torch.Tensor,
-    uniforms: torch.Tensor,
-    temperature: float | Sequence[float] | torch.Tensor = 1.0,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """``inverse_cdf`` without its check, which waits for the device: an invalid row's
-    log-probability is NaN, and its token is arbitrary but within the vocabulary."""
     logits = tempered(logits, temperature)
     # To float32 first: softmax with dtype= took 6 times as long from bfloat16 on a CPU.
     probs = torch.softmax(logits.float(), -1)  # (B, V)
@@ -86,7 +56,7 @@ def invert(
     return tokens.to(probs.device).squeeze(-1), log_probs.to(probs.device).squeeze(-1)
 
 
-def inverse_cdf_of(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+def inverse_cdf(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     """The indices at which the cumulative weights first exceed their sum times each uniform.
 
     Args:

@@ -14,7 +14,9 @@ from lmppl.testing import tiny_lm
 @pytest.mark.parametrize("name", ["batch_bytes", "training_tokens"])
 @pytest.mark.parametrize("value", [0, -1, 1.5])
 def test_bounds_are_positive(name, value):
-    with pytest.raises((TypeError, ValueError), match=f"{name}={value}: it must be an int of at least 1"):
+    with pytest.raises(
+        (TypeError, ValueError), match=f"{name}={value}: it must be an int of at least 1"
+    ):
         Memory(**{name: value})
 
 
