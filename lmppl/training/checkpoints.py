@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import torch
 
-from lmppl.checks import check_int
+from lmppl.checks import check_flag, check_int
 from lmppl.distributions import ToolResult
 from lmppl.guides.parameters import same_base
 from lmppl.guides.saving import (
@@ -75,7 +75,7 @@ class Checkpoints:
         Raises:
             ValueError: for one out of range, or without what it needs.
         """
-        every = check_int("checkpoint_every", every)
+        every, resume = check_int("checkpoint_every", every), check_flag("resume", resume)
         if resume and checkpoint is None:
             raise ValueError("resume=True needs checkpoint=: the folder of the run to go on with")
         if resume and seed is None:

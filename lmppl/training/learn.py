@@ -98,12 +98,18 @@ def learn(
         mean lower bound of their log evidence (nats), and the others of ``fit``.
 
     Raises:
+        TypeError: for what is no guide, or an argument of another type.
         ValueError: if the program has nothing to learn, options are out of range, the checkpoint is
             of another run, or no trace of any input was ever alive. (Inputs of which that is true
             while others live are warned of.)
         FloatingPointError: if a loss is not finite, or learning diverges; the last good parameters
             are kept.
     """
+    if not hasattr(guide, "named_parameters"):
+        raise TypeError(
+            f"learn takes a guide of the program, lmppl.LMGuide(program, lm=lm), given "
+            f"{type(guide).__name__}"
+        )
     check_choice("method", method, ("em", "wake-sleep"))
     guide_steps = check_int("guide_steps", guide_steps)
     num_samples = check_int("num_samples", num_samples)

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import torch
 
 from lmppl import runtime
-from lmppl.checks import check_int
+from lmppl.checks import check_callable, check_int
 from lmppl.report.history import History
 from lmppl.report.progress import progress_bar
 from lmppl.training.callbacks import DivergenceGuard, EarlyStopping
@@ -113,6 +113,7 @@ class Run:
         checkpoint: str | Path | None,
         checkpoint_every: Any,
         resume: bool,
+        callback: Any,
         **rest: Any,
     ) -> Run:
         """From the arguments of ``fit`` and ``learn``; ``held_out`` has no inputs yet.
@@ -121,10 +122,20 @@ class Run:
             TypeError, ValueError: for one of another type or out of range.
         """
         checkpoints = Checkpoints.of(checkpoint, checkpoint_every, resume, seed)
+        if callback is not None:
+            check_callable("callback", callback)
         EarlyStopping(patience)  # checks it
         seed = runtime.fresh_seed(seed)
         held_out = HeldOut(eval_every, eval_samples, seed)
-        return cls(check_int("steps", steps), seed, held_out, patience, checkpoints, **rest)
+        return cls(
+            check_int("steps", steps),
+            seed,
+            held_out,
+            patience,
+            checkpoints,
+            callback=callback,
+            **rest,
+        )
 
 
 def train(learner: Learner, run: Run, **config: Any) -> None:
