@@ -26,6 +26,7 @@ from lmppl.lm.batches.requests import Draw, Score, Scored
 from lmppl.lm.tokens.stopping import Stopping
 from lmppl.lm.tokens.text import Text
 
+_MOST_TEXTS = 1024  # that a distribution remembers
 PAD = -1  # never a token, so a value cannot be confused with one that ends in EOS
 
 SiteScore = tuple[torch.Tensor, Scored | None]
@@ -125,6 +126,7 @@ class LMText(TorchDistribution):
         self.choices = None if choices is None else _encode_choices(self.stopping, choices)
         self._rows: tuple[tuple[int, ...], ...] = (lm.encode(prefix),)
         self.texts_in_prefix = _texts_in(prefix)
+        self._texts: dict[tuple[int, ...], Text] = {}  # of values, as runs ask for equal ones
         if self.choices is not None:
             width = max(len(choice) for choice in self.choices)
         else:
@@ -216,7 +218,13 @@ class LMText(TorchDistribution):
 
     def text(self, value: torch.Tensor) -> Text:
         """The ``Text`` of one value."""
-        return self.stopping.text(self.token_ids(value))
+        ids = self.token_ids(value)
+        text = self._texts.get(ids)
+        if text is None:
+            if len(self._texts) >= _MOST_TEXTS:
+                self._texts.clear()
+            text = self._texts[ids] = self.stopping.text(ids)
+        return text
 
     def encode(self, obs: str) -> torch.Tensor:
         """A string as a value of this distribution, shape ``event_shape``.
@@ -260,16 +268,18 @@ class LMText(TorchDistribution):
 
     def supports(self, value: torch.Tensor) -> bool:
         """Whether one value is a sequence that the site could have produced."""
-        raw = value.tolist()
-        ids = self.token_ids(value)
-        if any(token != PAD for token in raw[len(ids) :]) or any(token < 0 for token in ids):
+        padded = value.tolist()
+        ids = tuple(padded[: padded.index(PAD)] if PAD in padded else padded)
+        if padded.count(PAD) != len(padded) - len(ids):
             return False
-        if any(token >= self.lm.vocabulary.size for token in ids):
+        if ids and not (min(ids) >= 0 and max(ids) < self.lm.vocabulary.size):
             return False
         if self.choices is not None:
             return ids in self.choices
         if self.stopping.max_tokens is None:
             return len(ids) == self.event_shape[0]
+        if ids in self._texts:
+            return self._texts[ids].finish_reason is not None
         closed = self.stopping.scan(ids)
         return closed is not None and closed[0] == len(ids)
 

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
 from contextvars import ContextVar, Token
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import pyro.distributions as dist
 import torch
 from pyro.poutine.do_messenger import DoMessenger
+from pyro.poutine.mask_messenger import MaskMessenger
 from pyro.poutine.runtime import _PYRO_STACK, am_i_wrapped, apply_stack
+from pyro.poutine.scale_messenger import ScaleMessenger
 from pyro.poutine.trace_messenger import TraceMessenger
 
 from lmppl.checks import check_choice
@@ -186,6 +188,113 @@ def _check_name(name: Any, what: str) -> None:
         raise ValueError(f"{what}'s name must be a non-empty string, given {name!r}")
 
 
+class Call(NamedTuple):
+    """How ``lm_sample`` was called at a site.
+
+    Attributes:
+        lm: the language model.
+        texts: the prefix, the choices and the observation, part by part; None between them.
+        options: the other arguments.
+        handlers: what the handlers between the run's recorder and the call add to the site.
+    """
+
+    lm: LM
+    texts: tuple[str | None, ...]
+    options: tuple[Any, ...]
+    handlers: tuple[Any, ...]
+
+    @classmethod
+    def of(
+        cls, lm: LM, prefix: Any, choices: Any, obs: str | None, stop: Any, *options: Any
+    ) -> Call | None:
+        """A call with these arguments; None where handlers may give it another meaning, and for
+        arguments of other types, which may change after the call."""
+        handlers = () if len(_PYRO_STACK) == 1 else _annotations()
+        if handlers is None or not (
+            isinstance(prefix, (str, list, tuple))
+            and (choices is None or isinstance(choices, (list, tuple)))
+            and (stop is None or isinstance(stop, (str, list, tuple)))
+        ):
+            return None
+        parts = (prefix,) if isinstance(prefix, str) else prefix
+        texts = (*parts, None, obs) if choices is None else (*parts, None, obs, None, *choices)
+        stop = tuple(stop) if isinstance(stop, list) else stop
+        return cls(lm, texts, (stop, *options), handlers)
+
+    def same_as(self, other: Call) -> bool:
+        """Whether another call is the same, token by token."""
+        if self.lm is not other.lm or len(self.texts) != len(other.texts):
+            return False
+        for one, two in zip(self.texts, other.texts, strict=True):
+            if one is not two and not _is_same_text(one, two):
+                return False
+        return self.options == other.options and self.handlers == other.handlers
+
+    def kept(self) -> Call | None:
+        """The same, to be compared later; None if an option is of a type that is not to be compared,
+        or may change."""
+        *options, hints = self.options
+        hints = None if hints is None else dict(hints)
+        for part in (*options, *(hints or {}).values()):
+            if not (part is None or isinstance(part, (str, int, float, tuple))):
+                return None
+        return self._replace(options=(*options, hints))
+
+    def key(self, name: str) -> Hashable:
+        """Equal for calls at sites of one name that have the same distribution and observation."""
+        parts = [
+            (part.parts, part._token_ids) if isinstance(part, Text) else part for part in self.texts
+        ]
+        return name, self.lm, *self.options[:-1], *parts
+
+
+def _is_same_text(first: str | None, second: str | None) -> bool:
+    """Whether two parts hold the same tokens. (``Text``s are equal if their strings are.)"""
+    if type(first) is not type(second) or first != second:
+        return False
+    if not (isinstance(first, Text) and isinstance(second, Text)):
+        return True
+    return (first.parts, first._token_ids) == (second.parts, second._token_ids)
+
+
+def _annotations() -> tuple[Any, ...] | None:
+    """What the handlers within the outermost one add to a site; None: they may do more than that."""
+    found: list[Any] = []
+    for frame in _PYRO_STACK[1:]:
+        if type(frame) is ScaleMessenger and isinstance(frame.scale, (int, float)):
+            found.append(frame.scale)
+        elif type(frame) is MaskMessenger and isinstance(frame.mask, bool):
+            found.append(frame.mask)
+        elif type(frame) is pyro.plate and frame._vectorized is False:
+            found.append((frame.name, frame.size, frame.subsample_size, frame.counter))
+        else:
+            return None
+    return tuple(found)
+
+
+class CallMemory:
+    """Remembers the calls of ``lm_sample`` in a run, as its outermost handler.
+
+    Attributes:
+        shared: the distributions and observed values that calls have made, by ``Call.key``. Runs of
+            one program may share them, as most begin with the same.
+    """
+
+    shared: dict[Hashable, tuple[LMText, torch.Tensor | None]]
+
+    def recall(self, name: str, call: Call) -> Text | None:
+        """What the run that this one repeats got by the very same call; the site counts as visited.
+        None: the site is to be visited."""
+        raise NotImplementedError
+
+    def remember(self, name: str, call: Call, text: Text) -> None:
+        """Keep what a call returned."""
+        raise NotImplementedError
+
+
+_MOST_SHARED = 4096
+
+
 def lm_sample(
     name: str,
     prefix: str | Sequence[str],
@@ -234,6 +343,43 @@ def lm_sample(
         )
     if infer is not None and not isinstance(infer, Mapping):
         raise TypeError(f"site '{name}': infer takes a dict of hints, given {infer!r}")
+    memory: Any = _PYRO_STACK[0] if _PYRO_STACK else None
+    call = None
+    if isinstance(memory, CallMemory):
+        call = Call.of(lm, prefix, choices, obs, stop, max_tokens, temperature, infer)
+    if call is not None:
+        text = memory.recall(name, call)
+        if text is not None:
+            return text
+        call = call.kept()
+    arguments = (name, lm, prefix, max_tokens, stop, choices, temperature, obs)
+    if call is None:
+        fn, value = _distribution(*arguments)
+    else:
+        key, shared = call.key(name), memory.shared
+        if key not in shared:
+            if len(shared) >= _MOST_SHARED:
+                shared.clear()
+            shared[key] = _distribution(*arguments)
+        fn, value = shared[key]
+    _warn_of_retokenisation(name, prefix)
+    text = fn.text(_site(name, fn, value, infer))
+    if call is not None:
+        memory.remember(name, call, text)
+    return text
+
+
+def _distribution(
+    name: str,
+    lm: LM,
+    prefix: Any,
+    max_tokens: int | None,
+    stop: Any,
+    choices: Any,
+    temperature: float,
+    obs: str | None,
+) -> tuple[LMText, torch.Tensor | None]:
+    """The distribution of a text site, and the value that it observes, if it does."""
     num_tokens = None
     if obs is not None and max_tokens is None and choices is None:
         num_tokens = len(_observed_ids(name, lm, obs))
@@ -251,9 +397,7 @@ def lm_sample(
         num_tokens=num_tokens,
     )
     fn.name = name
-    _warn_of_retokenisation(name, prefix)
-    value = None if obs is None else _of_site(name, fn.encode, obs)
-    return fn.text(_site(name, fn, value, infer))
+    return fn, None if obs is None else _of_site(name, fn.encode, obs)
 
 
 def _stops(stop: str | Sequence[str] | None) -> bool:

@@ -16,9 +16,9 @@ from lmppl.runtime.particle import (
     Particle,
     Proposer,
     Rejected,
-    ReplayError,
     site_log_weight,
 )
+from lmppl.runtime.replay import Replay, ReplayError
 from lmppl.runtime.scheduler import Member, advance, own_usage
 from lmppl.runtime.sites import is_latent
 from lmppl.runtime.waits import (
@@ -41,6 +41,7 @@ __all__ = [
     "Particle",
     "Proposer",
     "Rejected",
+    "Replay",
     "ReplayError",
     "ScoreWait",
     "Wait",

@@ -57,10 +57,12 @@ def start(
         proposer: makes a particle's proposer from its slot and a seed.
         options: further arguments of ``Particle``.
     """
-    particles = []
+    particles, shared = [], dict[Any, Any]()
     for slot, each in enumerate(slot_seeds(seed, num)):
         own = None if proposer is None else proposer(slot, each ^ 0x5DEECE66D)
-        particles.append(Particle(program, args, seed=each, proposer=own, slot=slot, **options))
+        particles.append(
+            Particle(program, args, seed=each, proposer=own, slot=slot, shared=shared, **options)
+        )
     try:
         resume(particles)
     except BaseException:

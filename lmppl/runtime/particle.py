@@ -17,17 +17,19 @@ from typing import Any, Protocol
 
 import torch
 from pyro.distributions.util import scale_and_mask
+from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.subsample_messenger import _Subsample
 from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.poutine.trace_struct import Trace
 
-from lmppl.distributions import LMText, ToolCall
+from lmppl.distributions import LMText
+from lmppl.lm.tokens.text import Text
+from lmppl.primitives import Call, CallMemory
 from lmppl.runtime.arguments import call, name_of
 from lmppl.runtime.coroutine import Coroutine, GlobalState, suspend
+from lmppl.runtime.replay import Replay, Site
 from lmppl.runtime.sites import is_latent
 from lmppl.runtime.waits import ChoiceWait, DrawWait, ScoreWait, Wait
-
-Site = Any  # a Pyro message
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,10 +64,6 @@ class Rejected(BaseException):
     """
 
 
-class ReplayError(RuntimeError):
-    """A program did not repeat itself when it was run again on recorded values."""
-
-
 class Particle:
     """A run of ``program(*args)``, on copies of the lists, dicts and sets among ``args``.
 
@@ -76,7 +74,8 @@ class Particle:
         proposer: where latent values come from; None: the model.
         given: values for latent sites and tools, by name; they come before the proposer.
         known: what scoring a site would find, by name: ``(log_prob, scored)``, unscaled.
-        replay: sites of an earlier run to repeat before anything new happens.
+        replay: what it is to repeat before anything new happens; None: nothing.
+        shared: of the runs that share them, the distributions that ``lm_sample`` has made.
         enumerate_latents: suspend at every latent site, with a ``DrawWait`` or a ``ChoiceWait``.
         score_closing: ask for closing-token log-probabilities when scoring latent sites.
         grad: run with gradients enabled.
@@ -88,6 +87,7 @@ class Particle:
             ``log_prob_sum`` and latents ``proposal_log_prob``.
         rejected_by: the name of the site whose hard condition failed, or None.
         returned: what the program returned.
+        calls: how ``lm_sample`` was called at its sites, and what it returned.
         has_proposed: whether a value came from the proposer (of a fork: since then).
     """
 
@@ -100,7 +100,8 @@ class Particle:
         proposer: Proposer | None = None,
         given: Mapping[str, Given] | None = None,
         known: Mapping[str, tuple[torch.Tensor, Any]] | None = None,
-        replay: Mapping[str, Any] | None = None,
+        replay: Replay | None = None,
+        shared: dict[Any, Any] | None = None,
         enumerate_latents: bool = False,
         score_closing: bool = False,
         grad: bool = False,
@@ -115,21 +116,27 @@ class Particle:
         self.rejected_by: str | None = None
         self.returned: Any = None
         self.has_proposed = False
-        self._replay = dict(replay or {})
-        self._to_repeat = set(self._replay)
-        self._counted = len(self._replay)
+        self._replay = Replay({}, {}) if replay is None else replay
+        self._uncounted: list[Site] = []
         self._enumerate, self._score_closing, self._grad = enumerate_latents, score_closing, grad
         self._site = ""
         self._at: tuple[str, Any] | None = None  # the site that it is at, and its distribution
-        self._expected: tuple[str, Any] | None = None  # the same of the run that it repeats
-        self._recorder = _Recorder(self)
+        self._recorder = _Recorder(self, self._replay.calls, {} if shared is None else shared)
         self.coroutine = Coroutine(self._run, GlobalState.fresh(seed, grad=grad))
 
     # --- life ----------------------------------------------------------------------------------
 
     @property
     def trace(self) -> Trace:
-        return self._recorder.trace
+        trace = self._recorder.trace
+        for name in trace.nodes if len(trace._pred) < len(trace.nodes) else ():
+            if name not in trace._pred:
+                trace._pred[name], trace._succ[name] = set(), set()
+        return trace
+
+    @property
+    def calls(self) -> dict[str, tuple[Call, Text]]:
+        return self._recorder.calls
 
     @property
     def finished(self) -> bool:
@@ -142,13 +149,15 @@ class Particle:
         What the run waits for may be something else: a draw of the guide, which has a
         distribution of its own, may draw another site first, and may go on after the program.
         """
-        return None if self._at is None or self._at[0] in self.trace.nodes else self._at
+        return None if self._at is None or self._at[0] in self._recorder.trace.nodes else self._at
 
     def resume(self, answer: Any = None, *, restore: bool = True) -> None:
         """Run to the next wait or to the end (see ``Coroutine.resume``)."""
         self.waiting = None
         try:
             self.waiting = self.coroutine.resume(answer, restore=restore)
+            if self.finished:
+                self._recorder.release()
         except Rejected:
             self.close()
         except Exception as error:
@@ -161,6 +170,7 @@ class Particle:
         try:
             self.coroutine.close()
         finally:
+            self._recorder.release()
             if self.proposer is not None:
                 self.proposer.close()
 
@@ -186,14 +196,36 @@ class Particle:
             proposer=proposer,
             given={**self.given, **(given or {})},
             known=self._known,
-            replay=self.sites,
+            replay=Replay(self.sites, self.calls, self._at if self.waiting else None),
+            shared=self._recorder.shared,
             enumerate_latents=self._enumerate,
             score_closing=self._score_closing,
             grad=self._grad,
             slot=streams.slot,
         )
-        new._expected = None if self.waiting is None else self._at
         new.coroutine.global_state.take_streams(streams.coroutine.global_state)
+        new.resume()
+        return new
+
+    def rerun(
+        self, before: Mapping[str, Site], given: Mapping[str, Given], *, seed: int
+    ) -> Particle:
+        """A run of the same program that repeats some of what this one recorded, at its first wait.
+
+        Args:
+            before: the recorded sites that it is to repeat.
+            given: values for sites that follow.
+            seed: of what follows.
+        """
+        new = Particle(
+            self.program,
+            self.args,
+            seed=seed,
+            replay=Replay(before, self.calls),
+            given=given,
+            slot=self.slot,
+            shared=self._recorder.shared,
+        )
         new.resume()
         return new
 
@@ -201,6 +233,7 @@ class Particle:
         """A run that has ended is not changed any more, so what it recorded can be shared. The
         streams stay those of the slot, which may need them for a later fork."""
         new = copy(self)
+        new._uncounted = list(self._uncounted)
         new.slot, new.proposer = streams.slot, streams.proposer
         new.coroutine = copy(self.coroutine)
         new.coroutine.global_state = copy(self.coroutine.global_state)
@@ -212,7 +245,8 @@ class Particle:
     @property
     def sites(self) -> dict[str, Any]:
         """The sample sites recorded so far."""
-        return {name: node for name, node in self.trace.nodes.items() if node["type"] == "sample"}
+        nodes = self._recorder.trace.nodes
+        return {name: node for name, node in nodes.items() if node["type"] == "sample"}
 
     @property
     def latents(self) -> dict[str, Any]:
@@ -221,9 +255,8 @@ class Particle:
 
     def take_log_weight(self) -> float:
         """log p - log q (nats) of the sites recorded since this was last called (scale applied)."""
-        fresh = list(self.sites.values())[self._counted :]
-        self._counted += len(fresh)
-        return sum((site_log_weight(node) for node in fresh), 0.0)
+        fresh, self._uncounted = self._uncounted, []
+        return sum(map(site_log_weight, fresh), 0.0)
 
     @property
     def log_joint(self) -> float:
@@ -245,40 +278,39 @@ class Particle:
             trace = self._recorder.trace
             trace.add_node("_INPUT", name="_INPUT", type="args", args=self.args, kwargs={})
             self.returned = call(self.program, self.args)
-            if self._to_repeat or self._expected is not None:
-                raise ReplayError(
-                    f"a replayed run ended before site '{self._next_recorded}' of the recorded "
-                    f"one. {_DETERMINISM}"
-                )
+            self._replay.check_ended()
             if self.proposer is not None:
                 self.proposer.finish(trace)
             trace.add_node("_RETURN", name="_RETURN", type="return", value=self.returned)
 
-    @property
-    def _next_recorded(self) -> str:
-        at = [] if self._expected is None else [self._expected[0]]
-        return next(name for name in [*self._replay, *at] if name not in self.trace.nodes)
-
     def _visit(self, site: Site) -> None:
-        """Find the value and the log-probability of a site."""
-        name = site["name"]
+        """Find the value and the log-probability of a site, and record it."""
+        name, replay = site["name"], self._replay
         self._site = name
-        if name in self.trace.nodes:
+        if name not in replay.left and name in self._recorder.trace.nodes:
             raise ValueError(
                 f"site '{name}' is used twice in one run of the program: give every site its own "
                 f"name, in a loop for example f'{name}_{{i}}'"
             )
-        if name in self._replay:
-            self._repeat(site, self._replay[name])
-        elif self._to_repeat:
-            raise ReplayError(
-                f"a replayed run met site '{name}' before the recorded site "
-                f"'{self._next_recorded}'. {_DETERMINISM}"
-            )
+        if name in replay.left:
+            recorded = replay.repeat(site)
+            if len(_PYRO_STACK) > 1:  # handlers of the program may read what was found
+                for key in _FOUND:
+                    if key in recorded:
+                        dict.__setitem__(site, key, recorded[key])
+            elif not site["is_observed"]:
+                dict.__setitem__(site, "value", recorded["value"])
+            if not replay.left:
+                self._end_replay()
         else:
-            self._check_expected(site)
+            replay.check_new(site)
             self._find(site)
         site["done"] = True
+
+    def _end_replay(self) -> None:
+        """All recorded sites are repeated: take them into the trace. (Runs share them: nobody changes
+        them any more.)"""
+        self._recorder.trace.nodes.update(self._replay.nodes)
 
     def _find(self, site: Site) -> None:
         """The value and the log-probability of a site that is new."""
@@ -294,26 +326,13 @@ class Particle:
                 )
             self._record(site, self._score(site))
 
-    def _check_expected(self, site: Site) -> None:
-        """A run that repeats a waiting one must come to the very site at which that one waits."""
-        if self._expected is None:
-            return
-        (name, fn), self._expected = self._expected, None
-        if site["name"] != name:
-            raise ReplayError(
-                f"a replayed run met site '{site['name']}' instead of '{name}', at which the "
-                f"recorded one waits. {_DETERMINISM}"
-            )
-        same = fn.same_as(site["fn"]) if isinstance(fn, LMText) else type(fn) is type(site["fn"])
-        if not same:
-            raise _other_distribution(site, fn)
-
     def _draw(self, site: Site) -> None:
         name, fn = site["name"], site["fn"]
-        _check_weightable(site, self.trace)
+        trace = self._recorder.trace
+        _check_weightable(site, trace)
         given = self.given.get(name)
         if given is None and self.proposer is not None:
-            given = self.proposer.propose(site, self.trace)
+            given = self.proposer.propose(site, trace)
             self.has_proposed |= given is not None
         if given is not None:
             site["value"] = given.value
@@ -321,7 +340,8 @@ class Particle:
             log_prob = given.log_prob if given.log_prob is not None else self._score(site)
         elif _is_lm_site(fn):
             uniforms = torch.rand(fn.num_uniforms, dtype=torch.float64, device="cpu")
-            site["value"], log_prob = suspend(DrawWait(name, fn, uniforms))
+            value, log_prob = suspend(DrawWait(name, fn, uniforms))
+            dict.__setitem__(site, "value", value)  # which is one of the site's, without a check
             site["proposal_log_prob"] = log_prob
         elif self._enumerate:
             site["value"], log_prob = suspend(ChoiceWait(name, fn))
@@ -346,30 +366,11 @@ class Particle:
 
     def _record(self, site: Site, log_prob: torch.Tensor) -> None:
         site["unscaled_log_prob"] = log_prob
-        site["log_prob"] = scale_and_mask(log_prob, site["scale"], site["mask"])
-        site["log_prob_sum"] = site["log_prob"].sum()
-
-    def _repeat(self, site: Site, recorded: Site) -> None:
-        name, fn = site["name"], site["fn"]
-        self._to_repeat.discard(name)
-        if isinstance(fn, LMText):
-            same = fn.same_as(recorded["fn"])
-        elif isinstance(fn, ToolCall | _Subsample):
-            same = type(fn) is type(recorded["fn"])
-        else:
-            log_prob = fn.log_prob(recorded["value"], *site["args"], **site["kwargs"])
-            same = torch.equal(log_prob, recorded["unscaled_log_prob"])
-        if site["is_observed"]:
-            same = (
-                same and recorded["is_observed"] and torch.equal(site["value"], recorded["value"])
-            )
-        elif recorded["is_observed"]:
-            same = False
-        if not same:
-            raise _other_distribution(site, recorded["fn"])
-        for key in _RECORDED:
-            if key in recorded:
-                site[key] = recorded[key]
+        scale, mask = site["scale"], site["mask"]
+        if mask is not None or type(scale) is not float or scale != 1.0:
+            log_prob = scale_and_mask(log_prob, scale, mask)
+        site["log_prob"] = log_prob
+        site["log_prob_sum"] = log_prob.sum() if log_prob.dim() else log_prob
 
     @property
     def _call(self) -> str:
@@ -400,24 +401,55 @@ _repr = reprlib.Repr()
 _repr.maxstring = _repr.maxother = 60
 
 
-class _Recorder(TraceMessenger):
+class _Recorder(TraceMessenger, CallMemory):
     """The outermost handler of a particle: it sees a site after all handlers of the program."""
 
-    def __init__(self, particle: Particle) -> None:
+    def __init__(
+        self, particle: Particle, calls: dict[str, tuple[Call, Text]], shared: dict[Any, Any]
+    ) -> None:
         super().__init__()
-        self._particle = particle
+        self._particle: Any = particle
+        self.calls = calls
+        self.shared = shared
 
-    def _pyro_sample(self, msg: Site) -> None:
-        self._particle._visit(msg)
+    def release(self) -> None:
+        """The run has ended: it is no longer held, so that it is freed as soon as nobody needs it."""
+        self._particle = None
 
-    def _pyro_post_sample(self, msg: Site) -> None:
-        super()._pyro_post_sample(msg)
+    def _process_message(self, msg: Site) -> None:
+        if msg["type"] == "sample":
+            self._particle._visit(msg)
+        else:
+            super()._process_message(msg)
+
+    def _postprocess_message(self, msg: Site) -> None:
+        if msg["type"] != "sample":
+            super()._postprocess_message(msg)
+            return
+        particle, name = self._particle, msg["name"]
+        if name in particle._replay.nodes or msg["infer"].get("_do_not_trace"):
+            return
+        node = self.trace.nodes[name] = dict(msg)
+        particle._uncounted.append(node)
         if msg["infer"].get("hard") and float(msg["log_prob_sum"]) == -math.inf:
-            self._particle.rejected_by = msg["name"]
-            raise Rejected(msg["name"])
+            particle.rejected_by = name
+            raise Rejected(name)
+
+    def recall(self, name: str, call: Call) -> Text | None:
+        particle = self._particle
+        replay = particle._replay
+        text = replay.recall(name, call) if name in replay.left else None
+        if text is not None:
+            particle._site = name
+            if not replay.left:
+                particle._end_replay()
+        return text
+
+    def remember(self, name: str, call: Call, text: Text) -> None:
+        self.calls[name] = call, text
 
 
-_RECORDED = (
+_FOUND = (
     "value",
     "unscaled_log_prob",
     "log_prob",
@@ -425,17 +457,6 @@ _RECORDED = (
     "proposal_log_prob",
     "scored",
 )
-_DETERMINISM = (
-    "Between its sites a program must be deterministic: draw random numbers with pyro.sample, and "
-    "call what is not repeatable through lmppl.tool."
-)
-
-
-def _other_distribution(site: Site, recorded: Any) -> ReplayError:
-    return ReplayError(
-        f"at site '{site['name']}' a replayed run has another distribution, prefix or observation "
-        f"than the recorded one: {site['fn']} against {recorded}. {_DETERMINISM}"
-    )
 
 
 def _is_lm_site(fn: Any) -> bool:

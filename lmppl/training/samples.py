@@ -225,17 +225,8 @@ class _CutText:
         assert self._closing is not None  # _last_text asked for its scores
         scored, value = self._node["scored"], self._fn.value([*self._ids[:length], self._closing])
         log_prob = scored.log_probs[:length].sum() + scored.closing_log_probs[length]
-        original = self.sample.particle
-        run = Particle(
-            original.program,
-            original.args,
-            seed=length,
-            replay=self._before,
-            given={self.name: Given(value, log_prob=log_prob)},
-            slot=original.slot,
-        )
-        run.resume()
-        return run
+        given = {self.name: Given(value, log_prob=log_prob)}
+        return self.sample.particle.rerun(self._before, given, seed=length)
 
 
 # --- the replay buffer ---------------------------------------------------------------------------

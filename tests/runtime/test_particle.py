@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import itertools
 import math
+import weakref
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from pyro.poutine.util import prune_subsample_sites
 
 import lmppl
-from lmppl import LMText, ReplayError, lm_sample, require, runtime, tool
+from lmppl import LMText, ReplayError, lm_sample, primitives, require, runtime, tool
 from lmppl.primitives import _warned
 from lmppl.runtime import Given, Particle
 from lmppl.testing import naive_log_prob, tiny_lm
@@ -240,6 +244,16 @@ def test_forks_go_on_on_their_own():
     particle.close()
 
 
+OTHER = tiny_lm(["a", "b", "ab", "."], seed=0)
+OTHER.model.requires_grad_(False)
+
+
+def text_of(n):
+    """The string "ab", as two tokens or as one."""
+    fn = LMText(OTHER, "a", max_tokens=2)
+    return fn.text(torch.tensor([[0, 1], [2, 4]][n]))
+
+
 def diverging(change):
     """A program that is another one on its second run."""
     runs = itertools.count()
@@ -292,8 +306,145 @@ DIVERGENCES = {
         lambda n: pyro.sample("u", dist.Normal(0.0, 1.0), obs=torch.tensor(float(n))),
         "at site 'u'",
     ),
+    "another scale": (
+        lambda n: poutine.scale(lm_sample, 1.0 + n)("z", "ab", max_tokens=1),
+        "at site 'z' .* scale=2.0, and the recorded one had scale=1.0",
+    ),
+    "another scale of a factor": (
+        lambda n: poutine.scale(pyro.factor, torch.tensor(1.0 + n))("f", torch.tensor(1.0)),
+        "at site 'f' .* scale=",
+    ),
+    "another mask": (
+        lambda n: poutine.mask(lm_sample, n == 0)("y", "ab", obs="a"),
+        "at site 'y' .* mask=False, and the recorded one had mask=True",
+    ),
+    "another model": (
+        lambda n: lm_sample("z", "ab", max_tokens=1, lm=[LM, OTHER][n]),
+        "at site 'z'",
+    ),
+    "the same string in other tokens": (
+        lambda n: lm_sample("z", ["a", text_of(n)], max_tokens=1, lm=OTHER),
+        "at site 'z'",
+    ),
+    "an observation in other tokens": (
+        lambda n: lm_sample("y", "a", obs=text_of(n), max_tokens=3, lm=OTHER),
+        "at site 'y'",
+    ),
     "another factor": (lambda n: pyro.factor("f", torch.tensor(float(n))), "at site 'f'"),
 }
+
+
+class Shown(poutine.messenger.Messenger):
+    """A handler that the runtime knows nothing of."""
+
+    def _pyro_sample(self, msg):
+        msg["infer"]["shown"] = True
+
+
+HANDLERS = {
+    "none": (contextlib.nullcontext, True),
+    "scale": (lambda: poutine.scale(scale=0.5), True),
+    "mask": (lambda: poutine.mask(mask=True), True),
+    "scale by a tensor": (lambda: poutine.scale(scale=torch.tensor(0.5)), False),
+    "a handler of the program's own": (Shown, False),
+    "condition": (lambda: poutine.condition(data={"w": "ab"}), False),
+}
+
+
+@pytest.mark.parametrize("handler", HANDLERS)
+def test_a_fork_gets_the_recorded_texts_of_equal_calls_at_once(handler, monkeypatch):
+    make, at_once = HANDLERS[handler]
+    visited = []
+    site = primitives._site
+    monkeypatch.setattr(
+        primitives, "_site", lambda name, *a: visited.append(name) or site(name, *a)
+    )
+
+    def program(prefix):
+        with make():
+            z = lm_sample("z", prefix, max_tokens=2, stop=["."])
+            for i in pyro.plate("lines", 2):
+                prefix.append(lm_sample(f"y{int(i)}", [z + "a", *prefix], obs="ba"))
+            w = lm_sample("w", prefix, choices=["ab", "b"], infer={"guide_prompt": "a"})
+        return z, w, *prefix, lm_sample("last", [w, z], max_tokens=2)
+
+    particle = runtime.start(program, (["ab."],), 1, seed=0)[0]
+    while particle.waiting is not None and particle.waiting.name != "last":
+        runtime.serve_draws([particle])
+        runtime.run_to_draws([particle])
+    visited.clear()
+    fork = particle.fork()
+    again = fork.fork()
+    assert visited == (["last"] if at_once else ["z", "y0", "y1", "w", "last"]) * 2
+    runtime.run_to_end([particle, fork, again])
+    for run in (fork, again):
+        assert run.returned == particle.returned
+        assert list(run.trace.nodes) == list(particle.trace.nodes)
+        assert run.log_joint == particle.log_joint
+        for name, node in particle.sites.items():
+            for key in ("value", "log_prob", "scale"):
+                assert torch.equal(
+                    torch.as_tensor(run.sites[name][key]), torch.as_tensor(node[key])
+                )
+        assert run.trace.copy().nodes["z"] is particle.sites["z"]
+        prune_subsample_sites(run.trace).log_prob_sum()  # the graph has all sites
+
+
+def test_what_a_call_was_given_may_change_after_it():
+    """The list of stop strings, and that of the prefix, are the program's own."""
+
+    def program():
+        stops, prefix, choices = ["."], ["ab."], ["ab", "b"]
+        z = lm_sample("z", prefix, max_tokens=2, stop=stops)
+        stops.append("b")
+        prefix.append(z)
+        c = lm_sample("c", prefix, choices=choices)
+        choices.append("a.")
+        prefix.append(c)
+        return lm_sample("w", prefix, max_tokens=2, stop=stops)
+
+    particle = runtime.start(program, (), 1, seed=0)[0]
+    for _ in range(2):
+        runtime.serve_draws([particle])
+    fork = particle.fork()
+    runtime.run_to_end([particle, fork])
+    assert fork.returned == particle.returned and fork.returned.token_ids
+
+
+def test_particles_share_the_distributions_of_equal_calls_and_no_others():
+    def program():
+        z = lm_sample("z", "ab", max_tokens=3, temperature=3.0)
+        lm_sample("w", ["ab", z], max_tokens=2)
+
+    particles = runtime.start(program, (), 8, seed=0)
+    assert len({id(p.waiting.fn) for p in particles}) == 1
+    runtime.run_to_end(particles)
+    fns = {p.sites["w"]["fn"].prefix_ids: p.sites["w"]["fn"] for p in particles}
+    assert len(fns) > 1
+    assert all(p.sites["w"]["fn"] is fns[p.sites["w"]["fn"].prefix_ids] for p in particles)
+
+    def equal_strings(n):
+        return lm_sample("w", ["a", text_of(n)], max_tokens=1, lm=OTHER)
+
+    shared: dict = {}
+    both = [Particle(equal_strings, (n,), seed=0, shared=shared) for n in range(2)]
+    for particle in both:
+        particle.resume()
+    assert both[0].waiting.fn.prefix_ids != both[1].waiting.fn.prefix_ids
+    for particle in both:
+        particle.close()
+
+
+def test_a_run_that_has_ended_is_freed_at_once():
+    particle = run(infill, "ab.", "ab")
+    trace, ended = particle.trace, weakref.ref(particle)
+    gc.collect()
+    gc.disable()
+    try:
+        del particle
+        assert ended() is None and "z" in trace.nodes
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("change", DIVERGENCES)
@@ -349,7 +500,7 @@ def test_a_replay_that_ends_early_names_the_first_site_that_is_missing():
     particle = Particle(program, seed=0)
     particle.resume()
     runtime.run_to_end([particle])
-    again = Particle(program, seed=0, replay=particle.sites)
+    again = Particle(program, seed=0, replay=runtime.Replay(particle.sites, particle.calls))
     with pytest.raises(ReplayError, match="ended before site 'z'"):
         again.resume()
 
