@@ -363,7 +363,7 @@ def lm_sample(
             shared[key] = _distribution(*arguments)
         fn, value = shared[key]
     _warn_of_retokenisation(name, prefix)
-    text = fn.text(_site(name, fn, value, infer))
+    text = _of_site(name, fn.text, _site(name, fn, value, infer))
     if call is not None:
         memory.remember(name, call, text)
     return text

@@ -42,6 +42,16 @@ def conditioned(value, **arguments):
     )
 
 
+def traced(value):
+    """As ``conditioned``, by Pyro's own tools."""
+
+    def trace():
+        with lmppl.use(LM):
+            poutine.trace(pyro.condition(program, data={"z": value})).get_trace()
+
+    return trace
+
+
 def after(act):
     """A program that draws a text and then does something with it."""
     return lambda: run(lambda: act(program()))
@@ -116,6 +126,8 @@ MISUSE = {
         (conditioned(3), TypeError, "site 'z': .*LongTensor.* given int"),
         (conditioned(torch.tensor([0, 99])), ValueError, r"site 'z': .*below 4, given \[0, 99\]"),
         (conditioned(torch.tensor([0, -2])), ValueError, r"site 'z': .*below 4, given \[0, -2\]"),
+        (traced(torch.tensor([3, 0])), ValueError, r"site 'z': 2 tokens .* closes at token 1 \(eos\)"),
+        (traced(torch.zeros(2)), TypeError, "site 'z': .*LongTensor.* given .*float32"),
         (conditioned(torch.tensor([0])), ValueError, r"site 'z': .*shape \(2,\), given .*\(1,\)"),
         (conditioned(torch.tensor(0)), ValueError, r"site 'z': .*shape \(2,\), given .*\(\)"),
         (conditioned(torch.zeros(5, 2).long()), ValueError, r"site 'z' .*batch.*\(5, 2\)"),
