@@ -233,12 +233,15 @@ class Call(NamedTuple):
     def kept(self) -> Call | None:
         """The same, to be compared later; None if an option is of a type that is not to be compared,
         or may change."""
-        *options, hints = self.options
+        stop, *options, hints = self.options
         hints = None if hints is None else dict(hints)
+        strings = (*self.texts, *(stop if isinstance(stop, tuple) else (stop,)))
+        if not all(string is None or isinstance(string, str) for string in strings):
+            return None  # an error, that the distribution will tell
         for part in (*options, *(hints or {}).values()):
             if not (part is None or isinstance(part, (str, int, float, tuple))):
                 return None
-        return self._replace(options=(*options, hints))
+        return self._replace(options=(stop, *options, hints))
 
     def key(self, name: str) -> Hashable:
         """Equal for calls at sites of one name that have the same distribution and observation."""

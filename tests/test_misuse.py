@@ -105,6 +105,8 @@ MISUSE = {
         (site(stop={"."}), TypeError, "site 'z': stop={'.'}: .*a string or a list"),
         (site(stop=b"."), TypeError, "site 'z': stop=b'.': .*a string or a list"),
         (site(stop=np.array(["."])), TypeError, "site 'z': stop=array.*a string or a list"),
+        (site(stop=[["a"]]), TypeError, r"site 'z': stop=.*: \['a'\] is not a string"),
+        (site(choices=[["a"], ["b"]]), ValueError, r"site 'z': choices=\[\['a'\], .*empty"),
         (site(stop=["a", 3]), TypeError, "site 'z': stop=.*: 3 is not a string"),
         (site(temperature="hot"), TypeError, f"site 'z': temperature='hot': .*{NUMBER}"),
         (site(temperature=None), TypeError, f"site 'z': temperature=None: .*{NUMBER}"),
