@@ -49,9 +49,8 @@ class _Pass:
     sequences: list[_Sequence]
     tokens: torch.Tensor  # (B, T)
     cache: list[PrefixCache]  # at most one; none: the model runs plainly
-    positions: (
-        torch.Tensor
-    )  # (N,) of the flattened tokens: those of each sequence from its start on
+    # (N,) of the flattened tokens: those of each sequence from its start on.
+    positions: torch.Tensor
 
     def states(self, runner: Runner) -> torch.Tensor:
         """(N, hidden)"""
@@ -131,9 +130,9 @@ def hidden(runner: Runner, prefixes: Sequence[Tokens]) -> torch.Tensor:
         runner.check_context(len(prefix), 0, "")
     distinct = [_Sequence(prefix, len(prefix) - 1) for prefix in dict.fromkeys(prefixes)]
     states: dict[Tokens, torch.Tensor] = {}
-    for each in _passes(runner, distinct, grad=False, most=runner.pass_tokens):
-        each.states(runner)
-        names = (sequence.tokens for sequence in each.sequences)
+    for one_pass in _passes(runner, distinct, grad=False, most=runner.pass_tokens):
+        one_pass.states(runner)
+        names = (sequence.tokens for sequence in one_pass.sequences)
         states.update(zip(names, runner.hidden.float(), strict=True))
     return torch.stack([states[prefix] for prefix in prefixes])
 
@@ -149,25 +148,25 @@ def _score(
     memory = runner.memory
     most = memory.training_tokens if grad else runner.pass_tokens
     again = memory.gradient_checkpointing or memory.training_tokens is not None
-    for each in _passes(runner, sequences, grad=grad, most=most, again=again):
-        run = functools.partial(_log_probs, runner, each, memory.gradient_checkpointing)
+    for one_pass in _passes(runner, sequences, grad=grad, most=most, again=again):
+        run = functools.partial(_log_probs, runner, one_pass, memory.gradient_checkpointing)
         if grad and memory.training_tokens is not None:
             both = checkpoint(run, use_reentrant=False, preserve_rng_state=False)
         else:
             both = run()
-        _hand_out(both if grad else both.cpu(), each, grad, found)
+        _hand_out(both if grad else both.cpu(), one_pass, grad, found)
 
 
-def _log_probs(runner: Runner, each: _Pass, checkpointing: bool) -> torch.Tensor:
+def _log_probs(runner: Runner, one_pass: _Pass, checkpointing: bool) -> torch.Tensor:
     """What the requests of a pass ask for, one after another: of tokens and closing tokens, (2, M).
     Without a closing token, its numbers are those of token 0."""
     with runner.checkpointing(checkpointing):
-        states = each.states(runner)
+        states = one_pass.states(runner)
     first = 0
     rows: list[int] = []
     picks: list[tuple[int, int]] = []
     temperatures: list[float] = []
-    for sequence in each.sequences:
+    for sequence in one_pass.sequences:
         n = len(sequence.tokens) - sequence.start
         for request in sequence.requests:
             rows.extend(range(first, first + n))
@@ -183,9 +182,9 @@ def _log_probs(runner: Runner, each: _Pass, checkpointing: bool) -> torch.Tensor
     return runner.output.log_probs(states, torch.tensor(picks, device=states.device), heat).T
 
 
-def _hand_out(both: torch.Tensor, each: _Pass, grad: bool, found: dict[Score, Scored]) -> None:
+def _hand_out(both: torch.Tensor, one_pass: _Pass, grad: bool, found: dict[Score, Scored]) -> None:
     at = 0
-    for sequence in each.sequences:
+    for sequence in one_pass.sequences:
         n = len(sequence.tokens) - sequence.start
         for request in sequence.requests:
             log_probs = both[0, at : at + n]

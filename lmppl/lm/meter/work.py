@@ -54,23 +54,11 @@ class PassCounts:
     positions: int = 0
     outputs: int = 0
 
-    def __add__(self, other: PassCounts) -> PassCounts:
-        return PassCounts(
-            other.matrices,
-            self.passes + other.passes,
-            self.rows + other.rows,
-            self.positions + other.positions,
-            self.outputs + other.outputs,
-        )
-
-    def __sub__(self, other: PassCounts) -> PassCounts:
-        return PassCounts(
-            self.matrices,
-            self.passes - other.passes,
-            self.rows - other.rows,
-            self.positions - other.positions,
-            self.outputs - other.outputs,
-        )
+    def plus(self, other: PassCounts, times: int = 1) -> PassCounts:
+        """The sum with so many times another's."""
+        names = ("passes", "rows", "positions", "outputs")
+        numbers = (getattr(self, name) + times * getattr(other, name) for name in names)
+        return PassCounts(self.matrices, *numbers)
 
 
 @dataclass
@@ -95,7 +83,7 @@ class WorkRecord:
         self.usage = after.usage - before.usage
         self.kinds = {kind: after.kinds[kind] - before.kinds[kind] for kind in KINDS}
         for key, passes in after.passes.items():
-            new = passes - before.passes[key] if key in before.passes else passes
+            new = passes.plus(before.passes[key], -1) if key in before.passes else passes
             if new.passes:
                 self.passes[key] = new
 
@@ -142,7 +130,7 @@ class Ledger:
         with self._lock:
             self._devices.add(device)
             known = self._passes.get(key)
-            self._passes[key] = one if known is None else known + one
+            self._passes[key] = one if known is None else one.plus(known)
 
     def read(self) -> WorkRecord:
         """All that was done since the ledger was opened."""

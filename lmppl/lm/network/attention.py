@@ -93,8 +93,8 @@ class PrefixCache(Cache):
         if len(set(lengths)) == 1:
             self._offsets = lengths[0]
         else:
-            each = [group.length for group in self.groups for _ in range(group.num_rows)]
-            self._offsets = torch.tensor(each, device=device).unsqueeze(1)  # (B, 1)
+            of_rows = [group.length for group in self.groups for _ in range(group.num_rows)]
+            self._offsets = torch.tensor(of_rows, device=device).unsqueeze(1)  # (B, 1)
 
     def slots(self, num_tokens: int, device: torch.device) -> torch.Tensor:
         """How far behind their prefixes the new tokens stand: (B or 1, T)."""
@@ -145,43 +145,31 @@ class PrefixCache(Cache):
             device: where to make it.
         """
         key = (group, window, num_tokens, num_slots)
-        if key not in self._biases:
-            self._biases[key] = self._make_bias(
-                self.groups[group].length, rows, window, num_tokens, num_slots, device
-            )
-        return self._biases[key]
-
-    def _make_bias(
-        self,
-        prefix: int,
-        rows: slice,
-        window: int | None,
-        num_tokens: int,
-        num_slots: int,
-        device: torch.device,
-    ) -> torch.Tensor | None:
-        starts = self._starts
+        if key in self._biases:
+            return self._biases[key]
+        prefix, starts = self.groups[group].length, self._starts
         even = self.tree is None and isinstance(starts, int)
         if even and num_tokens == 1 and (window is None or prefix + num_slots <= window):
             assert num_slots == starts + 1  # type: ignore[operator]
             return None
-        own = self.slots(num_tokens, device)  # (B or 1, T)
-        own = (own if len(own) == 1 else own[rows]).unsqueeze(-1)  # (R or 1, T, 1)
+        at = self.slots(num_tokens, device)  # (B or 1, T)
+        at = (at if len(at) == 1 else at[rows]).unsqueeze(-1)  # (R or 1, T, 1)
         slots = torch.arange(num_slots, device=device)
         if self.tree is None:
-            hidden = slots > own
+            hidden = slots > at
             stands = slots.expand(1, 1, -1)
         else:
-            at = torch.arange(num_tokens, device=device).unsqueeze(-1)
-            hidden = (slots > at) | (self.tree.ends[rows].unsqueeze(1) <= at)
+            nodes = torch.arange(num_tokens, device=device).unsqueeze(-1)
+            hidden = (slots > nodes) | (self.tree.ends[rows].unsqueeze(1) <= nodes)
             stands = self.tree.depths[rows].unsqueeze(1)  # (R, 1, S)
         before = torch.zeros(*hidden.shape[:-1], prefix, dtype=torch.bool, device=device)
         if window is not None:
-            hidden = hidden | (stands <= own - window)
-            before = before | (torch.arange(prefix, device=device) - prefix <= own - window)
-        hidden = torch.cat([before, hidden], -1)
-        bias = torch.zeros(hidden.shape, device=device)
-        return bias.masked_fill_(hidden, float("-inf")).unsqueeze(1)
+            hidden = hidden | (stands <= at - window)
+            before = before | (torch.arange(prefix, device=device) - prefix <= at - window)
+        hidden = torch.cat([before, hidden], -1).unsqueeze(1)
+        bias = torch.zeros(hidden.shape, device=device).masked_fill_(hidden, float("-inf"))
+        self._biases[key] = bias
+        return bias
 
     # What transformers may ask of a cache besides. It sees no more than the length.
 
@@ -337,34 +325,22 @@ def _in_blocks(
     value: torch.Tensor,
     prefix: LayerKV | None,
     bias: torch.Tensor | None,
-    scale: float,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
+    *options: Any,
 ) -> torch.Tensor:
+    """``_attend_block`` of some rows, and of some tokens if one row is too much, at a time."""
     batch, heads, num_tokens, _ = query.shape
     size = key.shape[2] + (0 if prefix is None else prefix[0].shape[1])
     rows = max(1, _MAX_SCORES // (heads * num_tokens * size))
     tokens = max(1, _MAX_SCORES // (heads * size)) if rows == 1 else num_tokens
     outs = []
-    for b in range(0, batch, rows):
-        part = slice(b, b + rows)
+    for part in (slice(b, b + rows) for b in range(0, batch, rows)):
         blocks = []
-        for t in range(0, num_tokens, tokens):
+        for span in (slice(t, t + tokens) for t in range(0, num_tokens, tokens)):
             some = None
             if bias is not None:
-                some = (bias if len(bias) == 1 else bias[part])[:, :, t : t + tokens]
-            blocks.append(
-                _attend_block(
-                    query[part, :, t : t + tokens],
-                    key[part],
-                    value[part],
-                    prefix,
-                    some,
-                    scale,
-                    softcap,
-                    sinks,
-                )
-            )
+                some = (bias if len(bias) == 1 else bias[part])[:, :, span]
+            rest = key[part], value[part], prefix, some
+            blocks.append(_attend_block(query[part, :, span], *rest, *options))
         outs.append(blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1))
     return outs[0] if len(outs) == 1 else torch.cat(outs)
 

@@ -9,8 +9,6 @@ import torch
 
 from lmppl.checks import check_flag, check_int
 
-# The widest activation of a pass on a CPU: larger buffers come fresh from the system at every use.
-_CPU_ACTIVATION_BYTES = 32 << 20
 _FREE_SHARE = 0.5  # of the free memory, for one batch
 
 
@@ -49,34 +47,6 @@ class Memory:
         if self.batch_bytes is not None:
             return self.batch_bytes
         return int(_FREE_SHARE * _free_bytes(device))
-
-    def pass_tokens(self, device: torch.device, activation_bytes: int) -> int:
-        """How many tokens a pass without gradients reads, padding included.
-
-        Args:
-            device: of the model.
-            activation_bytes: of the widest activation of a token.
-        """
-        most = self.available(device) // (6 * activation_bytes)  # as many are alive at a time
-        if device.type == "cpu":
-            most = min(most, _CPU_ACTIVATION_BYTES // activation_bytes)
-        return max(1, most)
-
-    def batch_rows(
-        self, device: torch.device, activation_bytes: int, cache_bytes: int, logits_bytes: int
-    ) -> int:
-        """How many rows may grow together.
-
-        Args:
-            device: of the model.
-            activation_bytes: of the widest activation of a token.
-            cache_bytes: of the keys and values of a row's own tokens.
-            logits_bytes: of the next token's logits of a row.
-        """
-        if device.type == "cpu":
-            logits_bytes = 0  # one chunk of them at a time, but on a GPU in one piece
-        row = cache_bytes + 6 * activation_bytes + 3 * logits_bytes
-        return max(1, self.available(device) // row)
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -42,6 +42,9 @@ Tokens = tuple[int, ...]
 # What a score costs beside its two products: as many FLOPs of a matrix product would take as long.
 _SOFTMAX_FLOPS = 600.0
 
+# The widest activation of a pass on a CPU: larger buffers come fresh from the system at every use.
+_CPU_ACTIVATION_BYTES = 32 << 20
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -256,12 +259,18 @@ class Runner:
     @property
     def pass_tokens(self) -> int:
         """How many tokens a pass without gradients reads, padding included."""
-        return self.memory.pass_tokens(self.device, self.activation_bytes)
+        bytes_a_token = self.activation_bytes
+        most = self.memory.available(self.device) // (6 * bytes_a_token)  # so many are alive
+        if self.device.type == "cpu":
+            most = min(most, _CPU_ACTIVATION_BYTES // bytes_a_token)
+        return max(1, most)
 
     def batch_rows(self, num_slots: int) -> int:
         """How many rows with so many tokens of their own may grow together."""
-        cache = num_slots * self.cache_bytes
-        return self.memory.batch_rows(self.device, self.activation_bytes, cache, 4 * self.size)
+        # On a CPU logits are made for some rows at a time, on a GPU in one piece.
+        logits = 0 if self.device.type == "cpu" else 4 * self.size
+        row = num_slots * self.cache_bytes + 6 * self.activation_bytes + 3 * logits
+        return max(1, self.memory.available(self.device) // row)
 
     def costs(self, prefix: int) -> Costs:
         """In FLOPs, of tokens that see a prefix of so many."""
@@ -433,6 +442,10 @@ class Runner:
             self._build()
             self._watch.changed()
             return
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop the prompts and the packed products."""
         self._forget_prompts()
         for product in itertools.chain(*self._packed()):
             product.forget()

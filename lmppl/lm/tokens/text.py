@@ -52,34 +52,17 @@ class Text(str):
         stop: str | None = None,
     ) -> Text:
         ids = tuple(token_ids)
-        return cls._make(
-            string,
-            ids,
-            vocabulary,
-            body=string if body is None else body,
-            finish_reason=finish_reason,
-            stop=stop,
-            parts=(tuple(t for t in ids if t not in vocabulary.eos_ids),),
-        )
-
-    @classmethod
-    def _joined(cls, string: str, parts: Iterable[Any], vocabulary: Vocabulary) -> Text:
-        return cls._make(
-            string,
-            None,
-            vocabulary,
-            body=string,
-            finish_reason=None,
-            stop=None,
-            parts=tuple(parts),
-        )
+        parts = (tuple(t for t in ids if t not in vocabulary.eos_ids),)
+        body = string if body is None else body
+        return cls._make(string, ids, parts, vocabulary, body, finish_reason, stop)
 
     @classmethod
     def _make(
-        cls, string: str, ids: tuple[int, ...] | None, vocabulary: Vocabulary, **fields: Any
+        cls, string: str, ids: Any, parts: tuple[Any, ...], vocabulary: Vocabulary, *rest: Any
     ) -> Text:
         self = super().__new__(cls, string)
-        for name, value in {"_token_ids": ids, "vocabulary": vocabulary, **fields}.items():
+        names = ("_token_ids", "parts", "vocabulary", "body", "finish_reason", "stop")
+        for name, value in zip(names, (ids, parts, vocabulary, *rest), strict=True):
             object.__setattr__(self, name, value)
         return self
 
@@ -100,14 +83,13 @@ class Text(str):
         return tuple(ids)
 
     def __add__(self, other: str) -> Text:  # type: ignore[override]
-        self._check_join(other)
-        return Text._joined(str(self) + str(other), (*self.parts, *_parts(other)), self.vocabulary)
+        return self._join(self, other)
 
     def __radd__(self, other: str) -> Text:
-        self._check_join(other)
-        return Text._joined(str(other) + str(self), (*_parts(other), *self.parts), self.vocabulary)
+        return self._join(other, self)
 
-    def _check_join(self, other: Any) -> None:
+    def _join(self, first: Any, second: Any) -> Text:
+        other = second if first is self else first
         if not isinstance(other, str):
             raise TypeError(
                 f"cannot join {str(self)!r} and {other!r}: only strings are joined with +; a prefix "
@@ -118,6 +100,8 @@ class Text(str):
                 f"cannot join {str(self)!r} and {str(other)!r}: their tokens belong to different "
                 "tokenizers. Join str(z) instead of z to tokenise one of them anew."
             )
+        string, parts = str(first) + str(second), (*_parts(first), *_parts(second))
+        return Text._make(string, None, parts, self.vocabulary, string, None, None)
 
     # Equality and hash are those of the string (inherited): caches must key on token_ids.
 

@@ -361,7 +361,7 @@ def test_probe_refuses(change, reason):
 
 
 def test_probe_compares_logits(monkeypatch):
-    monkeypatch.setattr(PrefixCache, "_make_bias", lambda *_: None)
+    monkeypatch.setattr(PrefixCache, "bias", lambda *_: None)
     with pytest.warns(UserWarning, match="not those of the plain model|can't be reached"):
         assert not Runner(make_model("llama")).fast
 
