@@ -148,9 +148,9 @@ def scaled(x, y):
     [
         (small.longer, small.longer_guide),
         (small.long, small.long_guide),
-        (chain, chain_guide),
+        pytest.param(chain, chain_guide, marks=pytest.mark.slow),
         (hard, small.longer_guide),
-        (sometimes, small.long_guide),
+        pytest.param(sometimes, small.long_guide, marks=pytest.mark.slow),
         (scaled, small.long_guide),
     ],
 )

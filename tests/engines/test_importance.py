@@ -184,6 +184,7 @@ def test_seed_reproduces_a_run():
     assert not torch.equal(runs[0].log_weights, runs[2].log_weights)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["beta and text", "beta mixture"])
 @pytest.mark.parametrize("guided", [False, True], ids=["prior", "guide"])
 def test_unbiased_with_a_continuous_latent(remembered, name, guided):

@@ -42,7 +42,7 @@ def tv_and_floor(case, seeds, **options):
 @ALL
 def test_importance_is_at_the_iid_floor(case):
     """Of one draw the expectation is enumerated instead (``test_importance.py``)."""
-    distance, floor = tv_and_floor(case, range(4), method="importance", num_samples=250)
+    distance, floor = tv_and_floor(case, range(4), method="importance", num_samples=120)
     assert distance < 1.3 * floor
 
 

@@ -38,7 +38,7 @@ def twist(text):
 
 
 @pytest.mark.parametrize("resampling", SCHEMES)
-@pytest.mark.parametrize("threshold", [0.8, 1.0])
+@pytest.mark.parametrize("threshold", [pytest.param(0.8, marks=pytest.mark.slow), 1.0])
 @pytest.mark.parametrize("program", [small.two_sites, small.early_end, small.constraint])
 def test_unbiased_by_enumeration(remembered, monkeypatch, program, threshold, resampling):
     check_unbiased(
@@ -84,7 +84,7 @@ def test_unbiased_by_enumeration_of_other_programs(remembered, monkeypatch, prog
     [
         (small.longer, None),
         (small.longer, small.longer_guide),
-        (small.coin, None),
+        pytest.param(small.coin, None, marks=pytest.mark.slow),
         (small.unequal, None),
     ],
 )
@@ -103,7 +103,8 @@ def test_unbiased_by_enumeration_with_a_twist(remembered, monkeypatch, program, 
 
 
 @pytest.mark.parametrize(
-    "resampling", [*SCHEMES[:2], pytest.param(SCHEMES[2], marks=pytest.mark.slow), SCHEMES[3]]
+    "resampling",
+    [SCHEMES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in SCHEMES[1:])],
 )
 def test_unbiased_by_enumeration_at_three_particles(remembered, monkeypatch, resampling):
     check_unbiased(

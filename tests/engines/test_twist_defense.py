@@ -59,14 +59,8 @@ def expected_rms(num_samples, guide):
     return math.sqrt(math.expm1(float(log_square) - 2.0 * exact.log_evidence) / num_samples)
 
 
-@pytest.mark.parametrize(
-    "twist",
-    [
-        "lookahead",
-        pytest.param(against, marks=pytest.mark.slow),
-        pytest.param("flow", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("twist", ["lookahead", against, "flow"])
 def test_a_misleading_twist_costs_no_more_than_the_undefended_share(twist):
     """At most 1.5 times the error of eps N particles without a twist."""
     num, guide = 30, shaken(misleading, LM) if twist == "flow" else None
