@@ -71,7 +71,6 @@ class AutomaticGuide:
         model: Callable[..., Any],
         base: LM,
         condition_on: Literal["all"] | Collection[str] = "all",
-        *,
         lora: LoraConfig | None = None,
         adapter_per_site: bool = False,
     ) -> None:

@@ -53,12 +53,8 @@ class Guide(Protocol):
     def observations_of_simulation(
         self, one: Simulated, program: Callable[..., Any]
     ) -> Observations | None:
-        """What it reads of a simulated input; None if only runs of the program can tell.
-
-        Args:
-            one: the simulation.
-            program: the program that observes what was simulated.
-        """
+        """What it reads of a simulated input, which ``program`` observes; None if only runs of the
+        program can tell."""
 
     def score(self, proposers: Sequence[Any], *, grad: bool = True) -> list[dict[str, SiteScore]]:
         """log q of what proposers drew, per proposer and site, with gradients if ``grad``.
@@ -67,18 +63,12 @@ class Guide(Protocol):
         """
 
     def start_training(self, *, several_inputs: bool) -> None:
-        """Forget what was noted of the sites of an earlier training.
-
-        Args:
-            several_inputs: whether the guide has to tell inputs apart by what it reads.
-        """
+        """Begin to note what sites are like in training, and whether it has to tell inputs apart by
+        what it reads."""
 
     def find_parameters(self, args: tuple[Any, ...]) -> None:
-        """Find out which parameters a guide program has, by runs of it on an input.
-
-        Raises:
-            ValueError: if it has none.
-        """
+        """Find out which parameters a guide program has, by runs of it on an input; raises
+        ``ValueError`` if it has none."""
 
     def adapters(self) -> list[LM]:
         """The language models with trainable parameters, in the order in which it uses them."""
@@ -87,18 +77,14 @@ class Guide(Protocol):
         """The trainable parameters that it has used so far, by name."""
 
     def identity(self) -> dict[str, Any]:
-        """What makes it another guide than others, beside its parameters: JSON's values, functions
-        and classes, by what they are called in messages."""
+        """What makes it another guide than others, beside its parameters: JSON's values and
+        programs, by what they are called in messages."""
 
     def state_dict(self) -> dict[str, Any]:
         """All that makes it again: a nested dict of tensors and JSON's values."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what ``state_dict`` gave.
-
-        Raises:
-            ValueError: for the state of another guide; says in what it differs.
-        """
+        """Take over what ``state_dict`` gave; raises ``ValueError`` for another guide's."""
 
 
 class TrainableGuide(Guide, Protocol):
@@ -128,13 +114,7 @@ class TrainableGuide(Guide, Protocol):
         model: Callable[..., Any] | None = None,
         observations: Observations | None = None,
     ) -> None:
-        """Run the guide on an input, so that all its parameters exist and are known.
-
-        Args:
-            args: the program's arguments.
-            model: the program, where it observes more than ``self.model`` (a simulated input).
-            observations: what it reads of the input; None: to be found out.
-        """
+        """Run the guide on an input, so that all its parameters exist and are known."""
 
 
 def as_guide(guide: Any) -> Guide | None:

@@ -82,11 +82,10 @@ def head_for(
 
 def num_moves(fn: Any) -> int | None:
     """How many unconstrained parameters a distribution has; None where the head cannot move it."""
-    try:
-        kind = _kind(fn)
-    except TypeError:
-        return _num_moves(fn)
+    kind = _kind(fn)
     if kind not in _known_moves:
+        if kind is None:
+            return _num_moves(fn)
         _known_moves[kind] = _num_moves(fn)
     return _known_moves[kind]
 
@@ -94,19 +93,17 @@ def num_moves(fn: Any) -> int | None:
 _known_moves: dict[Any, int | None] = {}  # it takes as long as the draw
 
 
-def _kind(fn: Any) -> tuple[Any, ...]:
-    """Equal for distributions that differ in nothing but values of parameters; raises ``TypeError``
-    for one that holds what it cannot tell of."""
+def _kind(fn: Any) -> tuple[Any, ...] | None:
+    """Equal for distributions that differ in nothing but values of parameters; None if unknown."""
     kind: list[Any] = [type(fn)]
     for name, value in vars(fn).items():
         if isinstance(value, torch.Tensor) and (name[0] == "_" or name in fn.arg_constraints):
-            kind.append((name, value.shape))
+            value = value.shape
         elif isinstance(value, torch.distributions.Distribution):
-            kind.append((name, _kind(value)))
-        elif value is None or isinstance(value, (int, float, str, torch.Size)):
-            kind.append((name, value))
-        else:
-            raise TypeError(f"{name} is a {type(value).__name__}")
+            value = _kind(value) or fn
+        if value is not None and not isinstance(value, (int, float, str, tuple)):
+            return None
+        kind.append((name, value))
     return tuple(kind)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import pyro
@@ -105,15 +105,13 @@ def lora_config(state: Mapping[str, Any] | None) -> LoraConfig | None:
 
 def adapter_state(lm: LM) -> dict[str, Any]:
     """The state of an adapter: its configuration, and its tensors by peft's names."""
-    return {"config": adapter_config(lm), "tensors": _adapter_tensors(lm)}
-
-
-def _adapter_tensors(lm: LM) -> dict[str, torch.Tensor]:
-    if adapter_config(lm) is None:
-        return {name: p.detach() for name, p in trainable(lm).items()}
+    config = adapter_config(lm)
+    if config is None:
+        return {"config": None, "tensors": {name: p.detach() for name, p in trainable(lm).items()}}
     from peft import get_peft_model_state_dict
 
-    return get_peft_model_state_dict(lm.model, save_embedding_layers=False)
+    tensors = get_peft_model_state_dict(lm.model, save_embedding_layers=False)
+    return {"config": config, "tensors": tensors}
 
 
 def load_adapter_state(lm: LM, state: Mapping[str, Any]) -> None:
@@ -122,36 +120,30 @@ def load_adapter_state(lm: LM, state: Mapping[str, Any]) -> None:
     Raises:
         ValueError: if its configuration, its tensors or their shapes are others; says which.
     """
-    config, tensors, has = adapter_config(lm), state["tensors"], _adapter_tensors(lm)
-    for key in sorted((config or {}).keys() | (state["config"] or {}).keys()):
-        saved, given = ((each or {}).get(key) for each in (state["config"], config))
-        if saved != given and key not in _OF_NO_WEIGHT:
+    saved, given = _making(state), _making(adapter_state(lm))
+    for what in sorted(saved.keys() | given.keys()):
+        if saved.get(what) != given.get(what):
             raise ValueError(
-                f"the saved adapter was made with {key}={saved!r}, this one has {given!r}: they were "
-                "made with other LoraConfigs"
+                f"the saved adapter has {what} {saved.get(what)}, this one {given.get(what)} (None: "
+                "there is none): they were made with other LoraConfigs"
             )
-    for name in sorted(tensors.keys() | has.keys()):
-        saved, given = (
-            tuple(each[name].shape) if name in each else None for each in (tensors, has)
-        )
-        if saved != given:
-            raise ValueError(
-                f"the saved adapter's tensor {name!r} has shape {saved}, this adapter's {given} "
-                "(None: it has no such tensor): they were made with other LoraConfigs"
-            )
-    if config is None:
+    if state["config"] is None:
         with torch.no_grad():
             for name, parameter in trainable(lm).items():
-                parameter.copy_(tensors[name])
+                parameter.copy_(state["tensors"][name])
         return
     from peft import set_peft_model_state_dict
 
-    set_peft_model_state_dict(lm.model, dict(tensors))
+    set_peft_model_state_dict(lm.model, dict(state["tensors"]))
 
 
-_OF_NO_WEIGHT = ("inference_mode", "base_model_name_or_path", "revision", "peft_version",
-                 "auto_mapping", "task_type")  # fmt: skip
-"""What an adapter's configuration says that is nothing to its density."""
+def _making(state: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes an adapter one that another's weights fit. (What versions of peft know more of is
+    ``None`` or ``False`` where it is not used.)"""
+    nothing = ("inference_mode", "base_model_name_or_path", "revision", "peft_version",
+               "auto_mapping", "task_type")  # fmt: skip
+    config = {k: v for k, v in (state["config"] or {}).items() if v and k not in nothing}
+    return config | {f"tensor {name}": tuple(t.shape) for name, t in state["tensors"].items()}
 
 
 # --- base models ---------------------------------------------------------------------------------
@@ -160,29 +152,22 @@ _OF_NO_WEIGHT = ("inference_mode", "base_model_name_or_path", "revision", "peft_
 def base_state(lm: LM) -> dict[str, Any]:
     """What a base model, or that of an adapter, is known by: its tokens, its shape and a sample of its
     weights."""
-    shapes, dtypes = hashlib.sha256(), hashlib.sha256()
-    sample = []
-    for name, parameter in _base_parameters(lm):
-        shapes.update(f"{name} {tuple(parameter.shape)}".encode())
-        dtypes.update(f"{name} {parameter.dtype}".encode())
+    shapes, dtypes, sample = [], [], []
+    for name, parameter in lm.model.named_parameters():
+        if "lora_" in name or "modules_to_save" in name:
+            continue
+        name = name.removeprefix("base_model.model.").replace(".base_layer", "")
+        shapes.append((name, *parameter.shape))
+        dtypes.append(str(parameter.dtype))
         flat = parameter.detach().reshape(-1)
         sample.append(flat[:: max(1, len(flat) // 64)][:64].float().cpu())
     return {
         "name": lm.name,
         "vocabulary": lm.vocabulary.fingerprint,
-        "shapes": shapes.hexdigest(),
-        "dtypes": dtypes.hexdigest(),
+        "shapes": hashlib.sha256(repr(shapes).encode()).hexdigest(),
+        "dtypes": hashlib.sha256(repr(dtypes).encode()).hexdigest(),
         "sample": torch.cat(sample),
     }
-
-
-def _base_parameters(lm: LM) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    is_adapted = hasattr(lm.model, "peft_config")
-    for name, parameter in lm.model.named_parameters():
-        if not is_adapted:
-            yield name, parameter
-        elif "lora_" not in name and "modules_to_save" not in name:
-            yield name.removeprefix("base_model.model.").replace(".base_layer", ""), parameter
 
 
 def same_base(one: Mapping[str, Any], two: Mapping[str, Any]) -> bool:

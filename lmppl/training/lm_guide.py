@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
 from lmppl import runtime
-from lmppl.distributions import SiteScore, check_lm
+from lmppl.distributions import check_lm
 from lmppl.guides.automatic import AutomaticGuide
 from lmppl.guides.parameters import base_state, lora_config, same_base
 from lmppl.guides.program import ProgramGuide
@@ -23,10 +24,7 @@ from lmppl.guides.saving import (
 from lmppl.lm import LM
 from lmppl.primitives import default_lm, use
 from lmppl.report.history import History
-from lmppl.runtime import Proposer
 from lmppl.runtime.arguments import check_program
-from lmppl.runtime.records import Recaller
-from lmppl.runtime.simulation import Simulated
 from lmppl.training.fit import fit
 
 if TYPE_CHECKING:
@@ -60,13 +58,14 @@ class LMGuide:
 
     Attributes:
         model, base: the program and its language model.
-        inner: the guide itself: an ``AutomaticGuide`` or a ``ProgramGuide``.
+        inner: the guide itself, an ``AutomaticGuide`` or a ``ProgramGuide``.
         history: one dict a training step: loss, log_z, elbo, ess, alive, length, seconds, ...
         notes: what training has to say of itself ("complete traces only: ...").
         tempered_target: temperature of the posterior that it has learned; None: it is untempered.
     """
 
     inner: AutomaticGuide | ProgramGuide
+    tempered_target: float | None
 
     def __init__(
         self,
@@ -94,33 +93,26 @@ class LMGuide:
                 "own adapters, q = lm.adapter(LoraConfig(...))"
             )
         self.model, self.base, self.condition_on = model, lm, condition_on
-        self.history = History()
+        self.history, self.tempered_target = History(), None
         self.notes: list[str] = []
-        self.tempered_target: float | None = None
         if program is None:
-            self.inner = AutomaticGuide(
-                model, lm, condition_on, lora=lora, adapter_per_site=adapter_per_site
-            )
+            self.inner = AutomaticGuide(model, lm, condition_on, lora, adapter_per_site)
         else:
             self.inner = ProgramGuide(program, lm)
 
-    # --- what it draws, reads and scores: see ``lmppl.guides.guide.Guide`` -------------------------
+    # --- what it draws, reads, scores and trains: see ``lmppl.guides.guide.Guide`` ----------------
 
-    @property
-    def reads_observations(self) -> bool:
-        return self.inner.reads_observations
-
-    def proposer_factory(
-        self,
-        args: tuple[Any, ...],
-        *,
-        temperature: float = 1.0,
-        observations: Observations | None = None,
-    ) -> Callable[[int, int], Proposer]:
-        return self.inner.proposer_factory(args, temperature=temperature, observations=observations)
-
-    def recaller(self, args: tuple[Any, ...], observations: Observations) -> Recaller:
-        return self.inner.recaller(args, observations)
+    reads_observations: Any = property(attrgetter("inner.reads_observations"))
+    proposer_factory: Any = property(attrgetter("inner.proposer_factory"))
+    recaller: Any = property(attrgetter("inner.recaller"))
+    observations_of: Any = property(attrgetter("inner.observations_of"))
+    observations_of_simulation: Any = property(attrgetter("inner.observations_of_simulation"))
+    score: Any = property(attrgetter("inner.score"))
+    start_training: Any = property(attrgetter("inner.start_training"))
+    find_parameters: Any = property(attrgetter("inner.find_parameters"))
+    identity: Any = property(attrgetter("inner.identity"))
+    adapted_sites: Any = property(attrgetter("inner.adapted_sites"))
+    param_names: Any = property(attrgetter("inner.param_names"))
 
     def observations(
         self, args: tuple[Any, ...], model: Callable[..., Any] | None = None
@@ -132,27 +124,6 @@ class LMGuide:
             model: the program, where it observes more than ``self.model`` (a simulated input).
         """
         return self.observations_of([(model or self.model, args)])[0]
-
-    def observations_of(
-        self, inputs: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]]
-    ) -> list[Observations]:
-        return self.inner.observations_of(inputs)
-
-    def observations_of_simulation(
-        self, one: Simulated, program: Callable[..., Any]
-    ) -> Observations | None:
-        return self.inner.observations_of_simulation(one, program)
-
-    def score(self, proposers: Sequence[Any], *, grad: bool = True) -> list[dict[str, SiteScore]]:
-        return self.inner.score(proposers, grad=grad)
-
-    # --- parameters ------------------------------------------------------------------------------
-
-    def start_training(self, *, several_inputs: bool) -> None:
-        self.inner.start_training(several_inputs=several_inputs)
-
-    def find_parameters(self, args: tuple[Any, ...]) -> None:
-        self.inner.find_parameters(args)
 
     def prepare(
         self,
@@ -180,23 +151,13 @@ class LMGuide:
         """The language models with trainable parameters, in the order in which it uses them."""
         return self.inner.adapters()
 
-    @property
-    def adapted_sites(self) -> list[str]:
-        """The sites that ``adapters()`` of the automatic guide are for; ``""`` for all."""
-        return self.inner.adapted_sites
-
-    @property
-    def param_names(self) -> list[str]:
-        """The ``pyro.param``s of a guide program, as far as it was run."""
-        return self.inner.param_names
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """The trainable parameters by name (of a guide program: those that it has used so far)."""
+        return self.inner.named_parameters()
 
     def parameters(self) -> list[nn.Parameter]:
-        """The trainable parameters (of a guide program: those that it used when prepared)."""
+        """The trainable parameters, in the order of ``named_parameters()``."""
         return list(self.named_parameters().values())
-
-    def named_parameters(self) -> dict[str, nn.Parameter]:
-        """``parameters()`` by name."""
-        return self.inner.named_parameters()
 
     # --- training, saving ------------------------------------------------------------------------
 
@@ -214,9 +175,6 @@ class LMGuide:
         """
         fit(self, data, steps, **options)
         return self
-
-    def identity(self) -> dict[str, Any]:
-        return self.inner.identity()
 
     def state_dict(self) -> dict[str, Any]:
         """All that makes the guide again, given its program and its language model."""
@@ -277,14 +235,11 @@ class LMGuide:
         if inner["kind"] != ("automatic" if program is None else "program"):
             needed = "give program=" if inner["kind"] == "program" else "leave out program="
             raise ValueError(f"{path} holds a guide of kind {inner['kind']!r}: {needed}")
-        options: dict[str, Any] = {}
+        given: list[Any] = []
         if program is None:
-            options = {
-                "lora": lora_config(inner["lora"]),
-                "condition_on": inner["condition_on"],
-                "adapter_per_site": inner["adapted_sites"] is not None,
-            }
-        guide = cls(model, lm=lm, program=program, **options)
+            lora = lora_config(inner["lora"])
+            given = [lora, inner["condition_on"], inner["adapted_sites"] is not None]
+        guide = cls(model, lm, program, *given)
         if not same_base(state["base"], base_state(guide.base)):
             raise ValueError(
                 f"{path} was trained on the base model {state['base']['name']!r}, given "
