@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -159,10 +159,28 @@ class AutomaticGuide:
     def score(
         self, proposers: Sequence[AutomaticProposer], *, grad: bool = True
     ) -> list[dict[str, SiteScore]]:
-        if grad:
-            for proposer in proposers:
-                proposer.learn_sites(self.sites)
-        return _score_draws(self.heads, proposers, grad=grad)
+        scores: list[dict[str, SiteScore]] = [{} for _ in proposers]
+        texts: list[tuple[int, str, TextDraw]] = []
+        by_head: dict[str, list[tuple[int, str, HeadDraw]]] = {}
+        for i, proposer in enumerate(proposers):
+            for name, draw in proposer.draws.items():
+                if isinstance(draw, HeadDraw):
+                    by_head.setdefault(draw.key, []).append((i, name, draw))
+                    continue
+                texts.append((i, name, draw))
+                if grad:
+                    self.sites.learn(name, draw.fn)
+        names = [name for _, name, _ in texts]
+        fns, values = [draw.fn for _, _, draw in texts], [draw.value for _, _, draw in texts]
+        found = score_texts(fns, values, names, grad=grad, score_closing=True)
+        for (i, name, _), score in zip(texts, found, strict=True):
+            scores[i][name] = score
+        with torch.set_grad_enabled(grad):
+            for key, draws in by_head.items():
+                moves = self.heads[key](torch.stack([draw.features for _, _, draw in draws]))
+                for (i, name, draw), move in zip(draws, moves.unbind(), strict=True):
+                    scores[i][name] = (moved(draw.fn, move).log_prob(draw.value).sum(), None)
+        return scores
 
     # --- parameters and state --------------------------------------------------------------------
 
@@ -192,9 +210,7 @@ class AutomaticGuide:
     def state_dict(self) -> dict[str, Any]:
         adapters, heads = self.adapters(), {}
         for key, head in self.heads.items():
-            assert isinstance(head, Head)
-            sizes = [head.num_features, head.num_moves, head.num_numbers]
-            heads[key] = {"sizes": sizes, "tensors": head.state_dict()}
+            heads[key] = {"sizes": head.sizes, "tensors": head.state_dict()}
         return {
             "kind": "automatic",
             "lora": adapter_config(adapters[0]) if adapters else config_state(self._lora),
@@ -278,13 +294,13 @@ class AutomaticProposer:
         moves = num_moves(fn)
         if moves is None:
             return None
-        draw = self._head_draw(site, trace, moves, None)
-        head = self._guide.heads[draw.key]
+        key, features = self._head_at(name, trace, moves, None)
         with torch.no_grad():
-            q_fn = fn if self._temperature == math.inf else moved(fn, head(draw.features))
+            is_prior = self._temperature == math.inf
+            q_fn = fn if is_prior else moved(fn, self._guide.heads[key](features))
             value = q_fn.sample()
             log_q = q_fn.log_prob(value).sum()
-        self.draws[name] = replace(draw, value=value)
+        self.draws[name] = HeadDraw(key, features, fn, value)
         return Given(value, proposal_log_prob=log_q)
 
     def recall(
@@ -306,7 +322,7 @@ class AutomaticProposer:
             return
         moves = num_moves(fn)
         if moves is not None:
-            self.draws[name] = replace(self._head_draw(site, trace, moves, features), value=value)
+            self.draws[name] = HeadDraw(*self._head_at(name, trace, moves, features), fn, value)
 
     def _text_guide(self, site: Any, trace: Trace) -> LMText | None:
         """What the guide draws a text from; None: it leaves the site to the model."""
@@ -318,25 +334,22 @@ class AutomaticProposer:
         prompt = guide_prompt(site, trace, self._observations, self._guide.told_of_cuts)
         return fn.with_prefix_ids(prompt, self._guide.adapter_for(site["name"]), fn.temperature)
 
-    def _head_draw(
-        self, site: Any, trace: Trace, moves: int, features: torch.Tensor | None
-    ) -> HeadDraw:
-        """A draw from a site's head, its value not yet known."""
-        key = self._head_key(site["name"], trace)
-        if features is None:
-            features = self._features(site["name"], trace)
-        numbers = len(features) - self._guide.base.hidden_size
-        head_for(self._guide.heads, key, site["name"], len(features), moves, numbers)
-        return HeadDraw(key, features, site["fn"], torch.empty(0))
-
-    def _head_key(self, name: str, trace: Trace) -> str:
-        """The head of a site after these other latents that are no texts."""
+    def _head_at(
+        self, name: str, trace: Trace, moves: int, features: torch.Tensor | None
+    ) -> tuple[str, torch.Tensor]:
+        """The key of a site's head, one for each list of latents before it that are no texts, and what
+        the head reads there (None: to be found out)."""
         others = [
             other
             for other, node in trace.nodes.items()
             if node["type"] == "sample" and is_latent(node) and not isinstance(node["fn"], LMText)
         ]
-        return head_key([name, *others])
+        key = head_key([name, *others])
+        if features is None:
+            features = self._features(name, trace)
+        num_numbers = len(features) - self._guide.base.hidden_size
+        head_for(self._guide.heads, key, name, (len(features), moves, num_numbers))
+        return key, features
 
     def _features(self, name: str, trace: Trace) -> torch.Tensor:
         """What a head sees: the LM's state after the texts so far, and the other latents."""
@@ -368,12 +381,6 @@ class AutomaticProposer:
             state = suspend(HiddenWait(name, base, tokens)).float()
         return torch.cat([*numbers, state])
 
-    def learn_sites(self, sites: TrainedSites) -> None:
-        """Note what its draws are trained on."""
-        for name, draw in self.draws.items():
-            if isinstance(draw, TextDraw):
-                sites.learn(name, draw.fn)
-
     def finish(self, trace: Trace) -> None:
         """An automatic guide follows the model, so nothing can be left over."""
 
@@ -384,39 +391,6 @@ class AutomaticProposer:
 
     def close(self) -> None:
         """Nothing of it is suspended on its own."""
-
-
-def _score_draws(
-    heads: nn.ModuleDict, proposers: Sequence[AutomaticProposer], *, grad: bool
-) -> list[dict[str, SiteScore]]:
-    """log q of all that the proposers drew, in one batched pass; per proposer, by site."""
-    texts = [
-        (i, name, draw)
-        for i, proposer in enumerate(proposers)
-        for name, draw in proposer.draws.items()
-        if isinstance(draw, TextDraw)
-    ]
-    scores: list[dict[str, SiteScore]] = [{} for _ in proposers]
-    results = score_texts(
-        [draw.fn for _, _, draw in texts],
-        [draw.value for _, _, draw in texts],
-        [name for _, name, _ in texts],
-        grad=grad,
-        score_closing=True,
-    )
-    for (i, name, _), result in zip(texts, results, strict=True):
-        scores[i][name] = result
-    by_head: dict[str, list[tuple[int, str, HeadDraw]]] = {}
-    for i, proposer in enumerate(proposers):
-        for name, draw in proposer.draws.items():
-            if isinstance(draw, HeadDraw):
-                by_head.setdefault(draw.key, []).append((i, name, draw))
-    with torch.set_grad_enabled(grad):
-        for key, draws in by_head.items():
-            moves = heads[key](torch.stack([draw.features for _, _, draw in draws]))
-            for (i, name, draw), move in zip(draws, moves.unbind(), strict=True):
-                scores[i][name] = (moved(draw.fn, move).log_prob(draw.value).sum(), None)
-    return scores
 
 
 # --- the text sites that a guide was trained on, so that its use for other ones is noticed ---------
@@ -448,17 +422,12 @@ class TrainedSites:
 
     def check(self, name: str, fn: LMText) -> None:
         """Warn, once a site, where it is not what it was in training."""
-        known = self.laws.get(name)
-        if known is None or name in self._warned:
-            return
-        law = _law_of(fn)
+        known, law = self.laws.get(name, {}), _law_of(fn)
         changed = [key for key, value in known.items() if value != law[key]]
-        if not changed:
+        if not changed or name in self._warned:
             return
         self._warned.add(name)
-        before, now = (
-            _listed({key: old_or_new[key] for key in changed}) for old_or_new in (known, law)
-        )
+        before, now = (", ".join(f"{k}={of[k]!r}" for k in changed) for of in (known, law))
         warnings.warn(
             f"site '{name}': the guide was trained with {before}, and the program has {now}. It is a "
             "valid proposal, but for a posterior that it has not learned: train it anew, or use it "
@@ -474,7 +443,3 @@ def _law_of(fn: LMText) -> Law:
         "choices": fn.choices is not None,  # which ones may depend on the input
         "temperature": fn.temperature,
     }
-
-
-def _listed(law: Law) -> str:
-    return ", ".join(f"{key}={value!r}" for key, value in law.items())

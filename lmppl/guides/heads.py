@@ -29,8 +29,7 @@ class Head(nn.Module):
 
     def __init__(self, num_features: int, num_moves: int, num_numbers: int = 0) -> None:
         super().__init__()
-        self.num_features, self.num_moves = num_features, num_moves
-        self.num_numbers = num_numbers
+        self.sizes = num_features, num_moves, num_numbers
         self.norm = nn.LayerNorm(num_features - num_numbers)
         self.hidden = nn.Linear(num_features, _WIDTH)
         self.out = nn.Linear(_WIDTH, num_moves)
@@ -38,7 +37,7 @@ class Head(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        numbers, state = features.tensor_split([self.num_numbers], -1)
+        numbers, state = features.tensor_split([self.sizes[2]], -1)
         read = torch.cat([numbers.asinh(), self.norm(state)], -1)
         return self.out(torch.tanh(self.hidden(read)))
 
@@ -49,33 +48,19 @@ def head_key(names: list[str]) -> str:
     return "-".join(["head", *escaped])
 
 
-def head_for(
-    heads: nn.ModuleDict,
-    key: str,
-    name: str,
-    num_features: int,
-    num_moves: int,
-    num_numbers: int,
-) -> Head:
-    """The head of a site, made when the site is first met.
-
-    Args:
-        heads: those that there are.
-        key: of the head.
-        name: of the site, for messages.
-        num_features, num_moves, num_numbers: see ``Head``.
-    """
+def head_for(heads: nn.ModuleDict, key: str, name: str, sizes: tuple[int, int, int]) -> Head:
+    """The head ``key`` of site ``name``, made when the site is first met; ``sizes`` are ``Head``'s."""
     if key not in heads:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(len(heads))
-            heads[key] = Head(num_features, num_moves, num_numbers)
+            heads[key] = Head(*sizes)
     head = heads[key]
     assert isinstance(head, Head)
-    if (head.num_features, head.num_moves) != (num_features, num_moves):
+    if head.sizes[:2] != sizes[:2]:
         raise ValueError(
-            f"site '{name}': its guide was made for {head.num_features} features and "
-            f"{head.num_moves} parameters, and now there are {num_features} and {num_moves}: a "
-            "latent site must keep its shape and the latents before it on every run"
+            f"site '{name}': its guide was made for {head.sizes[0]} features and {head.sizes[1]} "
+            f"parameters, and now there are {sizes[0]} and {sizes[1]}: a latent site must keep its "
+            "shape and the latents before it on every run"
         )
     return head
 

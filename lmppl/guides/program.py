@@ -26,7 +26,6 @@ from lmppl.guides.parameters import (
 )
 from lmppl.guides.prompts import Observations
 from lmppl.lm import LM
-from lmppl.lm.batches.requests import Scored
 from lmppl.primitives import use
 from lmppl.runtime import Given, Particle, Proposer, is_latent, suspend
 from lmppl.runtime.simulation import Simulated
@@ -62,7 +61,7 @@ class ProgramGuide:
         program = self.program
         if temperature == math.inf:
             return lambda slot, seed: PriorProposer(program, args)
-        return lambda slot, seed: ProgramProposer.make(program, args, slot, seed)
+        return lambda slot, seed: ProgramProposer(Particle(program, args, seed=seed, slot=slot))
 
     def recaller(self, args: tuple[Any, ...], observations: Observations) -> PriorProposer:
         return PriorProposer(self.program, args)
@@ -78,9 +77,26 @@ class ProgramGuide:
         return {}
 
     def score(self, proposers: Sequence[Any], *, grad: bool = True) -> list[dict[str, SiteScore]]:
-        # Some inputs and branches may have parameters that the first runs did not use.
-        seen = self._trainables.add if grad else None
-        return _score_program(self.program, proposers, grad=grad, seen=seen)
+        # A trace that a hard condition ended is scored up to the first site that it has not.
+        runs = []
+        for slot, proposer in enumerate(proposers):
+            runs.append(
+                Particle(
+                    self.program,
+                    proposer.args,
+                    seed=slot,
+                    given={name: Given(node["value"]) for name, node in proposer.draws.items()},
+                    score_closing=True,
+                    grad=grad,
+                    slot=slot,
+                )
+            )
+            runs[-1].resume()
+        with runtime.ending(runs):
+            runtime.run_to_draws(runs, grad=grad)
+            if grad:  # some branches may have parameters that the first runs did not use
+                self._trainables.add(runs)
+            return [_scores(run, proposer) for run, proposer in zip(runs, proposers, strict=True)]
 
     # --- parameters and state --------------------------------------------------------------------
 
@@ -173,12 +189,6 @@ class ProgramProposer:
         self.fns: dict[str, Any] = {}
         self.finished = False
         self._began = False
-
-    @classmethod
-    def make(
-        cls, program: Callable[..., Any], args: tuple[Any, ...], slot: int, seed: int
-    ) -> ProgramProposer:
-        return cls(Particle(program, args, seed=seed, slot=slot))
 
     @property
     def args(self) -> tuple[Any, ...]:
@@ -288,69 +298,34 @@ class PriorProposer:
         """Nothing of it is suspended on its own."""
 
 
-def _score_program(
-    program: Callable[..., Any],
-    proposers: Sequence[Any],
-    *,
-    grad: bool,
-    seen: Callable[[list[Particle]], None] | None = None,
-) -> list[dict[str, SiteScore]]:
-    """log q of what the proposers drew, under a guide program: per proposer, by site.
-
-    A trace that a hard condition ended is scored up to the first site that it has not. ``seen`` is
-    given the guide's runs.
+def _scores(run: Particle, proposer: Any) -> dict[str, SiteScore]:
+    """log q of what a proposer drew, by site, from a run of the guide on it.
 
     Raises:
         ValueError: if the guide draws a site that the trace has not.
     """
-    runs = []
-    for slot, proposer in enumerate(proposers):
-        values = {name: Given(node["value"]) for name, node in proposer.draws.items()}
-        run = Particle(
-            program,
-            proposer.args,
-            seed=slot,
-            given=values,
-            score_closing=True,
-            grad=grad,
-            slot=slot,
+    waiting = [] if run.waiting is None else [run.waiting.name]
+    extra = [name for name in [*run.latents, *waiting] if name not in proposer.draws]
+    if extra and proposer.finished:
+        raise ValueError(
+            f"the guide draws site '{extra[0]}', which a trace that it is to score has not (its "
+            f"latents: {', '.join(proposer.draws)}): they must be the model's, on the same branch"
         )
-        run.resume()
-        runs.append(run)
-    with runtime.ending(runs):
-        runtime.run_to_draws(runs, grad=grad)
-        if seen is not None:
-            seen(runs)
-        for run, proposer in zip(runs, proposers, strict=True):
-            waiting = [] if run.waiting is None else [run.waiting.name]
-            extra = [name for name in [*run.latents, *waiting] if name not in proposer.draws]
-            if extra and proposer.finished:
-                raise ValueError(
-                    f"the guide draws site '{extra[0]}', which a trace that it is to score has not "
-                    f"(its latents: {', '.join(proposer.draws)}): they must be the model's, on the "
-                    "same branch"
-                )
-        return [
-            {
-                name: (node["unscaled_log_prob"].sum(), _terms(name, run, proposer))
-                for name, node in run.latents.items()
-                if name in proposer.draws
-            }
-            for run, proposer in zip(runs, proposers, strict=True)
-        ]
-
-
-def _terms(name: str, run: Particle, proposer: Any) -> Scored | None:
-    """The terms of a text by which it can be cut: where nothing that the guide draws has read it,
-    and the token that closes it in the model closes it in the guide as well."""
-    if list(run.latents)[-1] != name or not isinstance(proposer.fns.get(name), LMText):
-        return None
-    c = proposer.fns[name].stopping.closing_token
-    return (
-        run.latents[name].get("scored")
-        if run.sites[name]["fn"].stopping.closing_token == c
-        else None
-    )
+    latents = run.latents
+    scores: dict[str, SiteScore] = {
+        name: (node["unscaled_log_prob"].sum(), None)
+        for name, node in latents.items()
+        if name in proposer.draws
+    }
+    # A text can be cut where nothing that the guide draws has read it, and the token that closes it
+    # in the model closes it in the guide as well.
+    last = next(reversed(latents), "")
+    fn = proposer.fns.get(last)
+    if last in scores and isinstance(fn, LMText):
+        node = latents[last]
+        if node["fn"].stopping.closing_token == fn.stopping.closing_token:
+            scores[last] = (scores[last][0], node.get("scored"))
+    return scores
 
 
 def _text_value(name: str, model_fn: Any, guide_fn: Any, value: Any) -> Any:

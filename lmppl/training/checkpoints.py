@@ -88,11 +88,13 @@ class Checkpoints:
         """Bring a new run to where it was interrupted. Returns how many steps are done.
 
         Args:
-            trainer, parts: see ``write``.
+            trainer: what trains the guide.
+            parts: what else has a state, by name.
             run: what else must be equal for a run to be the same one; in JSON's types.
 
         Raises:
-            ValueError: for the checkpoint of another run; see ``read``.
+            ValueError: if the checkpoint is another run's: of another program, model, data or
+                options, or of another version of lmppl, or if a file of it was damaged; says which.
             FileExistsError: if there is a checkpoint and the run is a new one.
         """
         if self.path is None:
@@ -110,9 +112,30 @@ class Checkpoints:
                 f"{self.path} exists: resume=True goes on with the run in it; for a new run give "
                 "another folder"
             )
-        done = read(folder, trainer, parts, self._run)
+        state = read_state(folder, "checkpoint", FORMAT, ": train anew, in another folder")
+        self._check_run(state["run"])
+        trainer.guide.load_state_dict(read_guide(folder / "guide"))
+        trainer.load_state_dict(state["trainer"])
+        for input_, kept in zip(trainer.source.kept, state["inputs"], strict=True):
+            _load_input(input_, kept)
+        for name, part in parts.items():
+            part.load_state_dict(state["parts"][name])
         trainer.forget()
-        return done
+        return int(state["done"])
+
+    def _check_run(self, saved: Mapping[str, Any]) -> None:
+        for what in dict.fromkeys([*self._run, *saved]):
+            one, two = saved.get(what), self._run.get(what)
+            if what == "language model":
+                if same_base(saved[what], self._run[what]):
+                    continue
+                one, two = saved[what]["name"], self._run[what]["name"]
+            if one != two or what == "language model":
+                raise ValueError(
+                    f"the checkpoint {self.path} belongs to another run, its {what} differs: it has "
+                    f"{one!r}, this run {two!r}. Resume with what it was begun with, or train anew "
+                    "in another folder"
+                )
 
     def save(self, done: int, *, last: bool = False) -> bool:
         """Write the state of a run after ``done`` steps, if it is time or the run ends. A disk that
@@ -124,7 +147,7 @@ class Checkpoints:
         if self.path is None or not (last or done % self.every == 0):
             return False
         try:
-            write(self.path, self._trainer, done, self._parts, self._run)
+            replace_folder(self.path, "checkpoint", lambda folder: self._write(folder, done))
         except OSError as error:
             warnings.warn(
                 f"the checkpoint of step {done} could not be written ({error}); the one before is "
@@ -134,80 +157,18 @@ class Checkpoints:
         self._trainer.forget()
         return True
 
-
-def write(
-    path: Path,
-    trainer: Trainer,
-    done: int,
-    parts: Mapping[str, Part],
-    run: Mapping[str, Any],
-) -> None:
-    """Write the state of a run after ``done`` steps; replaces the checkpoint that is there.
-
-    Args:
-        path: its folder.
-        trainer: what trains the guide.
-        done: steps.
-        parts: what else has a state, by name.
-        run: what must be equal for a run to be the same one, ``identity`` and more.
-
-    Raises:
-        OSError: if it cannot be written; the checkpoint before is kept.
-        FileExistsError: if ``path`` is something else.
-    """
-    state = {
-        "run": run,
-        "done": done,
-        "inputs": [_input_state(input_) for input_ in trainer.source.kept],
-        "trainer": trainer.state_dict(),
-        "parts": {name: part.state_dict() for name, part in parts.items()},
-    }
-
-    def write_files(folder: Path) -> None:
+    def _write(self, folder: Path, done: int) -> None:
+        trainer = self._trainer
+        state = {
+            "run": self._run,
+            "done": done,
+            "inputs": [_input_state(input_) for input_ in trainer.source.kept],
+            "trainer": trainer.state_dict(),
+            "parts": {name: part.state_dict() for name, part in self._parts.items()},
+        }
         (folder / "guide").mkdir()
         write_guide(folder / "guide", trainer.guide.state_dict())
         write_state(folder, "checkpoint", FORMAT, state)
-
-    replace_folder(path, "checkpoint", write_files)
-
-
-def read(
-    path: Path,
-    trainer: Trainer,
-    parts: Mapping[str, Part],
-    run: Mapping[str, Any],
-) -> int:
-    """Bring a new trainer to where the run on disk was. Returns how many steps are done.
-
-    Args:
-        path, trainer, parts, run: see ``write``.
-
-    Raises:
-        ValueError: if it is another run's: of another program, model, data or options, or of
-            another version of lmppl, or if a file of it was damaged; says which.
-    """
-    state = read_state(path, "checkpoint", FORMAT, ": train anew, in another folder")
-    saved = state["run"]
-    for what in dict.fromkeys([*run, *saved]):
-        one, two = saved.get(what), run.get(what)
-        if what == "language model":
-            same = same_base(saved[what], run[what])
-            one, two = saved[what]["name"], run[what]["name"]
-        else:
-            same = one == two
-        if not same:
-            raise ValueError(
-                f"the checkpoint {path} belongs to another run, its {what} differs: it has "
-                f"{one!r}, this run {two!r}. Resume with what it was begun "
-                "with, or train anew in another folder"
-            )
-    trainer.guide.load_state_dict(read_guide(path / "guide"))
-    trainer.load_state_dict(state["trainer"])
-    for input_, kept in zip(trainer.source.kept, state["inputs"], strict=True):
-        _load_input(input_, kept)
-    for name, part in parts.items():
-        part.load_state_dict(state["parts"][name])
-    return int(state["done"])
 
 
 # --- inputs and records --------------------------------------------------------------------------
