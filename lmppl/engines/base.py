@@ -28,6 +28,7 @@ import torch
 from lmppl import runtime
 from lmppl.checks import check_int
 from lmppl.guides.guide import proposer_factory
+from lmppl.guides.mixture import MixtureProposer, mixed
 from lmppl.posterior import Posterior
 from lmppl.report.progress import progress_bar
 from lmppl.runtime import Particle, Proposer, own_usage
@@ -183,15 +184,17 @@ class State:
 
     # --- verbs -----------------------------------------------------------------------------------
 
-    def start(self, num: int | None = None, **options: Any) -> None:
+    def start(self, num: int | None = None, *, prior_fraction: float = 0.0, **options: Any) -> None:
         """Make particles of weight 1, and run each to its first latent site or observation.
 
         Args:
             num: how many; None: ``num_samples``.
+            prior_fraction: mixes so many draws of the program into a guide's.
             options: further arguments of ``Particle``.
         """
         num = self.num_samples if num is None else num
-        self.proposer = proposer_factory(self.guide, self.args)
+        factory = proposer_factory(self.guide, self.args)
+        self.proposer = None if factory is None else mixed(factory, prior_fraction)
         self.particles[:] = runtime.start(
             self.model, self.args, num, seed=self.seed, proposer=self.proposer, **options
         )
@@ -208,7 +211,7 @@ class State:
         increments = [particle.take_log_weight() for particle in self.particles]
         self.log_weights = self.log_weights + torch.tensor(increments, dtype=torch.float64)
         for particle, log_weight in zip(self.particles, self.log_weights.tolist(), strict=True):
-            self._has_proposed |= particle.has_proposed
+            self._has_proposed |= bool(getattr(particle.proposer, "draws", True))
             if log_weight == -math.inf and not particle.finished:
                 particle.close()  # nothing that it does can matter any more
         waiting = sum(not particle.finished for particle in self.particles)
@@ -221,10 +224,18 @@ class State:
         """Let every particle that waits at a latent site draw it, in one batched call."""
         runtime.serve_draws(self.particles)
 
-    def select(self, ancestors: Sequence[int]) -> None:
+    def select(self, ancestors: Sequence[int], *, is_drawing: bool = False) -> None:
         """Let slot i go on as a copy of particle ``ancestors[i]``, with its own random streams. (Their
-        weights are the engine's business.)"""
+        weights are the engine's business.)
+
+        Args:
+            ancestors: one for each slot.
+            is_drawing: whether the texts at which they wait are under way already.
+        """
         before = list(self.particles)
+        for particle in before:
+            if is_drawing and isinstance(particle.proposer, MixtureProposer):
+                particle.proposer.hold()
         for slot, ancestor in enumerate(ancestors):
             if ancestor != slot:
                 self.particles[slot] = before[ancestor].fork(streams=before[slot])

@@ -20,6 +20,7 @@ import torch
 from lmppl.checks import check_flag, check_int
 from lmppl.engines.base import Engine, State
 from lmppl.engines.importance import Importance
+from lmppl.guides.mixture import check_prior_fraction
 from lmppl.training.lm_guide import LMGuide
 
 if TYPE_CHECKING:
@@ -35,12 +36,14 @@ class GFlowNet(Engine):
         correct: weigh the guide's draws by R / q; False: raw draws.
         lora: peft's configuration of the adapter, if a guide has to be trained.
         fit: further options of the training, as of ``LMGuide.fit``: ``{"batch_size": 64}``.
+        prior_fraction: as of ``Importance``; only with ``correct=True``.
     """
 
     steps: int = 500
     correct: bool = True
     lora: LoraConfig | None = None
     fit: Mapping[str, Any] = field(default_factory=dict)
+    prior_fraction: float = 0.0
 
     name = "gflownet"
 
@@ -52,6 +55,12 @@ class GFlowNet(Engine):
                 f"fit={self.fit!r}: it takes a dict of options of LMGuide.fit, not steps="
             )
 
+        if check_prior_fraction(self.prior_fraction) and not self.correct:
+            raise ValueError(
+                "correct=False gives the guide's own draws, prior_fraction= mixes others into them that "
+                "only weights can tell apart: leave out one of the two"
+            )
+
     def sample(self, state: State) -> None:
         if state.guide is None:
             state.guide = self._train(state)
@@ -59,7 +68,7 @@ class GFlowNet(Engine):
         target = getattr(state.guide, "tempered_target", None)
         if target is not None:
             state.notes.append(f"the guide's own target is tempered (temperature {target:g})")
-        Importance().sample(state)
+        Importance(self.prior_fraction).sample(state)
         alive = state.log_weights > -math.inf
         state.info["elbo"] = (
             float(state.log_weights[alive].mean()) if bool(alive.any()) else -math.inf

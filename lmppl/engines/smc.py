@@ -33,6 +33,7 @@ from lmppl.engines import twists
 from lmppl.engines.base import Engine, State
 from lmppl.engines.resampling import SCHEMES, settle_in_place
 from lmppl.engines.twists import Twist
+from lmppl.guides.mixture import check_prior_fraction
 from lmppl.runtime import log_mean_exp
 
 # A fifth costs a twist that helps a tenth of its precision. Of fewer slots than a few the defence
@@ -59,6 +60,8 @@ class SMC(Engine):
         twist_defense: which share of the M particles within a site is resampled without regard to
             the twist, which may mislead; 0: none. None: a fifth, but at least 4 of them, and at
             most half.
+        prior_fraction: as of ``Importance``, at every site: who draws it is chosen by the
+            probability that the guide, or the program, has drawn the latents so far.
     """
 
     ess_threshold: float = 0.5
@@ -66,6 +69,7 @@ class SMC(Engine):
     twist: Literal["lookahead", "flow"] | Twist | Mapping[str, Twist] | None = None
     twist_every: int = 1
     twist_defense: float | None = None
+    prior_fraction: float = 0.0
 
     name = "smc"
 
@@ -82,13 +86,15 @@ class SMC(Engine):
                 "log psi of a text, or a dict of callables by site name"
             )
 
+        check_prior_fraction(self.prior_fraction)
+
     def sample(self, state: State) -> None:
         if self.twist == "flow" and state.guide is None:
             raise ValueError(
                 "twist='flow' compares texts by what a guide knows: give guide=, an LMGuide or a "
                 "guide program, or take twist='lookahead'"
             )
-        state.start()
+        state.start(prior_fraction=self.prior_fraction)
         state.info["resamplings"] = 0
         while state.extend():
             if state.ess < self.ess_threshold * len(state.particles):

@@ -207,7 +207,7 @@ def draw(
     programs = list(range(len(particles)))
     for slot, program in zip(members, texts.programs, strict=True):
         programs[slot] = program
-    state.select(programs)  # they replay particles that still wait at this draw
+    state.select(programs, is_drawing=True)  # they replay particles that still wait at this draw
     drawn = [particles[slot] for slot in members]
     resume(drawn, list(map(_answer, drawn, decoding.results())))
     return resamplings

@@ -40,7 +40,7 @@ from lmppl.guides.prompts import (
 )
 from lmppl.lm import LM
 from lmppl.primitives import use
-from lmppl.runtime import DrawWait, Given, HiddenWait, Proposer, is_latent, suspend
+from lmppl.runtime import DrawWait, Given, HiddenWait, Proposer, ScoreWait, is_latent, suspend
 from lmppl.runtime.simulation import Simulated
 
 if TYPE_CHECKING:
@@ -323,6 +323,22 @@ class AutomaticProposer:
         moves = num_moves(fn)
         if moves is not None:
             self.draws[name] = HeadDraw(*self._head_at(name, trace, moves, features), fn, value)
+
+    def condition(self, site: Any, trace: Trace, value: torch.Tensor) -> torch.Tensor | None:
+        """Go on as if it had drawn ``value`` at a site.
+
+        Returns:
+            log q of the value, given what was drawn before (0-d, nats); None if the guide leaves the
+            site to the model.
+        """
+        self.recall(site, trace, value, None)
+        draw = self.draws.get(site["name"])
+        if draw is None:
+            return None
+        if isinstance(draw, TextDraw):
+            return suspend(ScoreWait(site["name"], draw.fn, value))[0]
+        with torch.no_grad():
+            return moved(draw.fn, self._guide.heads[draw.key](draw.features)).log_prob(value).sum()
 
     def _text_guide(self, site: Any, trace: Trace) -> LMText | None:
         """What the guide draws a text from; None: it leaves the site to the model."""

@@ -7,6 +7,7 @@ sampling, whatever the order of its sites.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -217,6 +218,27 @@ class ProgramProposer:
             )
         return Given(value, proposal_log_prob=node["unscaled_log_prob"].sum())
 
+    def condition(self, site: Any, trace: Trace, value: torch.Tensor) -> torch.Tensor | None:
+        """Go on as if the guide had drawn ``value`` at a site: it is run again up to there.
+
+        Returns:
+            log q of the value, given what it drew before (0-d, nats); None if the guide leaves the
+            site to the model.
+        """
+        name, old = site["name"], self.run
+        if old.finished and name not in old.latents:
+            return None
+        before = dict(itertools.takewhile(lambda item: item[0] != name, old.sites.items()))
+        seed = int(torch.randint(2**62, ()))
+        self.run, self._began = old.rerun(before, {name: Given(value)}, seed=seed), True
+        old.close()
+        self._advance(lambda: name in self.run.trace.nodes)
+        node = self.run.latents.get(name)
+        if node is None:
+            return None
+        _check_alike(name, site["fn"], node["fn"])
+        return node["unscaled_log_prob"].sum()
+
     def _advance(self, enough: Callable[[], bool]) -> None:
         """Run the guide on, passing what it waits for to whoever runs the model."""
         run = self.run
@@ -328,8 +350,10 @@ def _scores(run: Particle, proposer: Any) -> dict[str, SiteScore]:
     return scores
 
 
-def _text_value(name: str, model_fn: Any, guide_fn: Any, value: Any) -> Any:
-    """The guide's text as a value of the model's site."""
+def _check_alike(name: str, model_fn: Any, guide_fn: Any) -> None:
+    """Raise ``ValueError`` unless both draw texts of one tokenizer, or neither draws a text."""
+    if not isinstance(model_fn, LMText) and not isinstance(guide_fn, LMText):
+        return
     if not isinstance(model_fn, LMText) or not isinstance(guide_fn, LMText):
         raise ValueError(
             f"site '{name}': the guide draws from {type(guide_fn).__name__}, the model from "
@@ -340,6 +364,11 @@ def _text_value(name: str, model_fn: Any, guide_fn: Any, value: Any) -> Any:
             f"site '{name}': the guide's model {guide_fn.lm.name!r} has another tokenizer than "
             f"{model_fn.lm.name!r}: a guide must draw the tokens that the model scores"
         )
+
+
+def _text_value(name: str, model_fn: Any, guide_fn: Any, value: Any) -> Any:
+    """The guide's text as a value of the model's site."""
+    _check_alike(name, model_fn, guide_fn)
     ids = guide_fn.token_ids(value)
     if len(ids) > model_fn.event_shape[0]:
         raise ValueError(

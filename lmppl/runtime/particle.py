@@ -88,7 +88,6 @@ class Particle:
         rejected_by: the name of the site whose hard condition failed, or None.
         returned: what the program returned.
         calls: how ``lm_sample`` was called at its sites, and what it returned.
-        has_proposed: whether a value came from the proposer (of a fork: since then).
     """
 
     def __init__(
@@ -115,7 +114,6 @@ class Particle:
         self.waiting: Wait | None = None
         self.rejected_by: str | None = None
         self.returned: Any = None
-        self.has_proposed = False
         self._replay = Replay({}, {}) if replay is None else replay
         self._uncounted: list[Site] = []
         self._enumerate, self._score_closing, self._grad = enumerate_latents, score_closing, grad
@@ -333,23 +331,17 @@ class Particle:
         given = self.given.get(name)
         if given is None and self.proposer is not None:
             given = self.proposer.propose(site, trace)
-            self.has_proposed |= given is not None
         if given is not None:
             site["value"] = given.value
             site["proposal_log_prob"] = given.proposal_log_prob
             log_prob = given.log_prob if given.log_prob is not None else self._score(site)
-        elif _is_lm_site(fn):
-            uniforms = torch.rand(fn.num_uniforms, dtype=torch.float64, device="cpu")
-            value, log_prob = suspend(DrawWait(name, fn, uniforms))
-            dict.__setitem__(site, "value", value)  # which is one of the site's, without a check
-            site["proposal_log_prob"] = log_prob
-        elif self._enumerate:
+        elif self._enumerate and not _is_lm_site(fn):
             site["value"], log_prob = suspend(ChoiceWait(name, fn))
             site["proposal_log_prob"] = None
         else:
-            site["value"] = fn(*site["args"], **site["kwargs"])
-            log_prob = fn.log_prob(site["value"])
-            site["proposal_log_prob"] = log_prob.sum()
+            value, log_prob = draw_value(site)
+            dict.__setitem__(site, "value", value)  # which is one of the site's, without a check
+            site["proposal_log_prob"] = log_prob if log_prob.dim() == 0 else log_prob.sum()
         self._record(site, log_prob)
 
     def _score(self, site: Site) -> torch.Tensor:
@@ -457,6 +449,24 @@ _FOUND = (
     "proposal_log_prob",
     "scored",
 )
+
+
+def draw_value(site: Site) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw a latent site, inside a particle's run, from its own distribution: a value and its
+    log-density (unscaled, nats, of the distribution's batch shape)."""
+    name, fn = site["name"], site["fn"]
+    if _is_lm_site(fn):
+        uniforms = torch.rand(fn.num_uniforms, dtype=torch.float64, device="cpu")
+        return suspend(DrawWait(name, fn, uniforms))
+    value = fn(*site["args"], **site["kwargs"])
+    return value, fn.log_prob(value)
+
+
+def score_value(site: Site, value: torch.Tensor) -> torch.Tensor:
+    """The log-density of a value of a latent site under its own distribution, in the same way."""
+    if _is_lm_site(site["fn"]):
+        return suspend(ScoreWait(site["name"], site["fn"], value))[0]
+    return site["fn"].log_prob(value, *site["args"], **site["kwargs"])
 
 
 def _is_lm_site(fn: Any) -> bool:

@@ -24,6 +24,7 @@ import torch
 from lmppl import distributions
 from lmppl.engines import resampling
 from lmppl.engines.resampling import SCHEMES
+from lmppl.guides import mixture
 from lmppl.lm.batches import rows
 from lmppl.lm.batches.inverse_cdf import tempered
 
@@ -93,8 +94,12 @@ def _route(patch, choices: Choices) -> None:
         weights = weights.double()
         return torch.tensor([choices.pick((weights / weights.sum()).tolist()) for _ in uniforms])
 
+    def flip(probability):
+        return bool(choices.pick([1.0 - probability, probability]))
+
     patch.setattr(rows, "invert", invert)
     patch.setattr(distributions, "inverse_cdf", inverse_cdf)
+    patch.setattr(mixture, "flip", flip)
     patch.setattr(Coin, "choices", choices, raising=False)
     for name in SCHEMES:
         patch.setitem(SCHEMES, name, _enumerated(name, SCHEMES[name], choices))

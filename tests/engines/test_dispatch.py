@@ -254,7 +254,11 @@ def test_a_guide_whose_particles_all_died_has_proposed_something():
     class Guide(PriorProposer):
         """It draws ``w``, and leaves all else to the program."""
 
+        draws = ()
+
         def propose(self, site, trace):
+            if site["name"] == "w":
+                self.draws = ("w",)
             return Given(site["fn"].encode("b")) if site["name"] == "w" else None
 
         def fork(self, streams):
