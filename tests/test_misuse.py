@@ -332,7 +332,7 @@ def test_misuse_is_told_apart(call, error, message):
         lambda: list(infer_batch(program, [()], lm=LM, num_samples=np.int64(2), seed=np.uint8(1))),
         lambda: diagnose(program, lm=LM, num_samples=np.int64(2), seed=np.int64(1)),
         lambda: run(method=lmppl.SMC(twist_every=np.int64(1), ess_threshold=np.float32(0.5))),
-        lambda: run(method=lmppl.SMC(twist={"z": len, "w": math.log})),
+        lambda: run(method=lmppl.SMC(twist={"z": len})),
         site(max_tokens=np.int64(2), temperature=np.float32(0.5)),
         site(temperature=torch.tensor(0.5)),
         site(choices=("a", "b"), temperature=1),

@@ -28,7 +28,7 @@ from typing import Literal
 import torch
 
 from lmppl import runtime
-from lmppl.checks import check_choice, check_int, check_number
+from lmppl.checks import check_choice, check_int, check_number, did_you_mean
 from lmppl.engines import twists
 from lmppl.engines.base import Engine, State
 from lmppl.engines.resampling import SCHEMES, settle_in_place
@@ -85,7 +85,6 @@ class SMC(Engine):
                 f"twist={self.twist!r}, allowed: None, 'lookahead', 'flow', a callable that gives "
                 "log psi of a text, or a dict of callables by site name"
             )
-
         check_prior_fraction(self.prior_fraction)
 
     def sample(self, state: State) -> None:
@@ -96,6 +95,7 @@ class SMC(Engine):
             )
         state.start(prior_fraction=self.prior_fraction)
         state.info["resamplings"] = 0
+        sites: set[str] = set()  # at which texts were drawn token by token
         while state.extend():
             if state.ess < self.ess_threshold * len(state.particles):
                 log_weights = state.log_weights
@@ -103,7 +103,14 @@ class SMC(Engine):
                 state.select(self._ancestors(weights, state.generator).tolist())
                 state.log_weights = torch.full_like(log_weights, log_mean_exp(log_weights))
                 state.info["resamplings"] += 1
+            sites |= {wait.name for wait in twists.text_waits(state.particles).values()}
             self._draw(state)
+        if isinstance(self.twist, Mapping) and state.ess > 0.0:
+            for name in self.twist.keys() - sites:
+                state.warn(
+                    f"twist= names site {name!r}, at which no particle drew a text token by token"
+                    f"{did_you_mean(name, sorted(sites), 'Such sites')}"
+                )
 
     def _ancestors(self, weights: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Ancestors with probability in proportion to ``weights``, both (N,)."""
@@ -113,8 +120,9 @@ class SMC(Engine):
         """Every waiting particle draws its site: texts of which the twist knows something token by
         token, the others at once."""
         twist = twists.twist_function_of(self.twist, state)
-        twisted = [] if twist is None else twists.takers(twist, state.particles)
-        others = [particle for i, particle in enumerate(state.particles) if i not in set(twisted)]
+        waits = {} if twist is None else twists.text_waits(state.particles)
+        twisted = [i for i in waits if twist is not None and twist.takes(state.particles[i])]
+        others = [state.particles[i] for i in set(range(len(state.particles))) - set(twisted)]
         # Twisted ones first: a fork of one still waits at its draw, which the others then have behind
         # them.
         if twist is not None and twisted:

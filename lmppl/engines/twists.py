@@ -150,15 +150,14 @@ def twist_function_of(
     return Lookahead(aside) if twist == "lookahead" else Flow(aside)
 
 
-def takers(twist: TwistFunction, particles: Sequence[Particle]) -> list[int]:
-    """Which particles wait to draw a text, token by token, of which the twist knows something."""
-    return [
-        i
+def text_waits(particles: Sequence[Particle]) -> dict[int, DrawWait]:
+    """Of the particles that wait to draw a text, token by token, what they wait for."""
+    return {
+        i: particle.waiting
         for i, particle in enumerate(particles)
         if isinstance(particle.waiting, DrawWait)
         and particle.waiting.fn.stopping.max_tokens is not None  # else it is drawn as a whole
-        and twist.takes(particle)
-    ]
+    }
 
 
 def draw(

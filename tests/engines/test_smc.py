@@ -338,6 +338,39 @@ def test_a_twist_that_is_no_number(value):
         infer_case(CASES["one site"], twist=lambda text: value, num_samples=4, seed=0)
 
 
+def test_a_twist_for_a_site_that_does_not_exist_is_said():
+    twists = {"z": twist, "ww": twist, "k": twist}
+
+    def program():
+        lm_sample("k", "ab", choices=["a", "b"])
+        z = lm_sample("z", "ab", max_tokens=2)
+        w = lm_sample("w", "b", max_tokens=2)
+        lm_sample("y", [z, w], obs="a")
+
+    with pytest.warns(UserWarning) as caught:
+        posterior = infer(program, twist=twists, num_samples=4, seed=0)
+    for name in ("'ww'", "'k'"):
+        said = f"twist= names site {name}, at which no particle drew a text token by token"
+        assert [
+            w for w in caught if said in str(w.message) and "Such sites: w, z" in str(w.message)
+        ]
+        assert any(said in note for note in posterior.info["notes"])
+    assert len(caught) == 2
+
+
+def test_a_twist_for_a_site_that_only_dead_particles_come_to():
+    def program():
+        z = lm_sample("z", "ab", max_tokens=1, temperature=3.0)
+        if "b" in z:
+            lm_sample("w", "ab", max_tokens=2)
+        require("no b", "b" not in z)
+        lm_sample("v", "ab", max_tokens=1)
+        lm_sample("u", "ab", max_tokens=1)
+
+    posterior = infer(program, twist={"w": twist}, num_samples=16, seed=0, ess_threshold=1.0)
+    assert "w" not in posterior and not posterior.info["notes"]
+
+
 def test_lookahead_needs_a_closing_token():
     def program():
         z = lm_sample("z", "a", max_tokens=3)
