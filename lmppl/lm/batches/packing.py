@@ -108,11 +108,11 @@ def _build(
         count = len(row.tokens)
         for slot in path[common:]:
             row.ends[slot] = count
-        own = sequences[order[at]][common:]
-        path = path[:common] + list(range(count, count + len(own)))
-        row.tokens.extend(own)
-        row.depths.extend(range(common, common + len(own)))
-        row.ends.extend([0] * len(own))
+        new = sequences[order[at]][common:]
+        path = path[:common] + list(range(count, count + len(new)))
+        row.tokens.extend(new)
+        row.depths.extend(range(common, common + len(new)))
+        row.ends.extend([0] * len(new))
         row.slots.append(path)
         row.members.append(order[at])
         at += 1

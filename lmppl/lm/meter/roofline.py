@@ -48,8 +48,8 @@ class Matrices:
         packed: Callable[[], tuple[Sequence[Product], Sequence[Product]]] = lambda: ((), ()),
     ) -> None:
         self.output = list(_matrices_of(output_layer.modules()))
-        own = {id(module) for module in output_layer.modules()}
-        self.body = list(_matrices_of(m for m in model.modules() if id(m) not in own))
+        outputs = {id(module) for module in output_layer.modules()}
+        self.body = list(_matrices_of(m for m in model.modules() if id(m) not in outputs))
         everything = [*self.body, *self.output]
         self.key = tuple((m.device, m.dtype, m.shape) for m in everything)
         self._packed = packed

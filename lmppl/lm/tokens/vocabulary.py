@@ -45,8 +45,8 @@ class Vocabulary:
     @cached_property
     def eos_id(self) -> int | None:
         """The EOS that ends an observed string; None if the model has none."""
-        own = getattr(self.tokenizer, "eos_token_id", None)
-        return own if own in self.eos_ids else min(self.eos_ids, default=None)
+        named = getattr(self.tokenizer, "eos_token_id", None)
+        return named if named in self.eos_ids else min(self.eos_ids, default=None)
 
     @cached_property
     def bos_ids(self) -> tuple[int, ...]:
