@@ -9,8 +9,9 @@ changed) are.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -51,19 +52,15 @@ class Record:
     tokens: tuple[int, ...] = ()
     counts: frozenset[str] = frozenset()
 
-    @property
+    @cached_property
     def discrete_key(self) -> tuple[Any, ...]:
         """Equal for traces with the same texts and other discrete latents (if there are any).
 
         Continuous values never repeat: by them the most probable text would crowd out the others.
         """
-        tensors = {name: torch.as_tensor(value) for name, value in self.values.items()}
-        discrete = {
-            n: t for n, t in tensors.items() if n in self.counts or not t.is_floating_point()
-        }
-        return tuple((name, *t.reshape(-1).tolist()) for name, t in (discrete or tensors).items())
+        return discrete_key(self.values, self.counts)
 
-    @property
+    @cached_property
     def counts_key(self) -> tuple[Any, ...]:
         """Equal for traces whose discrete latents but for texts are equal."""
         return tuple(
@@ -76,6 +73,13 @@ class Record:
         """Without its log-probabilities, to be scored anew: the model has changed. The log R that
         it had stays, to rank it by."""
         return replace(self, known={})
+
+
+def discrete_key(values: Mapping[str, Value], counts: Collection[str]) -> tuple[Any, ...]:
+    """The ``discrete_key`` of the record of some latents; ``counts``: see there."""
+    tensors = {name: torch.as_tensor(value) for name, value in values.items()}
+    discrete = {n: t for n, t in tensors.items() if n in counts or not t.is_floating_point()}
+    return tuple((name, *t.reshape(-1).tolist()) for name, t in (discrete or tensors).items())
 
 
 def record_of(particle: Particle, draws: Mapping[str, Any]) -> Record:
@@ -100,11 +104,12 @@ def record_of(particle: Particle, draws: Mapping[str, Any]) -> Record:
         features={name: draw.features for name, draw in draws.items() if hasattr(draw, "features")},
         log_r=particle.log_joint,
         tokens=tuple(tokens),
-        counts=frozenset(name for name, node in latents.items() if _is_count(node)),
+        counts=frozenset(name for name, node in latents.items() if is_count(node)),
     )
 
 
-def _is_count(node: Any) -> bool:
+def is_count(node: Any) -> bool:
+    """Whether a latent site is no text and has discrete values."""
     return not isinstance(node["fn"], LMText) and not is_continuous(node)
 
 

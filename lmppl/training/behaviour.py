@@ -6,9 +6,10 @@
     all runs go on side by side to their ends
     the best traces are kept in the input's buffer, for replay
 
-A policy is an object that starts runs. ``Drawn`` draws from the guide, at its own or another
-temperature, or from the program (the prior); ``Recalled`` runs the program on latents that are
-known: kept in the buffer, drawn ahead, or given by the user.
+A policy is an object that starts runs, and has the traces when they have ended. ``Drawn`` draws
+from the guide, at its own or another temperature, or from the program (the prior); ``Recalled`` has
+latents that are known: kept in the buffer, drawn ahead, or given by the user. A trace that is still
+remembered as it was drawn is not run again.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -38,20 +39,7 @@ _PRIOR_STOCK = 8
 """For how many steps of an input traces of the program itself are drawn at a time, at most."""
 
 _MOST_READINGS = 10_000
-
-
-class Policy(Protocol):
-    """What draws some traces of an input.
-
-    Attributes:
-        origin: what its traces are called.
-    """
-
-    @property
-    def origin(self) -> Origin: ...
-
-    def start(self, guide: Guide, input_: Input) -> list[Particle]:
-        """Its runs of the input's program, each at its first wait."""
+_MOST_REMEMBERED = 4096
 
 
 @dataclass(frozen=True)
@@ -87,20 +75,25 @@ class Drawn:
             score_closing=True,
         )
 
+    def samples(self, particles: Sequence[Particle]) -> list[Sample]:
+        return [Sample.of(particle, self.origin) for particle in particles]
+
 
 @dataclass(frozen=True)
 class Recalled:
-    """Runs on latents that are known; what they leave open is drawn from the guide.
+    """Traces whose latents are known; what they leave open is drawn from the guide.
 
     Args:
         origin: of the traces.
         records: the latents of each.
+        remembered: those of them that need not be run again, else None.
         seeds: of what is drawn beside them, one a record.
         complete: whether a latent that a record has not is an error.
     """
 
     origin: Origin
     records: Sequence[Record]
+    remembered: Sequence[Sample | None]
     seeds: Sequence[int]
     complete: bool = False
 
@@ -118,8 +111,48 @@ class Recalled:
                 seed=seed,
                 slot=slot,
             )
-            for slot, (record, seed) in enumerate(zip(self.records, self.seeds, strict=True))
+            for slot, (record, sample, seed) in enumerate(
+                zip(self.records, self.remembered, self.seeds, strict=True)
+            )
+            if sample is None
         ]
+
+    def samples(self, particles: Sequence[Particle]) -> list[Sample]:
+        runs = iter(particles)
+        return [
+            Sample.of(next(runs), self.origin)
+            if sample is None
+            else replace(sample, origin=self.origin)
+            for sample in self.remembered
+        ]
+
+
+class Memory:
+    """The traces that were recorded last, as they were drawn: they need not be run again.
+
+    Args:
+        capacity: how many; the oldest go.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._samples: dict[int, tuple[Record, Sample]] = {}
+
+    def record(self, sample: Sample) -> Record:
+        """The record of a trace, which is remembered."""
+        record = sample.record
+        self._samples[id(record)] = record, sample
+        if len(self._samples) > self._capacity:
+            del self._samples[next(iter(self._samples))]
+        return record
+
+    def recall(self, records: Sequence[Record]) -> list[Sample | None]:
+        """The traces of some records; None for one that is not remembered."""
+        return [self._samples.get(id(record), (None, None))[1] for record in records]
+
+    def forget(self) -> None:
+        """Forget them all."""
+        self._samples.clear()
 
 
 class Behaviour:
@@ -143,8 +176,13 @@ class Behaviour:
     ) -> None:
         self._guide, self._options = guide, options
         self._seed, self._generator = seed, generator
+        self._memory = Memory(_MOST_REMEMBERED if visits > 1 else 0)
         # They do not depend on the guide, and a model decodes many for the price of few.
         self._stocked_steps = max(1, min(_PRIOR_STOCK, visits))
+
+    def forget(self) -> None:
+        """Forget the traces that a checkpoint holds as records only."""
+        self._memory.forget()
 
     @property
     def _loss(self) -> Loss:
@@ -157,7 +195,7 @@ class Behaviour:
         heat = math.exp(low + (high - low) * float(torch.rand((), generator=self._generator)))
         seeds = runtime.slot_seeds(runtime.nth_seed(self._seed, number), 4 * len(inputs))
         observe(self._guide, inputs)
-        runs: list[tuple[Input, Policy, list[Particle]]] = []
+        runs: list[tuple[Input, Drawn | Recalled, list[Particle]]] = []
         with runtime.ending([]) as started:
             for k, input_ in enumerate(inputs):
                 input_.visits += 1
@@ -169,13 +207,12 @@ class Behaviour:
             runtime.run_to_end(started)
         samples: dict[int, list[Sample]] = {id(input_): [] for input_ in inputs}
         for input_, policy, particles in runs:
-            found = [Sample.of(particle, policy.origin) for particle in particles]
-            samples[id(input_)] += self._keep(input_, policy, found)
+            samples[id(input_)] += self._keep(input_, policy, policy.samples(particles))
         return [samples[id(input_)] for input_ in inputs]
 
     def _policies(
         self, input_: Input, share: int, heat: float, seeds: Sequence[int]
-    ) -> list[Policy]:
+    ) -> list[Drawn | Recalled]:
         """What draws ``share`` traces of an input, and the traces to be kept for later steps."""
         options, loss = self._options, self._loss
         given = self._given(input_, share)
@@ -196,16 +233,26 @@ class Behaviour:
             ahead = (self._stocked_steps - 1) * prior
         else:
             stocked = [input_.stock.pop() for _ in range(prior)]
-        recalled = runtime.slot_seeds(seeds[3], len(given) + len(replayed) + len(stocked))
-        first, second = len(given), len(given) + len(replayed)
         return [
             Drawn("guide", drawn, 1.0, seeds[0]),
             Drawn("tempered", tempered, heat, seeds[1]),
             Drawn("prior", prior - len(stocked) + ahead, math.inf, seeds[2], ahead),
-            # What the guide draws itself is nothing to imitate.
-            Recalled("given", given, recalled[:first], complete=loss.draws == "given"),
-            Recalled("replay", replayed, recalled[first:second]),
-            Recalled("prior", stocked, recalled[second:]),
+            *self._recalled(seeds[3], given=given, replay=replayed, prior=stocked),
+        ]
+
+    def _recalled(self, seed: int, **records: list[Record]) -> list[Recalled]:
+        """What has the traces of some records, by their origin."""
+        seeds = iter(runtime.slot_seeds(seed, sum(map(len, records.values()))))
+        return [
+            Recalled(
+                origin,  # type: ignore[arg-type]
+                of_origin,
+                self._memory.recall(of_origin),
+                [next(seeds) for _ in of_origin],
+                # What the guide draws itself is nothing to imitate.
+                complete=origin == "given" and self._loss.draws == "given",
+            )
+            for origin, of_origin in records.items()
         ]
 
     def _prior_share(self, share: int) -> int:
@@ -224,25 +271,30 @@ class Behaviour:
         picks = torch.randperm(len(input_.given), generator=self._generator)[:num].tolist()
         return [input_.given[k] for k in sorted(picks)]
 
-    def _keep(self, input_: Input, policy: Policy, samples: list[Sample]) -> list[Sample]:
+    def _keep(self, input_: Input, policy: Drawn | Recalled, samples: list[Sample]) -> list[Sample]:
         """Keep what later steps may use of a policy's traces. Returns those that are for this one."""
         for sample in samples:
             dead = sample.log_r == -math.inf
             input_.alive |= not dead
             input_.rejects |= dead
-        if isinstance(policy, Recalled) and policy.origin != "prior":
-            for record, sample in zip(policy.records, samples, strict=True):
+        keeps = self._loss.draws == "mixture"
+        if isinstance(policy, Recalled):
+            news = zip(policy.records, policy.remembered, samples, strict=True)
+            for record, sample in [(record, new) for record, old, new in news if old is None]:
                 if policy.origin == "given":
                     _check_given(input_, sample)
-                    input_.given[input_.given.index(record)] = sample.record  # scored now
-                elif not record.known:
-                    input_.buffer.replace(record, sample.record)  # the model has changed meanwhile
-        if self._loss.draws == "mixture" and policy.origin != "replay":
-            for sample in samples:
-                if input_.buffer.may_keep(sample.log_r):
-                    input_.buffer.add(sample.record)
-        now = len(samples) - (policy.ahead if isinstance(policy, Drawn) else 0)
-        input_.stock += [sample.record for sample in samples[now:]]
+                    scored = self._memory.record(sample)
+                    input_.given[input_.given.index(record)] = scored
+                    if keeps:
+                        input_.buffer.add(scored)
+                elif policy.origin == "replay" and not record.known:  # the model has changed
+                    input_.buffer.replace(record, self._memory.record(sample))
+            return samples
+        now = policy.num - policy.ahead
+        input_.stock += [self._memory.record(sample) for sample in samples[now:]]
+        for sample in samples if keeps else ():
+            if input_.buffer.has_place_for(sample.log_r, sample.discrete_key):
+                input_.buffer.add(self._memory.record(sample))
         return samples[:now]
 
 

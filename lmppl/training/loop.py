@@ -159,6 +159,7 @@ def train(learner: Learner, run: Run, **config: Any) -> None:
     with (
         progress_bar(learner.task, run.steps, show=run.progress) as bar,
         tracker(run.log_with, directory=run.logging_dir, name="lmppl", config=config) as track,
+        runtime.rare_collections(),
     ):
         bar.advance(done)
         for number in range(done, done if stopping.over else run.steps):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from lmppl.distributions import LMText, SiteScore, ToolCall
 from lmppl.guides.automatic import TextDraw
 from lmppl.guides.prompts import Observations
 from lmppl.runtime import Given, Particle, is_latent
-from lmppl.runtime.records import Record, ReplayProposer, record_of
+from lmppl.runtime.records import Record, ReplayProposer, discrete_key, is_count, record_of
 
 Origin = Literal["guide", "tempered", "prior", "replay", "given"]
 
@@ -38,12 +38,14 @@ class Sample:
         origin: where its latents come from: drawn from the guide itself; from the guide at another
             temperature; from the program's prior; from the replay buffer; or given: by the user,
             or simulated together with the observations.
+        cut_rewards: log R of its truncations, as far as they are known, by length; None: not legal.
     """
 
     particle: Particle
     proposer: Any
     log_r: float
     origin: Origin
+    cut_rewards: dict[int, float | None] = field(default_factory=dict)
 
     @classmethod
     def of(cls, particle: Particle, origin: Origin) -> Sample:
@@ -66,9 +68,9 @@ class Sample:
     def log_priors(self) -> dict[str, float]:
         """The program's own log-density (unscaled, nats) of each latent, by name."""
         return {
-            name: float(node["unscaled_log_prob"].sum())
+            name: float(log_prob.sum() if log_prob.dim() else log_prob)
             for name, node in self.sites.items()
-            if is_latent(node)
+            if is_latent(node) and (log_prob := node["unscaled_log_prob"]) is not None
         }
 
     def log_left(self, scores: Mapping[str, Any]) -> float:
@@ -80,10 +82,12 @@ class Sample:
         """log q of the whole trace (nats), without gradient."""
         return math.fsum(float(log_q) for log_q, _ in scores.values()) + self.log_left(scores)
 
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """Equal for traces with the same latents."""
-        return tuple((name, _numbers(self.sites[name])) for name in self.log_priors)
+    @cached_property
+    def discrete_key(self) -> tuple[Any, ...]:
+        """That of its record."""
+        latents = {name: self.sites[name] for name in self.log_priors}
+        counts = [name for name, node in latents.items() if is_count(node)]
+        return discrete_key({name: node["value"] for name, node in latents.items()}, counts)
 
     @cached_property
     def num_tokens(self) -> int:
@@ -156,23 +160,24 @@ def truncate(
         if spent > token_budget:
             break
         chosen.append((text, length))
-    runs: dict[Any, Particle] = {}  # equal truncations of different samples are run once
-    keys = [text.key(length) for text, length in chosen]
-    for key, (text, length) in zip(keys, chosen, strict=True):
-        if key not in runs:
-            runs[key] = text.run(length)
+    unknown = [cut for cut in chosen if cut[1] not in cut[0].sample.cut_rewards]
+    keys = [text.key(length) for text, length in unknown]
+    # Equal truncations of different samples are run once.
+    runs = {
+        key: text.run(length)
+        for key, (text, length) in dict(zip(keys, unknown, strict=True)).items()
+    }
     with runtime.ending(list(runs.values())):
         runtime.run_to_draws(list(runs.values()))
-        # Legal is a run that has ended, by itself or by a hard condition, and no latent followed.
-        log_r = {
-            key: run.log_joint
-            for key, run in runs.items()
-            if run.finished and next(reversed(run.latents)) == key[-2]
-        }
+        for key, (text, length) in zip(keys, unknown, strict=True):
+            run = runs[key]
+            # Legal is a run that has ended, by itself or by a hard condition, and no latent followed.
+            is_legal = run.finished and next(reversed(run.latents)) == text.name
+            text.sample.cut_rewards[length] = run.log_joint if is_legal else None
     return [
-        Truncation(text.sample, text.name, length, log_r[key], text.full_length)
-        for key, (text, length) in zip(keys, chosen, strict=True)
-        if key in log_r
+        Truncation(text.sample, text.name, length, log_r, text.full_length)
+        for text, length in chosen
+        if (log_r := text.sample.cut_rewards[length]) is not None
     ]
 
 
@@ -258,31 +263,29 @@ class ReplayBuffer:
     def records(self, records: Sequence[Record]) -> None:
         self._records = {record.discrete_key: record for record in records}
 
-    def may_keep(self, log_r: float) -> bool:
-        """Whether a trace with this log R (nats) is alive and better than the worst."""
+    def has_place_for(self, log_r: float, key: tuple[Any, ...]) -> bool:
+        """Whether a trace with this log R (nats) and ``discrete_key`` is alive, new, and better than
+        the worst."""
         if len(self._records) < self._capacity:
-            return log_r > -math.inf
-        return log_r > min(record.log_r for record in self._records.values())
+            return log_r > -math.inf and key not in self._records
+        return log_r > self._worst()[1] and key not in self._records
+
+    def _worst(self) -> tuple[tuple[Any, ...], float]:
+        """The key of the trace with the lowest log R, and that."""
+        return min(((k, r.log_r) for k, r in self._records.items()), key=lambda pair: pair[1])
 
     def add(self, record: Record) -> None:
         """Keep a live trace, unless it or a better near duplicate is kept, or it is the worst."""
-        if not record.log_r > -math.inf:
+        if not self.has_place_for(record.log_r, record.discrete_key):
             return
-        key = record.discrete_key
-        if key in self._records:
-            return
-        if len(self._records) >= self._capacity:
-            worst = min(self._records, key=lambda k: self._records[k].log_r)
-            if self._records[worst].log_r >= record.log_r:
-                return
         near = self._near_duplicates_of(record)
-        if any(self._records[k].log_r >= record.log_r for k in near):
+        if any(self._records[key].log_r >= record.log_r for key in near):
             return
-        for k in near:
-            del self._records[k]
-        self._records[key] = record
+        for key in near:
+            del self._records[key]
+        self._records[record.discrete_key] = record
         if len(self._records) > self._capacity:
-            del self._records[worst]
+            del self._records[self._worst()[0]]
 
     def replace(self, old: Record, new: Record) -> None:
         """Put the same trace, scored anew, in the place of a kept one (if it still is)."""
@@ -294,20 +297,19 @@ class ReplayBuffer:
             del self._records[old.discrete_key]
 
     def _near_duplicates_of(self, record: Record) -> list[tuple[Any, ...]]:
-        if not self._near:
+        if not self._near or not record.tokens:
             return []
-        found = []
-        for key, other in self._records.items():
-            if not record.tokens or not other.tokens or record.counts_key != other.counts_key:
-                continue
-            bound = self._near * min(len(record.tokens), len(other.tokens))
-            # Distances above the cutoff are not computed to their end.
-            distance = Levenshtein.distance(
-                record.tokens, other.tokens, score_cutoff=math.ceil(bound)
-            )
-            if distance < bound:
-                found.append(key)
-        return found
+        return [key for key, other in self._records.items() if self._are_near(record, other)]
+
+    def _are_near(self, record: Record, other: Record) -> bool:
+        one, two = len(record.tokens), len(other.tokens)
+        bound = self._near * min(one, two)
+        # No distance is less than the difference of the lengths; most pairs need no more.
+        if abs(one - two) >= bound or record.counts_key != other.counts_key:
+            return False
+        # Distances above the cutoff are not computed to their end.
+        distance = Levenshtein.distance(record.tokens, other.tokens, score_cutoff=math.ceil(bound))
+        return distance < bound
 
     def draw(self, num: int, generator: torch.Generator) -> list[Record]:
         """``num`` distinct traces (or all there are); the r-th best with weight 1 / r."""

@@ -291,7 +291,8 @@ class Trainer:
         restore_optimizer(self.optimizer, self.named_parameters(), self.late_state)
 
     def forget(self) -> None:
-        """Drop what is remembered of prompts and merged weights. It is made again when needed."""
+        """Drop what is remembered of traces, prompts and merged weights; it is made again."""
+        self._behaviour.forget()
         for lm in (self.guide.base, *self.guide.adapters()):
             lm.forget()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pyro
 import pytest
 import torch
@@ -151,3 +153,21 @@ def test_streams_of_seeds_are_independent_of_their_number():
     assert len(set(seeds)) == 100 and seeds[7] == runtime.nth_seed(5, 7)
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert not set(seeds) & {runtime.nth_seed(6, i) for i in range(100)}
+
+
+def test_garbage_is_collected_seldom_while_runs_live():
+    """Also when it ends by an exception, and not where the user has switched it off."""
+    before = gc.get_threshold()
+    assert before[0] < 10_000
+    with pytest.raises(KeyError), runtime.ending([]):
+        assert gc.get_threshold() == (10_000, *before[1:])
+        with runtime.ending([]):
+            assert gc.get_threshold() == (10_000, *before[1:])
+        raise KeyError
+    assert gc.get_threshold() == before
+    gc.set_threshold(0)
+    try:
+        with runtime.ending([]):
+            assert gc.get_threshold()[0] == 0
+    finally:
+        gc.set_threshold(*before)

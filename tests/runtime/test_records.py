@@ -38,9 +38,10 @@ def test_a_revived_trace_is_the_trace_itself(case):
     # Two runs for the observations of each are all that is asked of the model.
     assert used[0] - scored[0] < 6 * 50
     for one, two in zip(samples, again, strict=True):
-        assert one.log_r == two.log_r and one.key == two.key
-        for name, node in one.particle.sites.items():
-            assert torch.equal(node["log_prob"], two.particle.sites[name]["log_prob"])
+        assert one.log_r == two.log_r and one.sites.keys() == two.sites.keys()
+        for name, node in one.sites.items():
+            assert torch.equal(node["value"], two.sites[name]["value"])
+            assert torch.equal(node["log_prob"], two.sites[name]["log_prob"])
     live = [i for i, sample in enumerate(samples) if sample.proposer.draws]
     scores = [
         guide.score([each[i].proposer for i in live], grad=False) for each in (samples, again)

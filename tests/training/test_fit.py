@@ -125,6 +125,25 @@ def test_the_batch_is_a_mixture_of_policies():
     assert len(one.stock) == 8 * 2 - 4
 
 
+def test_a_remembered_trace_is_the_one_that_is_run_again():
+    """A replayed trace that need not be run is what its record gives, in the same place."""
+    steps = []
+    for forgets in (False, True):
+        guide = lmppl.LMGuide(CASE.program, lm=LM)
+        with lmppl.use(LM), torch.no_grad():
+            trainer, (one,) = trainer_on(guide, [CASE.args], batch_size=16)
+            (first,) = trainer._behaviour.draw([one], 0)
+            if forgets:
+                trainer.forget()
+            steps.append(trainer._behaviour.draw([one], 1)[0])
+        runs = {id(sample.particle) for sample in first}
+        replayed = [s for s in steps[-1] if s.origin == "replay"]
+        assert [id(sample.particle) in runs for sample in replayed] == [not forgets] * 4
+    for remembered, run in zip(*steps, strict=True):
+        assert remembered.origin == run.origin and remembered.log_r == run.log_r
+        assert remembered.discrete_key == run.discrete_key
+
+
 @pytest.mark.parametrize("loss", ["vargrad", "elbo"])
 def test_the_programs_draws_help_to_unlearn_dead_traces(loss, monkeypatch):
     """Each sample counts by its share of the mixture that drew it, nothing else is drawn for it."""

@@ -7,6 +7,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from guide_helpers import draw_samples, new_guide
+from rapidfuzz.distance import Levenshtein
 
 from lmppl import lm_sample
 from lmppl.runtime.records import Record
@@ -126,3 +127,19 @@ def test_a_trace_that_has_gone_is_not_put_back():
     assert rewards(buffer) == [-1.0]
     buffer.replace(old, record_of(-math.inf, [1, 2]))
     assert rewards(buffer) == [-1.0]
+
+
+def test_near_duplicates_are_those_of_the_edit_distance():
+    """Pairs of lengths too far apart are left out without looking; the result is the same."""
+    generator = torch.Generator().manual_seed(0)
+    texts = [
+        torch.randint(3, (int(n),), generator=generator).tolist()
+        for n in torch.randint(1, 14, (60,), generator=generator)
+    ]
+    records = [record_of(float(k), ids) for k, ids in enumerate(texts)]
+    buffer = ReplayBuffer(near_duplicates=0.4)
+    for one in records:
+        for other in records:
+            bound = 0.4 * min(len(one.tokens), len(other.tokens))
+            expected = Levenshtein.distance(one.tokens, other.tokens) < bound
+            assert buffer._are_near(one, other) == expected

@@ -1,6 +1,7 @@
 """Truncations against direct scoring of the truncated trace; the replay buffer."""
 
 import math
+from dataclasses import replace
 
 import pyro
 import pytest
@@ -201,3 +202,54 @@ def test_a_latent_that_is_left_to_the_model_has_the_models_density():
     assert cuts and scores[0].keys() == {"z"}
     torch.testing.assert_close(batch.log_q.double(), expected.log_q, atol=1e-4, rtol=0.0)
     torch.testing.assert_close(batch.log_r.double(), expected.log_joint, atol=1e-4, rtol=0.0)
+
+
+@pytest.mark.parametrize("name", [*_CASES, "beta and text", "hard constraint"])
+def test_a_batch_of_inputs_is_what_each_trace_and_cut_gives_alone(name):
+    """log R and log q as tensors over the batch, against sums trace by trace, with their gradients."""
+    case = CASES[name]
+    guide = shaken(lmppl.LMGuide(case.program, lm=case.lm))
+    drawn = draw_samples(guide, case.program, case.args, 10)
+    inputs = [drawn[:4], drawn[4:]]
+    cuts = truncations_of(guide, case.program, case.args, drawn)
+    scores = guide.score([sample.proposer for sample in drawn])
+    found = torch.cat([batch.log_q for batch in batches_of(inputs, cuts, scores)])
+    score_of = {id(sample): score for sample, score in zip(drawn, scores, strict=True)}
+    naive = []
+    for samples in inputs:
+        naive += [sum(log_q for log_q, _ in score_of[id(sample)].values()) for sample in samples]
+        for cut in (cut for cut in cuts if cut.sample in samples):
+            score = score_of[id(cut.sample)]
+            terms = score[cut.name][1]
+            others = sum(log_q for other, (log_q, _) in score.items() if other != cut.name)
+            tokens = terms.log_probs[: cut.length].sum()
+            naive.append(others + tokens + terms.closing_log_probs[cut.length])
+    live = [k for k, value in enumerate(naive) if torch.is_tensor(value)]  # others died at once
+    naive = torch.stack([naive[k] for k in live])
+    torch.testing.assert_close(found[live], naive, atol=1e-5, rtol=0.0)
+    parameters = [p for p in guide.parameters() if p.requires_grad]
+    weights = torch.linspace(-1.0, 1.0, len(live))
+    slopes = [
+        torch.autograd.grad(
+            (weights * log_q).sum(), parameters, retain_graph=True, allow_unused=True
+        )
+        for log_q in (found[live], naive)
+    ]
+    for one, two in zip(*slopes, strict=True):
+        if one is not None or two is not None:
+            torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-4)
+
+
+def test_rewards_of_truncations_are_found_once():
+    """A trace that comes again brings those of its truncations; which are chosen is the same."""
+    case = CASES["one site"]
+    guide = lmppl.LMGuide(case.program, lm=case.lm)
+    samples = draw_samples(guide, case.program, case.args, 12)
+    fresh = [replace(sample, cut_rewards={}) for sample in samples]
+    first = truncations_of(guide, case.program, case.args, samples, budget=60)
+    scored = case.lm.usage.tokens_scored
+    again = truncations_of(guide, case.program, case.args, samples, budget=60)
+    assert case.lm.usage.tokens_scored == scored
+    other = truncations_of(guide, case.program, case.args, fresh, budget=60)
+    for cuts in (again, other):
+        assert [(t.length, t.log_r) for t in cuts] == [(t.length, t.log_r) for t in first]
