@@ -49,9 +49,9 @@ demo: setup
 	$(say) 'demo: one story, every engine'
 	@$(BIN)/python examples/story_infilling.py --method all
 
-test: lint types test-fast
-	$(say) 'slow tests'
-	@$(PYTEST) -m 'slow and not long'
+test: lint types
+	$(say) 'tests'
+	@$(PYTEST) -m 'not long'
 	@$(MAKE) --no-print-directory docs
 
 test-all: test test-long

@@ -93,7 +93,8 @@ class Case:
 
 
 def run(bench: Bench) -> list[Row]:
-    return measure(list(CASES), bench)
+    costly = {"fit_growth", "imports"} if bench.mode == "smoke" else set()
+    return measure([name for name in CASES if name not in costly], bench)
 
 
 def measure(names: list[str], bench: Bench) -> list[Row]:
@@ -194,8 +195,6 @@ def smc(bench: Bench) -> list[Case]:
 
 
 def imports(bench: Bench) -> list[Case]:
-    if bench.mode == "smoke":
-        return []
     return [Case("import lmppl", Side("lmppl", Import("lmppl")), Side(OTHERS, Import(OTHERS)), 1.1)]
 
 

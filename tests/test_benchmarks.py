@@ -381,6 +381,7 @@ def test_smc_of_lmppl(bench):
     assert smc.eos_strings(bench) == ["<eos>"]
 
 
+@pytest.mark.slow
 def test_smc_with_a_guide(monkeypatch, tmp_path, capsys):
     lm = tiny_lm("ab.", seed=37, contrast=1.5)  # the ending says much of the text
     monkeypatch.setattr(lmppl.LM, "from_pretrained", lambda name, dtype: lm)

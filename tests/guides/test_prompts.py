@@ -442,6 +442,7 @@ def test_observations_are_cut_to_their_beginnings_where_the_context_has_no_room(
     assert z == (*inked("abababa\nabababa\n"), *inked("b"))
 
 
+@pytest.mark.slow
 def test_a_guide_that_reads_the_beginnings_is_a_distribution_and_learns():
     args = ("b", "ab" * 6 + "a.", "b.")
     guide = lmppl.LMGuide(three, lm=SMALL)
