@@ -20,6 +20,7 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch.distributions import constraints
 
 from lmppl.checks import check_int, check_number
+from lmppl.exclusive import exclusive
 from lmppl.lm import LM
 from lmppl.lm.batches.inverse_cdf import inverse_cdf
 from lmppl.lm.batches.requests import Draw, Score, Scored
@@ -285,6 +286,7 @@ class LMText(TorchDistribution):
 
     # --- the distribution ---------------------------------------------------------------------
 
+    @exclusive()
     def sample(self, sample_shape: Sequence[int] = ()) -> torch.Tensor:
         """Shape ``sample_shape + batch_shape + (max_tokens,)``; uses torch's random stream."""
         shape = torch.Size(sample_shape) + self.batch_shape

@@ -31,6 +31,7 @@ from lmppl.checks import check_int
 from lmppl.diagnostics.diversity import TextDiversity, text_diversity
 from lmppl.distributions import check_lm
 from lmppl.engines.dispatch import infer
+from lmppl.exclusive import exclusive
 from lmppl.guides.scoring import LatentScores, score_latents
 from lmppl.lm import LM
 from lmppl.posterior import Posterior, ZeroEvidenceError
@@ -133,6 +134,7 @@ class Diagnosis(Report):
         return diagnosis_blocks(self.summary())
 
 
+@exclusive()
 def diagnose(
     model: Callable[..., Any],
     *args: Any,

@@ -27,6 +27,7 @@ import torch
 
 from lmppl import runtime
 from lmppl.checks import check_int
+from lmppl.exclusive import exclusive
 from lmppl.guides.guide import proposer_factory
 from lmppl.guides.mixture import MixtureProposer, mixed
 from lmppl.posterior import Posterior
@@ -89,7 +90,7 @@ class Engine(ABC):
         """
         num_samples = check_int("num_samples", num_samples)
         seed = runtime.fresh_seed(seed)
-        with Meter(self.name, progress, callback) as meter:
+        with exclusive(), Meter(self.name, progress, callback) as meter:
             state = State(model, args, num_samples, guide, seed, meter)
             with runtime.ending(state.particles):
                 self.sample(state)

@@ -10,6 +10,7 @@ from typing import Any
 from lmppl.checks import check_callable, check_flag, check_int, did_you_mean
 from lmppl.distributions import check_lm
 from lmppl.engines import ENGINES, EngineLike
+from lmppl.exclusive import exclusive
 from lmppl.lm import LM
 from lmppl.posterior import Posterior, ZeroEvidenceError
 from lmppl.primitives import use
@@ -69,6 +70,7 @@ def infer(
     model, args = bind(model, args, kwargs)
     # Without lm=, sites fall back on lmppl.use, or name their own; one that cannot says so.
     with (
+        exclusive(),
         nullcontext() if lm is None else use(lm),
         profiling.profile() if profile else nullcontext() as measured,
     ):

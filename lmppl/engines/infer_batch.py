@@ -12,6 +12,7 @@ from lmppl import runtime
 from lmppl.checks import check_choice, check_int
 from lmppl.engines import EngineLike, GFlowNet
 from lmppl.engines.dispatch import infer, prepare
+from lmppl.exclusive import exclusive
 from lmppl.lm import LM
 from lmppl.posterior import Posterior
 from lmppl.primitives import default_lm
@@ -161,12 +162,14 @@ def _in_order(
                     ended, broken = True, error
                 else:
                     window.append(start(index, item))
-                    window[-1].go_on()
+                    with exclusive():
+                        window[-1].go_on()
             if not window:
                 break
             first = window[0]
-            while not first.finished:
-                runtime.advance(window)
+            with exclusive():  # not while the caller has the word
+                while not first.finished:
+                    runtime.advance(window)
             window.pop(0)
             bar.advance()
             if first.error is None:

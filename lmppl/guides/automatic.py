@@ -19,6 +19,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import nn
 
 from lmppl.distributions import LMText, SiteScore, score_texts
+from lmppl.exclusive import exclusive
 from lmppl.guides.heads import Head, head_for, head_key, moved, num_moves
 from lmppl.guides.parameters import (
     adapter_config,
@@ -85,6 +86,7 @@ class AutomaticGuide:
         if not adapter_per_site:
             self.adapter_for("")
 
+    @exclusive()
     def adapter_for(self, name: str) -> LM:
         """The language model from which it draws a latent text site.
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lmppl.checks import check_int, check_number, check_seed
+from lmppl.exclusive import exclusive
 from lmppl.lm.batches import scoring
 from lmppl.lm.batches.decoding import Decoding
 from lmppl.lm.batches.requests import Draw, Drawn, Score, Scored
@@ -73,6 +74,7 @@ class LM:
         self._sampler: tuple[Any, LM] | None = None  # of which version, see ``sampler``
 
     @classmethod
+    @exclusive()
     def from_pretrained(
         cls,
         name_or_path: str | Path,
@@ -138,6 +140,7 @@ class LM:
 
     # Sampling and scoring of plain text.
 
+    @exclusive()
     def sample(
         self,
         prefix: Prefix,
@@ -301,6 +304,7 @@ class LM:
         self._runner.memory, self._runner.usage = self.memory, self.usage
         return self._runner
 
+    @exclusive()
     def draw(self, draws: Sequence[Draw]) -> list[Drawn]:
         """Draw a sequence for every request, all of them side by side."""
         if not draws:
@@ -310,6 +314,7 @@ class LM:
             decoding.step()
         return decoding.results()
 
+    @exclusive()
     def score(self, scores: Sequence[Score], *, grad: bool = False) -> list[Scored]:
         """Score the tokens of every request.
 
@@ -319,6 +324,7 @@ class LM:
         """
         return scoring.score(self.runner, scores, grad=grad)
 
+    @exclusive()
     def hidden(self, prefixes: Sequence[tuple[int, ...]]) -> torch.Tensor:
         """The last layer's state at the last token of each prefix, (N, hidden_size) float32."""
         return scoring.hidden(self.runner, prefixes)
@@ -334,6 +340,7 @@ class LM:
 
     # Adapters.
 
+    @exclusive()
     def adapter(self, config: Any = None) -> LM:
         """A new model: this one's weights, shared, and a trainable adapter, at first equal to it.
 

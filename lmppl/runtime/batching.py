@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from lmppl.checks import check_seed
+from lmppl.exclusive import exclusive
 from lmppl.runtime.coroutine import GlobalState
 from lmppl.runtime.particle import Particle, Proposer
 from lmppl.runtime.scheduler import ask
@@ -25,7 +26,8 @@ from lmppl.runtime.waits import DrawWait, HiddenWait, ModelWait, ScoreWait
 def fresh_seed(seed: int | None) -> int:
     """``seed``, or one taken from torch's random stream (so that ``pyro.set_rng_seed`` governs)."""
     seed = check_seed(seed)
-    return int(torch.randint(2**62, ())) if seed is None else seed
+    with exclusive():
+        return int(torch.randint(2**62, ())) if seed is None else seed
 
 
 def slot_seeds(seed: int, num: int) -> list[int]:
@@ -161,6 +163,7 @@ def ending(particles: list[_C]) -> Iterator[list[_C]]:
         try:
             yield particles
         finally:
+            ends.enter_context(exclusive())
             # All of them, also if the ``finally`` block of one raises.
             for particle in reversed(particles):
                 ends.callback(particle.close)

@@ -14,11 +14,13 @@ from contextvars import copy_context
 from typing import Any
 
 import torch
-from greenlet import getcurrent, greenlet
+from greenlet import getcurrent
 from pyro.poutine.runtime import _DIM_ALLOCATOR, _ENUM_ALLOCATOR, _PYRO_STACK
 from torch import default_generator
 from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
 from torch.utils import _device
+
+from lmppl.exclusive import Stack
 
 
 class GlobalState:
@@ -136,7 +138,7 @@ class Coroutine:
     Args:
         fn: the function.
         global_state: the global state that it begins in.
-        stack: the class of the greenlet that it runs on.
+        stack: the class of what it runs on.
 
     Attributes:
         global_state: its global state, while it does not run.
@@ -145,7 +147,7 @@ class Coroutine:
     """
 
     def __init__(
-        self, fn: Callable[[], Any], global_state: GlobalState, stack: type[greenlet] = greenlet
+        self, fn: Callable[[], Any], global_state: GlobalState, stack: type[Stack] = Stack
     ) -> None:
         self.global_state = global_state
         self.finished = False

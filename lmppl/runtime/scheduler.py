@@ -19,14 +19,15 @@ from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any
 
-from greenlet import getcurrent, greenlet
+from greenlet import getcurrent
 
+from lmppl.exclusive import Stack
 from lmppl.lm.meter.usage import Usage, total_usage
 from lmppl.runtime.coroutine import Coroutine, GlobalState, suspend
 from lmppl.runtime.waits import DrawWait, HiddenWait, ModelWait, ScoredTokens, ScoreWait
 
 
-class _Stack(greenlet):
+class _Stack(Stack):
     """What a member runs on. (Its particles run on stacks of their own: whatever they call, such
     as another ``infer`` in a tool, is no engine of the batch.)"""
 

@@ -27,6 +27,7 @@ from pyro.poutine.util import site_is_factor
 
 from lmppl import runtime
 from lmppl.checks import check_int
+from lmppl.exclusive import exclusive
 from lmppl.lm.tokens.text import Text
 from lmppl.runtime import Particle, is_latent
 from lmppl.runtime.arguments import check_program
@@ -84,6 +85,7 @@ class Simulated:
         return observing
 
 
+@exclusive()
 def simulate(
     model: Callable[..., Any],
     args: tuple[Any, ...],
@@ -189,6 +191,7 @@ class Stream(Iterator[tuple[tuple[Any, ...], Simulated]]):
         self._seed, self._position = state["seed"], state["position"]
         self._simulated = None
 
+    @exclusive()
     def _simulate_block(self, number: int) -> list[Any]:
         first, size = number * self._block, len(self._inputs)
         rounds = range(first // size, (first + self._block - 1) // size + 1)

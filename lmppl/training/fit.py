@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from lmppl.exclusive import exclusive
 from lmppl.guides.guide import TrainableGuide
 from lmppl.primitives import use
 from lmppl.report.history import History
@@ -96,7 +97,7 @@ def fit(
         callback=callback,
     )
     generator = torch.Generator().manual_seed(run.seed % 2**63)
-    with use(guide.base):
+    with exclusive(), use(guide.base):
         source, held_out, example = read_data(
             guide,
             data,

@@ -24,6 +24,7 @@ import torch
 
 from lmppl import runtime
 from lmppl.checks import check_choice, check_int
+from lmppl.exclusive import exclusive
 from lmppl.guides.guide import TrainableGuide
 from lmppl.guides.parameters import SavedParams
 from lmppl.primitives import use
@@ -132,7 +133,7 @@ def learn(
         callback=callback,
     )
     saved = SavedParams()
-    with use(guide.base), _restoring(guide, saved):
+    with exclusive(), use(guide.base), _restoring(guide, saved):
         held_out = held_out_inputs(guide, eval_data, settings)
         run = replace(run, held_out=run.held_out.with_inputs(held_out, patience))
         inputs = list(read_inputs(guide.model, data, settings))
