@@ -20,7 +20,8 @@ import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
-from types import TracebackType
+from contextlib import ExitStack
+from dataclasses import asdict
 from typing import Any, ClassVar, Protocol, final
 
 import torch
@@ -76,77 +77,28 @@ class Engine(ABC):
         """The posterior of ``model(*args)``, whose sites use the language model of ``lmppl.use``.
 
         Args:
-            model: a Pyro program with ``lm_sample`` sites.
-            *args: its positional arguments.
-            num_samples: how many weighted traces.
-            guide: a proposal, an ``LMGuide`` or a guide program; None: the program's prior.
-            seed: of all random choices; None: taken from torch's random stream.
-            progress: show a progress bar; None: on a terminal.
-            callback: called with a dict of figures at every stage.
+            model, *args, num_samples, guide, seed, progress, callback: as of ``infer``.
 
         Raises:
             ValueError: for a program without a latent site.
             ZeroEvidenceError: if all weights are zero; it carries the posterior.
         """
-        num_samples = check_int("num_samples", num_samples)
-        seed = runtime.fresh_seed(seed)
-        with exclusive(), Meter(self.name, progress, callback) as meter:
-            state = State(model, args, num_samples, guide, seed, meter)
-            with runtime.ending(state.particles):
-                self.sample(state)
-            return state.posterior(self.name)
-
-
-class Meter:
-    """Counts seconds and LM tokens of a run, and tells a progress bar and a callback."""
-
-    def __init__(self, engine: str, progress: bool | None, callback: Callback | None) -> None:
-        self.engine, self.progress, self.callback = engine, progress, callback
-        self._bar = progress_bar(engine, show=progress)
-        self._reported = False
-
-    def __enter__(self) -> Meter:
-        self._began, self._usage = time.perf_counter(), own_usage()
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._bar.__exit__(exc_type, exc, traceback)
-
-    def report(self, **figures: Any) -> None:
-        """One stage of the work is done; ``figures`` go to the bar and the callback."""
-        if not self._reported:  # not before: the training of a guide has a bar of its own
-            self._bar.__enter__()
-            self._reported = True
-        self._bar.advance(**figures)
-        if self.callback is not None:
-            self.callback({"engine": self.engine, **figures})
-
-    def info(self) -> dict[str, Any]:
-        """What the run cost so far: tokens, and ``seconds``."""
-        usage = own_usage() - self._usage
-        return {
-            "tokens_sampled": usage.tokens_sampled,
-            "tokens_scored": usage.tokens_scored,
-            "tokens_trained": usage.tokens_trained,
-            "seconds": time.perf_counter() - self._began,
-        }
+        num_samples, seed = check_int("num_samples", num_samples), runtime.fresh_seed(seed)
+        with exclusive(), ExitStack() as ends:
+            state = State(self.name, model, args, num_samples, guide, seed, progress, callback)
+            ends.push(state.bar)  # it begins with the first stage: training has a bar of its own
+            ends.enter_context(runtime.ending(state.particles))
+            self.sample(state)
+            return state.posterior()
 
 
 class State:
     """Weighted particles of one program, in the hands of an engine.
 
     Args:
-        model: the program.
-        args: its positional arguments.
-        num_samples: how many weighted traces are wanted.
-        guide: where latents come from; None: the program. To be changed before ``start`` only.
-        seed: of all random choices.
-        meter: is told of every stage.
+        engine: name of the engine.
+        model, args, num_samples, guide, seed, progress, callback: what ``Engine.run`` was given. The
+            guide may be changed before ``start``.
 
     Attributes:
         particles: the runs; always the same list.
@@ -163,15 +115,18 @@ class State:
 
     def __init__(
         self,
+        engine: str,
         model: Callable[..., Any],
         args: tuple[Any, ...],
         num_samples: int,
         guide: Any,
         seed: int,
-        meter: Meter,
+        progress: bool | None = False,
+        callback: Callback | None = None,
     ) -> None:
-        self.model, self.args, self.num_samples = model, args, num_samples
-        self.guide, self.seed, self.meter = guide, seed, meter
+        self.engine, self.model, self.args, self.num_samples = engine, model, args, num_samples
+        self.guide, self.seed, self.progress, self.callback = guide, seed, progress, callback
+        self.bar = progress_bar(engine, show=progress)
         self.particles: list[Particle] = []
         self.log_weights = torch.zeros(0, dtype=torch.float64)
         self.stage = 0
@@ -181,6 +136,7 @@ class State:
         self.trained: Any = None
         self.notes: list[str] = []
         self.info: dict[str, Any] = {}
+        self._began, self._usage = time.perf_counter(), own_usage()
         self._has_proposed = False
 
     # --- verbs -----------------------------------------------------------------------------------
@@ -196,6 +152,7 @@ class State:
         num = self.num_samples if num is None else num
         factory = proposer_factory(self.guide, self.args)
         self.proposer = None if factory is None else mixed(factory, prior_fraction)
+        self._has_proposed = factory is None
         self.particles[:] = runtime.start(
             self.model, self.args, num, seed=self.seed, proposer=self.proposer, **options
         )
@@ -212,12 +169,22 @@ class State:
         increments = [particle.take_log_weight() for particle in self.particles]
         self.log_weights = self.log_weights + torch.tensor(increments, dtype=torch.float64)
         for particle, log_weight in zip(self.particles, self.log_weights.tolist(), strict=True):
-            self._has_proposed |= bool(getattr(particle.proposer, "draws", True))
+            if not self._has_proposed:
+                self._has_proposed = bool(getattr(particle.proposer, "draws", True))
             if log_weight == -math.inf and not particle.finished:
                 particle.close()  # nothing that it does can matter any more
-        waiting = sum(not particle.finished for particle in self.particles)
-        num = len(self.particles)
-        self.meter.report(stage=self.stage, ess=self.ess, finished=num - waiting, of=num)
+        waiting, num = sum(not p.finished for p in self.particles), len(self.particles)
+        figures: dict[str, Any] = {
+            "stage": self.stage,
+            "ess": self.ess,
+            "finished": num - waiting,
+            "of": num,
+        }
+        if self.stage == 0:
+            self.bar.__enter__()
+        self.bar.advance(**figures)
+        if self.callback is not None:
+            self.callback({"engine": self.engine, **figures})
         self.stage += 1
         return waiting > 0
 
@@ -234,15 +201,14 @@ class State:
             is_drawing: whether the texts at which they wait are under way already.
         """
         before = list(self.particles)
-        for particle in before:
-            if is_drawing and isinstance(particle.proposer, MixtureProposer):
+        for particle in before if is_drawing else ():
+            if isinstance(particle.proposer, MixtureProposer):
                 particle.proposer.hold()
-        for slot, ancestor in enumerate(ancestors):
-            if ancestor != slot:
-                self.particles[slot] = before[ancestor].fork(streams=before[slot])
-        for slot, ancestor in enumerate(ancestors):
-            if ancestor != slot:
-                before[slot].close()
+        replaced = [(slot, a) for slot, a in enumerate(ancestors) if a != slot]
+        for slot, ancestor in replaced:
+            self.particles[slot] = before[ancestor].fork(streams=before[slot])
+        for slot, _ in replaced:
+            before[slot].close()
 
     @property
     def ess(self) -> float:
@@ -251,47 +217,34 @@ class State:
 
     # --- the end ---------------------------------------------------------------------------------
 
-    def posterior(self, engine: str) -> Posterior:
+    def posterior(self) -> Posterior:
         """The posterior of finished particles.
-
-        Args:
-            engine: its name.
 
         Raises:
             ValueError: for a program without a latent site.
             ZeroEvidenceError: if all weights are zero.
         """
-        dead = (self.log_weights == -math.inf).tolist()
-        killed = Counter(
-            particle.killed_by or "(the engine)"
-            for particle, is_dead in zip(self.particles, dead, strict=True)
-            if is_dead
-        )
+        weights = zip(self.particles, self.log_weights.tolist(), strict=True)
+        killed = Counter(p.killed_by or "(the engine)" for p, w in weights if w == -math.inf)
         if not killed and not any(particle.latents for particle in self.particles):
             raise ValueError(
                 "the program has no latent site, so there is nothing to infer: leave out obs= at "
                 "the site that you want the posterior of"
             )
-        if self.guide is not None and not self._has_proposed:
-            guide = getattr(self.guide, "__name__", repr(self.guide))
+        if not self._has_proposed:
             self.warn(
-                f"the guide {guide} proposed nothing: all latents of all particles were "
-                "drawn from the program. A guide draws the program's sites by their names, and an "
-                "LMGuide the texts of models with its own vocabulary"
+                f"the guide {getattr(self.guide, '__name__', repr(self.guide))} proposed nothing: all "
+                "latents of all particles were drawn from the program. A guide draws the program's "
+                "sites by their names, and an LMGuide the texts of models with its own vocabulary"
             )
+        common = {"engine": self.engine, "iid": self.iid, "killed": killed, "notes": self.notes}
+        seconds = time.perf_counter() - self._began
         posterior = Posterior(
             [particle.trace for particle in self.particles],
             self.log_weights,
             [particle.returned for particle in self.particles],
             guide=self.trained,
-            info={
-                "engine": engine,
-                "iid": self.iid,
-                "killed": killed,
-                "notes": self.notes,
-                **self.meter.info(),
-                **self.info,
-            },
+            info={**common, **asdict(own_usage() - self._usage), "seconds": seconds, **self.info},
             claims_evidence=self.claims_evidence,
         )
         posterior.check_alive()

@@ -138,16 +138,7 @@ def _engine(method: str | EngineLike, options: dict[str, Any]) -> EngineLike:
     ]
     for name in options:
         if name not in allowed:
-            common = [
-                "lm",
-                "num_samples",
-                "guide",
-                "seed",
-                "progress",
-                "callback",
-                "profile",
-                "kwargs",
-            ]
+            common = list(inspect.signature(infer).parameters)[3:-1]
             raise TypeError(
                 f"method={method!r} has no option {name!r}{did_you_mean(name, [*allowed, *common])}. "
                 "(Keywords are the engine's; the program's go in kwargs={...}.)"

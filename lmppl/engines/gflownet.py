@@ -93,8 +93,8 @@ class GFlowNet(Engine):
                 [state.args],
                 steps=self.steps,
                 seed=state.seed,
-                progress=state.meter.progress,
-                callback=state.meter.callback,
+                progress=state.progress,
+                callback=state.callback,
                 **self.fit,
             )
         except KeyboardInterrupt as interrupt:

@@ -65,8 +65,7 @@ def settle_in_place(ancestors: torch.Tensor) -> torch.Tensor:
     n = len(ancestors)
     copies = torch.bincount(ancestors, minlength=n)
     placed = torch.full((n,), -1, dtype=torch.long)
-    own = copies > 0
-    placed[own] = torch.arange(n)[own]
-    spare = torch.repeat_interleave(torch.arange(n), (copies - own.long()))
-    placed[~own] = spare
+    survives = copies > 0
+    placed[survives] = torch.arange(n)[survives]
+    placed[~survives] = torch.repeat_interleave(torch.arange(n), copies - survives.long())
     return placed

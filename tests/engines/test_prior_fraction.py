@@ -14,7 +14,7 @@ from test_flow_twist import shaken
 
 import lmppl
 from lmppl import lm_sample
-from lmppl.engines.base import Meter, State
+from lmppl.engines.base import State
 from lmppl.guides.scoring import score_latents
 from lmppl.testing import enumerate_program, tiny_lm
 
@@ -216,9 +216,7 @@ def test_a_forgotten_mode_is_found(engine):
 def test_copies_choose_for_themselves_unless_their_text_is_under_way():
     for is_drawing in (False, True):
         with lmppl.use(LM):
-            state = State(
-                small.longer, small.ARGS, 32, small.longer_guide, 0, Meter("test", False, None)
-            )
+            state = State("test", small.longer, small.ARGS, 32, small.longer_guide, 0)
             state.start(prior_fraction=0.5)
             with lmppl.runtime.ending(state.particles):
                 state.select([0] * 32, is_drawing=is_drawing)

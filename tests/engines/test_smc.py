@@ -12,7 +12,7 @@ from proposals import PerfectGuide
 
 import lmppl
 from lmppl import lm_sample, require
-from lmppl.engines.base import Meter, State
+from lmppl.engines.base import State
 from lmppl.runtime import Particle
 from lmppl.testing import tiny_lm
 from lmppl.testing.programs import CASES
@@ -278,7 +278,7 @@ def test_slots_of_a_finished_run_keep_their_own_streams():
             lm_sample("z", "ab", max_tokens=3)
 
     with lmppl.use(CASES["chain"].lm):
-        state = State(program, (), 16, None, 0, Meter("test", False, None))
+        state = State("test", program, (), 16, None, 0)
         state.start()
         particles = state.particles
         with lmppl.runtime.ending(particles):
