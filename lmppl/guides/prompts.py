@@ -66,7 +66,7 @@ def find_observations(
             pending = [i for i in pending if not _ended(runs[i])]
             if not pending:
                 break
-    return [_observations_of(own, vocabulary, condition_on, strict) for own in runs]
+    return [_observations_of(of_input, vocabulary, condition_on, strict) for of_input in runs]
 
 
 _ROUNDS = (2, 2, 4, 8, 16, 32)
@@ -234,9 +234,9 @@ def guide_prompt(
     """
     name, fn = site["name"], site["fn"]
     vocabulary, limit = fn.lm.vocabulary, fn.lm.context_length
-    own = site["infer"].get("guide_prompt")
-    if own is not None:
-        prompt = fn.lm.encode(own, name=name)
+    given = site["infer"].get("guide_prompt")
+    if given is not None:
+        prompt = fn.lm.encode(given, name=name)
         if limit is not None and len(prompt) + fn.event_shape[0] > limit:
             raise ValueError(
                 f"site '{name}': its guide_prompt of {len(prompt)} tokens, and up to "

@@ -26,10 +26,10 @@ def identity(
 ) -> dict[str, Any]:
     """What must be equal for a run to be the same one, by what it is called in messages."""
     given = json.loads(json.dumps(options.plain(), default=float))
-    own = guide.identity().items()
+    kind = guide.identity().items()
     return {
         "program": program_fingerprint(guide.model),
-        **{k: program_fingerprint(value) if callable(value) else value for k, value in own},
+        **{k: program_fingerprint(value) if callable(value) else value for k, value in kind},
         "adapters": [_lora(adapter_config(adapter)) for adapter in guide.adapters()[:1]],
         "language model": base_state(guide.base),
         "data": digest_of([_data(input_) for input_ in source.kept]),
@@ -74,7 +74,7 @@ def _layers(program: Any) -> tuple[list[FunctionType], list[Any]]:
     functions: list[FunctionType] = []
     bound: list[Any] = []
     seen: list[Any] = []
-    while program is not None and all(program is not each for each in seen):
+    while program is not None and all(program is not outer for outer in seen):
         seen.append(program)
         if isinstance(program, functools.partial):
             bound += [program.args, program.keywords]
@@ -198,8 +198,8 @@ def digest_of(data: Any) -> str:
                 feed(value, inside)
         elif isinstance(item, (list, tuple)):
             digest.update(f"[{len(item)}".encode())
-            for each in item:
-                feed(each, inside)
+            for element in item:
+                feed(element, inside)
         elif isinstance(item, frozenset):
             digest.update(_constant(item))
         elif torch.is_tensor(item) and item.layout is torch.strided:
