@@ -193,7 +193,8 @@ class Call(NamedTuple):
 
     Attributes:
         lm: the language model.
-        texts: the prefix, the choices and the observation, part by part; None between them.
+        texts: the prefix, part by part, the observation, the choices and the stop strings; None
+            between them.
         options: the other arguments.
         handlers: what the handlers between the run's recorder and the call add to the site.
     """
@@ -205,21 +206,26 @@ class Call(NamedTuple):
 
     @classmethod
     def of(
-        cls, lm: LM, prefix: Any, choices: Any, obs: str | None, stop: Any, *options: Any
+        cls, lm: LM, prefix: Any, obs: Any, choices: Any, stop: Any, infer: Any, *options: Any
     ) -> Call | None:
-        """A call with these arguments; None where handlers may give it another meaning, and for
-        arguments of other types, which may change after the call."""
+        """A call with these arguments; None where handlers may give it another meaning, or where an
+        argument is of a type that may change, or that is not to be compared."""
         handlers = () if len(_PYRO_STACK) == 1 else _annotations()
+        parts = (prefix,) if isinstance(prefix, str) else prefix
+        stops = (stop,) if stop is None or isinstance(stop, str) else stop
         if handlers is None or not (
-            isinstance(prefix, (str, list, tuple))
+            isinstance(parts, (list, tuple))
+            and isinstance(stops, (list, tuple))
             and (choices is None or isinstance(choices, (list, tuple)))
-            and (stop is None or isinstance(stop, (str, list, tuple)))
         ):
             return None
-        parts = (prefix,) if isinstance(prefix, str) else prefix
-        texts = (*parts, None, obs) if choices is None else (*parts, None, obs, None, *choices)
-        stop = tuple(stop) if isinstance(stop, list) else stop
-        return cls(lm, texts, (stop, *options), handlers)
+        if infer:
+            options = (*options, *infer.keys(), *infer.values())
+        for option in options:
+            if not isinstance(option, (int, float, str)) and option is not None:
+                return None
+        texts = (*parts, None, obs, None, *(choices or ()), None, *stops)
+        return cls(lm, texts, (choices is None, *options), handlers)
 
     def same_as(self, other: Call) -> bool:
         """Whether another call is the same, token by token."""
@@ -230,25 +236,18 @@ class Call(NamedTuple):
                 return False
         return self.options == other.options and self.handlers == other.handlers
 
-    def kept(self) -> Call | None:
-        """The same, to be compared later; None if an option is of a type that is not to be compared,
-        or may change."""
-        stop, *options, hints = self.options
-        hints = None if hints is None else dict(hints)
-        strings = (*self.texts, *(stop if isinstance(stop, tuple) else (stop,)))
-        if not all(string is None or isinstance(string, str) for string in strings):
-            return None  # an error, that the distribution will tell
-        for part in (*options, *(hints or {}).values()):
-            if not (part is None or isinstance(part, (str, int, float, tuple))):
-                return None
-        return self._replace(options=(stop, *options, hints))
-
     def key(self, name: str) -> Hashable:
         """Equal for calls at sites of one name that have the same distribution and observation."""
-        parts = [
-            (part.parts, part._token_ids) if isinstance(part, Text) else part for part in self.texts
+        texts = [
+            (text.parts, text._token_ids) if isinstance(text, Text) else _as_key(text)
+            for text in self.texts
         ]
-        return name, self.lm, *self.options[:-1], *parts
+        return name, self.lm, self.options, *texts
+
+
+def _as_key(part: Any) -> Hashable:
+    """A string, None, or in place of what will be refused a key that nothing else has."""
+    return part if part is None or isinstance(part, str) else object()
 
 
 def _is_same_text(first: str | None, second: str | None) -> bool:
@@ -349,25 +348,20 @@ def lm_sample(
     memory: Any = _PYRO_STACK[0] if _PYRO_STACK else None
     call = None
     if isinstance(memory, CallMemory):
-        call = Call.of(lm, prefix, choices, obs, stop, max_tokens, temperature, infer)
-    if call is not None:
-        text = memory.recall(name, call)
-        if text is not None:
-            return text
-        call = call.kept()
+        call = Call.of(lm, prefix, obs, choices, stop, infer, max_tokens, temperature)
     arguments = (name, lm, prefix, max_tokens, stop, choices, temperature, obs)
     if call is None:
         fn, value = _distribution(*arguments)
-    else:
-        key, shared = call.key(name), memory.shared
-        if key not in shared:
-            if len(shared) >= _MOST_SHARED:
-                shared.clear()
-            shared[key] = _distribution(*arguments)
-        fn, value = shared[key]
-    _warn_of_retokenisation(name, prefix)
-    text = _of_site(name, fn.text, _site(name, fn, value, infer))
-    if call is not None:
+        _warn_of_retokenisation(name, prefix)
+        return _of_site(name, fn.text, _site(name, fn, value, infer))
+    text = memory.recall(name, call)
+    if text is None:
+        fn, value = memory.shared.get(key := call.key(name)) or _distribution(*arguments)
+        if len(memory.shared) >= _MOST_SHARED:
+            memory.shared.clear()
+        memory.shared[key] = fn, value
+        _warn_of_retokenisation(name, prefix)
+        text = _of_site(name, fn.text, _site(name, fn, value, infer))
         memory.remember(name, call, text)
     return text
 

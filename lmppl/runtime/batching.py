@@ -61,11 +61,10 @@ def start(
         options: further arguments of ``Particle``.
     """
     particles, shared = [], dict[Any, Any]()
-    for slot, each in enumerate(slot_seeds(seed, num)):
-        own = None if proposer is None else proposer(slot, each ^ 0x5DEECE66D)
-        particles.append(
-            Particle(program, args, seed=each, proposer=own, slot=slot, shared=shared, **options)
-        )
+    for slot, slot_seed in enumerate(slot_seeds(seed, num)):
+        made = None if proposer is None else proposer(slot, slot_seed ^ 0x5DEECE66D)
+        options |= {"seed": slot_seed, "proposer": made, "slot": slot, "shared": shared}
+        particles.append(Particle(program, args, **options))
     try:
         resume(particles)
     except BaseException:

@@ -57,7 +57,7 @@ def less(lower: float, upper: float, value: float) -> Bracket:
 
 def combined(*stderrs: float | None) -> float | None:
     """Standard error of a sum or difference of independent estimates."""
-    known = [each for each in stderrs if each is not None]
+    known = [stderr for stderr in stderrs if stderr is not None]
     return math.hypot(*known) if len(known) == len(stderrs) else None
 
 

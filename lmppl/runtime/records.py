@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from pyro.poutine.trace_struct import Trace
@@ -20,10 +20,8 @@ from pyro.poutine.trace_struct import Trace
 from lmppl.distributions import LMText, ToolCall
 from lmppl.lm.batches.requests import Scored
 from lmppl.runtime import Given, Particle, Proposer, is_latent
+from lmppl.runtime.simulation import Simulated
 from lmppl.runtime.sites import is_continuous
-
-if TYPE_CHECKING:
-    from lmppl.runtime.simulation import Simulated
 
 Value = torch.Tensor | str | float
 """What a user may give for a latent site: a text (kept as its tokens) or numbers."""
@@ -78,8 +76,13 @@ class Record:
 def discrete_key(values: Mapping[str, Value], counts: Collection[str]) -> tuple[Any, ...]:
     """The ``discrete_key`` of the record of some latents; ``counts``: see there."""
     tensors = {name: torch.as_tensor(value) for name, value in values.items()}
-    discrete = {n: t for n, t in tensors.items() if n in counts or not t.is_floating_point()}
-    return tuple((name, *t.reshape(-1).tolist()) for name, t in (discrete or tensors).items())
+    discrete = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if name in counts or not tensor.is_floating_point()
+    }
+    shown = (discrete or tensors).items()
+    return tuple((name, *tensor.reshape(-1).tolist()) for name, tensor in shown)
 
 
 def record_of(particle: Particle, draws: Mapping[str, Any]) -> Record:
@@ -95,7 +98,7 @@ def record_of(particle: Particle, draws: Mapping[str, Any]) -> Record:
     for name, node in particle.sites.items():
         fn = node["fn"]
         if isinstance(fn, LMText) and not fn.batch_shape:
-            known[name] = (_own(node["unscaled_log_prob"]), _own_terms(node.get("scored")))
+            known[name] = _compact(node["unscaled_log_prob"]), _compact_terms(node.get("scored"))
             tokens += fn.token_ids(node["value"]) if name in latents else ()
     return Record(
         values={name: node["value"] for name, node in latents.items()},
@@ -113,38 +116,38 @@ def is_count(node: Any) -> bool:
     return not isinstance(node["fn"], LMText) and not is_continuous(node)
 
 
-def record_of_simulation(one: Simulated, *, latents_known: bool) -> Record:
+def record_of_simulation(simulated: Simulated, *, latents_known: bool) -> Record:
     """The record of the latents that were simulated together with observations.
 
     Args:
-        one: the simulation.
+        simulated: the latents, with the observations.
         latents_known: whether to keep the log-probabilities of the latents. A draw has no terms
             for the truncations of its text; without them it is scored anew, and then has.
     """
     known = {
-        name: (_own(node["unscaled_log_prob"]), None)
-        for name, node in one.sites.items()
+        name: (_compact(node["unscaled_log_prob"]), None)
+        for name, node in simulated.sites.items()
         if isinstance(node["fn"], LMText)
         and not node["fn"].batch_shape
-        and (latents_known or name in one.observations)
+        and (latents_known or name in simulated.observations)
     }
-    return Record(values=one.latents, tools=_tools(one.sites), known=known)
+    return Record(values=simulated.latents, tools=_tools(simulated.sites), known=known)
 
 
 def _tools(sites: Mapping[str, Any]) -> dict[str, Any]:
     return {name: node["value"] for name, node in sites.items() if isinstance(node["fn"], ToolCall)}
 
 
-def _own(tensor: torch.Tensor) -> torch.Tensor:
+def _compact(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor that keeps no larger one, that of a whole batch, in memory."""
     return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
 
 
-def _own_terms(scored: Scored | None) -> Scored | None:
+def _compact_terms(scored: Scored | None) -> Scored | None:
     if scored is None:
         return None
     closing = scored.closing_log_probs
-    return Scored(_own(scored.log_probs), None if closing is None else _own(closing))
+    return Scored(_compact(scored.log_probs), None if closing is None else _compact(closing))
 
 
 class Recaller(Proposer, Protocol):
@@ -161,13 +164,13 @@ class Recaller(Proposer, Protocol):
 
 
 class ReplayProposer:
-    """Proposes the values of a record, and lets a proposer remember them as its own draws.
+    """Proposes the values of a record, and lets another proposer remember them as its own draws.
 
     Args:
-        inner: the proposer.
-        record: the values.
-        what: they are, for messages.
-        complete: whether a latent site without a value is an error; else the proposer draws it.
+        inner: the other proposer.
+        record: holds the values.
+        what: the record is, for messages.
+        complete: whether a latent site without a value is an error; else ``inner`` draws it.
     """
 
     def __init__(self, inner: Recaller, record: Record, what: str, *, complete: bool) -> None:
@@ -212,7 +215,8 @@ class ReplayProposer:
         return tensor
 
     def finish(self, trace: Trace) -> None:
-        latents = [n for n, s in trace.nodes.items() if s["type"] == "sample" and is_latent(s)]
+        nodes = trace.nodes.items()
+        latents = [name for name, node in nodes if node["type"] == "sample" and is_latent(node)]
         extra = [name for name in self._record.values if name not in latents]
         if extra:
             raise ValueError(
@@ -222,7 +226,7 @@ class ReplayProposer:
         self.inner.finish(trace)
 
     def fork(self, streams: Proposer) -> Proposer:
-        raise NotImplementedError("a recalled trace is not forked")
+        raise NotImplementedError("a run on the values of a record is not forked")
 
     def close(self) -> None:
         self.inner.close()

@@ -1,6 +1,6 @@
 """Several engines side by side, whose particles share the language models' batches.
 
-An engine is a loop that settles its own particles and draws for them (``batching``). Run as a
+An engine is a loop that runs its particles to their draws and draws for them (``batching``). Run as a
 *member*, a coroutine of its own, it suspends where it would call a language model:
 
     until the first member has ended:

@@ -121,7 +121,7 @@ def simulate(
     return _simulate_each(model, [args] * num, seed, _names(observed), max_attempts)
 
 
-class Stream(Iterator[tuple[tuple[Any, ...], Simulated]]):
+class SimulationStream(Iterator[tuple[tuple[Any, ...], Simulated]]):
     """Endless pairs of an input's arguments and a simulation of the program on them.
 
     It goes round the inputs, each time in another random order, and simulates ``block`` pairs
@@ -182,10 +182,10 @@ class Stream(Iterator[tuple[tuple[Any, ...], Simulated]]):
         Raises:
             ValueError: if that had another ``block`` or another number of inputs.
         """
-        for key, own in (("block", self._block), ("inputs", len(self._inputs))):
-            if state[key] != own:
+        for key, value in (("block", self._block), ("inputs", len(self._inputs))):
+            if state[key] != value:
                 raise ValueError(
-                    f"the saved stream had {key}={state[key]}, this one has {own}: it could not go "
+                    f"the saved stream had {key}={state[key]}, this one has {value}: it could not go "
                     "on with the same simulations. Make it with the same inputs and block"
                 )
         self._seed, self._position = state["seed"], state["position"]
@@ -195,7 +195,7 @@ class Stream(Iterator[tuple[tuple[Any, ...], Simulated]]):
     def _simulate_block(self, number: int) -> list[Any]:
         first, size = number * self._block, len(self._inputs)
         rounds = range(first // size, (first + self._block - 1) // size + 1)
-        order = [i for each in rounds for i in self._order(each)]
+        order = [i for round_ in rounds for i in self._order(round_)]
         inputs = [self._inputs[order[first % size + k]] for k in range(self._block)]
         seed = _seed(self._seed, 0, number)
         runs = _simulate_each(self._model, inputs, seed, self._observed, self._max_attempts)
@@ -241,12 +241,11 @@ def _simulate_each(
         slots = [i for i in pending for _ in range(repeats)]
         seeds = runtime.slot_seeds(_seed(seed, number), len(slots))
         particles = [
-            Particle(program, inputs[i], seed=each, slot=i)
-            for i, each in zip(slots, seeds, strict=True)
+            Particle(program, inputs[i], seed=run_seed, slot=i)
+            for i, run_seed in zip(slots, seeds, strict=True)
         ]
         with torch.no_grad(), runtime.ending(particles):
-            for particle in particles:
-                particle.resume()
+            runtime.resume(particles)
             runtime.run_to_end(particles)
         for i, particle in zip(slots, particles, strict=True):
             if particle.rejected_by is not None:
@@ -254,7 +253,7 @@ def _simulate_each(
             elif found[i] is None:
                 found[i] = _read(particle, observed)
         attempts += repeats
-        pending = [i for i, each in enumerate(found) if each is None]
+        pending = [i for i, run in enumerate(found) if run is None]
         if not pending:
             break
         if attempts >= max_attempts:
@@ -264,7 +263,7 @@ def _simulate_each(
                 f"Rejecting sites (rejected runs, of all inputs): {sites}. Loosen them, raise "
                 "max_attempts, or train on given data"
             )
-    return [each for each in found if each is not None]
+    return [run for run in found if run is not None]
 
 
 def _forward(model: Callable[..., Any]) -> Callable[..., Any]:

@@ -15,10 +15,9 @@ from lmppl.checks import check_int
 from lmppl.guides.guide import TrainableGuide
 from lmppl.posterior import Posterior
 from lmppl.report.progress import progress_bar
-from lmppl.runtime import simulation
 from lmppl.runtime.arguments import Args
 from lmppl.runtime.records import Record, record_of_simulation
-from lmppl.runtime.simulation import Simulated
+from lmppl.runtime.simulation import Simulated, SimulationStream, simulate
 from lmppl.training.inputs import (
     Collection,
     Input,
@@ -146,10 +145,10 @@ def check_simulated(guide: TrainableGuide) -> None:
         )
 
 
-def simulations(guide: TrainableGuide, args_of: Sequence[Args], seed: int) -> simulation.Stream:
+def simulations(guide: TrainableGuide, args_of: Sequence[Args], seed: int) -> SimulationStream:
     """Endless simulations of a guide's program on some arguments."""
     observed = None if guide.condition_on == "all" else guide.condition_on
-    return simulation.Stream(guide.model, args_of, seed=seed, observed=observed)
+    return SimulationStream(guide.model, args_of, seed=seed, observed=observed)
 
 
 def simulated_inputs(
@@ -230,7 +229,7 @@ class Dreams(Source):
         guide, options, number = self._guide, self._options, self._batches
         self._batches += 1
         args = self._inputs[number % len(self._inputs)].args
-        drawn = simulation.simulate(guide.model, args, options.batch_size, seed=self._seed + number)
+        drawn = simulate(guide.model, args, options.batch_size, seed=self._seed + number)
         batch = [
             simulated_input(guide, args, one, index, options)
             for index, one in enumerate(drawn, self._taken)

@@ -18,7 +18,7 @@ from lmppl.training.samples import Sample
 LM = tiny_lm("ab.", seed=0)
 
 
-def revived(guide, record, case, program=None):
+def rescored(guide, record, case, program=None):
     args = case.args
     with lmppl.use(guide.base), torch.no_grad():
         proposer = guide.recaller(args, guide.observations(args))
@@ -29,11 +29,11 @@ def revived(guide, record, case, program=None):
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=str)
-def test_a_revived_trace_is_the_trace_itself(case):
+def test_a_rescored_trace_is_the_trace_itself(case):
     guide = shaken(lmppl.LMGuide(case.program, lm=case.lm))
     samples = draw_samples(guide, case.program, case.args, 6)
     scored = case.lm.usage.tokens_scored, case.lm.usage.tokens_sampled
-    again = [revived(guide, sample.record, case) for sample in samples]
+    again = [rescored(guide, sample.record, case) for sample in samples]
     used = case.lm.usage.tokens_scored, case.lm.usage.tokens_sampled
     # Two runs for the observations of each are all that is asked of the model.
     assert used[0] - scored[0] < 6 * 50
@@ -56,13 +56,13 @@ def test_what_is_not_known_is_scored():
     case = CASES["observed text"]
     guide = lmppl.LMGuide(case.program, lm=case.lm)
     (sample,) = draw_samples(guide, case.program, case.args, 1)
-    again = revived(guide, sample.record.forgotten(), case)
+    again = rescored(guide, sample.record.forgotten(), case)
     assert again.log_r == pytest.approx(sample.log_r, abs=1e-4)
     node = again.particle.sites["w"]
     assert node["scored"].closing_log_probs is not None  # so that it can be cut
 
 
-def test_a_guide_program_scores_a_revived_trace():
+def test_a_guide_program_scores_a_rescored_trace():
     case = CASES["one site"]
     q = case.lm.adapter()
 
@@ -72,7 +72,7 @@ def test_a_guide_program_scores_a_revived_trace():
     guide = lmppl.LMGuide(case.program, lm=case.lm, program=program)
     guide.prepare(case.args)
     (sample,) = draw_samples(guide, case.program, case.args, 1)
-    again = revived(guide, sample.record, case)
+    again = rescored(guide, sample.record, case)
     one, two = guide.score([sample.proposer, again.proposer], grad=False)
     assert float(one["z"][0]) == pytest.approx(float(two["z"][0]), abs=1e-5)
 
@@ -152,7 +152,7 @@ def test_whole_numbers_of_a_user_are_what_the_site_holds():
     guide = lmppl.LMGuide(program, lm=LM)
     case = CASES["one site"]
     state = torch.get_rng_state()
-    sample = revived(guide, Record({"k": 1, "n": 2, "z": "a."}), case, program)
+    sample = rescored(guide, Record({"k": 1, "n": 2, "z": "a."}), case, program)
     assert float(sample.particle.sites["k"]["value"]) == 1.0
     assert sample.log_r > -float("inf") and torch.equal(torch.get_rng_state(), state)
 

@@ -17,7 +17,7 @@ from pyro import poutine
 import lmppl
 from lmppl import LMText, Text, lm_sample, require, tool
 from lmppl.guides.prompts import find_observations
-from lmppl.runtime.simulation import Stream, simulate
+from lmppl.runtime.simulation import SimulationStream, simulate
 from lmppl.testing import enumerate_program, iid_tv_floor, key, tiny_lm, total_variation
 from lmppl.testing.programs import CASES
 
@@ -431,9 +431,9 @@ def test_bad_arguments():
     with pytest.raises(ValueError, match="max_attempts=0"):
         run(infill, ("ab.",), 1, max_attempts=0)
     with pytest.raises(ValueError, match="no input"):
-        Stream(infill, [])
+        SimulationStream(infill, [])
     with pytest.raises(ValueError, match="block=0"):
-        Stream(infill, [("a",)], block=0)
+        SimulationStream(infill, [("a",)], block=0)
 
 
 # --- how it runs -----------------------------------------------------------------------------------
@@ -485,7 +485,7 @@ def take(stream, num):
 
 
 def test_a_stream_goes_round_the_inputs_each_time_in_another_order():
-    found = take(Stream(infill, INPUTS, seed=0, block=4), 30)
+    found = take(SimulationStream(infill, INPUTS, seed=0, block=4), 30)
     order = [args for args, _ in found]
     rounds = [tuple(order[i : i + 5]) for i in range(0, 30, 5)]
     assert all(sorted(each) == sorted(INPUTS) for each in rounds)
@@ -494,30 +494,30 @@ def test_a_stream_goes_round_the_inputs_each_time_in_another_order():
 
 
 def test_every_block_is_simulated_anew():
-    found = take(Stream(infill, INPUTS[:1], seed=0, block=8), 16)
+    found = take(SimulationStream(infill, INPUTS[:1], seed=0, block=8), 16)
     assert found[:8] != found[8:]
 
 
 def test_a_restored_stream_goes_on_bit_by_bit():
     options = {"observed": ["y"], "block": 4}
     inputs = [(x,) for x, _ in INPUTS]
-    whole = take(Stream(constrained, inputs, seed=3, **options), 13)
+    whole = take(SimulationStream(constrained, inputs, seed=3, **options), 13)
     for split in (0, 6):
-        before = Stream(constrained, inputs, seed=3, **options)
+        before = SimulationStream(constrained, inputs, seed=3, **options)
         assert take(before, split) == whole[:split]
-        after = Stream(constrained, inputs, seed=99, **options)
+        after = SimulationStream(constrained, inputs, seed=99, **options)
         take(after, 2)
         after.restore(before.state())
         assert take(after, 13 - split) == whole[split:]
-    assert take(Stream(constrained, inputs, seed=4, **options), 13) != whole
+    assert take(SimulationStream(constrained, inputs, seed=4, **options), 13) != whole
 
 
 def test_a_stream_over_other_inputs_is_not_restored():
-    state = Stream(infill, INPUTS, seed=0).state()
+    state = SimulationStream(infill, INPUTS, seed=0).state()
     with pytest.raises(ValueError, match="inputs=5, this one has 1"):
-        Stream(infill, INPUTS[:1], seed=0).restore(state)
+        SimulationStream(infill, INPUTS[:1], seed=0).restore(state)
     with pytest.raises(ValueError, match="block=32, this one has 8"):
-        Stream(infill, INPUTS, seed=0, block=8).restore(state)
+        SimulationStream(infill, INPUTS, seed=0, block=8).restore(state)
 
 
 def test_a_program_keeps_its_observations_and_not_the_run():
