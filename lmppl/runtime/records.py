@@ -9,7 +9,7 @@ changed) are.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
@@ -61,11 +61,7 @@ class Record:
     @cached_property
     def counts_key(self) -> tuple[Any, ...]:
         """Equal for traces whose discrete latents but for texts are equal."""
-        return tuple(
-            (name, *torch.as_tensor(value).reshape(-1).tolist())
-            for name, value in self.values.items()
-            if name in self.counts
-        )
+        return discrete_key({n: v for n, v in self.values.items() if n in self.counts}, self.counts)
 
     def forgotten(self) -> Record:
         """Without its log-probabilities, to be scored anew: the model has changed. The log R that
@@ -92,23 +88,30 @@ def record_of(particle: Particle, draws: Mapping[str, Any]) -> Record:
         particle: the run.
         draws: what its proposer drew, by site.
     """
-    known: dict[str, tuple[torch.Tensor, Scored | None]] = {}
-    tokens: list[int] = []
-    latents = particle.latents
-    for name, node in particle.sites.items():
-        fn = node["fn"]
-        if isinstance(fn, LMText) and not fn.batch_shape:
-            known[name] = _compact(node["unscaled_log_prob"]), _compact_terms(node.get("scored"))
-            tokens += fn.token_ids(node["value"]) if name in latents else ()
+    sites, latents = particle.sites, particle.latents
     return Record(
         values={name: node["value"] for name, node in latents.items()},
-        tools=_tools(particle.sites),
-        known=known,
+        tools=_tools(sites),
+        known={
+            name: (_compact(node["unscaled_log_prob"]), _compact_terms(node.get("scored")))
+            for name, node in sites.items()
+            if _is_text(node)
+        },
         features={name: draw.features for name, draw in draws.items() if hasattr(draw, "features")},
         log_r=particle.log_joint,
-        tokens=tuple(tokens),
+        tokens=tokens_of(latents.values()),
         counts=frozenset(name for name, node in latents.items() if is_count(node)),
     )
+
+
+def _is_text(node: Any) -> bool:
+    return isinstance(node["fn"], LMText) and not node["fn"].batch_shape
+
+
+def tokens_of(sites: Iterable[Any]) -> tuple[int, ...]:
+    """The tokens of the texts among some sites, one after the other."""
+    texts = [node for node in sites if _is_text(node)]
+    return tuple(token for node in texts for token in node["fn"].token_ids(node["value"]))
 
 
 def is_count(node: Any) -> bool:
@@ -127,9 +130,7 @@ def record_of_simulation(simulated: Simulated, *, latents_known: bool) -> Record
     known = {
         name: (_compact(node["unscaled_log_prob"]), None)
         for name, node in simulated.sites.items()
-        if isinstance(node["fn"], LMText)
-        and not node["fn"].batch_shape
-        and (latents_known or name in simulated.observations)
+        if _is_text(node) and (latents_known or name in simulated.observations)
     }
     return Record(values=simulated.latents, tools=_tools(simulated.sites), known=known)
 

@@ -292,8 +292,9 @@ class Behaviour:
             return samples
         now = policy.num - policy.ahead
         input_.stock += [self._memory.record(sample) for sample in samples[now:]]
-        for sample in samples if keeps else ():
-            if input_.buffer.has_place_for(sample.log_r, sample.discrete_key):
+        # The best first: then the others are mostly refused at a glance.
+        for sample in sorted(samples, key=lambda sample: -sample.log_r) if keeps else ():
+            if input_.buffer.accepts(sample):
                 input_.buffer.add(self._memory.record(sample))
         return samples[:now]
 

@@ -16,13 +16,21 @@ from typing import Any, Literal
 
 import torch
 from rapidfuzz.distance import Levenshtein
+from rapidfuzz.process import cdist
 
 from lmppl import runtime
 from lmppl.distributions import LMText, SiteScore, ToolCall
 from lmppl.guides.automatic import TextDraw
 from lmppl.guides.prompts import Observations
 from lmppl.runtime import Given, Particle, is_latent
-from lmppl.runtime.records import Record, ReplayProposer, discrete_key, is_count, record_of
+from lmppl.runtime.records import (
+    Record,
+    ReplayProposer,
+    discrete_key,
+    is_count,
+    record_of,
+    tokens_of,
+)
 
 Origin = Literal["guide", "tempered", "prior", "replay", "given"]
 
@@ -84,10 +92,20 @@ class Sample:
 
     @cached_property
     def discrete_key(self) -> tuple[Any, ...]:
-        """That of its record."""
-        latents = {name: self.sites[name] for name in self.log_priors}
-        counts = [name for name, node in latents.items() if is_count(node)]
-        return discrete_key({name: node["value"] for name, node in latents.items()}, counts)
+        """That of its record, as are ``tokens`` and ``counts_key``."""
+        return discrete_key({n: self.sites[n]["value"] for n in self.log_priors}, self._counts)
+
+    @cached_property
+    def tokens(self) -> tuple[int, ...]:
+        return tokens_of(self.sites[name] for name in self.log_priors)
+
+    @cached_property
+    def counts_key(self) -> tuple[Any, ...]:
+        return discrete_key({n: self.sites[n]["value"] for n in self._counts}, self._counts)
+
+    @cached_property
+    def _counts(self) -> list[str]:
+        return [name for name in self.log_priors if is_count(self.sites[name])]
 
     @cached_property
     def num_tokens(self) -> int:
@@ -160,6 +178,10 @@ def truncate(
         if spent > token_budget:
             break
         chosen.append((text, length))
+    complete = {text.key(text.full_length): text.sample.log_r for text in texts if text.is_closed}
+    for text, length in chosen:
+        if length not in text.sample.cut_rewards and (key := text.key(length)) in complete:
+            text.sample.cut_rewards[length] = complete[key]
     unknown = [cut for cut in chosen if cut[1] not in cut[0].sample.cut_rewards]
     keys = [text.key(length) for text, length in unknown]
     # Equal truncations of different samples are run once.
@@ -194,7 +216,8 @@ class _CutText:
     """The last latent text of a trace, which can be cut.
 
     Attributes:
-        full_length: it can be cut to fewer tokens than this, without those of c at its end.
+        is_closed: whether it ends with c.
+        full_length: it can be cut to fewer tokens than this; c at its end does not count.
         cost: tokens of the texts that are observed after it.
     """
 
@@ -204,7 +227,8 @@ class _CutText:
         self._fn: LMText = self._node["fn"]
         self._ids = self._fn.token_ids(self._node["value"])
         self._closing = self._fn.stopping.closing_token
-        self.full_length = len(self._ids) - (self._ids[-1] == self._closing)
+        self.is_closed = self._ids[-1] == self._closing
+        self.full_length = len(self._ids) - self.is_closed
         names = list(sample.sites)
         at = names.index(name)
         self._before = {other: sample.sites[other] for other in names[:at]}
@@ -248,8 +272,18 @@ class ReplayBuffer:
     """
 
     def __init__(self, capacity: int = 64, near_duplicates: float = 0.0) -> None:
-        self._capacity, self._near = capacity, near_duplicates
+        self._capacity, self._fraction = capacity, near_duplicates
         self._records: dict[tuple[Any, ...], Record] = {}
+        self._least = -math.inf  # log R that a further trace must exceed
+
+    def _changed(self) -> None:
+        """Drop the worst trace of too many, and note what a further one must exceed."""
+        by_reward = {key: record.log_r for key, record in self._records.items()}
+        if len(by_reward) > self._capacity:
+            worst = min(by_reward, key=by_reward.__getitem__)
+            del self._records[worst], by_reward[worst]
+        full = len(by_reward) == self._capacity
+        self._least = min(by_reward.values()) if full else -math.inf
 
     def __len__(self) -> int:
         return len(self._records)
@@ -262,30 +296,22 @@ class ReplayBuffer:
     @records.setter
     def records(self, records: Sequence[Record]) -> None:
         self._records = {record.discrete_key: record for record in records}
+        self._changed()
 
-    def has_place_for(self, log_r: float, key: tuple[Any, ...]) -> bool:
-        """Whether a trace with this log R (nats) and ``discrete_key`` is alive, new, and better than
-        the worst."""
-        if len(self._records) < self._capacity:
-            return log_r > -math.inf and key not in self._records
-        return log_r > self._worst()[1] and key not in self._records
-
-    def _worst(self) -> tuple[tuple[Any, ...], float]:
-        """The key of the trace with the lowest log R, and that."""
-        return min(((k, r.log_r) for k, r in self._records.items()), key=lambda pair: pair[1])
+    def accepts(self, trace: Sample | Record) -> bool:
+        """Whether a trace is alive, new, better than the worst and than its near duplicates."""
+        if not trace.log_r > self._least or trace.discrete_key in self._records:
+            return False
+        return all(self._records[key].log_r < trace.log_r for key in self._near(trace))
 
     def add(self, record: Record) -> None:
-        """Keep a live trace, unless it or a better near duplicate is kept, or it is the worst."""
-        if not self.has_place_for(record.log_r, record.discrete_key):
+        """Keep a trace, if it is accepted, in the place of its near duplicates."""
+        if not self.accepts(record):
             return
-        near = self._near_duplicates_of(record)
-        if any(self._records[key].log_r >= record.log_r for key in near):
-            return
-        for key in near:
+        for key in self._near(record):
             del self._records[key]
         self._records[record.discrete_key] = record
-        if len(self._records) > self._capacity:
-            del self._records[self._worst()[0]]
+        self._changed()
 
     def replace(self, old: Record, new: Record) -> None:
         """Put the same trace, scored anew, in the place of a kept one (if it still is)."""
@@ -295,21 +321,26 @@ class ReplayBuffer:
             self._records[old.discrete_key] = new
         else:
             del self._records[old.discrete_key]
+        self._changed()
 
-    def _near_duplicates_of(self, record: Record) -> list[tuple[Any, ...]]:
-        if not self._near or not record.tokens:
+    def _near(self, trace: Sample | Record) -> list[tuple[Any, ...]]:
+        """The keys of the near duplicates of a trace."""
+        size = len(trace.tokens)
+        if not self._fraction or not size:
             return []
-        return [key for key, other in self._records.items() if self._are_near(record, other)]
-
-    def _are_near(self, record: Record, other: Record) -> bool:
-        one, two = len(record.tokens), len(other.tokens)
-        bound = self._near * min(one, two)
-        # No distance is less than the difference of the lengths; most pairs need no more.
-        if abs(one - two) >= bound or record.counts_key != other.counts_key:
-            return False
-        # Distances above the cutoff are not computed to their end.
-        distance = Levenshtein.distance(record.tokens, other.tokens, score_cutoff=math.ceil(bound))
-        return distance < bound
+        others = {
+            key: other.tokens
+            for key, other in self._records.items()
+            if other.tokens and other.counts_key == trace.counts_key
+        }
+        if not others:
+            return []
+        (distances,) = cdist([trace.tokens], list(others.values()), scorer=Levenshtein.distance)
+        return [
+            key
+            for (key, tokens), distance in zip(others.items(), distances.tolist(), strict=True)
+            if distance < self._fraction * min(size, len(tokens))
+        ]
 
     def draw(self, num: int, generator: torch.Generator) -> list[Record]:
         """``num`` distinct traces (or all there are); the r-th best with weight 1 / r."""
