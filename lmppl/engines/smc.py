@@ -28,7 +28,7 @@ from typing import Literal
 import torch
 
 from lmppl import runtime
-from lmppl.checks import check_choice, check_int, check_number, did_you_mean
+from lmppl.checks import check_choice, check_int, check_number
 from lmppl.engines import twists
 from lmppl.engines.base import Engine, State
 from lmppl.engines.resampling import SCHEMES, settle_in_place
@@ -105,12 +105,13 @@ class SMC(Engine):
                 state.info["resamplings"] += 1
             sites |= {wait.name for wait in twists.text_waits(state.particles).values()}
             self._draw(state)
-        if isinstance(self.twist, Mapping) and state.ess > 0.0:
-            for name in self.twist.keys() - sites:
-                state.warn(
-                    f"twist= names site {name!r}, at which no particle drew a text token by token"
-                    f"{did_you_mean(name, sorted(sites), 'Such sites')}"
-                )
+        unmet = self.twist.keys() - sites if isinstance(self.twist, Mapping) else ()
+        if unmet and state.ess > 0.0:
+            state.warn(
+                f"twist= names {', '.join(map(repr, sorted(unmet)))}, where no particle drew a text "
+                f"token by token; sites where one did: {', '.join(sorted(sites)) or 'none'}. (A site "
+                "may be on a branch that none took.)"
+            )
 
     def _ancestors(self, weights: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Ancestors with probability in proportion to ``weights``, both (N,)."""

@@ -113,7 +113,13 @@ def test_unbiased_by_enumeration_with_an_automatic_guide(monkeypatch):
 
 @pytest.mark.slow
 def test_unbiased_by_enumeration_in_smc_with_an_automatic_guide(monkeypatch):
-    check(monkeypatch, two_choices, shaken(two_choices, LM), **SMC)
+    def program(x, y):
+        k = lm_sample("k", x, choices=["a", "b"], temperature=3.0)
+        pyro.factor("taste", torch.tensor(1.5 if k == "b" else 0.0))
+        v = lm_sample("v", [k, x], choices=["a"])
+        lm_sample("y", [x, k, v], obs=y)
+
+    check(monkeypatch, program, shaken(program, LM), **SMC)
 
 
 @pytest.mark.parametrize("twist", ["flow", lambda text: 2.0 * text.count("a") - 1.0])
