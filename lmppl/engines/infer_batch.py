@@ -59,17 +59,14 @@ def infer_batch(
     that was asked for. Leaving the loop early, or closing the iterator, ends what runs.
 
     Args:
-        model: a Pyro program with ``lm_sample`` sites.
+        model, method, lm, num_samples, progress: as of ``infer``; ``"gflownet"`` needs ``guide=``, and
+            progress is shown in inputs.
         inputs: tuples (or lists) of the program's positional arguments, or dicts of its arguments
             by name: a list, a generator, the rows of a data set.
-        method: as of ``infer``. ``"gflownet"`` needs ``guide=`` here.
-        lm: the language model of sites that name none.
-        num_samples: how many weighted traces for each input.
-        guide: a proposal, one for all inputs: a ``LMGuide`` or a guide program.
+        guide: a proposal, one for all inputs.
         seed: makes the run reproducible. Input i gets the seed
             ``SeedSequence(seed, spawn_key=(i,))`` (numpy), so that neither ``at_once`` nor the other
             inputs change its posterior. None: taken from torch's random stream.
-        progress: show a progress bar, in inputs; None: on a terminal.
         callback: called with a dict of figures at every stage of every input; ``"input"`` is its
             number, from 0.
         on_error: ``"raise"``: an input's exception ends the run, in its turn. ``"return"``: it is

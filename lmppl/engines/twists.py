@@ -24,8 +24,8 @@ resampling neither favours nor kills it; at the first token, its target is the p
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Protocol
 
 import torch
 
@@ -35,14 +35,7 @@ from lmppl.lm import LM, begin_draws
 from lmppl.lm.batches.decoding import Decoding
 from lmppl.lm.batches.requests import Draw, Drawn
 from lmppl.lm.tokens.text import Text
-from lmppl.runtime import (
-    DrawWait,
-    Given,
-    Particle,
-    ending,
-    is_latent,
-    run_to_draws,
-)
+from lmppl.runtime import DrawWait, Given, Particle, ending, is_latent, run_to_draws
 from lmppl.runtime.batching import resume
 
 Twist = Callable[[Text], float]
@@ -185,7 +178,8 @@ def draw(
         The number of resamplings.
     """
     particles, num = state.particles, len(members)
-    decoding = begin_draws(_requests([particles[i].waiting for i in members], state.generator))
+    waits = text_waits([particles[i] for i in members])
+    decoding = begin_draws(_requests(waits.values(), state.generator))
     texts = Texts(twist, particles, members, decoding)
     index = torch.tensor(members)
     resamplings = 0
@@ -241,13 +235,12 @@ def log_weights_of_copies(
     return (log_weights - (len(a) * a).log())[ancestors]
 
 
-def _requests(waits: Sequence[Any], generator: torch.Generator) -> list[tuple[LM, Draw]]:
+def _requests(waits: Collection[DrawWait], generator: torch.Generator) -> list[tuple[LM, Draw]]:
     """What to draw. A slot may take over a text with a larger ``max_tokens``, on another branch of
     the program, so each gets as many uniforms as the longest needs."""
     longest = max(wait.fn.num_uniforms for wait in waits)
     requests = []
     for wait in waits:
-        assert isinstance(wait, DrawWait)
         missing = longest - len(wait.uniforms)
         more = torch.rand(missing, generator=generator, dtype=torch.float64)
         uniforms = torch.cat([wait.uniforms, more])
@@ -277,7 +270,7 @@ class OfText:
             twist = self._of(wait.name)
             assert twist is not None
             value = float(twist(wait.fn.stopping.text(decoding.token_ids[slot])))
-            values.append(None if value == -math.inf else value)
+            values.append(None if value == -math.inf else value)  # it may still end well
         return values
 
 
