@@ -13,24 +13,11 @@ from lmppl.runtime.batching import (
     start,
 )
 from lmppl.runtime.coroutine import suspend
-from lmppl.runtime.particle import (
-    Given,
-    Particle,
-    Proposer,
-    Rejected,
-    site_log_weight,
-)
+from lmppl.runtime.particle import Given, Particle, Proposer
 from lmppl.runtime.replay import Replay, ReplayError
 from lmppl.runtime.scheduler import Member, advance, own_usage
 from lmppl.runtime.sites import is_latent
-from lmppl.runtime.waits import (
-    ChoiceWait,
-    DrawWait,
-    HiddenWait,
-    ModelWait,
-    ScoreWait,
-    Wait,
-)
+from lmppl.runtime.waits import ChoiceWait, DrawWait, HiddenWait, ModelWait, ScoreWait, Wait
 from lmppl.runtime.weights import ess, log_mean_exp
 
 __all__ = [
@@ -42,7 +29,6 @@ __all__ = [
     "ModelWait",
     "Particle",
     "Proposer",
-    "Rejected",
     "Replay",
     "ReplayError",
     "ScoreWait",
@@ -60,7 +46,6 @@ __all__ = [
     "rare_collections",
     "resume",
     "run_to_draws",
-    "site_log_weight",
     "slot_seeds",
     "start",
     "suspend",
