@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -123,13 +123,6 @@ def run_to_end(particles: Sequence[Particle]) -> None:
         run_to_draws(particles)
 
 
-class _Closes(Protocol):
-    def close(self) -> None: ...
-
-
-_C = TypeVar("_C", bound=_Closes)
-
-
 _COLLECT_AFTER = 10_000
 
 
@@ -152,7 +145,7 @@ def rare_collections() -> Iterator[None]:
 
 
 @contextmanager
-def ending(particles: list[_C]) -> Iterator[list[_C]]:
+def ending(particles: list[Any]) -> Iterator[list[Any]]:
     """Ends whatever is still suspended when an engine leaves, also on an exception.
 
     A suspended program must not be left to the garbage collector: its ``finally`` blocks would run

@@ -187,15 +187,12 @@ class Particle:
         proposer = self.proposer
         if proposer is not None and streams.proposer is not None:
             proposer = proposer.fork(streams.proposer)
-        new = Particle(
-            self.program,
-            self.args,
+        new = self._again(
+            Replay(self.sites, self.calls, self._at if self.waiting else None),
+            {**self.given, **(given or {})},
             seed=0,
             proposer=proposer,
-            given={**self.given, **(given or {})},
             known=self._known,
-            replay=Replay(self.sites, self.calls, self._at if self.waiting else None),
-            shared=self._recorder.shared,
             enumerate_latents=self._enumerate,
             score_closing=self._score_closing,
             grad=self._grad,
@@ -215,17 +212,15 @@ class Particle:
             given: values for sites that follow.
             seed: of what follows.
         """
-        new = Particle(
-            self.program,
-            self.args,
-            seed=seed,
-            replay=Replay(before, self.calls),
-            given=given,
-            slot=self.slot,
-            shared=self._recorder.shared,
-        )
+        new = self._again(Replay(before, self.calls), given, seed=seed, slot=self.slot)
         new.resume()
         return new
+
+    def _again(self, replay: Replay, given: Mapping[str, Given], **options: Any) -> Particle:
+        shared = self._recorder.shared
+        return Particle(
+            self.program, self.args, replay=replay, given=given, shared=shared, **options
+        )
 
     def _finished_copy(self, streams: Particle) -> Particle:
         """A run that has ended is not changed any more, so what it recorded can be shared. The
@@ -285,11 +280,6 @@ class Particle:
         """Find the value and the log-probability of a site, and record it."""
         name, replay = site["name"], self._replay
         self._site = name
-        if name not in replay.left and name in self._recorder.trace.nodes:
-            raise ValueError(
-                f"site '{name}' is used twice in one run of the program: give every site its own "
-                f"name, in a loop for example f'{name}_{{i}}'"
-            )
         if name in replay.left:
             recorded = replay.repeat(site)
             if len(_PYRO_STACK) > 1:  # handlers of the program may read what was found
@@ -300,6 +290,11 @@ class Particle:
                 dict.__setitem__(site, "value", recorded["value"])
             if not replay.left:
                 self._end_replay()
+        elif name in self._recorder.trace.nodes:
+            raise ValueError(
+                f"site '{name}' is used twice in one run of the program: give every site its own "
+                f"name, in a loop for example f'{name}_{{i}}'"
+            )
         else:
             replay.check_new(site)
             self._find(site)
@@ -364,15 +359,11 @@ class Particle:
         site["log_prob"] = log_prob
         site["log_prob_sum"] = log_prob.sum() if log_prob.dim() else log_prob
 
-    @property
-    def _call(self) -> str:
-        """The program with its arguments, which tell its inputs apart."""
-        return f"{name_of(self.program)}({', '.join(map(_repr.repr, self.args))})"
-
     def _explain(self, error: Exception) -> None:
         """Say where in the program an exception came from, and what the particle had drawn."""
         where = f"at or after site '{self._site}'" if self._site else "before its first site"
-        note = f"raised in particle {self.slot} of {self._call}, {where}"
+        program = f"{name_of(self.program)}({', '.join(map(_repr.repr, self.args))})"
+        note = f"raised in particle {self.slot} of {program}, {where}"
         texts = []
         for name, node in self.sites.items():
             value = node["value"]
@@ -442,13 +433,8 @@ class _Recorder(TraceMessenger, CallMemory):
 
 
 _FOUND = (
-    "value",
-    "unscaled_log_prob",
-    "log_prob",
-    "log_prob_sum",
-    "proposal_log_prob",
-    "scored",
-)
+    "value", "unscaled_log_prob", "log_prob", "log_prob_sum", "proposal_log_prob", "scored",
+)  # fmt: skip
 
 
 def draw_value(site: Site) -> tuple[torch.Tensor, torch.Tensor]:
