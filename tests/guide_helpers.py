@@ -41,6 +41,12 @@ def latent_ids(particle):
     return {name: node["fn"].token_ids(node["value"]) for name, node in particle.latents.items()}
 
 
+def latent_values(sample):
+    """The numbers of every latent of a sample: equal for equal traces."""
+    latents = sample.particle.latents
+    return {name: node["value"].reshape(-1).tolist() for name, node in latents.items()}
+
+
 def infill(x, y=None):
     z = lm_sample("z", x, max_tokens=2, stop=".")
     lm_sample("y", [x, z], max_tokens=2, obs=y)
