@@ -106,11 +106,16 @@ def test_smc_is_unbiased_everywhere(case, guided, twist):
     )
 
 
+_LOOKAHEADS = [(name, guided) for name in ("one site", "scale", "tool") for guided in (False, True)]
+
+
 @pytest.mark.slow
-@GUIDED
 @pytest.mark.parametrize(
-    "name",
-    ["tool", *(pytest.param(name, marks=pytest.mark.long) for name in ("one site", "scale"))],
+    "name, guided",
+    [
+        pytest.param(*each, marks=[] if each == ("tool", False) else pytest.mark.long)
+        for each in _LOOKAHEADS
+    ],
 )
 def test_smc_with_lookahead_is_unbiased_by_enumeration(monkeypatch, name, guided):
     """Where closing a text early is very unlikely, the lookahead all but rules out what would end

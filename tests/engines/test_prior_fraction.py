@@ -111,7 +111,7 @@ def test_unbiased_by_enumeration_with_an_automatic_guide(monkeypatch):
     check(monkeypatch, two_choices, shaken(two_choices, LM), num_samples=1, **IMPORTANCE)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_unbiased_by_enumeration_in_smc_with_an_automatic_guide(monkeypatch):
     def program(x, y):
         k = lm_sample("k", x, choices=["a", "b"], temperature=3.0)

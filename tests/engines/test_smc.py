@@ -105,7 +105,12 @@ def test_unbiased_by_enumeration_with_a_twist(remembered, monkeypatch, program, 
 
 @pytest.mark.parametrize(
     "resampling",
-    [SCHEMES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in SCHEMES[1:])],
+    [
+        SCHEMES[0],
+        pytest.param(SCHEMES[1], marks=pytest.mark.slow),
+        pytest.param(SCHEMES[2], marks=pytest.mark.long),
+        pytest.param(SCHEMES[3], marks=pytest.mark.slow),
+    ],
 )
 def test_unbiased_by_enumeration_at_three_particles(remembered, monkeypatch, resampling):
     check_unbiased(
