@@ -63,6 +63,14 @@ class Record:
         """Equal for traces whose discrete latents but for texts are equal."""
         return discrete_key({n: v for n, v in self.values.items() if n in self.counts}, self.counts)
 
+    @property
+    def is_discrete(self) -> bool:
+        """Whether no latent is continuous."""
+        return all(
+            name in self.counts or not torch.as_tensor(value).is_floating_point()
+            for name, value in self.values.items()
+        )
+
     def forgotten(self) -> Record:
         """Without its log-probabilities, to be scored anew: the model has changed. The log R that
         it had stays, to rank it by."""

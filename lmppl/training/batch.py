@@ -140,7 +140,7 @@ def batches_of(
                 log_q.new_tensor(log_r),
                 torch.cat([log_q, cut_log_q[rows[k]]]),
                 log_q.detach() if old_log_q is None else old_log_q[k],
-                log_q.new_tensor([math.fsum(s.log_priors.values()) for s in of_input]),
+                log_q.new_tensor([sample.log_p for sample in of_input]),
             )
         )
     return found

@@ -242,7 +242,8 @@ class Dreams(Source):
 
     @property
     def kept(self) -> list[Input]:
-        return []
+        """The data, for the M-steps."""
+        return list(self._inputs)
 
     def forget(self) -> None:
         """Dream anew: those that wait are not in a checkpoint."""

@@ -2,7 +2,8 @@
 
     for every step:
         E: some training steps of the guide, towards the posterior under the present model
-        M: latents ~ guide, self-normalised weights w of R / q;
+        M: latents ~ a mixture m of the guide, the program and the best traces so far,
+           self-normalised weights w of R / m;
            one ascent step of sum w log p(latents, observations) in the model's parameters
         stored rewards are scored anew when they are next used
 
@@ -78,8 +79,11 @@ def learn(
             of ``options``; ``"wake-sleep"``: from latents and observations that the model dreams
             (not for programs with factors).
         guide_steps: training steps of the guide for each M-step.
-        num_samples: draws of the guide for each input of an M-step.
-        model_learning_rate: AdamW's for the program's parameters; None: the guide's.
+        num_samples: draws for each input of an M-step: ``prior_fraction`` of them the program's own,
+            ``replay_fraction`` of the best traces so far, the others the guide's.
+        model_learning_rate: AdamW's for the program's parameters; None: the guide's. It warms up
+            and decays as the guide's does, so in all it moves a parameter by at most about half of
+            ``steps * model_learning_rate``.
         eval_data: held-out inputs, observations included.
         eval_every, eval_samples: M-steps between evaluations on them, and draws for each.
         patience: evaluations without a better ``eval_log_z``, the bound of their log evidence, after
@@ -137,7 +141,7 @@ def learn(
         held_out = held_out_inputs(guide, eval_data, settings)
         run = replace(run, held_out=run.held_out.with_inputs(held_out, patience))
         inputs = list(read_inputs(guide.model, data, settings))
-        m_step = MStep(guide, inputs, settings, model_learning_rate, num_samples, saved)
+        m_step = MStep(guide, inputs, settings, model_learning_rate, run.steps, num_samples, saved)
         guide.start_training(several_inputs=len(inputs) > 1)
         guide.tempered_target = settings.tempered_target
         guide.prepare(inputs[0].args)
@@ -201,7 +205,7 @@ class _ProgramLearner:
         guide_history = self.trainer.guide.history
         guide_history.append({**figures, "step": len(guide_history)})
         self._members = self._source.next(self._num)
-        found = self._m_step.step(self._members, runtime.nth_seed(self._seed, number))
+        found = self._m_step.step(self._members, number, runtime.nth_seed(self._seed, number))
         for input_ in self._inputs:
             input_.forget_scores()
         return {**figures, **found}

@@ -1,12 +1,12 @@
-"""The M-step of learning a program: one step of maximum likelihood on draws of its guide.
+"""The M-step of learning a program: one step of maximum likelihood on draws for its posterior.
 
-    z_i ~ (1 - eps) q + eps p                       (the guide q, and the program p itself)
-    w_i = R(z_i) / ((1 - eps) q(z_i) + eps p(z_i))  (the balance heuristic of Veach & Guibas, 1995)
+    z_i ~ m = a q + b p + c r     (the guide q, the program p itself, and r: the best traces so far)
+    w_i = R(z_i) / m(z_i)         (the balance heuristic of Veach & Guibas, 1995)
     one step of AdamW on the mean over inputs of sum_i w_i log R(z_i) / sum_i w_i
 
-A guide that is young, or that has lost a mode, gives explanations of the data that it does not draw no
-weight, and nothing shows it: all its draws weigh alike. Draws of the program find them, and no weight
-is larger than the likelihood over eps.
+A young guide, or one that has lost a mode, does not draw what explains the data, and nothing shows
+it: all its draws weigh alike. The program comes to what the guide has forgotten, what was found once
+is not lost again, and no weight is larger than the likelihood over b.
 """
 
 from __future__ import annotations
@@ -19,14 +19,16 @@ from typing import Any
 import torch
 
 from lmppl import runtime
-from lmppl.guides.guide import TrainableGuide
+from lmppl.distributions import SiteScore
+from lmppl.guides.guide import Guide, TrainableGuide
 from lmppl.guides.parameters import SavedParams, Trainables
 from lmppl.runtime import Given, Particle
 from lmppl.runtime.records import Record, record_of
+from lmppl.training.behaviour import Drawn, Recalled
 from lmppl.training.inputs import Input, observe
 from lmppl.training.options import FitOptions
 from lmppl.training.samples import Sample
-from lmppl.training.trainer import mean, optimizer_state, restore_optimizer
+from lmppl.training.trainer import adamw, mean, optimizer_state, restore_optimizer
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +39,53 @@ class _Draws:
     log_weights: torch.Tensor  # (num_samples,) float64, nats
 
 
+class _Mixture:
+    """What the draws for an input come from: the guide, the program, and the traces in its buffer.
+
+    Args:
+        input_: the input.
+        num: how many draws.
+        options: ``prior_fraction`` and ``replay_fraction`` are the shares of the latter two.
+        seed: of the draws.
+    """
+
+    def __init__(self, input_: Input, num: int, options: FitOptions, seed: int) -> None:
+        self.input, self._num = input_, num
+        self._kept = input_.buffer.as_distribution()
+        self._of_buffer = round(options.replay_fraction * num) if self._kept else 0
+        by_program = max(1, round(options.prior_fraction * num)) if options.prior_fraction else 0
+        self._of_program = min(by_program, num - self._of_buffer - 1)
+        self._seeds = runtime.slot_seeds(seed, 3)
+
+    def start(self, guide: Guide) -> list[Particle]:
+        """The runs of the program, each at its first wait."""
+        of_guide = self._num - self._of_program - self._of_buffer
+        policies: list[Drawn | Recalled] = [
+            Drawn("guide", of_guide, 1.0, self._seeds[0]),
+            Drawn("prior", self._of_program, math.inf, self._seeds[1]),
+        ]
+        if self._of_buffer:
+            generator = torch.Generator().manual_seed(self._seeds[2] % 2**63)
+            records, log_shares = zip(*self._kept.values(), strict=True)
+            shares = torch.tensor(log_shares, dtype=torch.float64).exp()
+            picks = torch.multinomial(shares, self._of_buffer, True, generator=generator).tolist()
+            seeds = runtime.slot_seeds(self._seeds[2], self._of_buffer)
+            chosen = [records[k] for k in picks]
+            policies.append(Recalled("replay", chosen, [None] * self._of_buffer, seeds))
+        return [run for policy in policies for run in policy.start(guide, self.input)]
+
+    def log_weight(self, sample: Sample, scores: Mapping[str, SiteScore]) -> float:
+        """log R less the log-density of a trace in the mixture, nats; ``scores``: of the guide."""
+        if sample.log_r == -math.inf:
+            return -math.inf
+        of_guide = self._num - self._of_program - self._of_buffer
+        terms = [(of_guide, sample.log_q(scores)), (self._of_program, sample.log_p)]
+        if sample.discrete_key in self._kept:
+            terms.append((self._of_buffer, self._kept[sample.discrete_key][1]))
+        log_terms = [math.log(num / self._num) + log_prob for num, log_prob in terms if num]
+        return sample.log_r - float(torch.logsumexp(torch.tensor(log_terms).double(), 0))
+
+
 class MStep:
     """The optimiser of a program's parameters.
 
@@ -44,8 +93,9 @@ class MStep:
         guide: draws the latents.
         inputs: of the data.
         options: of the training.
-        rate: AdamW's; None: the guide's.
-        num_samples: draws for each input, ``options.prior_fraction`` of them the program's own.
+        rate: AdamW's; None: the guide's. It warms up and decays as the guide's does.
+        steps: how many there will be.
+        num_samples: draws for each input.
         saved: is around the program, for parameters of a resumed run that it comes to late.
 
     Raises:
@@ -58,13 +108,12 @@ class MStep:
         inputs: Sequence[Input],
         options: FitOptions,
         rate: float | None,
+        steps: int,
         num_samples: int,
         saved: SavedParams | None = None,
     ) -> None:
         self._guide, self._inputs, self._options = guide, inputs, options
-        self.num_samples, self._given_rate = num_samples, rate
-        share = round(options.prior_fraction * num_samples)
-        self._by_program = min(max(1, share), num_samples - 1) if options.prior_fraction else 0
+        self.num_samples, self._given_rate, self._steps = num_samples, rate, steps
         self._saved = saved or SavedParams()
         self._late_state: dict[str, Any] = {}
         self._trainables = Trainables(guide.base)
@@ -83,8 +132,8 @@ class MStep:
                 "the program and its guide train the same parameters: give the guide an adapter of "
                 "its own"
             )
-        rate = options.rate(guide.base.hidden_size) if rate is None else rate
-        self._optimizer = torch.optim.AdamW(self._parameters, lr=rate, weight_decay=0.0)
+        self._rate = options.rate(guide.base.hidden_size) if rate is None else rate
+        self._optimizer = adamw(self._parameters, self._rate)
         self._adopt()
 
     def _adopt(self) -> None:
@@ -98,7 +147,7 @@ class MStep:
             self._parameters += new.values()
             restore_optimizer(self._optimizer, new, self._late_state)
 
-    def step(self, inputs: Sequence[Input], seed: int) -> dict[str, float]:
+    def step(self, inputs: Sequence[Input], number: int, seed: int) -> dict[str, float]:
         """Raise the likelihood of some inputs' observations. Returns its figures."""
         draws = self._draw(inputs, seed)
         log_joints = self._log_joints(
@@ -118,7 +167,7 @@ class MStep:
             sizes.append(runtime.ess(log_weights) / len(log_weights))
         if losses:
             loss = torch.stack(losses).mean()
-            self._update(loss)
+            self._update(loss, number)
         return {
             "log_evidence": mean(evidence),
             "model_loss": float(loss.detach()) if losses else math.nan,
@@ -183,45 +232,30 @@ class MStep:
 
     @torch.no_grad()
     def _draw(self, inputs: Sequence[Input], seed: int) -> list[_Draws]:
-        """Draws of the guide for each input, and a few of the program."""
-        seeds = iter(runtime.slot_seeds(seed, 2 * len(inputs)))
+        """Draws of the mixture for each input, with their log-weights."""
         observe(self._guide, inputs)
-        by_program = self._by_program
+        mixtures = [
+            _Mixture(input_, self.num_samples, self._options, input_seed)
+            for input_, input_seed in zip(
+                inputs, runtime.slot_seeds(seed, len(inputs)), strict=True
+            )
+        ]
         with runtime.ending([]) as particles:
-            for input_ in inputs:
-                for num, temperature in (
-                    (self.num_samples - by_program, 1.0),
-                    (by_program, math.inf),
-                ):
-                    factory = self._guide.proposer_factory(
-                        input_.args, temperature=temperature, observations=input_.observations
-                    )
-                    particles += runtime.start(
-                        input_.program, input_.args, num, seed=next(seeds), proposer=factory
-                    )
+            for mixture in mixtures:
+                particles += mixture.start(self._guide)
             runtime.run_to_end(particles)
         samples = [Sample.of(particle, "guide") for particle in particles]
-        records = [record_of(sample.particle, {}) for sample in samples]
-        log_weights = self._log_weights(samples)
-        num = self.num_samples
-        return [
-            _Draws(records[first : first + num], log_weights[first : first + num])
-            for first in range(0, len(samples), num)
-        ]
-
-    def _log_weights(self, samples: Sequence[Sample]) -> torch.Tensor:
-        """log R - log((1 - eps) q + eps p) of each draw, (N,) float64, nats (R: the joint density, q:
-        of the latents in the guide, p: in the program, eps: the program's share of the draws)."""
         scores = self._guide.score([sample.proposer for sample in samples], grad=False)
-        log_q = [sample.log_q(score) for sample, score in zip(samples, scores, strict=True)]
-        log_p = [math.fsum(sample.log_priors.values()) for sample in samples]
-        log_r = torch.tensor([sample.log_r for sample in samples], dtype=torch.float64)
-        eps = torch.tensor(self._by_program / self.num_samples, dtype=torch.float64)
-        log_drawn = torch.logaddexp(
-            torch.tensor(log_q, dtype=torch.float64) + torch.log1p(-eps),
-            torch.tensor(log_p, dtype=torch.float64) + eps.log(),
-        )
-        return torch.where(log_r > -math.inf, log_r - log_drawn, -math.inf)
+        draws = []
+        for k, mixture in enumerate(mixtures):
+            here = slice(k * self.num_samples, (k + 1) * self.num_samples)
+            pairs = zip(samples[here], scores[here], strict=True)
+            log_weights = [mixture.log_weight(sample, score) for sample, score in pairs]
+            records = [record_of(s.particle, s.proposer.draws) for s in samples[here]]
+            for record in records:
+                mixture.input.buffer.add(record)  # the guide learns from what was found, too
+            draws.append(_Draws(records, torch.tensor(log_weights, dtype=torch.float64)))
+        return draws
 
     def _log_joints(self, drawn: Sequence[tuple[Input, Record]]) -> torch.Tensor:
         """log p(latents, observations) of each draw, (N,) with gradient."""
@@ -241,8 +275,10 @@ class MStep:
             [torch.stack([n["log_prob_sum"] for n in run.sites.values()]).sum() for run in runs]
         )
 
-    def _update(self, loss: torch.Tensor) -> None:
+    def _update(self, loss: torch.Tensor, number: int) -> None:
         self._adopt()
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._rate * self._options.schedule(number, self._steps)
         self._optimizer.zero_grad(set_to_none=True)
         if bool(torch.isfinite(loss)):
             loss.backward()

@@ -81,6 +81,11 @@ class Sample:
             if is_latent(node) and (log_prob := node["unscaled_log_prob"]) is not None
         }
 
+    @property
+    def log_p(self) -> float:
+        """The program's own log-density (unscaled, nats) of all latents."""
+        return math.fsum(self.log_priors.values())
+
     def log_left(self, scores: Mapping[str, Any]) -> float:
         """log-density (nats) of the latents that a guide, whose scores these are, has not: they are
         drawn from the model, so their density in q is the model's."""
@@ -341,6 +346,22 @@ class ReplayBuffer:
             for (key, tokens), distance in zip(others.items(), distances.tolist(), strict=True)
             if distance < self._fraction * min(size, len(tokens))
         ]
+
+    def as_distribution(self) -> dict[tuple[Any, ...], tuple[Record, float]]:
+        """The kept traces with their log-probabilities (nats) in proportion to R, by ``discrete_key``.
+
+        Traces with continuous latents have no probability there, and tools may answer otherwise
+        another time: they are left out.
+        """
+        kept = {key: r for key, r in self._records.items() if r.is_discrete and not r.tools}
+        if not kept:
+            return {}
+        log_r = torch.tensor([record.log_r for record in kept.values()], dtype=torch.float64)
+        log_shares = torch.log_softmax(log_r, 0).tolist()
+        return {
+            key: (record, log_share)
+            for (key, record), log_share in zip(kept.items(), log_shares, strict=True)
+        }
 
     def draw(self, num: int, generator: torch.Generator) -> list[Record]:
         """``num`` distinct traces (or all there are); the r-th best with weight 1 / r."""

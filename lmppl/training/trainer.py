@@ -76,12 +76,7 @@ class Trainer:
         self._rate = options.rate(guide.base.hidden_size)
         self.log_z: LogZ | None = None
         self.late_state: dict[str, Any] = {}
-        # Gradients of a variance shrink with it, so a memory of 1,000 steps of their size (0.999)
-        # would hold the last steps back.
-        groups: list[dict[str, Any]] = [{"params": []}]
-        self.optimizer = torch.optim.AdamW(
-            groups, lr=self._rate, betas=(0.9, 0.98), weight_decay=0.0
-        )
+        self.optimizer = adamw([], self._rate)
         self._rates = [self._rate]
         if options.loss.learns_log_z:
             with torch.random.fork_rng(devices=[]):
@@ -306,6 +301,16 @@ class Trainer:
     def _add_group(self, parameters: list[torch.nn.Parameter], rate: float) -> None:
         self.optimizer.add_param_group({"params": parameters, "lr": rate * self._rate})
         self._rates.append(rate * self._rate)
+
+
+def adamw(parameters: Sequence[torch.nn.Parameter], rate: float) -> torch.optim.AdamW:
+    """The optimiser of a guide, and of a program.
+
+    Gradients of a variance shrink with it, as those of a likelihood do towards its maximum, so a
+    memory of 1,000 steps of their size (0.999) would hold the last steps back.
+    """
+    groups: list[dict[str, Any]] = [{"params": list(parameters)}]
+    return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), weight_decay=0.0)
 
 
 def mean(values: Sequence[float]) -> float:
