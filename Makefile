@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
 # One process a core, each with one thread: tests are small, and threads of several processes on one
 # core wait for each other.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 LOCK   := requirements.lock
 CPU_INDEX := https://download.pytorch.org/whl/cpu
