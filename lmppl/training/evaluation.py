@@ -3,60 +3,17 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 
 import torch
 
 from lmppl import runtime
-from lmppl.checks import check_int
 from lmppl.guides.guide import Guide
 from lmppl.guides.scoring import score_traces
 from lmppl.runtime import Proposer
 from lmppl.training.inputs import Input, observe
 
 _MOST_PARTICLES = 512
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """Inputs held out from a run, and how a guide is tried on them.
-
-    Args:
-        every: steps between evaluations. (One more is at the end.)
-        num_samples: draws of the guide for each input.
-        seed: of the draws, the same each time.
-        inputs: none: it never is.
-    """
-
-    every: int
-    num_samples: int
-    seed: int
-    inputs: Sequence[Input] = ()
-
-    def __post_init__(self) -> None:
-        check_int("eval_every", self.every)
-        check_int("eval_samples", self.num_samples)
-
-    def with_inputs(self, inputs: Sequence[Input], patience: int | None) -> HeldOut:
-        """The same with inputs.
-
-        Raises:
-            ValueError: if there are none, and a run is to stop by their figures.
-        """
-        if patience is not None and not inputs:
-            raise ValueError(f"patience={patience} needs eval_data=, held-out inputs")
-        return replace(self, inputs=inputs)
-
-    def figures(self, guide: Guide, number: int, steps: int) -> dict[str, float]:
-        """What ``evaluate`` finds after step ``number`` of ``steps``; nothing if it is not time."""
-        due = (number + 1) % self.every == 0 or number == steps - 1
-        if not self.inputs or not due:
-            return {}
-        began = time.perf_counter()
-        found = evaluate(guide, self.inputs, self.num_samples, seed=self.seed)
-        return found | {"seconds_evaluation": time.perf_counter() - began}
 
 
 def evaluate(

@@ -15,10 +15,8 @@ identity). ``method="wake-sleep"`` trains the guide on what the model dreams, in
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -32,10 +30,9 @@ from lmppl.primitives import use
 from lmppl.report.history import History
 from lmppl.training.checkpoints import Part
 from lmppl.training.data import Dreams, check_simulated, held_out_inputs
-from lmppl.training.evaluation import evaluate
 from lmppl.training.fingerprints import digest_of
 from lmppl.training.inputs import Collection, Input, read_inputs
-from lmppl.training.loop import Run, train
+from lmppl.training.loop import Learner, Run, read_options, train
 from lmppl.training.m_step import MStep
 from lmppl.training.options import FitOptions
 from lmppl.training.trainer import Trainer, mean
@@ -53,17 +50,6 @@ def learn(
     num_samples: int = 16,
     model_learning_rate: float | None = None,
     eval_data: Iterable[Any] | None = None,
-    eval_every: int = 20,
-    eval_samples: int = 64,
-    patience: int | None = None,
-    checkpoint: str | Path | None = None,
-    checkpoint_every: int = 20,
-    resume: bool = False,
-    log_with: Any = None,
-    logging_dir: str | Path = "runs",
-    seed: int | None = None,
-    progress: bool | None = None,
-    callback: Callable[[dict[str, Any]], None] | None = None,
     **options: Any,
 ) -> History:
     """Fit the parameters of a guide's program to data, and the guide with them.
@@ -84,18 +70,10 @@ def learn(
         model_learning_rate: AdamW's for the program's parameters; None: the guide's. It warms up
             and decays as the guide's does, so in all it moves a parameter by at most about half of
             ``steps * model_learning_rate``.
-        eval_data: held-out inputs, observations included.
-        eval_every, eval_samples: M-steps between evaluations on them, and draws for each.
-        patience: evaluations without a better ``eval_log_z``, the bound of their log evidence, after
-            which learning stops, with the parameters of the best, the program's and the guide's;
-            None: it never stops early.
-        checkpoint, checkpoint_every, resume: a folder for checkpoints, M-steps between them, and
-            whether to go on from the one that is there: to the same result as an unbroken run.
-        log_with, logging_dir: trackers of each step's figures, and where they write; see ``fit``.
-        seed: makes the run reproducible.
-        progress: show a progress bar; None: on a terminal.
-        callback: called with each step's figures.
-        **options: of the guide's training, see ``FitOptions``.
+        eval_data: held-out inputs, observations included; the best parameters, the program's and the
+            guide's, are those of the largest ``eval_log_z``, the bound of their log evidence.
+        **options: of the run, in M-steps, see ``lmppl.training.loop.Run`` (``eval_every`` and
+            ``checkpoint_every`` are 20), and of the guide's training, see ``FitOptions``.
 
     Returns:
         One dict a step: ``log_evidence`` (mean estimate over the step's inputs, nats),
@@ -121,25 +99,11 @@ def learn(
     if method == "wake-sleep":
         check_simulated(guide)
         options.setdefault("loss", "sft")
-    settings = FitOptions.of(options, beside=learn)
-    run = Run.of(
-        steps,
-        seed,
-        eval_every=eval_every,
-        eval_samples=eval_samples,
-        patience=patience,
-        checkpoint=checkpoint,
-        checkpoint_every=checkpoint_every,
-        resume=resume,
-        log_with=log_with,
-        logging_dir=logging_dir,
-        progress=progress,
-        callback=callback,
-    )
+    options = {"eval_every": 20, "checkpoint_every": 20, **options}
+    run, settings = read_options(learn, steps, options)
     saved = SavedParams()
     with exclusive(), use(guide.base), _restoring(guide, saved):
-        held_out = held_out_inputs(guide, eval_data, settings)
-        run = replace(run, held_out=run.held_out.with_inputs(held_out, patience))
+        run.hold_out(held_out_inputs(guide, eval_data, settings))
         inputs = list(read_inputs(guide.model, data, settings))
         m_step = MStep(guide, inputs, settings, model_learning_rate, run.steps, num_samples, saved)
         guide.start_training(several_inputs=len(inputs) > 1)
@@ -157,7 +121,7 @@ def learn(
     return learner.history
 
 
-class _ProgramLearner:
+class _ProgramLearner(Learner):
     """A program that learns, with its guide.
 
     Args:
@@ -170,8 +134,8 @@ class _ProgramLearner:
     """
 
     task = "learning the program"
-    shown: tuple[str, ...] = ("log_evidence", "model_ess", "elbo")
-    watched = "log_evidence", "log evidence"
+    shown = "log_evidence", "model_ess", "elbo"
+    watched = "log_evidence", "eval_log_z", "log evidence"
     judged = "eval_log_z", "log evidence"
 
     def __init__(
@@ -185,11 +149,10 @@ class _ProgramLearner:
         run: Run,
     ) -> None:
         self.history = History()
-        self._inputs, self._m_step = inputs, m_step
+        self._data, self._m_step = inputs, m_step
         self._method, self._guide_steps = method, guide_steps
-        self._members: list[Input] = []  # inputs of the last M-step
         self._num = options.inputs_per_step
-        guide_seed, self._seed = runtime.slot_seeds(run.seed, 2)
+        guide_seed, self._seed = runtime.slot_seeds(run.random_seed, 2)
         generator = torch.Generator().manual_seed(guide_seed % 2**63)
         self._source = Collection(inputs, generator)
         self._dreams = Dreams(guide, inputs, options, guide_seed) if method != "em" else None
@@ -204,15 +167,11 @@ class _ProgramLearner:
             figures = self.trainer.step(number * self._guide_steps + k) or figures
         guide_history = self.trainer.guide.history
         guide_history.append({**figures, "step": len(guide_history)})
-        self._members = self._source.next(self._num)
-        found = self._m_step.step(self._members, number, runtime.nth_seed(self._seed, number))
-        for input_ in self._inputs:
+        self.inputs = self._source.next(self._num)
+        found = self._m_step.step(self.inputs, number, runtime.nth_seed(self._seed, number))
+        for input_ in self._data:
             input_.forget_scores()
         return {**figures, **found}
-
-    def watched_again(self) -> float:
-        num, seed = self._m_step.num_samples, self._seed
-        return evaluate(self.trainer.guide, self._members, num, seed=seed)["eval_log_z"]
 
     def named_parameters(self) -> dict[str, torch.nn.Parameter]:
         guide, program = self.trainer.guide.named_parameters(), self._m_step.named_parameters()
@@ -229,7 +188,7 @@ class _ProgramLearner:
             "method": self._method,
             "guide_steps": self._guide_steps,
             **self._m_step.identity(),
-            "data of the M-steps": digest_of([input_.args for input_ in self._inputs]),
+            "data of the M-steps": digest_of([input_.args for input_ in self._data]),
         }
 
     def forget(self) -> None:

@@ -194,7 +194,7 @@ class LMGuide:
             ValueError: for the state of another guide; says in what it differs.
         """
         self.inner.load_state_dict(state["guide"])
-        self.history, self.notes = History(state["history"]), list(state["notes"])
+        self.history[:], self.notes = state["history"], list(state["notes"])
         self.tempered_target = state["tempered_target"]
 
     def save(self, path: str | Path) -> None:

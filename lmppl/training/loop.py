@@ -14,128 +14,156 @@ Whoever trains something else than a guide writes a ``Learner``; the guards are 
 
 from __future__ import annotations
 
+import inspect
 import math
+import time
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from lmppl import runtime
 from lmppl.checks import check_callable, check_int
+from lmppl.guides.guide import Guide
 from lmppl.report.history import History
 from lmppl.report.progress import progress_bar
+from lmppl.training import evaluation
 from lmppl.training.callbacks import DivergenceGuard, EarlyStopping
 from lmppl.training.checkpoints import Checkpoints, Part
-from lmppl.training.evaluation import HeldOut
+from lmppl.training.inputs import Input
+from lmppl.training.options import FitOptions
 from lmppl.training.tracking import tracker
 from lmppl.training.trainer import Trainer
 
 
-class Learner(Protocol):
+class Learner(ABC):
     """What a run trains, a step at a time.
 
     Attributes:
         task: what it does, for the progress bar.
+        shown: figures that the progress bar shows.
+        watched: the figure of a step that tells divergence, that of ``evaluate`` which it estimates,
+            and its name in messages.
+        judged: the figure of held-out inputs by which the best parameters are chosen, and its name.
         trainer: of the guide.
         history: one dict a step.
-        shown: figures that the progress bar shows.
-        watched: the figure of a step that tells divergence, and its name in messages.
-        judged: the same of held-out inputs, by which the best parameters are chosen.
+        inputs: of the last step.
     """
 
     task: str
-    trainer: Trainer
     shown: tuple[str, ...]
-    watched: tuple[str, str]
+    watched: tuple[str, str, str]
     judged: tuple[str, str]
+    trainer: Trainer
+    history: History
+    inputs: Sequence[Input]
 
-    @property
-    def history(self) -> History: ...
-
+    @abstractmethod
     def step(self, number: int) -> dict[str, Any] | None:
         """One step. Returns its figures; None if the data have ended."""
 
-    def watched_again(self) -> float:
-        """The watched figure of the last step's inputs, under the parameters as they now are."""
-
+    @abstractmethod
     def named_parameters(self) -> dict[str, torch.nn.Parameter]:
         """All that it trains."""
 
     def parts(self) -> dict[str, Part]:
         """What has a state, beside the trainer of the guide."""
+        return {}
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for a run to be the same one, beside the trainer's; JSON's types."""
+        return {}
 
-    def forget(self) -> None:
+    def forget(self) -> None:  # noqa: B027
         """Drop what a checkpoint does not hold, beside the trainer's."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Run:
-    """What surrounds the steps of a run.
+    """What surrounds the steps of a run: the options that ``fit`` and ``learn`` share.
 
     Args:
         steps: how many.
-        seed: of all random choices.
-        held_out: inputs held out from it.
-        patience: evaluations on them without a better figure after which it stops; None: never.
-        checkpoints: where its state is kept.
-        log_with: trackers of figures: a name that accelerate knows ("tensorboard", "wandb", ...),
-            a tracker object, or a list of those.
+        eval_every, eval_samples: steps between evaluations on held-out inputs (one more is at the
+            end), and draws for each input.
+        patience: evaluations without a better figure after which the run stops, with the parameters
+            of the best; None: it never stops early.
+        checkpoint, checkpoint_every, resume: a folder for checkpoints, steps between them, and
+            whether to go on from the one that is there: to the same result as an unbroken run.
+        log_with: trackers of each step's figures: a name that accelerate knows ("tensorboard",
+            "wandb", ...), a tracker object, or a list of those.
         logging_dir: where they write.
+        seed: makes the run reproducible.
         progress: whether a progress bar is shown; None: on a terminal.
-        callback: called with each step's figures.
+        callback: called with each step's dict of figures.
+
+    Raises:
+        TypeError, ValueError: for an option of another type or out of range.
     """
 
     steps: int
-    seed: int
-    held_out: HeldOut
-    patience: int | None
-    checkpoints: Checkpoints
-    log_with: Any
-    logging_dir: str | Path
-    progress: bool | None
-    callback: Callable[[dict[str, Any]], None] | None
+    eval_every: int = 50
+    eval_samples: int = 64
+    patience: int | None = None
+    checkpoint: str | Path | None = None
+    checkpoint_every: int = 100
+    resume: bool = False
+    log_with: Any = None
+    logging_dir: str | Path = "runs"
+    seed: int | None = None
+    progress: bool | None = None
+    callback: Callable[[dict[str, Any]], None] | None = None
 
-    @classmethod
-    def of(
-        cls,
-        steps: Any,
-        seed: Any,
-        *,
-        eval_every: Any,
-        eval_samples: Any,
-        patience: Any,
-        checkpoint: str | Path | None,
-        checkpoint_every: Any,
-        resume: bool,
-        callback: Any,
-        **rest: Any,
-    ) -> Run:
-        """From the arguments of ``fit`` and ``learn``; ``held_out`` has no inputs yet.
+    def __post_init__(self) -> None:
+        self.checkpoints = Checkpoints.of(
+            self.checkpoint, self.checkpoint_every, self.resume, self.seed
+        )
+        if self.callback is not None:
+            check_callable("callback", self.callback)
+        EarlyStopping(self.patience)  # checks it
+        for name in ("steps", "eval_every", "eval_samples"):
+            setattr(self, name, check_int(name, getattr(self, name)))
+        self.random_seed = runtime.fresh_seed(self.seed)
+        self.held_out: Sequence[Input] = ()
+
+    def hold_out(self, inputs: Sequence[Input]) -> None:
+        """Evaluate on these inputs.
 
         Raises:
-            TypeError, ValueError: for one of another type or out of range.
+            ValueError: if there are none, and the run is to stop by their figures.
         """
-        checkpoints = Checkpoints.of(checkpoint, checkpoint_every, resume, seed)
-        if callback is not None:
-            check_callable("callback", callback)
-        EarlyStopping(patience)  # checks it
-        seed = runtime.fresh_seed(seed)
-        held_out = HeldOut(eval_every, eval_samples, seed)
-        return cls(
-            check_int("steps", steps),
-            seed,
-            held_out,
-            patience,
-            checkpoints,
-            callback=callback,
-            **rest,
-        )
+        if self.patience is not None and not inputs:
+            raise ValueError(f"patience={self.patience} needs eval_data=, held-out inputs")
+        self.held_out = inputs
+
+    def evaluate(self, guide: Guide, number: int) -> dict[str, float]:
+        """Figures of the held-out inputs after step ``number``; none if it is not time."""
+        due = (number + 1) % self.eval_every == 0 or number == self.steps - 1
+        if not self.held_out or not due:
+            return {}
+        began = time.perf_counter()
+        found = evaluation.evaluate(guide, self.held_out, self.eval_samples, seed=self.random_seed)
+        return found | {"seconds_evaluation": time.perf_counter() - began}
+
+
+def read_options(
+    function: Callable[..., Any], steps: int, options: Mapping[str, Any]
+) -> tuple[Run, FitOptions]:
+    """What ``function`` was given as ``**options``: of the run, and of the guide's training.
+
+    Raises:
+        TypeError, ValueError: for one that is unknown (names the nearest), of another type or out of
+            range.
+    """
+    of_run = [option.name for option in fields(Run) if option.name != "steps"]
+    of_guide = {name: value for name, value in options.items() if name not in of_run}
+    keywords = inspect.getfullargspec(function).kwonlyargs
+    settings = FitOptions.of(of_guide, beside=[*keywords, *of_run])
+    return Run(steps, **{name: options[name] for name in of_run if name in options}), settings
 
 
 def train(learner: Learner, run: Run, **config: Any) -> None:
@@ -151,11 +179,22 @@ def train(learner: Learner, run: Run, **config: Any) -> None:
         FloatingPointError: if a loss is not finite, or training diverges.
     """
     trainer, checkpoints = learner.trainer, run.checkpoints
-    guard, stopping = DivergenceGuard(learner.watched[1]), EarlyStopping(run.patience)
+    watched, evaluated, name = learner.watched
+    guard, stopping = DivergenceGuard(name), EarlyStopping(run.patience)
     parts = {**learner.parts(), "guard": guard, "stopping": stopping}
     done = checkpoints.begin(trainer, parts, learner.identity())
     history = learner.history  # with what the checkpoint has of it
-    config = {"steps": run.steps, "seed": run.seed, **config, "loss": trainer.options.loss.name}
+    config = {
+        "steps": run.steps,
+        "seed": run.random_seed,
+        **config,
+        "loss": trainer.options.loss.name,
+    }
+
+    def again() -> float:
+        num, seed = run.eval_samples, run.random_seed
+        return evaluation.evaluate(trainer.guide, learner.inputs, num, seed=seed)[evaluated]
+
     with (
         progress_bar(learner.task, run.steps, show=run.progress) as bar,
         tracker(run.log_with, directory=run.logging_dir, name="lmppl", config=config) as track,
@@ -168,7 +207,7 @@ def train(learner: Learner, run: Run, **config: Any) -> None:
                 _warn_of_the_end(number, run.steps)
                 checkpoints.save(number, last=True)
                 break
-            held_out = run.held_out.figures(trainer.guide, number, run.steps)
+            held_out = run.evaluate(trainer.guide, number)
             figures = {"step": len(history), **figures, **held_out}
             history.append(figures)
             bar.advance(**_shown(figures, learner.shown))
@@ -176,7 +215,7 @@ def train(learner: Learner, run: Run, **config: Any) -> None:
             if run.callback is not None:
                 run.callback(figures)
             parameters = learner.named_parameters()
-            guard.watch(number, figures[learner.watched[0]], parameters, learner.watched_again)
+            guard.watch(number, figures[watched], parameters, again)
             if held_out and stopping.should_stop(number, _judged(held_out, learner), parameters):
                 trainer.guide.notes.append(
                     f"stopped after {number + 1} steps: no better held-out {learner.judged[1]} "

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -63,12 +62,12 @@ class FitOptions:
     training_tokens: int | None = None
 
     @classmethod
-    def of(cls, options: Mapping[str, Any], beside: Callable[..., Any] | None = None) -> FitOptions:
+    def of(cls, options: Mapping[str, Any], beside: Sequence[str] = ()) -> FitOptions:
         """From keywords; those of a loss may stand beside its name.
 
         Args:
             options: the keywords.
-            beside: the function that took them, whose keywords are allowed beside them, for messages.
+            beside: other keywords that are allowed, for messages.
 
         Raises:
             TypeError: an unknown one (names the nearest), one of another loss or of another type.
@@ -78,9 +77,7 @@ class FitOptions:
         of_losses = dict.fromkeys(name for kind in LOSSES.values() for name in option_names(kind))
         for name in options:
             if name not in shared and name not in of_losses:
-                given = {} if beside is None else inspect.signature(beside).parameters
-                others = [other for other, p in given.items() if p.kind is p.KEYWORD_ONLY]
-                allowed = [*others, *shared, *of_losses]
+                allowed = [*beside, *shared, *of_losses]
                 raise TypeError(f"no option {name!r}{did_you_mean(name, allowed)}")
         loss = loss_of(
             options.get("loss", VarGrad.name),
