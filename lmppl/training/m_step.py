@@ -26,9 +26,10 @@ from lmppl.runtime import Given, Particle
 from lmppl.runtime.records import Record, record_of
 from lmppl.training.behaviour import Drawn, Recalled
 from lmppl.training.inputs import Input, observe
+from lmppl.training.optimizer import Optimizer
 from lmppl.training.options import FitOptions
 from lmppl.training.samples import Sample
-from lmppl.training.trainer import adamw, mean, optimizer_state, restore_optimizer
+from lmppl.training.trainer import mean
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,39 +114,30 @@ class MStep:
         saved: SavedParams | None = None,
     ) -> None:
         self._guide, self._inputs, self._options = guide, inputs, options
-        self.num_samples, self._given_rate, self._steps = num_samples, rate, steps
+        self.num_samples, self._given_rate = num_samples, rate
         self._saved = saved or SavedParams()
-        self._late_state: dict[str, Any] = {}
         self._trainables = Trainables(guide.base)
         self._trainables.find(guide.model, inputs[0].args)
-        self._parameters = list(self.named_parameters().values())
-        if not self._parameters:
+        parameters = {id(p) for p in self.named_parameters().values()}
+        if not parameters:
             raise ValueError(
                 "the program has nothing to learn: let a site name an adapter, "
                 "lm_sample(..., lm=m) with m = lm.adapter(), or use pyro.param"
             )
-        shared = {id(p) for p in self._parameters} & {
-            id(p) for p in guide.named_parameters().values()
-        }
-        if shared:
+        if parameters & {id(p) for p in guide.named_parameters().values()}:
             raise ValueError(
                 "the program and its guide train the same parameters: give the guide an adapter of "
                 "its own"
             )
-        self._rate = options.rate(guide.base.hidden_size) if rate is None else rate
-        self._optimizer = adamw(self._parameters, self._rate)
+        rate = options.rate(guide.base.hidden_size) if rate is None else rate
+        self._optimizer = Optimizer(options, rate, steps)
         self._adopt()
 
     def _adopt(self) -> None:
         """Some inputs and branches may have parameters that the first runs did not use."""
         for lm in self._trainables.adapters:
             lm.memory = self._options.memory(lm.memory)
-        known = {id(p) for p in self._parameters}
-        new = {n: p for n, p in self.named_parameters().items() if id(p) not in known}
-        if new:
-            self._optimizer.add_param_group({"params": list(new.values())})
-            self._parameters += new.values()
-            restore_optimizer(self._optimizer, new, self._late_state)
+        self._optimizer.adopt(self.named_parameters())
 
     def step(self, inputs: Sequence[Input], number: int, seed: int) -> dict[str, float]:
         """Raise the likelihood of some inputs' observations. Returns its figures."""
@@ -194,7 +186,7 @@ class MStep:
         waiting = {f"params.{name}": value for name, value in self._saved.waiting.items()}
         return {
             "values": {name: p.detach() for name, p in named.items()} | waiting,
-            "optimizer": self._late_state | optimizer_state(self._optimizer, named),
+            "optimizer": self._optimizer.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -216,8 +208,7 @@ class MStep:
             for name, value in values.items()
             if name not in named
         }
-        self._late_state = dict(state["optimizer"])
-        restore_optimizer(self._optimizer, named, self._late_state)
+        self._optimizer.load_state_dict(state["optimizer"])
         self.forget()
 
     def _find(self, names: Iterable[str]) -> None:
@@ -277,16 +268,8 @@ class MStep:
 
     def _update(self, loss: torch.Tensor, number: int) -> None:
         self._adopt()
-        for group in self._optimizer.param_groups:
-            group["lr"] = self._rate * self._options.schedule(number, self._steps)
-        self._optimizer.zero_grad(set_to_none=True)
-        if bool(torch.isfinite(loss)):
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._options.max_grad_norm)
-            if bool(torch.isfinite(norm)):
-                self._optimizer.step()
-                return
-        raise FloatingPointError(
-            "the loss of the model, or its gradient, is not finite: its parameters are kept as they "
-            "were. Lower model_learning_rate"
-        )
+        if not math.isfinite(self._optimizer.step(loss, number)):
+            raise FloatingPointError(
+                "the loss of the model, or its gradient, is not finite: its parameters are kept as "
+                "they were. Lower model_learning_rate"
+            )

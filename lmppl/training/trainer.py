@@ -27,14 +27,9 @@ from lmppl.training.batch import Batch, batches_of
 from lmppl.training.behaviour import Behaviour, Lookalikes
 from lmppl.training.inputs import Input, Source
 from lmppl.training.losses import LogZ, prompt_state
+from lmppl.training.optimizer import Optimizer
 from lmppl.training.options import FitOptions, moved
 from lmppl.training.samples import Sample, Truncation, truncate
-
-_HEAD_RATE = 4.0
-"""Learning rate of heads, small and new networks, in units of the adapter's."""
-
-_LOG_Z_RATE = 25.0
-"""Of a learned log Z, which is far from its start and has few gradients."""
 
 _TRIAL_STEPS = 8
 _FEWEST_TRUNCATIONS = 0.05
@@ -54,8 +49,6 @@ class Trainer:
 
     Attributes:
         inputs: of the last step.
-        late_state: of the optimiser of a run that is resumed: also of parameters that it has not come
-            to yet.
     """
 
     def __init__(
@@ -74,15 +67,12 @@ class Trainer:
         self._behaviour = Behaviour(guide, options, visits, seed, generator)
         self._lookalikes = Lookalikes(guide, alone=source.num_inputs == 1)
         self._rate = options.rate(guide.base.hidden_size)
+        self._optimizer = Optimizer(options, self._rate, steps)
         self.log_z: LogZ | None = None
-        self.late_state: dict[str, Any] = {}
-        self.optimizer = adamw([], self._rate)
-        self._rates = [self._rate]
         if options.loss.learns_log_z:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 self.log_z = LogZ(guide.base.hidden_size, source.num_inputs)
-            self._add_group(list(self.log_z.parameters()), _LOG_Z_RATE)
         self.adopt_new_parameters()
         self.inputs: list[Input] = []
         self._dead: set[int] = set()  # inputs all of whose traces were dead
@@ -209,33 +199,19 @@ class Trainer:
                 "that are not finite"
             )
         self.adopt_new_parameters()  # that a guide program's runs for the scores were first to use
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.options.max_grad_norm)
-        if not bool(torch.isfinite(norm)):
+        norm = self._optimizer.step(loss, number)
+        if not math.isfinite(norm):
             raise FloatingPointError(
                 f"the gradient of step {number} is not finite: the parameters of the step before are "
                 "kept. Lower learning_rate, or use float32 (dtype=torch.float32)"
             )
-        factor = self.options.schedule(number, self.steps)
-        for group, base in zip(self.optimizer.param_groups, self._rates, strict=True):
-            group["lr"] = base * factor
-        self.optimizer.step()
-        return float(norm)
+        return norm
 
     def adopt_new_parameters(self) -> None:
         """Sites that were met for the first time have parameters that are to be trained."""
         for lm in self.guide.adapters():
             lm.memory = self.options.memory(lm.memory)
-        known = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        new = {n: p for n, p in self.guide.named_parameters().items() if id(p) not in known}
-        for is_head, rate in ((False, 1.0), (True, _HEAD_RATE)):
-            parameters = [p for name, p in new.items() if name.startswith("heads.") is is_head]
-            if parameters:
-                self._add_group(parameters, rate)
-        if new and self.late_state:
-            restore_optimizer(self.optimizer, new, self.late_state)
+        self._optimizer.adopt(self.named_parameters())
 
     def report_dead(self) -> None:
         """Say which inputs had no trace of positive probability.
@@ -261,7 +237,6 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """Where it is, but for the guide and what is kept of inputs."""
-        named = self.named_parameters()
         return {
             "traces_cut": list(self._traces_cut),
             "cuts": self._cuts,
@@ -269,7 +244,7 @@ class Trainer:
             "any_alive": self._any_alive,
             "source": self.source.state_dict(),
             "generator": self.generator.get_state(),
-            "optimizer": self.late_state | optimizer_state(self.optimizer, named),
+            "optimizer": self._optimizer.state_dict(),
             "log_z": {} if self.log_z is None else self.log_z.state_dict(),
         }
 
@@ -282,8 +257,7 @@ class Trainer:
         if self.log_z is not None:
             self.log_z.load_state_dict(state["log_z"])
         self.adopt_new_parameters()
-        self.late_state = dict(state["optimizer"])
-        restore_optimizer(self.optimizer, self.named_parameters(), self.late_state)
+        self._optimizer.load_state_dict(state["optimizer"])
 
     def forget(self) -> None:
         """Drop what is remembered of traces, prompts and merged weights; it is made again."""
@@ -293,56 +267,11 @@ class Trainer:
 
     def named_parameters(self) -> dict[str, torch.nn.Parameter]:
         """All that the optimiser moves."""
-        named = self.guide.named_parameters()
-        if self.log_z is not None:
-            named |= {f"log_z.{n}": p for n, p in self.log_z.named_parameters()}
-        return named
-
-    def _add_group(self, parameters: list[torch.nn.Parameter], rate: float) -> None:
-        self.optimizer.add_param_group({"params": parameters, "lr": rate * self._rate})
-        self._rates.append(rate * self._rate)
-
-
-def adamw(parameters: Sequence[torch.nn.Parameter], rate: float) -> torch.optim.AdamW:
-    """The optimiser of a guide, and of a program.
-
-    Gradients of a variance shrink with it, as those of a likelihood do towards its maximum, so a
-    memory of 1,000 steps of their size (0.999) would hold the last steps back.
-    """
-    groups: list[dict[str, Any]] = [{"params": list(parameters)}]
-    return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), weight_decay=0.0)
+        log_z = {} if self.log_z is None else dict(self.log_z.named_parameters())
+        return {f"log_z.{n}": p for n, p in log_z.items()} | self.guide.named_parameters()
 
 
 def mean(values: Sequence[float]) -> float:
     """Of those that are finite; NaN if none is."""
     finite = [value for value in values if math.isfinite(value)]
     return sum(finite) / len(finite) if finite else math.nan
-
-
-# --- the state of an optimiser by names of parameters, for checkpoints -----------------------------
-
-
-def optimizer_state(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.nn.Parameter]
-) -> dict[str, dict[str, torch.Tensor]]:
-    """The state of an optimiser, of each parameter that has had a gradient."""
-    return {
-        name: dict(optimizer.state[parameter])
-        for name, parameter in parameters.items()
-        if parameter in optimizer.state
-    }
-
-
-def restore_optimizer(
-    optimizer: torch.optim.Optimizer,
-    parameters: Mapping[str, torch.nn.Parameter],
-    state: Mapping[str, Mapping[str, torch.Tensor]],
-) -> None:
-    """Put back what ``optimizer_state`` gave."""
-    for name in parameters.keys() & state.keys():
-        parameter = parameters[name]
-        # AdamW counts its steps on the CPU.
-        optimizer.state[parameter] = {
-            key: tensor if key == "step" else tensor.to(parameter.device, parameter.dtype)
-            for key, tensor in state[name].items()
-        }
