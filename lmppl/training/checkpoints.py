@@ -36,7 +36,7 @@ from lmppl.training.fingerprints import identity
 from lmppl.training.inputs import Input
 from lmppl.training.trainer import Trainer
 
-FORMAT = 6
+FORMAT = 7
 
 
 class Part(Protocol):

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from lmppl import runtime
 from lmppl.guides.guide import Guide
 from lmppl.guides.scoring import score_traces
-from lmppl.runtime import Proposer
 from lmppl.training.inputs import Input, observe
+from lmppl.training.trainer import mean
 
 _MOST_PARTICLES = 512
 
@@ -38,50 +38,42 @@ def evaluate(
     """
     if guide is not None:
         observe(guide, inputs)
-    seeds = runtime.slot_seeds(seed, len(inputs))
+    seeded = list(zip(inputs, runtime.slot_seeds(seed, len(inputs)), strict=True))
     at_once = max(1, _MOST_PARTICLES // num_samples)
-    rows = []
+    log_weights: list[float] = []
     for begin in range(0, len(inputs), at_once):
-        members = inputs[begin : begin + at_once]
         with torch.no_grad(), runtime.ending([]) as particles:
-            for each, own in zip(members, seeds[begin:], strict=False):
+            for input_, input_seed in seeded[begin : begin + at_once]:
+                program, args, seen = input_.program, input_.args, input_.observations
+                proposer = (
+                    None if guide is None else guide.proposer_factory(args, observations=seen)
+                )
                 particles += runtime.start(
-                    each.program, each.args, num_samples, seed=own, proposer=_proposer(guide, each)
+                    program, args, num_samples, seed=input_seed, proposer=proposer
                 )
             runtime.run_to_end(particles)
-            weights = [particle.take_log_weight() for particle in particles]
-        rows += list(torch.tensor(weights, dtype=torch.float64).reshape(len(members), num_samples))
+            log_weights += [particle.take_log_weight() for particle in particles]
+    rows = list(torch.tensor(log_weights, dtype=torch.float64).reshape(-1, num_samples))
     live = [row[row > -math.inf] for row in rows]
     figures = {
-        "eval_ess": _mean([runtime.ess(row) / num_samples for row in rows]),
-        "eval_elbo": _mean([float(u.mean()) for u in live if len(u)]),
-        "eval_log_z": _mean([runtime.log_mean_exp(u) for u in rows if bool((u > -math.inf).any())]),
-        "eval_alive": _mean([len(u) / num_samples for u in live]),
+        "eval_ess": sum(map(runtime.ess, rows)) / len(log_weights),
+        "eval_elbo": mean([float(u.mean()) for u in live]),
+        "eval_log_z": mean([runtime.log_mean_exp(row) for row in rows]),
+        "eval_alive": sum(map(len, live)) / len(log_weights),
     }
-    dead = sum(not len(u) for u in live)
-    if dead:
+    if dead := sum(not len(u) for u in live):
         figures["eval_dead"] = float(dead)
-    if all(each.exact for each in inputs):
+    if all(input_.exact for input_ in inputs):
         figures["eval_eubo"] = _eubo(guide, inputs)
     return figures
 
 
-def _proposer(guide: Guide | None, each: Input) -> Callable[[int, int], Proposer] | None:
-    if guide is None:
-        return None
-    return guide.proposer_factory(each.args, observations=each.observations)
-
-
 def _eubo(guide: Guide | None, inputs: Sequence[Input]) -> float:
     """Mean of log R - log q over the exact posterior draws of simulated inputs."""
-    pairs = [(each, record) for each in inputs for record in each.given]
+    pairs = [(input_, record) for input_ in inputs for record in input_.given]
     scores = score_traces(
         guide,
-        [(each.program, each.args, record.values) for each, record in pairs],
-        [each.observations or {} for each, _ in pairs],
+        [(input_.program, input_.args, record.values) for input_, record in pairs],
+        [input_.observations or {} for input_, _ in pairs],
     )
     return float((scores.log_joint - scores.log_q).mean())
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else math.nan

@@ -8,8 +8,8 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from types import CellType, CodeType, FunctionType, MethodType
+from contextlib import suppress
+from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ import torch
 
 from lmppl.guides.guide import TrainableGuide
 from lmppl.guides.parameters import adapter_config, base_state
-from lmppl.training.inputs import Input, Source
+from lmppl.training.inputs import Source
 from lmppl.training.options import FitOptions
 
 
@@ -25,31 +25,23 @@ def identity(
     guide: TrainableGuide, source: Source, options: FitOptions, steps: int, seed: int
 ) -> dict[str, Any]:
     """What must be equal for a run to be the same one, by what it is called in messages."""
-    given = json.loads(json.dumps(options.plain(), default=float))
     kind = guide.identity().items()
+    loras = [adapter_config(adapter) or {} for adapter in guide.adapters()[:1]]
+    of_lora = ("r", "lora_alpha", "target_modules")  # none of them, if all weights are trained
+    # Of an input, what the user gave: what was simulated follows from the seed.
+    data = [[i.args, [] if i.exact else [r.values for r in i.given]] for i in source.kept]
+    plain = json.loads(json.dumps(options.plain(), default=float))
     return {
         "program": program_fingerprint(guide.model),
         **{k: program_fingerprint(value) if callable(value) else value for k, value in kind},
-        "adapters": [_lora(adapter_config(adapter)) for adapter in guide.adapters()[:1]],
+        "adapters": [{key: lora[key] for key in of_lora if key in lora} for lora in loras],
         "language model": base_state(guide.base),
-        "data": digest_of([_data(input_) for input_ in source.kept]),
+        "data": digest_of(data),
         "arguments to simulate on": digest_of(source.origin),
         "number of steps": steps,
         "seed": seed,
-        **{f"option {name}": value for name, value in given.items()},
+        **{f"option {name}": value for name, value in plain.items()},
     }
-
-
-def _data(input_: Input) -> list[Any]:
-    """What the user gave of an input. (What was simulated follows from the seed.)"""
-    given = [] if input_.exact else [record.values for record in input_.given]
-    return [input_.args, given]
-
-
-def _lora(config: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What makes an adapter the kind that it is (nothing, if all weights are trained)."""
-    kept = ("r", "lora_alpha", "target_modules")
-    return {} if config is None else {key: config[key] for key in kept}
 
 
 def program_fingerprint(program: Callable[..., Any]) -> str:
@@ -57,9 +49,8 @@ def program_fingerprint(program: Callable[..., Any]) -> str:
     count), the constants that it closes over or reads, and the functions of its module that it
     calls. What these assign themselves, as a counter, and objects that can change don't count."""
     layers, bound = _layers(program)
-    name = getattr(program, "__qualname__", type(program).__name__)
-    if layers:
-        name = layers[-1].__qualname__
+    named = layers[-1] if layers else program
+    name = getattr(named, "__qualname__", type(named).__name__)
     if bound:
         name += f" with {digest_of(bound)}"
     if not layers:
@@ -80,10 +71,9 @@ def _layers(program: Any) -> tuple[list[FunctionType], list[Any]]:
             bound += [program.args, program.keywords]
             program = program.func
             continue
-        fn = _function_of(program)
-        inner = getattr(program, "__wrapped__", None)
-        ours = fn is not None and fn.__globals__.get("__name__", "").startswith(("lmppl.", "pyro."))
-        if fn is not None and not (ours and inner is not None):
+        fn, inner = _function_of(program), getattr(program, "__wrapped__", None)
+        module = fn.__globals__.get("__name__", "") if fn is not None else ""
+        if fn is not None and (inner is None or not module.startswith(("lmppl.", "pyro."))):
             functions.append(fn)
         program = inner
     return functions, bound
@@ -91,77 +81,56 @@ def _layers(program: Any) -> tuple[list[FunctionType], list[Any]]:
 
 def _function_of(value: Any) -> FunctionType | None:
     """The Python function behind a callable."""
-    if isinstance(value, FunctionType):
-        return value
     if isinstance(value, MethodType):
         return _function_of(value.__func__)
-    if isinstance(value, type) or not callable(value):
-        return None
-    call = type(value).forward if isinstance(value, torch.nn.Module) else type(value).__call__
-    return call if isinstance(call, FunctionType) else None
+    if not isinstance(value, (FunctionType, type)) and callable(value):
+        value = type(value).forward if isinstance(value, torch.nn.Module) else type(value).__call__
+    return value if isinstance(value, FunctionType) else None
 
 
 def _digest_of_functions(roots: Sequence[FunctionType]) -> str:
     """Of functions and those of their modules that they reach."""
-    reached = {fn: _Reads.of(fn) for fn in roots}
+    reached: dict[FunctionType, dict[tuple[str, Any], Any]] = {}
+    assigned: set[Any] = set()
     waiting = list(roots)
     while waiting:
-        for value in reached[waiting.pop()].values.values():
-            if isinstance(value, FunctionType) and value not in reached:
-                reached[value] = _Reads.of(value)
-                waiting.append(value)
-    assigned = {key for reads in reached.values() for key in reads.assigned}
+        if (fn := waiting.pop()) not in reached:
+            reached[fn], places = _reads(fn)
+            assigned |= places
+            waiting += [value for value in reached[fn].values() if isinstance(value, FunctionType)]
     digest = hashlib.sha256()
-    for fn, reads in reached.items():
-        digest.update(f"{fn.__qualname__}:".encode() + _code(fn.__code__))
-        for (name, key), value in reads.values.items():
-            if key not in assigned and _is_constant(value):
+    for fn, values in reached.items():
+        digest.update(f"{fn.__qualname__}:".encode())
+        for code in _codes(fn.__code__):
+            constants = [_constant(c) for c in code.co_consts if not isinstance(c, CodeType)]
+            digest.update(b"|".join([code.co_code, repr(code.co_names).encode(), *constants]))
+        for (name, place), value in values.items():
+            if place not in assigned and _is_constant(value):
                 digest.update(f"{name} {digest_of(value)}".encode())
     return digest.hexdigest()
 
 
-@dataclass(frozen=True)
-class _Reads:
+def _reads(fn: FunctionType) -> tuple[dict[tuple[str, Any], Any], set[Any]]:
     """What a function reads from outside, by name and place, and the places that it assigns to."""
-
-    values: dict[tuple[str, Any], Any]
-    assigned: set[Any]
-
-    @classmethod
-    def of(cls, fn: FunctionType) -> _Reads:
-        codes = list(_codes(fn.__code__))
-        steps = [(i.opname, i.argval) for code in codes for i in dis.get_instructions(code)]
-        cells = dict(zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True))
-        module = id(fn.__globals__)
-        values: dict[tuple[str, Any], Any] = {
-            (name, id(cell)): _contents(cell) for name, cell in cells.items()
-        }
-        for name in sorted({name for op, name in steps if op in ("LOAD_GLOBAL", "LOAD_NAME")}):
-            values[name, (module, name)] = fn.__globals__.get(name)
-        defaults: dict[Any, Any] = dict(fn.__kwdefaults__ or {})
-        defaults |= enumerate(fn.__defaults__ or ())
-        values |= {(f"default {name}", None): value for name, value in defaults.items()}
-        assigned: set[Any] = {(module, name) for op, name in steps if op == "STORE_GLOBAL"}
-        assigned |= {id(cells[name]) for op, name in steps if op == "STORE_DEREF" and name in cells}
-        for place, value in values.items():
-            called = _function_of(getattr(value, "__wrapped__", value))
-            if called is not None and called.__globals__ is fn.__globals__:
-                values[place] = called
-        return cls(values, assigned)
-
-
-def _contents(cell: CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # not assigned yet
-        return None
-
-
-def _is_constant(value: Any) -> bool:
-    """Whether a value cannot change: a number, a string, a tuple of those."""
-    if isinstance(value, (tuple, frozenset)):
-        return all(map(_is_constant, value))
-    return isinstance(value, (str, bytes, int, float, type(None)))
+    codes = _codes(fn.__code__)
+    steps = [(i.opname, i.argval) for code in codes for i in dis.get_instructions(code)]
+    module = id(fn.__globals__)
+    cells = dict(zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True))
+    values: dict[tuple[str, Any], Any] = {}
+    for name, cell in cells.items():
+        with suppress(ValueError):  # nothing is assigned to it yet
+            values[name, id(cell)] = cell.cell_contents
+    for name in sorted({name for op, name in steps if op in ("LOAD_GLOBAL", "LOAD_NAME")}):
+        values[name, (module, name)] = fn.__globals__.get(name)
+    defaults = [*(fn.__kwdefaults__ or {}).items(), *enumerate(fn.__defaults__ or ())]
+    values |= {(f"default {name}", None): value for name, value in defaults}
+    for place, value in values.items():
+        called = _function_of(getattr(value, "__wrapped__", value))
+        if called is not None and called.__globals__ is fn.__globals__:
+            values[place] = called
+    assigned: set[Any] = {(module, name) for op, name in steps if op == "STORE_GLOBAL"}
+    assigned |= {id(cells[name]) for op, name in steps if op == "STORE_DEREF" and name in cells}
+    return values, assigned
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:
@@ -172,9 +141,11 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
             yield from _codes(inner)
 
 
-def _code(code: CodeType) -> bytes:
-    inner = [_code(c) if isinstance(c, CodeType) else _constant(c) for c in code.co_consts]
-    return b"|".join([code.co_code, repr(code.co_names).encode(), *inner])
+def _is_constant(value: Any) -> bool:
+    """Whether a value cannot change: a number, a string, a tuple of those."""
+    if isinstance(value, (tuple, frozenset)):
+        return all(map(_is_constant, value))
+    return isinstance(value, (str, bytes, int, float, type(None)))
 
 
 def _constant(value: Any) -> bytes:

@@ -197,7 +197,7 @@ def train(learner: Learner, run: Run, **config: Any) -> None:
 
     with (
         progress_bar(learner.task, run.steps, show=run.progress) as bar,
-        tracker(run.log_with, directory=run.logging_dir, name="lmppl", config=config) as track,
+        tracker(run.log_with, directory=run.logging_dir, name="lmppl", config=config) as log,
         runtime.rare_collections(),
     ):
         bar.advance(done)
@@ -211,7 +211,7 @@ def train(learner: Learner, run: Run, **config: Any) -> None:
             figures = {"step": len(history), **figures, **held_out}
             history.append(figures)
             bar.advance(**_shown(figures, learner.shown))
-            track.log(figures, figures["step"])
+            log(figures)
             if run.callback is not None:
                 run.callback(figures)
             parameters = learner.named_parameters()
