@@ -125,8 +125,8 @@ class SimulationStream(Iterator[tuple[tuple[Any, ...], Simulated]]):
     """Endless pairs of an input's arguments and a simulation of the program on them.
 
     It goes round the inputs, each time in another random order, and simulates ``block`` pairs
-    together. A block is a function of the seed and its number alone, so a stream that is restored
-    goes on bit by bit (on the same machine) as the one whose state was saved.
+    together. A block is a function of the seed and its number alone, so a stream that skips what
+    another has given goes on bit by bit (on the same machine) as that one.
 
     Args:
         model: a Pyro program.
@@ -167,28 +167,8 @@ class SimulationStream(Iterator[tuple[tuple[Any, ...], Simulated]]):
         """Leave out the next ``num``, without simulating them."""
         self._position += num
 
-    def state(self) -> dict[str, int]:
-        """Where it stands, for ``restore``."""
-        return {
-            "seed": self._seed,
-            "position": self._position,
-            "block": self._block,
-            "inputs": len(self._inputs),
-        }
-
-    def restore(self, state: Mapping[str, int]) -> None:
-        """Go on from where another stream over the same inputs stood.
-
-        Raises:
-            ValueError: if that had another ``block`` or another number of inputs.
-        """
-        for key, value in (("block", self._block), ("inputs", len(self._inputs))):
-            if state[key] != value:
-                raise ValueError(
-                    f"the saved stream had {key}={state[key]}, this one has {value}: it could not go "
-                    "on with the same simulations. Make it with the same inputs and block"
-                )
-        self._seed, self._position = state["seed"], state["position"]
+    def forget(self) -> None:
+        """Simulate anew what was simulated and has not come yet: the program has changed."""
         self._simulated = None
 
     @exclusive()

@@ -17,14 +17,8 @@ from lmppl.posterior import Posterior
 from lmppl.report.progress import progress_bar
 from lmppl.runtime.arguments import Args
 from lmppl.runtime.records import Record, record_of_simulation
-from lmppl.runtime.simulation import Simulated, SimulationStream, simulate
-from lmppl.training.inputs import (
-    Collection,
-    Input,
-    Source,
-    Stream,
-    read_inputs,
-)
+from lmppl.runtime.simulation import Simulated, SimulationStream
+from lmppl.training.inputs import Collection, Input, Source, Stream, read_inputs
 from lmppl.training.options import FitOptions
 
 _MOST_DISTILLED = 64
@@ -116,16 +110,14 @@ def _simulated_inputs(
             raise type(error)(f"{error}, or math.inf") from None
     given = read_inputs(guide.model, [()] if data is None else data, options)
     args_of = [input_.args for input_ in given]
-    seeds = runtime.slot_seeds(seed, 2)
+    pairs, to_hold_out = (simulations(guide, args_of, s) for s in runtime.slot_seeds(seed, 2))
     if isinstance(eval_data, int):
-        held_out = list(
-            simulated_inputs(guide, simulations(guide, args_of, seeds[1]), options, eval_data)
-        )
+        held_out = list(simulated_inputs(guide, to_hold_out, options, eval_data))
     else:
         held_out = held_out_inputs(guide, eval_data, options)
-    pairs = simulations(guide, args_of, seeds[0])
     if number == math.inf:
-        (example,) = simulated_inputs(guide, simulations(guide, args_of, seeds[0]), options, 1)
+        (example,) = simulated_inputs(guide, pairs, options, 1)
+        pairs.skip(-1)  # it comes again
         source = Stream(simulated_inputs(guide, pairs, options), pairs.skip, args_of)
         return source, held_out, example
     inputs = []
@@ -157,57 +149,37 @@ def simulated_inputs(
     options: FitOptions,
     number: int | None = None,
 ) -> Iterator[Input]:
-    """The next ``number`` simulations (None: all) as inputs."""
+    """The next ``number`` simulations (None: all) as inputs. What they have found out is not computed
+    again."""
     for index, (args, one) in enumerate(itertools.islice(pairs, number)):
-        if index == 0 and not one.observations and not _may_reject(one):
+        may_reject = any(node["infer"].get("hard") for node in one.sites.values())
+        if index == 0 and not one.observations and not may_reject:
             warnings.warn(
                 "simulate=: the program observes nothing on these inputs, so its posterior is its "
                 "prior, and the guide learns nothing. Name the sites that will be observed when the "
                 f"guide is used, condition_on=[...]; its random sites: {', '.join(one.latents)}",
                 stacklevel=2,
             )
-        yield simulated_input(guide, args, one, index, options)
-
-
-def _may_reject(one: Simulated) -> bool:
-    return any(node["infer"].get("hard") for node in one.sites.values())
-
-
-def simulated_input(
-    guide: TrainableGuide, args: Args, one: Simulated, index: int, options: FitOptions
-) -> Input:
-    """A simulation as an input. What the simulation has found out is not computed again.
-
-    Args:
-        guide: for which it is.
-        args: of the simulation.
-        one: the simulation.
-        index: its number.
-        options: of the training.
-    """
-    # A tuple of its own: samples are told apart by it.
-    program, args = one.program(guide.model), (*args,)
-    record = record_of_simulation(one, latents_known=not options.loss.truncations)
-    input_ = Input(program, args, index, options, [record], exact=True)
-    input_.observations = guide.observations_of_simulation(one, program)
-    return input_
+        program = one.program(guide.model)
+        record = record_of_simulation(one, latents_known=not options.loss.truncations)
+        seen = guide.observations_of_simulation(one, program)
+        # A tuple of its own: samples are told apart by it.
+        yield Input(program, (*args,), index, options, [record], exact=True, observations=seen)
 
 
 def held_out_inputs(
     guide: TrainableGuide, data: Iterable[Any] | None, options: FitOptions
 ) -> list[Input]:
     """Those that a user gives; none, if ``data`` is None."""
-    if data is None:
-        return []
-    return list(read_inputs(guide.model, data, options, "eval_data"))
+    return [] if data is None else list(read_inputs(guide.model, data, options, "eval_data"))
 
 
-class Dreams(Source):
-    """Inputs simulated under the model as it is when they are asked for, a batch at a time.
+class Dreams(Stream):
+    """Inputs simulated under the model as it is, a batch at a time.
 
     Args:
         guide: for which they are.
-        inputs: whose arguments they are simulated on, in turn.
+        inputs: on whose arguments they are simulated.
         options: of the training.
         seed: of the simulations.
     """
@@ -215,45 +187,21 @@ class Dreams(Source):
     def __init__(
         self, guide: TrainableGuide, inputs: Sequence[Input], options: FitOptions, seed: int
     ) -> None:
-        self._guide, self._inputs, self._options, self._seed = guide, inputs, options, seed
-        self._waiting: list[Input] = []
-        self._batches = self._taken = 0
+        args_of = [input_.args for input_ in inputs]
+        pairs = SimulationStream(guide.model, args_of, seed=seed, block=options.batch_size)
+        super().__init__(simulated_inputs(guide, pairs, options), pairs.skip)
+        self.kept = inputs  # for the M-steps
+        self._pairs, self._scored_again = pairs, options.loss.draws != "given"
 
     def next(self, num: int) -> list[Input]:
-        while len(self._waiting) < num:
-            self._waiting += self._batch()
-        chosen, self._waiting = self._waiting[:num], self._waiting[num:]
+        chosen = super().next(num)
+        for input_ in chosen if self._scored_again else ():
+            input_.forget_scores()  # the model may have changed since
         return chosen
-
-    def _batch(self) -> list[Input]:
-        guide, options, number = self._guide, self._options, self._batches
-        self._batches += 1
-        args = self._inputs[number % len(self._inputs)].args
-        drawn = simulate(guide.model, args, options.batch_size, seed=self._seed + number)
-        batch = [
-            simulated_input(guide, args, one, index, options)
-            for index, one in enumerate(drawn, self._taken)
-        ]
-        if options.loss.draws != "given":
-            for input_ in batch:
-                input_.forget_scores()  # the model may change before the last of them is used
-        self._taken += len(batch)
-        return batch
-
-    @property
-    def kept(self) -> list[Input]:
-        """The data, for the M-steps."""
-        return list(self._inputs)
 
     def forget(self) -> None:
         """Dream anew: those that wait are not in a checkpoint."""
-        self._waiting.clear()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"batches": self._batches, "taken": self._taken}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._batches, self._taken = state["batches"], state["taken"]
+        self._pairs.forget()
 
 
 def _demonstrations(given: Sequence[Any] | None, num: int, seed: int) -> list[list[Record]]:
@@ -266,7 +214,7 @@ def _demonstrations(given: Sequence[Any] | None, num: int, seed: int) -> list[li
             f"demonstrations must be a list as long as the data, one entry an input ({num}), given "
             f"{size}"
         )
-    return [_records(each, i, seed) for i, each in enumerate(given)]
+    return [_records(item, i, seed) for i, item in enumerate(given)]
 
 
 def _records(given: Any, index: int, seed: int) -> list[Record]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import InitVar, dataclass, field
 from typing import Any
 
 import torch
@@ -17,45 +18,40 @@ from lmppl.training.options import FitOptions
 from lmppl.training.samples import ReplayBuffer
 
 
+@dataclass(eq=False)
 class Input:
     """One input, and what training keeps of it.
 
-    Args:
+    Attributes:
         program: the model; of a simulated input, the model that observes what was simulated.
         args: its positional arguments.
         index: its number in the data.
-        options: of the training.
         given: latents that the user gave, or that were simulated.
         exact: whether those are exact draws of the posterior, as simulated ones are.
-
-    Attributes:
-        buffer: the best traces seen.
-        stock: traces of the program itself, drawn ahead and not used yet.
         observations: what the guide reads of it, once that was found.
         features: what the network of a learned log Z reads of it, once that was found.
         visits: how many steps have used it.
         alive: whether any trace of it had a positive probability.
         rejects: whether any trace of it had probability zero.
+        buffer: the best traces seen.
+        stock: traces of the program itself, drawn ahead and not used yet.
     """
 
-    def __init__(
-        self,
-        program: Callable[..., Any],
-        args: Args,
-        index: int,
-        options: FitOptions,
-        given: Sequence[Record] = (),
-        *,
-        exact: bool = False,
-    ) -> None:
-        self.program, self.args, self.index = program, args, index
-        self.given, self.exact = list(given), exact
+    program: Callable[..., Any]
+    args: Args
+    index: int
+    options: InitVar[FitOptions]
+    given: list[Record] = field(default_factory=list)
+    exact: bool = False
+    observations: Observations | None = None
+    features: Any = None
+    visits: int = 0
+    alive: bool = False
+    rejects: bool = False
+    stock: list[Record] = field(default_factory=list)
+
+    def __post_init__(self, options: FitOptions) -> None:
         self.buffer = ReplayBuffer(options.replay_capacity, options.near_duplicates)
-        self.stock: list[Record] = []
-        self.observations: Observations | None = None
-        self.features: Any = None
-        self.visits = 0
-        self.alive = self.rejects = False
 
     def forget_scores(self) -> None:
         """The model has changed: forget what was found out about stored traces."""
@@ -105,20 +101,17 @@ class Source(ABC):
 
     Attributes:
         num_inputs: how many come again and again; 0 for a stream, each of whose inputs comes once.
-        origin: what they are simulated from.
+        kept: the inputs whose buffers matter for the steps to come.
+        origin: the arguments that they are simulated on.
     """
 
     num_inputs: int = 0
+    kept: Sequence[Input] = ()
     origin: Sequence[Args] = ()
 
     @abstractmethod
     def next(self, num: int) -> list[Input]:
         """The inputs of one step: ``num``, or fewer at the end of a stream."""
-
-    @property
-    @abstractmethod
-    def kept(self) -> list[Input]:
-        """The inputs whose buffers matter for the steps to come."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
@@ -133,22 +126,17 @@ class Collection(Source):
     """Inputs in rounds; each round has all of them once, in a random order."""
 
     def __init__(self, inputs: Sequence[Input], generator: torch.Generator) -> None:
-        self._inputs, self._generator = list(inputs), generator
+        self.kept, self.num_inputs, self._generator = inputs, len(inputs), generator
         self._queue: list[int] = []
-        self.num_inputs = len(self._inputs)
 
     def next(self, num: int) -> list[Input]:
-        num = min(num, len(self._inputs))
+        num = min(num, self.num_inputs)
         if len(self._queue) < num:
-            order = torch.randperm(len(self._inputs), generator=self._generator).tolist()
+            order = torch.randperm(self.num_inputs, generator=self._generator).tolist()
             # All of them once more; those that still wait come last, so that no step has one twice.
             self._queue += sorted(order, key=lambda i: i in self._queue)
         chosen, self._queue = self._queue[:num], self._queue[num:]
-        return [self._inputs[i] for i in chosen]
-
-    @property
-    def kept(self) -> list[Input]:
-        return self._inputs
+        return [self.kept[i] for i in chosen]
 
     def state_dict(self) -> dict[str, Any]:
         return {"queue": list(self._queue)}
@@ -182,21 +170,16 @@ class Stream(Source):
         self._taken += len(chosen)
         return chosen
 
-    @property
-    def kept(self) -> list[Input]:
-        return []
-
     def state_dict(self) -> dict[str, Any]:
         return {"taken": self._taken}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        taken = state["taken"]
         if self._skip is not None:
-            self._skip(state["taken"])
-            self._taken = state["taken"]
-            return
-        skipped = len(self.next(state["taken"]))
-        if skipped < state["taken"]:
+            self._skip(taken)
+            self._taken = taken
+        elif (skipped := len(self.next(taken))) < taken:
             raise ValueError(
-                f"the data ended after {skipped} inputs, but the run to be resumed had used "
-                f"{state['taken']}: give the same data again, from its beginning"
+                f"the data ended after {skipped} inputs, but the run to be resumed had used {taken}: "
+                "give the same data again, from its beginning"
             )
