@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Protocol
-
-import torch
 
 from lmppl.checks import check_flag, check_int
 from lmppl.distributions import ToolResult
@@ -49,42 +47,35 @@ class Part(Protocol):
         """Go on from what ``state_dict`` gave."""
 
 
-@dataclass
 class Checkpoints:
     """When and where a run is written to disk.
 
     Args:
-        path: a folder for its checkpoint, or None.
+        checkpoint: a folder for its checkpoint, or None.
         every: steps between them. (One more is written at the end.)
         resume: go on from the checkpoint, if there is one.
+        seed: of the run, as it was given.
+
+    Raises:
+        ValueError: for one out of range, or without what it needs.
     """
 
-    path: Path | None
-    every: int
-    resume: bool
-    _trainer: Trainer = field(init=False, repr=False)
-    _parts: Mapping[str, Part] = field(init=False, repr=False)
-    _run: dict[str, Any] = field(init=False, repr=False)
+    _trainer: Trainer
+    _parts: Mapping[str, Part]
+    _run: dict[str, Any]
 
-    @classmethod
-    def of(
-        cls, checkpoint: str | Path | None, every: int, resume: bool, seed: int | None
-    ) -> Checkpoints:
-        """From the arguments of ``fit``.
-
-        Raises:
-            ValueError: for one out of range, or without what it needs.
-        """
-        every, resume = check_int("checkpoint_every", every), check_flag("resume", resume)
+    def __init__(
+        self, checkpoint: str | Path | None, every: int, resume: bool, seed: int | None
+    ) -> None:
+        self._path = None if checkpoint is None else Path(checkpoint)
+        self._every = check_int("checkpoint_every", every)
+        self._resume = check_flag("resume", resume)
         if resume and checkpoint is None:
             raise ValueError("resume=True needs checkpoint=: the folder of the run to go on with")
         if resume and seed is None:
             raise ValueError("resume=True needs seed=: the seed that the run was begun with")
-        return cls(None if checkpoint is None else Path(checkpoint), every, resume)
 
-    def begin(
-        self, trainer: Trainer, parts: Mapping[str, Part], run: Mapping[str, Any] | None = None
-    ) -> int:
+    def begin(self, trainer: Trainer, parts: Mapping[str, Part], run: Mapping[str, Any]) -> int:
         """Bring a new run to where it was interrupted. Returns how many steps are done.
 
         Args:
@@ -97,19 +88,18 @@ class Checkpoints:
                 options, or of another version of lmppl, or if a file of it was damaged; says which.
             FileExistsError: if there is a checkpoint and the run is a new one.
         """
-        if self.path is None:
+        if self._path is None:
             return 0
-        # Now, before the steps change what it is made of.
-        self._run = identity(
-            trainer.guide, trainer.source, trainer.options, trainer.steps, trainer.seed
-        ) | dict(run or {})
         self._trainer, self._parts = trainer, parts
-        folder = present(self.path)
+        source, options, steps = trainer.source, trainer.options, trainer.steps
+        # Now, before the steps change what it is made of.
+        self._run = {**identity(trainer.guide, source, options, steps, trainer.seed), **run}
+        folder = present(self._path)
         if not folder.exists():
             return 0
-        if not self.resume:
+        if not self._resume:
             raise FileExistsError(
-                f"{self.path} exists: resume=True goes on with the run in it; for a new run give "
+                f"{self._path} exists: resume=True goes on with the run in it; for a new run give "
                 "another folder"
             )
         state = read_state(folder, "checkpoint", FORMAT, ": train anew, in another folder")
@@ -130,24 +120,25 @@ class Checkpoints:
                 if same_base(saved[what], self._run[what]):
                     continue
                 one, two = saved[what]["name"], self._run[what]["name"]
-            if one != two or what == "language model":
-                raise ValueError(
-                    f"the checkpoint {self.path} belongs to another run, its {what} differs: it has "
-                    f"{one!r}, this run {two!r}. Resume with what it was begun with, or train anew "
-                    "in another folder"
-                )
+            elif one == two:
+                continue
+            raise ValueError(
+                f"the checkpoint {self._path} belongs to another run, its {what} differs: it has "
+                f"{one!r}, this run {two!r}. Resume with what it was begun with, or train anew in "
+                "another folder"
+            )
 
     def save(self, done: int, *, last: bool = False) -> bool:
         """Write the state of a run after ``done`` steps, if it is time or the run ends. A disk that
         is full is warned of, and training goes on.
 
         Returns:
-            Whether it was time: then the trainer has forgotten what a resumed one does not know.
+            Whether it was time. If so, the trainer has forgotten what a resumed one does not know.
         """
-        if self.path is None or not (last or done % self.every == 0):
+        if self._path is None or not (last or done % self._every == 0):
             return False
         try:
-            replace_folder(self.path, "checkpoint", lambda folder: self._write(folder, done))
+            replace_folder(self._path, "checkpoint", lambda folder: self._write(folder, done))
         except OSError as error:
             warnings.warn(
                 f"the checkpoint of step {done} could not be written ({error}); the one before is "
@@ -174,20 +165,20 @@ class Checkpoints:
 # --- inputs and records --------------------------------------------------------------------------
 
 
+_KEPT = ("visits", "alive", "rejects", "features")
+
+
 def _input_state(input_: Input) -> dict[str, Any]:
-    return {
-        "visits": input_.visits,
-        "alive": input_.alive,
-        "rejects": input_.rejects,
-        "features": input_.features,
-        "buffer": [_record_state(r) for r in input_.buffer.records if _is_plain(r)],
-        "stock": [_record_state(r) for r in input_.stock if _is_plain(r)],
+    records = {"buffer": input_.buffer.records, "stock": input_.stock}
+    return {name: getattr(input_, name) for name in _KEPT} | {
+        name: [_record_state(record) for record in kept if _is_plain(record)]
+        for name, kept in records.items()
     }
 
 
 def _load_input(input_: Input, state: Mapping[str, Any]) -> None:
-    input_.visits, input_.features = state["visits"], state["features"]
-    input_.alive, input_.rejects = state["alive"], state["rejects"]
+    for name in _KEPT:
+        setattr(input_, name, state[name])
     input_.buffer.records = [_record(kept) for kept in state["buffer"]]
     input_.stock = [_record(kept) for kept in state["stock"]]
 
@@ -198,38 +189,26 @@ def _is_plain(record: Record) -> bool:
 
 
 def _record_state(record: Record) -> dict[str, Any]:
-    known: dict[str, Any] = {}
-    for name, (log_prob, scored) in record.known.items():
-        terms = [] if scored is None else [scored.log_probs, scored.closing_log_probs]
-        known[name] = [log_prob, *terms]
-    tools = {}
-    for name, node in record.tools.items():
-        error = None if node.error is None else f"{type(node.error).__name__}: {node.error}"
-        tools[name] = [node.result, error]
-    return {
-        "values": {name: torch.as_tensor(value) for name, value in record.values.items()},
-        "tools": tools,
-        "known": known,
-        "features": record.features,
-        "log_r": record.log_r,
-        "tokens": record.tokens,
-        "counts": sorted(record.counts),
+    known = {
+        name: [log_prob, *([scored.log_probs, scored.closing_log_probs] if scored else ())]
+        for name, (log_prob, scored) in record.known.items()
     }
+    tools = {
+        name: [node.result, f"{type(node.error).__name__}: {node.error}" if node.error else None]
+        for name, node in record.tools.items()
+    }
+    state = {field.name: getattr(record, field.name) for field in fields(record)}
+    return state | {"known": known, "tools": tools, "counts": sorted(record.counts)}
 
 
 def _record(state: Mapping[str, Any]) -> Record:
-    return Record(
-        values=state["values"],
-        tools={
-            name: ToolResult.wrap(result, None if error is None else RuntimeError(error))
-            for name, (result, error) in state["tools"].items()
-        },
-        known={
-            name: (log_prob, Scored(*terms) if terms else None)
-            for name, (log_prob, *terms) in state["known"].items()
-        },
-        features=state["features"],
-        log_r=state["log_r"],
-        tokens=tuple(state["tokens"]),
-        counts=frozenset(state["counts"]),
-    )
+    known = {
+        name: (log_prob, Scored(*terms) if terms else None)
+        for name, (log_prob, *terms) in state["known"].items()
+    }
+    tools = {
+        name: ToolResult.wrap(result, RuntimeError(error) if error else None)
+        for name, (result, error) in state["tools"].items()
+    }
+    tokens, counts = tuple(state["tokens"]), frozenset(state["counts"])
+    return Record(**{**state, "known": known, "tools": tools, "tokens": tokens, "counts": counts})

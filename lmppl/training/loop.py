@@ -119,7 +119,7 @@ class Run:
     callback: Callable[[dict[str, Any]], None] | None = None
 
     def __post_init__(self) -> None:
-        self.checkpoints = Checkpoints.of(
+        self.checkpoints = Checkpoints(
             self.checkpoint, self.checkpoint_every, self.resume, self.seed
         )
         if self.callback is not None:
