@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +11,7 @@ import torch
 
 from lmppl import runtime
 from lmppl.distributions import LMText, SiteScore
-from lmppl.training.samples import Sample, Truncation
+from lmppl.training.samples import Origin, Sample, Truncation
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,9 +43,19 @@ class Batch:
         """How many complete traces it holds."""
         return len(self.samples)
 
-    def origin(self, *origins: str) -> torch.Tensor:
-        """(N,) bool: the complete traces that come from there."""
-        return torch.tensor([sample.origin in origins for sample in self.samples])
+    def complete(self, *origins: Origin) -> Batch:
+        """Its complete traces alone: those that come from there, or all of them."""
+        kept = [not origins or sample.origin in origins for sample in self.samples]
+        rows = torch.tensor(kept, dtype=torch.bool)
+        return replace(
+            self,
+            samples=list(itertools.compress(self.samples, kept)),
+            truncations=[],
+            log_r=self.log_r[: self.num][rows],
+            log_q=self.log_q[: self.num][rows],
+            old_log_q=self.old_log_q[rows],
+            log_prior=self.log_prior[rows],
+        )
 
     @property
     def alive(self) -> bool:
@@ -59,37 +70,26 @@ class Batch:
     def cuts_of_samples(self) -> Iterator[tuple[list[int], list[int]]]:
         """For each trace: the rows of its truncations, by length, and its own; and how many tokens
         of the last text each of them keeps."""
-        cuts: dict[int, list[int]] = {}
-        for k in sorted(range(len(self.truncations)), key=lambda k: self.truncations[k].length):
-            cuts.setdefault(id(self.truncations[k].sample), []).append(k)
         for i, sample in enumerate(self.samples):
-            ks = cuts.get(id(sample), [])
-            end = self.truncations[ks[0]].full_length if ks else 0
-            yield [*(self.num + k for k in ks), i], [*(self.truncations[k].length for k in ks), end]
+            cuts = [(k, cut) for k, cut in enumerate(self.truncations) if cut.sample is sample]
+            cuts.sort(key=lambda cut: cut[1].length)
+            end = cuts[0][1].full_length if cuts else 0
+            yield [*(self.num + k for k, _ in cuts), i], [*(cut.length for _, cut in cuts), end]
 
     def figures(self) -> dict[str, float]:
         """What the guide's own draws say of it; NaN if there are none."""
-        figures = {
-            "log_z": math.nan,
-            "elbo": math.nan,
-            "ess": math.nan,
-            "alive": math.nan,
-            "length": sum(sample.num_tokens for sample in self.samples) / self.num,
+        length = sum(sample.num_tokens for sample in self.samples) / self.num
+        drawn = self.complete("guide")
+        if not drawn.num:
+            return dict.fromkeys(("log_z", "elbo", "ess", "alive"), math.nan) | {"length": length}
+        u = (drawn.log_r - drawn.log_q.detach())[drawn.log_r > -math.inf]
+        return {
+            "log_z": float(torch.logsumexp(u, 0)) - math.log(drawn.num),
+            "elbo": float(u.mean()),
+            "ess": runtime.ess(u) / drawn.num,
+            "alive": len(u) / drawn.num,
+            "length": length,
         }
-        drawn = self.origin("guide")
-        if not bool(drawn.any()):
-            return figures
-        log_r, log_q = self.log_r[: self.num][drawn], self.log_q.detach()[: self.num][drawn]
-        live = log_r > -math.inf
-        u = (log_r - log_q)[live]
-        if len(u):
-            figures["log_z"] = float(torch.logsumexp(u, 0)) - math.log(len(live))
-            figures["elbo"] = float(u.mean())
-        else:
-            figures["log_z"] = -math.inf
-        figures["ess"] = runtime.ess(u) / len(live)
-        figures["alive"] = len(u) / len(live)
-        return figures
 
 
 Scores = Mapping[str, SiteScore]
@@ -114,35 +114,32 @@ def batches_of(
         ValueError: if the guide draws no latent of a live trace, or cannot draw one of them.
     """
     flat = [sample for of_input in samples for sample in of_input]
+    number = {id(sample): i for i, sample in enumerate(flat)}
+    cuts = [(number[id(cut.sample)], cut) for cut in truncations]
+    cuts = [(i, cut) for i, cut in cuts if scores[i][cut.name][1] is not None]
     table = _ScoreTable(flat, scores)
-    index = {id(sample): i for i, sample in enumerate(flat)}
-    usable = [t for t in truncations if scores[index[id(t.sample)]][t.name][1] is not None]
-    cut_log_q = table.log_q_of_cuts(usable, [index[id(t.sample)] for t in usable])
-    rows: list[list[int]] = [[] for _ in samples]
-    owner = [k for k, of_input in enumerate(samples) for _ in of_input]
-    for row, truncation in enumerate(usable):
-        rows[owner[index[id(truncation.sample)]]].append(row)
+    cut_log_q = table.log_q_of_cuts(cuts)
     found: list[Batch] = []
-    first = 0
+    end = 0
     for k, of_input in enumerate(samples):
-        here = slice(first, first + len(of_input))
-        first = here.stop
-        if not any(scores[here]) and any(sample.log_r > -math.inf for sample in of_input):
+        begin, end = end, end + len(of_input)
+        if not any(scores[begin:end]) and any(sample.log_r > -math.inf for sample in of_input):
             # (A dead trace may have ended before its first latent.)
             raise ValueError("the guide has proposed no latent site of the program")
-        cuts = [usable[row] for row in rows[k]]
-        log_q = table.log_q[here]
-        log_r = [*(sample.log_r for sample in of_input), *(cut.log_r for cut in cuts)]
-        found.append(
-            Batch(
-                of_input,
-                cuts,
-                log_q.new_tensor(log_r),
-                torch.cat([log_q, cut_log_q[rows[k]]]),
-                log_q.detach() if old_log_q is None else old_log_q[k],
-                log_q.new_tensor([sample.log_p for sample in of_input]),
-            )
+        rows = [row for row, (i, _) in enumerate(cuts) if begin <= i < end]
+        of_cuts = [cuts[row][1] for row in rows]
+        log_q = table.log_q[begin:end]
+        batch = Batch(
+            of_input,
+            of_cuts,
+            log_r=log_q.new_tensor(
+                [*(sample.log_r for sample in of_input), *(cut.log_r for cut in of_cuts)]
+            ),
+            log_q=torch.cat([log_q, cut_log_q[rows]]),
+            old_log_q=log_q.detach() if old_log_q is None else old_log_q[k],
+            log_prior=log_q.new_tensor([sample.log_p for sample in of_input]),
         )
+        found.append(batch)
     return found
 
 
@@ -157,7 +154,7 @@ class _ScoreTable:
 
     def __init__(self, samples: Sequence[Sample], scores: Sequence[Scores]) -> None:
         self._scores = scores
-        self._at: dict[tuple[int, str], int] = {}
+        self._at: dict[tuple[int, str], int] = {}  # rows of _terms, by trace and site
         width = max(map(len, scores), default=0)
         terms: list[torch.Tensor] = []
         places: list[int] = []
@@ -166,43 +163,35 @@ class _ScoreTable:
                 self._at[i, name] = len(terms)
                 terms.append(log_prob)
                 places.append(i * width + j)
-        left = torch.tensor(
-            [sample.log_left(score) for sample, score in zip(samples, scores, strict=True)]
-        )
+        left = torch.tensor([s.log_left(score) for s, score in zip(samples, scores, strict=True)])
         if not terms:
             self._terms, self.log_q = left, left
             return
         home = next((term for term in terms if term.requires_grad), terms[0])
-        if any(term.device != home.device for term in terms):
-            terms = [term.to(home.device) for term in terms]
-        self._terms = torch.stack(terms).to(home.dtype)
+        self._terms = torch.stack([term.to(home.device) for term in terms]).to(home.dtype)
         table = self._terms.new_zeros(len(samples) * width)
         table = table.index_copy(0, torch.tensor(places, device=home.device), self._terms)
         self.log_q = table.reshape(len(samples), width).sum(1) + left.to(table)
         if bool((self.log_q.detach() == -math.inf).any()):
             _check_support(samples, scores)
 
-    def log_q_of_cuts(
-        self, truncations: Sequence[Truncation], samples: Sequence[int]
-    ) -> torch.Tensor:
-        """(M,) log q of truncated traces, nats, from the scores of the complete ones.
+    def log_q_of_cuts(self, cuts: Sequence[tuple[int, Truncation]]) -> torch.Tensor:
+        """(M,) log q of M truncated traces, nats, from the scores of the complete ones.
 
         Args:
-            truncations: M.
-            samples: of each, the number of its trace.
+            cuts: the number of each complete trace, and its truncation.
         """
-        if not truncations:
+        if not cuts:
             return self.log_q[:0]
         device = self.log_q.device
-        texts: dict[tuple[int, str], int] = {}
-        for i, truncation in zip(samples, truncations, strict=True):
-            texts.setdefault((i, truncation.name), len(texts))
-        terms = [self._scores[i][name][1] for i, name in texts]
-        log_probs = [term.log_probs for term in terms if term is not None]
+        sites = [(i, cut.name) for i, cut in cuts]
+        texts = {site: k for k, site in enumerate(dict.fromkeys(sites))}
+        scored = [score for i, name in texts if (score := self._scores[i][name][1]) is not None]
+        log_probs = [score.log_probs for score in scored]
         closing = [
-            c for term in terms if term is not None and (c := term.closing_log_probs) is not None
+            score.closing_log_probs for score in scored if score.closing_log_probs is not None
         ]
-        lengths = torch.tensor([len(each) for each in log_probs], device=device)
+        lengths = torch.tensor([len(of_text) for of_text in log_probs], device=device)
         begins = lengths.cumsum(0) - lengths
         # Sums over the first tokens of each text: (texts, width + 1), padded with the zero in front.
         steps = torch.arange(int(lengths.max()) + 1, device=device)
@@ -210,16 +199,14 @@ class _ScoreTable:
         places = torch.where(inside, begins[:, None] + steps, 0)
         flat = torch.cat([self.log_q.new_zeros(1), *log_probs])
         sums = flat.index_select(0, places.reshape(-1)).reshape(places.shape).cumsum(1)
-        text = torch.tensor([texts[i, t.name] for i, t in zip(samples, truncations, strict=True)])
-        length = torch.tensor([t.length for t in truncations])
-        site = torch.tensor(
-            [self._at[i, t.name] for i, t in zip(samples, truncations, strict=True)]
-        )
-        text, length, site = text.to(device), length.to(device), site.to(device)
-        cut = sums.reshape(-1).index_select(0, text * len(steps) + length)
+        trace = torch.tensor([i for i, _ in cuts], device=device)
+        text = torch.tensor([texts[site] for site in sites], device=device)
+        row = torch.tensor([self._at[site] for site in sites], device=device)
+        length = torch.tensor([cut.length for _, cut in cuts], device=device)
+        cut_text = sums.reshape(-1).index_select(0, text * len(steps) + length)
         closed = torch.cat(closing).index_select(0, begins[text] + length)
-        whole = self.log_q.index_select(0, torch.tensor(samples, device=device))
-        return whole - self._terms.index_select(0, site) + cut + closed
+        whole, whole_text = self.log_q.index_select(0, trace), self._terms.index_select(0, row)
+        return whole - whole_text + cut_text + closed
 
 
 def _check_support(samples: Sequence[Sample], scores: Sequence[Scores]) -> None:

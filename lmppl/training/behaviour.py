@@ -23,20 +23,21 @@ from typing import Any
 import torch
 
 from lmppl import runtime
+from lmppl.guides.automatic import TextDraw
 from lmppl.guides.guide import Guide, TrainableGuide
 from lmppl.runtime import Particle
 from lmppl.runtime.records import Record, rescore
 from lmppl.training.fingerprints import digest_of
 from lmppl.training.inputs import Input, observe
-from lmppl.training.losses import Loss
 from lmppl.training.options import FitOptions
-from lmppl.training.samples import Origin, Sample, first_reading
+from lmppl.training.samples import Origin, Sample
 
 TEMPERATURES = (0.5, 2.0)
 """Range of the tempered policy."""
 
 _PRIOR_STOCK = 8
-"""For how many steps of an input traces of the program itself are drawn at a time, at most."""
+"""For how many steps of an input traces of the program itself are drawn at a time, at most. They do
+not depend on the guide, and a model decodes many for the price of few."""
 
 _MOST_READINGS = 10_000
 _MOST_REMEMBERED = 4096
@@ -63,16 +64,12 @@ class Drawn:
     def start(self, guide: Guide, input_: Input) -> list[Particle]:
         if self.num < 1:
             return []
-        factory = guide.proposer_factory(
-            input_.args, temperature=self.temperature, observations=input_.observations
+        program, args = input_.program, input_.args
+        proposer = guide.proposer_factory(
+            args, temperature=self.temperature, observations=input_.observations
         )
         return runtime.start(
-            input_.program,
-            input_.args,
-            self.num,
-            seed=self.seed,
-            proposer=factory,
-            score_closing=True,
+            program, args, self.num, seed=self.seed, proposer=proposer, score_closing=True
         )
 
     def samples(self, particles: Sequence[Particle]) -> list[Sample]:
@@ -108,51 +105,19 @@ class Recalled:
                 guide.recaller(input_.args, input_.observations),
                 what=f"a {kind} of input {input_.index}",
                 complete=self.complete,
-                seed=seed,
+                seed=self.seeds[slot],
                 slot=slot,
             )
-            for slot, (record, sample, seed) in enumerate(
-                zip(self.records, self.remembered, self.seeds, strict=True)
-            )
-            if sample is None
+            for slot, record in enumerate(self.records)
+            if self.remembered[slot] is None
         ]
 
     def samples(self, particles: Sequence[Particle]) -> list[Sample]:
         runs = iter(particles)
         return [
-            Sample.of(next(runs), self.origin)
-            if sample is None
-            else replace(sample, origin=self.origin)
+            replace(sample, origin=self.origin) if sample else Sample.of(next(runs), self.origin)
             for sample in self.remembered
         ]
-
-
-class Memory:
-    """The traces that were recorded last, as they were drawn: they need not be run again.
-
-    Args:
-        capacity: how many; the oldest go.
-    """
-
-    def __init__(self, capacity: int) -> None:
-        self._capacity = capacity
-        self._samples: dict[int, tuple[Record, Sample]] = {}
-
-    def record(self, sample: Sample) -> Record:
-        """The record of a trace, which is remembered."""
-        record = sample.record
-        self._samples[id(record)] = record, sample
-        if len(self._samples) > self._capacity:
-            del self._samples[next(iter(self._samples))]
-        return record
-
-    def recall(self, records: Sequence[Record]) -> list[Sample | None]:
-        """The traces of some records; None for one that is not remembered."""
-        return [self._samples.get(id(record), (None, None))[1] for record in records]
-
-    def forget(self) -> None:
-        """Forget them all."""
-        self._samples.clear()
 
 
 class Behaviour:
@@ -174,19 +139,22 @@ class Behaviour:
         seed: int,
         generator: torch.Generator,
     ) -> None:
-        self._guide, self._options = guide, options
+        self._guide, self._options, self._loss = guide, options, options.loss
         self._seed, self._generator = seed, generator
-        self._memory = Memory(_MOST_REMEMBERED if visits > 1 else 0)
-        # They do not depend on the guide, and a model decodes many for the price of few.
         self._stocked_steps = max(1, min(_PRIOR_STOCK, visits))
+        self._most_remembered = _MOST_REMEMBERED if visits > 1 else 0
+        self._remembered: dict[int, Sample] = {}  # as they were drawn, by the id of their record
 
     def forget(self) -> None:
         """Forget the traces that a checkpoint holds as records only."""
-        self._memory.forget()
+        self._remembered.clear()
 
-    @property
-    def _loss(self) -> Loss:
-        return self._options.loss
+    def _remember(self, sample: Sample) -> Record:
+        """The record of a trace, which need not be run again; the oldest one is forgotten."""
+        self._remembered[id(sample.record)] = sample
+        if len(self._remembered) > self._most_remembered:
+            del self._remembered[next(iter(self._remembered))]
+        return sample.record
 
     def draw(self, inputs: Sequence[Input], number: int) -> list[list[Sample]]:
         """Complete traces of each input of step ``number``."""
@@ -199,8 +167,8 @@ class Behaviour:
         with runtime.ending([]) as started:
             for k, input_ in enumerate(inputs):
                 input_.visits += 1
-                own_seeds = (*seeds[3 * k : 3 * k + 3], seeds[3 * len(inputs) + k])
-                for policy in self._policies(input_, share, heat, own_seeds):
+                input_seeds = (*seeds[3 * k : 3 * k + 3], seeds[3 * len(inputs) + k])
+                for policy in self._policies(input_, share, heat, input_seeds):
                     particles = policy.start(self._guide, input_)
                     started += particles
                     runs.append((input_, policy, particles))
@@ -208,7 +176,7 @@ class Behaviour:
         samples: dict[int, list[Sample]] = {id(input_): [] for input_ in inputs}
         for input_, policy, particles in runs:
             samples[id(input_)] += self._keep(input_, policy, policy.samples(particles))
-        return [samples[id(input_)] for input_ in inputs]
+        return list(samples.values())
 
     def _policies(
         self, input_: Input, share: int, heat: float, seeds: Sequence[int]
@@ -216,60 +184,53 @@ class Behaviour:
         """What draws ``share`` traces of an input, and the traces to be kept for later steps."""
         options, loss = self._options, self._loss
         given = self._given(input_, share)
+        by_program = round(share * options.prior_fraction)
         replayed: list[Record] = []
         tempered = prior = drawn = 0
         if loss.draws == "mixture":
             num = round((share - len(given)) * options.replay_fraction)
             replayed = input_.buffer.draw(num, self._generator)
-            tempered = round(share * options.tempered_fraction)
-            prior = self._prior_share(share)
+            tempered, prior = round(share * options.tempered_fraction), by_program
             drawn = max(1, share - len(given) - len(replayed) - tempered - prior)
         elif loss.draws == "guide":
-            if loss.defended and input_.rejects:
-                prior = self._prior_share(share)
+            prior = by_program if loss.defended and input_.rejects else 0
             drawn = max(2, share - len(given) - prior)
-        ahead, stocked = 0, []
         if len(input_.stock) < prior:
-            ahead = (self._stocked_steps - 1) * prior
+            ahead, stocked = (self._stocked_steps - 1) * prior, []
         else:
-            stocked = [input_.stock.pop() for _ in range(prior)]
+            ahead, stocked = 0, [input_.stock.pop() for _ in range(prior)]
+        recalled: dict[Origin, list[Record]] = {
+            "given": given, "replay": replayed, "prior": stocked
+        }  # fmt: skip
+        recalled_seeds = iter(runtime.slot_seeds(seeds[3], sum(map(len, recalled.values()))))
         return [
             Drawn("guide", drawn, 1.0, seeds[0]),
             Drawn("tempered", tempered, heat, seeds[1]),
             Drawn("prior", prior - len(stocked) + ahead, math.inf, seeds[2], ahead),
-            *self._recalled(seeds[3], given=given, replay=replayed, prior=stocked),
+            *(
+                Recalled(
+                    origin,
+                    records,
+                    [self._remembered.get(id(record)) for record in records],
+                    [next(recalled_seeds) for _ in records],
+                    # What the guide draws itself is nothing to imitate.
+                    complete=origin == "given" and loss.draws == "given",
+                )
+                for origin, records in recalled.items()
+            ),
         ]
-
-    def _recalled(self, seed: int, **records: list[Record]) -> list[Recalled]:
-        """What has the traces of some records, by their origin."""
-        seeds = iter(runtime.slot_seeds(seed, sum(map(len, records.values()))))
-        return [
-            Recalled(
-                origin,  # type: ignore[arg-type]
-                of_origin,
-                self._memory.recall(of_origin),
-                [next(seeds) for _ in of_origin],
-                # What the guide draws itself is nothing to imitate.
-                complete=origin == "given" and self._loss.draws == "given",
-            )
-            for origin, of_origin in records.items()
-        ]
-
-    def _prior_share(self, share: int) -> int:
-        return round(share * self._options.prior_fraction)
 
     def _given(self, input_: Input, share: int) -> list[Record]:
         """Latents that the user gave: always for losses on them; else once each, to seed the
         buffer."""
-        loss = self._loss
+        loss, given = self._loss, input_.given
         most = share if loss.draws == "given" else max(1, share // 2)
         if loss.draws == "mixture":
-            return input_.given[(input_.visits - 1) * most : input_.visits * most]
+            return given[(input_.visits - 1) * most : input_.visits * most]
         if loss.draws == "guide" and not loss.takes_simulated:
             return []
-        num = min(len(input_.given), most)
-        picks = torch.randperm(len(input_.given), generator=self._generator)[:num].tolist()
-        return [input_.given[k] for k in sorted(picks)]
+        picks = torch.randperm(len(given), generator=self._generator)[:most].tolist()
+        return [given[k] for k in sorted(picks)]
 
     def _keep(self, input_: Input, policy: Drawn | Recalled, samples: list[Sample]) -> list[Sample]:
         """Keep what later steps may use of a policy's traces. Returns those that are for this one."""
@@ -279,23 +240,22 @@ class Behaviour:
             input_.rejects |= dead
         keeps = self._loss.draws == "mixture"
         if isinstance(policy, Recalled):
-            news = zip(policy.records, policy.remembered, samples, strict=True)
-            for record, sample in [(record, new) for record, old, new in news if old is None]:
+            known = zip(policy.records, policy.remembered, samples, strict=True)
+            for record, sample in [(record, new) for record, old, new in known if old is None]:
                 if policy.origin == "given":
                     _check_given(input_, sample)
-                    scored = self._memory.record(sample)
-                    input_.given[input_.given.index(record)] = scored
+                    input_.given[input_.given.index(record)] = self._remember(sample)
                     if keeps:
-                        input_.buffer.add(scored)
+                        input_.buffer.add(sample.record)
                 elif policy.origin == "replay" and not record.known:  # the model has changed
-                    input_.buffer.replace(record, self._memory.record(sample))
+                    input_.buffer.replace(record, self._remember(sample))
             return samples
         now = policy.num - policy.ahead
-        input_.stock += [self._memory.record(sample) for sample in samples[now:]]
+        input_.stock += [self._remember(sample) for sample in samples[now:]]
         # The best first: then the others are mostly refused at a glance.
         for sample in sorted(samples, key=lambda sample: -sample.log_r) if keeps else ():
-            if input_.buffer.accepts(sample):
-                input_.buffer.add(self._memory.record(sample))
+            if sample.log_r > input_.buffer.least and input_.buffer.add(sample.record):
+                self._remember(sample)
         return samples[:now]
 
 
@@ -316,7 +276,6 @@ class Lookalikes:
     """
 
     def __init__(self, guide: TrainableGuide, *, alone: bool) -> None:
-        self._guide = guide
         self._readings: dict[Any, tuple[str, int]] = {}  # what was read, and of which input
         self._over = alone or not (guide.reads_observations and guide.condition_on == "all")
 
@@ -325,7 +284,7 @@ class Lookalikes:
         simulated ones do not say what was observed.)"""
         if self._over or input_.exact or input_.visits > 1:
             return
-        read = first_reading(samples, input_.observations)
+        read = _first_reading(input_, samples)
         if read is None or len(self._readings) >= _MOST_READINGS:
             return
         given = digest_of(input_.args)
@@ -339,3 +298,15 @@ class Lookalikes:
                 "in, by a prefix or infer={'guide_prompt': text}",
                 stacklevel=6,
             )
+
+
+def _first_reading(input_: Input, samples: Sequence[Sample]) -> Any:
+    """What the automatic guide reads before it draws anything, by which it tells inputs apart. None
+    if it draws nothing, or the user said what it is to read."""
+    for sample in samples:
+        for name, draw in sample.proposer.draws.items():
+            if not isinstance(draw, TextDraw):
+                return tuple((input_.observations or {}).items())
+            prompt = sample.sites[name]["infer"].get("guide_prompt")
+            return draw.fn.prefix_ids if prompt is None else None
+    return None

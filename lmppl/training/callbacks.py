@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -19,23 +19,31 @@ _LEAST_FALL = 20.0  # nats
 Parameters = Mapping[str, torch.nn.Parameter]
 
 
-class Snapshot:
-    """A copy of parameters, by name."""
-
-    def __init__(self, tensors: Mapping[str, torch.Tensor] | None = None) -> None:
-        self.tensors = dict(tensors or {})
-
-    def take(self, parameters: Parameters) -> None:
-        self.tensors = {name: p.detach().clone() for name, p in parameters.items()}
-
-    def put_back(self, parameters: Parameters) -> None:
-        with torch.no_grad():
-            for name, tensor in self.tensors.items():
-                if name in parameters:  # a resumed run may not have come to all of them yet
-                    parameters[name].copy_(tensor)
+def _copies(parameters: Parameters) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in parameters.items()}
 
 
-class DivergenceGuard:
+def _put_back(copies: Mapping[str, torch.Tensor], parameters: Parameters) -> None:
+    with torch.no_grad():
+        for name, tensor in copies.items():
+            if name in parameters:  # a resumed run may not have come to all of them yet
+                parameters[name].copy_(tensor)
+
+
+class _Callback:
+    """Its state is what is in the attributes named in ``kept``."""
+
+    kept: ClassVar[tuple[str, ...]]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.kept}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name in self.kept:
+            setattr(self, name, state[name])
+
+
+class DivergenceGuard(_Callback):
     """Stops a run that has become much worse than it was at first.
 
     Figures of different inputs are not of a size: long observations come late in a sorted stream. So
@@ -47,14 +55,18 @@ class DivergenceGuard:
     Attributes:
         first: its mean over the first steps, nats.
         best: the highest mean over as many steps in a row.
+        snapshot: the parameters of those, by name.
+        recent: the figures of the steps since the last mean.
     """
+
+    kept = "first", "best", "snapshot", "recent"
 
     def __init__(self, name: str = "ELBO") -> None:
         self._name = name
         self.first: float | None = None
         self.best = -math.inf
-        self.snapshot = Snapshot()
-        self._recent: list[float] = []
+        self.snapshot: dict[str, torch.Tensor] = {}
+        self.recent: list[float] = []
 
     def watch(
         self, number: int, figure: float, parameters: Parameters, again: Callable[[], float]
@@ -72,22 +84,19 @@ class DivergenceGuard:
         """
         if not math.isfinite(figure):
             return
-        self._recent.append(figure)
-        if len(self._recent) < _WINDOW:
+        self.recent = [*self.recent, figure]
+        if len(self.recent) < _WINDOW:
             return
-        mean = sum(self._recent) / _WINDOW
-        self._recent.clear()
+        mean, self.recent = sum(self.recent) / _WINDOW, []
         if self.first is None:
             self.first = mean
         if mean > self.best:
-            self.best = mean
-            self.snapshot.take(parameters)
+            self.best, self.snapshot = mean, _copies(parameters)
         elif _fell(self.first, mean):
-            present = Snapshot()
-            present.take(parameters)
-            self.snapshot.put_back(parameters)
+            present = _copies(parameters)
+            _put_back(self.snapshot, parameters)
             if not _fell(again(), figure):
-                present.put_back(parameters)
+                _put_back(present, parameters)
                 return
             raise FloatingPointError(
                 f"training has diverged: up to step {number} the {self._name} fell to {mean:.1f} "
@@ -96,35 +105,24 @@ class DivergenceGuard:
                 "quarter; for a program also model_learning_rate), or raise batch_size"
             )
 
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "first": self.first,
-            "best": self.best,
-            "recent": list(self._recent),
-            "snapshot": self.snapshot.tensors,
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.first, self.best = state["first"], state["best"]
-        self._recent = list(state["recent"])
-        self.snapshot = Snapshot(state["snapshot"])
-
 
 def _fell(figure: float, to: float) -> bool:
     return to < figure - max(_LEAST_FALL, abs(figure))
 
 
-class EarlyStopping:
+class EarlyStopping(_Callback):
     """Stops a run whose figure on held-out inputs no longer grows.
 
     Args:
         patience: how many evaluations without a new best it waits for; None: for ever.
     """
 
+    kept = "best", "best_step", "waited", "snapshot"
+
     def __init__(self, patience: int | None) -> None:
         self.patience = None if patience is None else check_int("patience", patience)
         self.best, self.best_step, self.waited = -math.inf, -1, 0
-        self.snapshot = Snapshot()
+        self.snapshot: dict[str, torch.Tensor] = {}
 
     @property
     def over(self) -> bool:
@@ -135,27 +133,12 @@ class EarlyStopping:
         """Take note of an evaluation."""
         if self.patience is None:
             return False
+        self.waited += 1
         if figure > self.best:
             self.best, self.best_step, self.waited = figure, number, 0
-            self.snapshot.take(parameters)
-        else:
-            self.waited += 1
+            self.snapshot = _copies(parameters)
         return self.over
 
     def finish(self, parameters: Parameters) -> None:
         """Put the best parameters back."""
-        if self.snapshot.tensors:
-            self.snapshot.put_back(parameters)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "best": self.best,
-            "best_step": self.best_step,
-            "waited": self.waited,
-            "snapshot": self.snapshot.tensors,
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.best, self.best_step = state["best"], state["best_step"]
-        self.waited = state["waited"]
-        self.snapshot = Snapshot(state["snapshot"])
+        _put_back(self.snapshot, parameters)

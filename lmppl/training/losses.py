@@ -51,16 +51,13 @@ class Loss(ABC):
     updates: int = 1
 
     @abstractmethod
-    def of(self, batch: Batch, *, moved: float = 1.0) -> torch.Tensor | None:
+    def of(self, batch: Batch, *, moved: float = 1.0) -> torch.Tensor:
         """The loss on the samples of one input, 0-d.
 
         Args:
-            batch: the samples.
+            batch: the samples, of which at least one is alive.
             moved: how far an annealed target has come from the program's prior (0) to the
                 posterior (1).
-
-        Returns:
-            None if there is nothing to learn from them.
         """
 
 
@@ -85,9 +82,7 @@ class VarGrad(Loss):
         if self.huber != math.inf:
             check_number("huber", self.huber, above=0.0)
 
-    def of(self, batch: Batch, *, moved: float = 1.0) -> torch.Tensor | None:
-        if not batch.alive:
-            return None
+    def of(self, batch: Batch, *, moved: float = 1.0) -> torch.Tensor:
         loss = objectives.vargrad(batch.log_r, batch.log_q, huber=self.huber)
         return loss + _dead_traces(batch)
 
@@ -101,9 +96,7 @@ class TB(Loss):
     truncations = True
     learns_log_z = True
 
-    def of(self, batch: Batch, *, moved: float = 1.0) -> torch.Tensor | None:
-        if not batch.alive:
-            return None
+    def of(self, batch: Batch, *, moved: float = 1.0) -> torch.Tensor:
         assert batch.log_z is not None
         log_z = batch.log_z.to(batch.log_q.device)
         return objectives.tb(batch.log_r, batch.log_q, log_z) + _dead_traces(batch)
@@ -127,46 +120,65 @@ class SubTB(Loss):
     def __post_init__(self) -> None:
         check_number("lam", self.lam, above=0.0, most=1.0)
 
-    def of(self, batch: Batch, *, moved: float = 1.0) -> torch.Tensor | None:
-        if not batch.alive:
-            return None
-        terms = []
-        for rows, positions in batch.cuts_of_samples():
-            log_r, log_q = batch.log_r[rows], batch.log_q[rows]
-            terms.append(objectives.subtb(log_r, log_q, self.lam, torch.tensor(positions)))
+    def of(self, batch: Batch, *, moved: float = 1.0) -> torch.Tensor:
+        terms = [
+            objectives.subtb(batch.log_r[rows], batch.log_q[rows], self.lam, torch.tensor(lengths))
+            for rows, lengths in batch.cuts_of_samples()
+        ]
         # Within samples u is tied together, and between them by the variance of complete traces.
-        complete = objectives.vargrad(batch.log_r[: batch.num], batch.log_q[: batch.num])
-        return torch.stack(terms).mean() + complete + _dead_traces(batch)
+        complete = batch.complete()
+        between = objectives.vargrad(complete.log_r, complete.log_q)
+        return torch.stack(terms).mean() + between + _dead_traces(batch)
 
 
 @dataclass(frozen=True)
-class ELBO(Loss):
-    """Score-function gradient of the ELBO, the reverse KL, on the guide's own draws.
+class _Annealed(Loss):
+    """A loss on the guide's own draws, whose target moves from the program's prior to the posterior.
+
+    A loss that sees nothing else never finds a mode again that the first, noisy steps have lost.
 
     Args:
-        annealing: where the target begins between the program's prior (0) and the posterior (1):
-            at ``prior * (R / prior) ** annealing``. A loss that sees the guide's own draws only
-            never finds a mode again that the first, noisy steps have lost. 1: it is R throughout.
+        annealing: where the target begins between prior (0) and posterior (1): at
+            ``prior * (R / prior) ** annealing``. 1: it is R throughout.
     """
 
     annealing: float = 0.25
 
-    name = "elbo"
     draws = "guide"
-    defended = True
 
     def __post_init__(self) -> None:
         check_number("annealing", self.annealing, above=0.0, most=1.0)
 
-    def of(self, batch: Batch, *, moved: float = 1.0) -> torch.Tensor | None:
-        if not batch.alive:
-            return None
+    def _drawn(self, batch: Batch, moved: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """log R, annealed, and log q of the guide's own draws."""
+        drawn = batch.complete("guide")
         weight = self.annealing + (1.0 - self.annealing) * moved
-        return objectives.elbo(*_annealed(batch, weight)) + _dead_traces(batch)
+        if weight == 1.0:
+            return drawn.log_r, drawn.log_q
+        log_prior = drawn.log_prior * batch.beta
+        log_r = log_prior + weight * (drawn.log_r - log_prior)
+        # A trace that the program cannot draw has no prior either.
+        return torch.where(drawn.log_r > -math.inf, log_r, -math.inf), drawn.log_q
 
 
 @dataclass(frozen=True)
-class Wake(Loss):
+class ELBO(_Annealed):
+    """Score-function gradient of the ELBO, the reverse KL, on the guide's own draws.
+
+    Args:
+        annealing: the target moves from the program's prior to the posterior over the first half
+            of the steps, and begins at ``prior * (R / prior) ** annealing``; in (0, 1].
+    """
+
+    name = "elbo"
+    defended = True
+
+    def of(self, batch: Batch, *, moved: float = 1.0) -> torch.Tensor:
+        return objectives.elbo(*self._drawn(batch, moved)) + _dead_traces(batch)
+
+
+@dataclass(frozen=True)
+class Wake(_Annealed):
     """Forward KL, by the guide's own draws weighted by R / q, and by simulated latents, which are
     posterior draws as they are (Bornschein & Bengio, 2015, arXiv 1406.2751).
 
@@ -174,25 +186,14 @@ class Wake(Loss):
         annealing: as of ``ELBO``.
     """
 
-    annealing: float = 0.25
-
     name = "wake"
-    draws = "guide"
     takes_simulated = True
 
-    def __post_init__(self) -> None:
-        check_number("annealing", self.annealing, above=0.0, most=1.0)
-
-    def of(self, batch: Batch, *, moved: float = 1.0) -> torch.Tensor | None:
-        if not batch.alive:
-            return None
-        weight = self.annealing + (1.0 - self.annealing) * moved
-        log_r, log_q = _annealed(batch, weight)
+    def of(self, batch: Batch, *, moved: float = 1.0) -> torch.Tensor:
+        log_r, log_q = self._drawn(batch, moved)
         loss = objectives.wake(log_r - log_q.detach(), log_q)
-        given = batch.origin("given")
-        if bool(given.any()):
-            loss = loss + objectives.sft(batch.log_q[: batch.num][given])
-        return loss
+        given = batch.complete("given")
+        return loss + objectives.sft(given.log_q) if given.num else loss
 
 
 @dataclass(frozen=True)
@@ -202,8 +203,8 @@ class SFT(Loss):
     name = "sft"
     draws = "given"
 
-    def of(self, batch: Batch, *, moved: float = 1.0) -> torch.Tensor | None:
-        return objectives.sft(batch.log_q[: batch.num][batch.origin("given")])
+    def of(self, batch: Batch, *, moved: float = 1.0) -> torch.Tensor:
+        return objectives.sft(batch.complete("given").log_q)
 
 
 @dataclass(frozen=True)
@@ -229,13 +230,23 @@ class PPO(Loss):
         if not check_number("clip", self.clip, above=0.0, most=1.0) < 1.0:
             raise ValueError(f"clip={self.clip}: it must be in (0, 1)")
 
-    def of(self, batch: Batch, *, moved: float = 1.0) -> torch.Tensor | None:
-        if not batch.alive:
-            return None
-        own = batch.origin("guide")
-        log_r, log_q = batch.log_r[: batch.num][own], batch.log_q[: batch.num][own]
-        old, prior = batch.old_log_q[own], batch.log_prior[own]
-        return objectives.ppo(log_r, log_q, old, prior, clip=self.clip, kl=self.kl)
+    def of(self, batch: Batch, *, moved: float = 1.0) -> torch.Tensor:
+        drawn = batch.complete("guide")
+        densities = drawn.log_q, drawn.old_log_q, drawn.log_prior
+        return objectives.ppo(drawn.log_r, *densities, clip=self.clip, kl=self.kl)
+
+
+def _dead_traces(batch: Batch) -> torch.Tensor | float:
+    """The term of dead traces, from what the guide and the program drew: the program comes to the
+    dead traces of a guide that has nearly forgotten them. 0 if the guide drew fewer than two."""
+    drawn, by_guide = batch.complete("guide", "prior"), batch.complete("guide").num
+    if by_guide < 2:
+        return 0.0
+    share, log_drawn = by_guide / drawn.num, None
+    if share < 1.0:
+        by_program = drawn.log_prior + math.log(1.0 - share)
+        log_drawn = torch.logaddexp(drawn.log_q.detach() + math.log(share), by_program)
+    return objectives.alive(drawn.log_r, drawn.log_q, log_drawn)
 
 
 LOSSES: dict[str, type[Loss]] = {
@@ -266,49 +277,20 @@ def loss_of(loss: str | Loss, options: Mapping[str, Any]) -> Loss:
             )
         return loss
     check_choice("loss", loss, LOSSES)
-    kind = LOSSES[loss]
-    own = option_names(kind)
+    allowed = option_names(LOSSES[loss])
     for name in options:
-        if name not in own:
-            theirs = [other for other, each in LOSSES.items() if name in option_names(each)]
+        if name not in allowed:
+            others = [other for other, kind in LOSSES.items() if name in option_names(kind)]
             raise TypeError(
-                f"loss={loss!r} has no option {name!r}: it has {', '.join(own) or 'none'}; "
-                f"{name}= is of loss={' or '.join(map(repr, theirs))}"
+                f"loss={loss!r} has no option {name!r}: it has {', '.join(allowed) or 'none'}; "
+                f"{name}= is of loss={' or '.join(map(repr, others))}"
             )
-    return kind(**options)
+    return LOSSES[loss](**options)
 
 
 def option_names(kind: type[Loss]) -> list[str]:
     """The options of a loss."""
     return [option.name for option in fields(kind)]  # type: ignore[arg-type]
-
-
-def _annealed(batch: Batch, weight: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """log R and log q of the guide's own draws; log R with so much of log R - log prior."""
-    own = batch.origin("guide")
-    log_r, log_q = batch.log_r[: batch.num][own], batch.log_q[: batch.num][own]
-    if weight < 1.0:
-        log_prior = batch.log_prior[own] * batch.beta
-        # A trace that the program cannot draw has no prior either.
-        annealed = log_prior + weight * (log_r - log_prior)
-        log_r = torch.where(log_r > -math.inf, annealed, -math.inf)
-    return log_r, log_q
-
-
-def _dead_traces(batch: Batch) -> torch.Tensor | float:
-    """The term of dead traces, from what the guide and the program drew: the program comes to the
-    dead traces of a guide that has nearly forgotten them. 0 if the guide drew fewer than two."""
-    drawn = batch.origin("guide", "prior")
-    by_guide = int(batch.origin("guide").sum())
-    if by_guide < 2:
-        return 0.0
-    log_r, log_q = batch.log_r[: batch.num][drawn], batch.log_q[: batch.num][drawn]
-    share = by_guide / len(log_q)
-    if share == 1.0:
-        return objectives.alive(log_r, log_q)
-    log_prior = batch.log_prior[drawn]
-    log_drawn = torch.logaddexp(log_q.detach() + math.log(share), log_prior + math.log(1.0 - share))
-    return objectives.alive(log_r, log_q, log_drawn)
 
 
 # --- the learned log Z of TB --------------------------------------------------------------------

@@ -23,7 +23,7 @@ from lmppl.distributions import SiteScore
 from lmppl.guides.guide import Guide, TrainableGuide
 from lmppl.guides.parameters import SavedParams, Trainables
 from lmppl.runtime import Given, Particle
-from lmppl.runtime.records import Record, record_of
+from lmppl.runtime.records import Record
 from lmppl.training.behaviour import Drawn, Recalled
 from lmppl.training.inputs import Input, observe
 from lmppl.training.optimizer import Optimizer
@@ -81,8 +81,8 @@ class _Mixture:
             return -math.inf
         of_guide = self._num - self._of_program - self._of_buffer
         terms = [(of_guide, sample.log_q(scores)), (self._of_program, sample.log_p)]
-        if sample.discrete_key in self._kept:
-            terms.append((self._of_buffer, self._kept[sample.discrete_key][1]))
+        if (key := sample.record.discrete_key) in self._kept:
+            terms.append((self._of_buffer, self._kept[key][1]))
         log_terms = [math.log(num / self._num) + log_prob for num, log_prob in terms if num]
         return sample.log_r - float(torch.logsumexp(torch.tensor(log_terms).double(), 0))
 
@@ -242,7 +242,7 @@ class MStep:
             here = slice(k * self.num_samples, (k + 1) * self.num_samples)
             pairs = zip(samples[here], scores[here], strict=True)
             log_weights = [mixture.log_weight(sample, score) for sample, score in pairs]
-            records = [record_of(s.particle, s.proposer.draws) for s in samples[here]]
+            records = [sample.record for sample in samples[here]]
             for record in records:
                 mixture.input.buffer.add(record)  # the guide learns from what was found, too
             draws.append(_Draws(records, torch.tensor(log_weights, dtype=torch.float64)))

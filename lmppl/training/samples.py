@@ -20,17 +20,8 @@ from rapidfuzz.process import cdist
 
 from lmppl import runtime
 from lmppl.distributions import LMText, SiteScore, ToolCall
-from lmppl.guides.automatic import TextDraw
-from lmppl.guides.prompts import Observations
 from lmppl.runtime import Given, Particle, is_latent
-from lmppl.runtime.records import (
-    Record,
-    ReplayProposer,
-    discrete_key,
-    is_count,
-    record_of,
-    tokens_of,
-)
+from lmppl.runtime.records import Record, ReplayProposer, record_of
 
 Origin = Literal["guide", "tempered", "prior", "replay", "given"]
 
@@ -62,7 +53,7 @@ class Sample:
         inner = proposer.inner if isinstance(proposer, ReplayProposer) else proposer
         return cls(particle, inner, particle.log_joint, origin)
 
-    @property
+    @cached_property
     def record(self) -> Record:
         """What is kept of it."""
         return record_of(self.particle, self.proposer.draws)
@@ -96,42 +87,9 @@ class Sample:
         return math.fsum(float(log_q) for log_q, _ in scores.values()) + self.log_left(scores)
 
     @cached_property
-    def discrete_key(self) -> tuple[Any, ...]:
-        """That of its record, as are ``tokens`` and ``counts_key``."""
-        return discrete_key({n: self.sites[n]["value"] for n in self.log_priors}, self._counts)
-
-    @cached_property
-    def tokens(self) -> tuple[int, ...]:
-        return tokens_of(self.sites[name] for name in self.log_priors)
-
-    @cached_property
-    def counts_key(self) -> tuple[Any, ...]:
-        return discrete_key({n: self.sites[n]["value"] for n in self._counts}, self._counts)
-
-    @cached_property
-    def _counts(self) -> list[str]:
-        return [name for name in self.log_priors if is_count(self.sites[name])]
-
-    @cached_property
     def num_tokens(self) -> int:
         """Tokens of all its texts."""
         return sum(map(_num_tokens, self.sites.values()))
-
-
-def first_reading(samples: Sequence[Sample], observations: Observations | None) -> Any:
-    """What the automatic guide reads before it draws anything, by which it tells inputs apart. None
-    if it draws nothing, or the user said what it is to read."""
-    for sample in samples:
-        for name, draw in sample.proposer.draws.items():
-            if not isinstance(draw, TextDraw):
-                return tuple((observations or {}).items())
-            prompt = sample.sites[name]["infer"].get("guide_prompt")
-            return draw.fn.prefix_ids if prompt is None else None
-    return None
-
-
-def _numbers(node: Any) -> tuple[Any, ...]:
-    return tuple(node["value"].reshape(-1).tolist())
 
 
 def _num_tokens(node: Any) -> int:
@@ -184,27 +142,31 @@ def truncate(
             break
         chosen.append((text, length))
     complete = {text.key(text.full_length): text.sample.log_r for text in texts if text.is_closed}
+    runs: dict[
+        tuple[Any, ...], Particle
+    ] = {}  # equal truncations of different samples are run once
+    unknown = []
     for text, length in chosen:
-        if length not in text.sample.cut_rewards and (key := text.key(length)) in complete:
-            text.sample.cut_rewards[length] = complete[key]
-    unknown = [cut for cut in chosen if cut[1] not in cut[0].sample.cut_rewards]
-    keys = [text.key(length) for text, length in unknown]
-    # Equal truncations of different samples are run once.
-    runs = {
-        key: text.run(length)
-        for key, (text, length) in dict(zip(keys, unknown, strict=True)).items()
-    }
+        if length in text.rewards:
+            continue
+        key = text.key(length)
+        if key in complete:
+            text.rewards[length] = complete[key]
+            continue
+        unknown.append((text, length, key))
+        if key not in runs:
+            runs[key] = text.run(length)
     with runtime.ending(list(runs.values())):
         runtime.run_to_draws(list(runs.values()))
-        for key, (text, length) in zip(keys, unknown, strict=True):
+        for text, length, key in unknown:
             run = runs[key]
             # Legal is a run that has ended, by itself or by a hard condition, and no latent followed.
             is_legal = run.finished and next(reversed(run.latents)) == text.name
-            text.sample.cut_rewards[length] = run.log_joint if is_legal else None
+            text.rewards[length] = run.log_joint if is_legal else None
     return [
         Truncation(text.sample, text.name, length, log_r, text.full_length)
         for text, length in chosen
-        if (log_r := text.sample.cut_rewards[length]) is not None
+        if (log_r := text.rewards[length]) is not None
     ]
 
 
@@ -221,13 +183,14 @@ class _CutText:
     """The last latent text of a trace, which can be cut.
 
     Attributes:
+        rewards: log R of the truncations, as far as they are known, by length; None: not legal.
         is_closed: whether it ends with c.
         full_length: it can be cut to fewer tokens than this; c at its end does not count.
         cost: tokens of the texts that are observed after it.
     """
 
     def __init__(self, sample: Sample, name: str) -> None:
-        self.sample, self.name = sample, name
+        self.sample, self.name, self.rewards = sample, name, sample.cut_rewards
         self._node = sample.sites[name]
         self._fn: LMText = self._node["fn"]
         self._ids = self._fn.token_ids(self._node["value"])
@@ -239,16 +202,13 @@ class _CutText:
         self._before = {other: sample.sites[other] for other in names[:at]}
         self.cost = sum(_num_tokens(sample.sites[other]) for other in names[at + 1 :])
         # A simulated input is a program of its own; a tool may answer differently each time.
-        self._key = (
-            id(sample.particle.program),
-            id(sample.particle.args),
-            *(
-                (other, _numbers(node) if is_latent(node) else id(node["value"]))
-                for other, node in self._before.items()
-                if is_latent(node) or isinstance(node["fn"], ToolCall)
-            ),
-            name,
-        )
+        key: list[Any] = [id(sample.particle.program), id(sample.particle.args)]
+        for other, node in self._before.items():
+            if is_latent(node):
+                key.append((other, *node["value"].reshape(-1).tolist()))
+            elif isinstance(node["fn"], ToolCall):
+                key.append((other, id(node["value"])))
+        self._key = (*key, name)
 
     def key(self, length: int) -> tuple[Any, ...]:
         """Equal for truncations to the same trace of the same input, continuous values included."""
@@ -267,7 +227,7 @@ class _CutText:
 
 
 class ReplayBuffer:
-    """Records of one input.
+    """The best traces of one input.
 
     Args:
         capacity: how many it keeps; beyond it the worst goes.
@@ -279,16 +239,6 @@ class ReplayBuffer:
     def __init__(self, capacity: int = 64, near_duplicates: float = 0.0) -> None:
         self._capacity, self._fraction = capacity, near_duplicates
         self._records: dict[tuple[Any, ...], Record] = {}
-        self._least = -math.inf  # log R that a further trace must exceed
-
-    def _changed(self) -> None:
-        """Drop the worst trace of too many, and note what a further one must exceed."""
-        by_reward = {key: record.log_r for key, record in self._records.items()}
-        if len(by_reward) > self._capacity:
-            worst = min(by_reward, key=by_reward.__getitem__)
-            del self._records[worst], by_reward[worst]
-        full = len(by_reward) == self._capacity
-        self._least = min(by_reward.values()) if full else -math.inf
 
     def __len__(self) -> int:
         return len(self._records)
@@ -301,34 +251,39 @@ class ReplayBuffer:
     @records.setter
     def records(self, records: Sequence[Record]) -> None:
         self._records = {record.discrete_key: record for record in records}
-        self._changed()
 
-    def accepts(self, trace: Sample | Record) -> bool:
-        """Whether a trace is alive, new, better than the worst and than its near duplicates."""
-        if not trace.log_r > self._least or trace.discrete_key in self._records:
+    @property
+    def least(self) -> float:
+        """log R that a further trace must exceed, nats."""
+        if len(self) < self._capacity:
+            return -math.inf
+        return min(record.log_r for record in self._records.values())
+
+    def add(self, record: Record) -> bool:
+        """Keep a trace that is alive, new, better than the worst and than its near duplicates, in
+        their place. Returns whether it is kept."""
+        key, log_r = record.discrete_key, record.log_r
+        if not log_r > self.least or key in self._records:
             return False
-        return all(self._records[key].log_r < trace.log_r for key in self._near(trace))
-
-    def add(self, record: Record) -> None:
-        """Keep a trace, if it is accepted, in the place of its near duplicates."""
-        if not self.accepts(record):
-            return
-        for key in self._near(record):
-            del self._records[key]
-        self._records[record.discrete_key] = record
-        self._changed()
+        near = self._near(record)
+        if not all(self._records[other].log_r < log_r for other in near):
+            return False
+        for other in near:
+            del self._records[other]
+        if len(self) == self._capacity:
+            del self._records[min(self._records, key=lambda other: self._records[other].log_r)]
+        self._records[key] = record
+        return True
 
     def replace(self, old: Record, new: Record) -> None:
         """Put the same trace, scored anew, in the place of a kept one (if it still is)."""
-        if old.discrete_key not in self._records:
-            return
-        if new.log_r > -math.inf:
-            self._records[old.discrete_key] = new
+        key = old.discrete_key
+        if key in self._records and new.log_r > -math.inf:
+            self._records[key] = new
         else:
-            del self._records[old.discrete_key]
-        self._changed()
+            self._records.pop(key, None)
 
-    def _near(self, trace: Sample | Record) -> list[tuple[Any, ...]]:
+    def _near(self, trace: Record) -> list[tuple[Any, ...]]:
         """The keys of the near duplicates of a trace."""
         size = len(trace.tokens)
         if not self._fraction or not size:
@@ -354,8 +309,6 @@ class ReplayBuffer:
         another time: they are left out.
         """
         kept = {key: r for key, r in self._records.items() if r.is_discrete and not r.tools}
-        if not kept:
-            return {}
         log_r = torch.tensor([record.log_r for record in kept.values()], dtype=torch.float64)
         log_shares = torch.log_softmax(log_r, 0).tolist()
         return {
@@ -365,10 +318,10 @@ class ReplayBuffer:
 
     def draw(self, num: int, generator: torch.Generator) -> list[Record]:
         """``num`` distinct traces (or all there are); the r-th best with weight 1 / r."""
-        ranked = sorted(self._records.values(), key=lambda record: -record.log_r)
-        num = min(num, len(ranked))
+        num = min(num, len(self))
         if not num:
             return []
+        ranked = sorted(self._records.values(), key=lambda record: -record.log_r)
         weights = 1.0 / torch.arange(1, len(ranked) + 1, dtype=torch.float64)
         picks = torch.multinomial(weights, num, replacement=False, generator=generator)
         return [ranked[k] for k in picks.tolist()]

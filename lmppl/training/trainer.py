@@ -73,7 +73,7 @@ class Trainer:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 self.log_z = LogZ(guide.base.hidden_size, source.num_inputs)
-        self.adopt_new_parameters()
+        self._adopt()
         self.inputs: list[Input] = []
         self._dead: set[int] = set()  # inputs all of whose traces were dead
         self._any_alive = False
@@ -100,7 +100,7 @@ class Trainer:
             norm = self._update(self._losses(inputs, batches, number), number)
         figures = [batch.figures() for batch in first]
         return {
-            "loss": mean([float(loss.detach()) for loss in losses if loss is not None]),
+            "loss": mean([float(loss.detach()) for loss in losses]),
             **{name: mean([of_input[name] for of_input in figures]) for name in figures[0]},
             "grad_norm": norm,
             "learning_rate": self._rate * self.options.schedule(number, self.steps),
@@ -127,7 +127,7 @@ class Trainer:
             self._lookalikes.look(input_, of_input)
             self._any_alive |= input_.alive
             (self._dead.discard if input_.alive else self._dead.add)(input_.index)
-        self.adopt_new_parameters()
+        self._adopt()
         return samples
 
     def _truncate(self, samples: Sequence[Sequence[Sample]]) -> list[Truncation]:
@@ -141,9 +141,9 @@ class Trainer:
         """Give truncations up if in the first steps hardly any were of use."""
         if not self._cuts or number >= _TRIAL_STEPS:
             return
-        self._traces_cut[0] += sum(len(batch.samples) for batch in batches)
-        self._traces_cut[1] += sum(len(batch.truncations) for batch in batches)
-        traces, cuts = self._traces_cut
+        traces = self._traces_cut[0] + sum(batch.num for batch in batches)
+        cuts = self._traces_cut[1] + sum(len(batch.truncations) for batch in batches)
+        self._traces_cut = [traces, cuts]
         if number < _TRIAL_STEPS - 1 or cuts >= _FEWEST_TRUNCATIONS * traces:
             return
         if self.options.loss.needs_truncations:
@@ -172,8 +172,8 @@ class Trainer:
 
     def _losses(
         self, inputs: Sequence[Input], batches: Sequence[Batch], number: int
-    ) -> list[torch.Tensor | None]:
-        """Of each input of the step; None where there is nothing to learn from."""
+    ) -> list[torch.Tensor]:
+        """Of each input of the step that has a trace to learn from."""
         beta = self.options.inverse_temperature(number, self.steps)
         losses = []
         for input_, batch in zip(inputs, batches, strict=True):
@@ -182,23 +182,23 @@ class Trainer:
                 if input_.features is None:
                     input_.features = prompt_state(self.guide.base, batch.samples)
                 log_z = self.log_z(input_.features, input_.index)
-            tempered = batch.tempered(beta, log_z)
-            losses.append(self.options.loss.of(tempered, moved=moved(number, self.steps)))
+            if batch.alive:
+                tempered = batch.tempered(beta, log_z)
+                losses.append(self.options.loss.of(tempered, moved=moved(number, self.steps)))
         return losses
 
-    def _update(self, losses: Sequence[torch.Tensor | None], number: int) -> float:
+    def _update(self, losses: Sequence[torch.Tensor], number: int) -> float:
         """One step of the optimiser on their mean. Returns the norm of the gradient (NaN: none)."""
-        found = [loss for loss in losses if loss is not None]
-        if not found:
+        if not losses:
             return math.nan
-        loss = torch.stack(found).mean()
+        loss = torch.stack(list(losses)).mean()
         if not bool(torch.isfinite(loss)):
             raise FloatingPointError(
                 f"the loss of step {number} is {float(loss.detach())}: the parameters of the step "
                 "before are kept. Lower learning_rate, or look at the program's factors for values "
                 "that are not finite"
             )
-        self.adopt_new_parameters()  # that a guide program's runs for the scores were first to use
+        self._adopt()  # that a guide program's runs for the scores were first to use
         norm = self._optimizer.step(loss, number)
         if not math.isfinite(norm):
             raise FloatingPointError(
@@ -207,7 +207,7 @@ class Trainer:
             )
         return norm
 
-    def adopt_new_parameters(self) -> None:
+    def _adopt(self) -> None:
         """Sites that were met for the first time have parameters that are to be trained."""
         for lm in self.guide.adapters():
             lm.memory = self.options.memory(lm.memory)
@@ -238,7 +238,7 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """Where it is, but for the guide and what is kept of inputs."""
         return {
-            "traces_cut": list(self._traces_cut),
+            "traces_cut": self._traces_cut,
             "cuts": self._cuts,
             "dead": sorted(self._dead),
             "any_alive": self._any_alive,
@@ -250,13 +250,13 @@ class Trainer:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what ``state_dict`` gave; the guide has been loaded."""
-        self._traces_cut, self._cuts = list(state["traces_cut"]), state["cuts"]
+        self._traces_cut, self._cuts = state["traces_cut"], state["cuts"]
         self._dead, self._any_alive = set(state["dead"]), state["any_alive"]
         self.source.load_state_dict(state["source"])
         self.generator.set_state(state["generator"])
         if self.log_z is not None:
             self.log_z.load_state_dict(state["log_z"])
-        self.adopt_new_parameters()
+        self._adopt()
         self._optimizer.load_state_dict(state["optimizer"])
 
     def forget(self) -> None:

@@ -141,7 +141,7 @@ def test_a_remembered_trace_is_the_one_that_is_run_again(monkeypatch):
         assert len(runs) == 6 * forgets  # four of the buffer, two that were drawn ahead
     for remembered, run in zip(*steps, strict=True):
         assert remembered.origin == run.origin and remembered.log_r == run.log_r
-        assert remembered.discrete_key == run.discrete_key
+        assert remembered.record.discrete_key == run.record.discrete_key
 
 
 @pytest.mark.parametrize("loss", ["vargrad", "elbo"])
@@ -170,8 +170,7 @@ def test_the_programs_draws_help_to_unlearn_dead_traces(loss, monkeypatch):
     ((log_r, log_q, log_drawn),) = seen
     guides, num = origins["guide"], origins["guide"] + 2
     assert len(log_r) == num
-    rows = batch.origin("guide", "prior")
-    q, p = log_q.detach().exp(), batch.log_prior[rows].exp()
+    q, p = log_q.detach().exp(), batch.complete("guide", "prior").log_prior.exp()
     torch.testing.assert_close(log_drawn.exp(), guides / num * q + 2 / num * p)
 
 
