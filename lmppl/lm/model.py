@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lmppl.checks import check_int, check_number, check_seed
 from lmppl.exclusive import exclusive
@@ -150,7 +151,7 @@ class LM:
         stop: str | Sequence[str] | None = None,
         temperature: float = 1.0,
         seed: int | None = None,
-    ) -> tuple[list[Text], torch.Tensor]:
+    ) -> tuple[list[Text], Tensor]:
         """Draw continuations of one prefix.
 
         Args:
@@ -186,7 +187,7 @@ class LM:
         max_tokens: int | None = None,
         stop: str | Sequence[str] | None = None,
         temperature: float = 1.0,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """log p(continuation | prefix), by the rule of an observed site.
 
         With neither ``stop`` nor ``max_tokens``: the probability that the text goes on so. With
@@ -325,7 +326,7 @@ class LM:
         return scoring.score(self.runner, scores, grad=grad)
 
     @exclusive()
-    def hidden(self, prefixes: Sequence[tuple[int, ...]]) -> torch.Tensor:
+    def hidden(self, prefixes: Sequence[tuple[int, ...]]) -> Tensor:
         """The last layer's state at the last token of each prefix, (N, hidden_size) float32."""
         return scoring.hidden(self.runner, prefixes)
 
@@ -420,6 +421,6 @@ def _eos_ids(model: Any, tokenizer: Any, size: int) -> set[int]:
     return {int(token) for token in ids if 0 <= token < size}  # others can never be drawn
 
 
-def _totals(log_probs: Iterable[torch.Tensor]) -> torch.Tensor:
+def _totals(log_probs: Iterable[Tensor]) -> Tensor:
     totals = [entry.sum() for entry in log_probs]
     return torch.stack(totals).float() if totals else torch.empty(0)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
 import torch
 
-from lmppl.lm.batches.requests import Draw, Drawn
+from lmppl.lm.batches.requests import Draw, Drawn, no_distribution
 from lmppl.lm.batches.rows import Rows
 from lmppl.lm.meter.work import timed
 from lmppl.lm.network.runner import Runner, without_grad
@@ -46,11 +47,10 @@ class Decoding:
     @timed("sampled")
     def __init__(self, draws: Sequence[tuple[Runner, Draw]]) -> None:
         self._draws = list(draws)
-        self._uniforms: list[list[float]] = []
         for runner, draw in self._draws:
             _check(draw)
-            runner.check_context(len(draw.prefix), _longest(draw), draw.name)
-            self._uniforms.append(draw.uniforms.tolist())
+            runner.check_request(len(draw.prefix), _longest(draw), draw.name)
+        self._uniforms: list[list[float]] = [draw.uniforms.tolist() for _, draw in self._draws]
         self.token_ids: list[list[int]] = [[] for _ in self._draws]
         self.log_probs: list[list[float]] = [[] for _ in self._draws]
         self.reasons: list[FinishReason | None] = [None] * len(self._draws)
@@ -61,16 +61,15 @@ class Decoding:
         for slot, (runner, _) in enumerate(self._draws):
             by_model.setdefault(runner, []).append(slot)
         for runner, slots in by_model.items():
-            requests = [self._draws[slot][1] for slot in slots]
-            longest = max(len(draw.prefix) + _longest(draw) for draw in requests)
-            size = runner.batch_rows(longest)
+            requests = {slot: self._draws[slot][1] for slot in slots}
+            size = runner.batch_rows(max(len(r.prefix) + _longest(r) for r in requests.values()))
             # Slots whose prefixes are alike stand together, so that a part shares them as well.
-            slots = sorted(slots, key=lambda slot: self._draws[slot][1].prefix)
-            parts = -(-len(slots) // size)
-            step = -(-len(slots) // parts)
+            slots = sorted(slots, key=lambda slot: requests[slot].prefix)
+            num_parts = -(-len(slots) // size)
+            step = -(-len(slots) // num_parts)
             for at in range(0, len(slots), step):
                 part = sorted(slots[at : at + step])
-                self._batches.append(_Batch(runner, part, self._draws))
+                self._batches.append(_Batch(runner, part, [requests[slot] for slot in part]))
 
     def __len__(self) -> int:
         return len(self._draws)
@@ -85,7 +84,7 @@ class Decoding:
         return self._draws[slot]
 
     @timed("sampled")
-    @without_grad
+    @without_grad()
     def step(self) -> None:
         """Draw one token for every open sequence.
 
@@ -95,12 +94,10 @@ class Decoding:
         """
         for batch in self._batches:
             slots = batch.slots
-            batch.advance([self.token_ids[slot] for slot in slots])
-            uniforms = [self._uniform(slot) for slot in slots]
+            batch.advance(self.token_ids)
+            uniforms = torch.tensor([self._uniform(slot) for slot in slots], dtype=torch.float64)
             temperatures = [self._draws[slot][1].temperature for slot in slots]
-            tokens, log_probs = batch.rows.draw(
-                torch.tensor(uniforms, dtype=torch.float64), temperatures
-            )
+            tokens, log_probs = batch.rows.draw(uniforms, temperatures)
             # The one wait for the device in a step: both at once. (float32 holds every id.)
             drawn, scored = torch.stack([tokens.to(log_probs.dtype), log_probs]).tolist()
             for slot, token, log_prob in zip(slots, map(int, drawn), scored, strict=True):
@@ -118,7 +115,7 @@ class Decoding:
         self.num_steps += 1
 
     @timed("sampled")
-    @without_grad
+    @without_grad()
     def closing_log_probs(self) -> list[float]:
         """The log-probability (nats) that the next token of each open sequence is its closing
         token; ``-inf`` where it has none, NaN of a sequence that has closed.
@@ -130,14 +127,12 @@ class Decoding:
         """
         found = [math.nan] * len(self)
         for batch in self._batches:
-            slots = batch.slots
-            batch.advance([self.token_ids[slot] for slot in slots])
-            draws = [self._draws[slot][1] for slot in slots]
+            batch.advance(self.token_ids)
+            draws = [self._draws[slot][1] for slot in batch.slots]
             tokens = [draw.stopping.closing_token for draw in draws]
-            log_probs = batch.rows.log_probs(
-                [token or 0 for token in tokens], [draw.temperature for draw in draws]
-            )
-            for slot, token, log_prob in zip(slots, tokens, log_probs.tolist(), strict=True):
+            temperatures = [draw.temperature for draw in draws]
+            log_probs = batch.rows.log_probs([token or 0 for token in tokens], temperatures)
+            for slot, token, log_prob in zip(batch.slots, tokens, log_probs.tolist(), strict=True):
                 if math.isnan(log_prob):
                     raise self._invalid(slot)
                 found[slot] = -math.inf if token is None else log_prob
@@ -193,68 +188,50 @@ class Decoding:
 
     def _invalid(self, slot: int) -> ValueError:
         runner, draw = self._draws[slot]
-        text = runner.decode(self.token_ids[slot])
-        return ValueError(
-            f"site {draw.name!r}, token {len(self.token_ids[slot]) + 1}: the model's logits after "
-            f"{text!r} define no distribution: they "
-            "contain NaN or +inf, or give every token probability zero. Check the model's "
-            "weights, its dtype (float16 overflows), and any adapter that was trained"
+        ids = self.token_ids[slot]
+        return no_distribution(
+            f"site {draw.name!r}, token {len(ids) + 1}: the model's logits after "
+            f"{runner.decode(ids)!r}"
         )
 
 
 class _Batch:
     """The open sequences of one model. Row i belongs to ``slots[i]``."""
 
-    def __init__(self, runner: Runner, slots: list[int], draws: list[tuple[Runner, Draw]]) -> None:
+    def __init__(self, runner: Runner, slots: list[int], draws: list[Draw]) -> None:
         self.runner = runner
         self.slots = slots
-        requests = [draws[slot][1] for slot in slots]
-        longest = max(_longest(r) for r in requests)
-        self.rows = Rows.start(runner, [r.prefix for r in requests], longest)
+        self.rows = Rows.start(runner, [d.prefix for d in draws], max(map(_longest, draws)))
         self._read = 0  # tokens of each sequence that the rows have read
 
     def advance(self, token_ids: list[list[int]]) -> None:
         """Let the rows read the last tokens, which the slots got in the last step."""
-        drawn = len(token_ids[0])
+        drawn = len(token_ids[self.slots[0]])
         if drawn > self._read:
-            self.rows.extend([ids[-1] for ids in token_ids])
+            self.rows.extend([token_ids[slot][-1] for slot in self.slots])
             self._read = drawn
 
     def keep(self, open_rows: list[int]) -> None:
         """Drop the other rows. Holes are filled from the end, so that few rows are copied."""
-        if len(open_rows) == len(self.slots):
-            return
-        if open_rows:
-            self._reorder(_compact(open_rows))
-        else:
-            self.slots = []
+        if len(open_rows) < len(self.slots):
+            self._reorder([(self.slots[row], row) for row in _compact(open_rows)])
 
     def select(self, ancestors: list[int]) -> None:
         """New slots for copies of the rows, each a row."""
         row_of = {slot: row for row, slot in enumerate(self.slots)}
         new = [(slot, row_of[a]) for slot, a in enumerate(ancestors) if a in row_of]
-        copies: dict[int, list[int]] = {}
-        for slot, row in new:
-            copies.setdefault(row, []).append(slot)
-        if not copies:
-            self.slots = []
-            return
         # One copy of each surviving row stays where it is; the others take the place of dead rows.
-        order: list[tuple[int, int] | None] = [None] * max(len(new), len(self.slots))
-        for row, slots in copies.items():
-            order[row] = (slots.pop(), row)
-        rest = [(slot, row) for row, slots in copies.items() for slot in slots]
-        free = [at for at, taken in enumerate(order) if taken is None]
-        for at, pair in zip(free, rest, strict=False):
-            order[at] = pair
-        filled = [at for at, taken in enumerate(order) if taken is not None]
-        placed = [order[at] for at in _compact(filled)]
-        self.rows.select([pair[1] for pair in placed if pair is not None])
-        self.slots = [pair[0] for pair in placed if pair is not None]
+        placed = {row: (slot, row) for slot, row in new}
+        others = [pair for pair in new if placed[pair[1]] != pair]
+        free = (at for at in itertools.count() if at not in placed)
+        placed |= dict(zip(itertools.islice(free, len(others)), others, strict=True))
+        self._reorder([placed[at] for at in _compact(sorted(placed))])
 
-    def _reorder(self, order: list[int]) -> None:
-        self.rows.select(order)
-        self.slots = [self.slots[row] for row in order]
+    def _reorder(self, order: list[tuple[int, int]]) -> None:
+        """``order``: of each new row, its slot and which row it is a copy of."""
+        self.slots = [slot for slot, _ in order]
+        if order:
+            self.rows.select([row for _, row in order])
 
 
 def _compact(rows: list[int]) -> list[int]:
@@ -284,8 +261,3 @@ def _check(draw: Draw) -> None:
         )
     if not draw.temperature > 0 or math.isinf(draw.temperature):
         raise ValueError(where + f"temperature={draw.temperature}: it must be positive and finite")
-    if not draw.prefix:
-        raise ValueError(
-            where + "the prefix has no tokens, and this model has no BOS token to start from; "
-            "give a prefix"
-        )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
+from lmppl.lm.batches.requests import no_distribution
 from lmppl.lm.batches.rows import Rows
 from lmppl.lm.meter.work import timed
 from lmppl.lm.network.runner import Runner
@@ -12,13 +14,8 @@ from lmppl.lm.tokens.stopping import Stopping, StoppingState
 
 @timed("read")
 def enumerate_sequences(
-    runner: Runner,
-    prefix: tuple[int, ...],
-    stopping: Stopping,
-    temperature: float,
-    *,
-    limit: int,
-) -> list[tuple[tuple[int, ...], torch.Tensor]] | None:
+    runner: Runner, prefix: tuple[int, ...], stopping: Stopping, temperature: float, *, limit: int
+) -> list[tuple[tuple[int, ...], Tensor]] | None:
     """Every closed sequence of positive probability with its log-density (0-d float32, nats).
 
     Breadth first, one batched pass a token. Returns None if there are more than ``limit``.
@@ -27,9 +24,9 @@ def enumerate_sequences(
         ValueError: the longest sequence does not fit the model's context; the model's logits define
             no distribution.
     """
-    runner.check_context(len(prefix), stopping.max_tokens or 0, "")
-    complete: list[tuple[tuple[int, ...], torch.Tensor]] = []
-    level: list[tuple[tuple[int, ...], torch.Tensor, StoppingState]] = [
+    runner.check_request(len(prefix), stopping.max_tokens or 0, "")
+    complete: list[tuple[tuple[int, ...], Tensor]] = []
+    level: list[tuple[tuple[int, ...], Tensor, StoppingState]] = [
         ((), torch.zeros(()), stopping.start())
     ]
     while level:
@@ -37,10 +34,7 @@ def enumerate_sequences(
         log_probs = torch.log_softmax(rows.logits.float() / temperature, -1).cpu()  # (B, V)
         for (ids, _, _), row in zip(level, log_probs, strict=True):
             if bool(row.isnan().any()):
-                raise ValueError(
-                    f"the model's logits after {runner.decode(ids)!r} define no "
-                    "distribution: they contain NaN or +inf, or give every token probability zero"
-                )
+                raise no_distribution(f"the model's logits after {runner.decode(ids)!r}")
         following = []
         for (ids, log_prob, state), row in zip(level, log_probs, strict=True):
             for token in torch.nonzero(row > -torch.inf).flatten().tolist():

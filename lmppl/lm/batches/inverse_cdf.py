@@ -11,15 +11,14 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 _BLOCK = 256
 
 
 def invert(
-    logits: torch.Tensor,
-    uniforms: torch.Tensor,
-    temperature: float | Sequence[float] | torch.Tensor = 1.0,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    logits: Tensor, uniforms: Tensor, temperature: float | Sequence[float] | Tensor = 1.0
+) -> tuple[Tensor, Tensor]:
     """The tokens at which each row's distribution function passes its uniform.
 
     Args:
@@ -56,7 +55,7 @@ def invert(
     return tokens.to(probs.device).squeeze(-1), log_probs.to(probs.device).squeeze(-1)
 
 
-def inverse_cdf(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+def inverse_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
     """The indices at which the cumulative weights first exceed their sum times each uniform.
 
     Args:
@@ -70,20 +69,18 @@ def inverse_cdf(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     return _first_above(cdf.unsqueeze(0), (uniforms * cdf[-1]).unsqueeze(0)).squeeze(0)
 
 
-def tempered(
-    logits: torch.Tensor, temperature: float | Sequence[float] | torch.Tensor
-) -> torch.Tensor:
+def tempered(logits: Tensor, temperature: float | Sequence[float] | Tensor) -> Tensor:
     """``logits / temperature`` row by row, in float32; the very same if every temperature is 1."""
     if isinstance(temperature, Sequence):
         if all(t == 1.0 for t in temperature):
             return logits
         temperature = torch.tensor(temperature, device=logits.device)
-    if isinstance(temperature, torch.Tensor):
+    if isinstance(temperature, Tensor):
         return logits.float() / temperature.float().to(logits.device).unsqueeze(-1)
     return logits if temperature == 1.0 else logits.float() / temperature
 
 
-def _first_above(cdf: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def _first_above(cdf: Tensor, target: Tensor) -> Tensor:
     """The first index whose value exceeds ``target``: its own mass is positive.
 
     Rounding can push a target to the top of ``cdf``, where no index would be left: it is taken

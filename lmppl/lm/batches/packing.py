@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import TypeVar
 
 import torch
 
 from lmppl.lm.network.attention import Tree
-from lmppl.lm.network.runner import Costs, Tokens, common_length
+from lmppl.lm.network.runner import Costs, Tokens, common_length, padded
 
 T = TypeVar("T")
 _Keyed = tuple[Tokens, int]
@@ -62,63 +62,49 @@ def pack_rows(sequences: Sequence[Tokens], costs: Costs) -> list[Row]:
     shared = [0]
     for one, other in zip(order, order[1:], strict=False):
         shared.append(common_length(sequences[one], sequences[other]))
-    longest = max(lengths)
-    caps = sorted({round(longest * factor) for factor in (1, 1.25, 1.5, 2, 3, 4, 6, 8)})
-
-    def cost(cap: int) -> float:
-        sizes = _row_sizes(lengths, shared, cap)
-        return costs.of(len(sizes), max(sizes))
-
-    best = min(caps, key=cost)
-    rows: list[Row] = []
-    at = 0
-    for size in _row_sizes(lengths, shared, best):
-        row, at = _build(sequences, order, lengths, shared, at, size)
-        rows.append(row)
-    return rows
+    caps = sorted({round(max(lengths) * factor) for factor in (1, 1.25, 1.5, 2, 3, 4, 6, 8)})
+    divisions = [_divide(lengths, shared, cap) for cap in caps]
+    starts, _ = min(divisions, key=lambda division: costs.of(len(division[0]), division[1]))
+    return [
+        _build(sequences, order[start:end], shared[start:end])
+        for start, end in pairwise([*starts, len(order)])
+    ]
 
 
-def _row_sizes(lengths: Sequence[int], shared: Sequence[int], cap: int) -> list[int]:
-    """Sizes of the rows, when each takes sequences until it would be longer than ``cap``."""
-    sizes: list[int] = []
-    for length, common in zip(lengths, shared, strict=True):
-        more = length - common
-        if sizes and sizes[-1] + more <= cap:
-            sizes[-1] += more
+def _divide(lengths: Sequence[int], shared: Sequence[int], cap: int) -> tuple[list[int], int]:
+    """Where rows begin if each takes sequences until it would be longer than ``cap``, and the length
+    of the longest row."""
+    starts: list[int] = []
+    size = longest = 0
+    for at, (length, common) in enumerate(zip(lengths, shared, strict=True)):
+        if starts and size + length - common <= cap:
+            size += length - common
         else:
-            sizes.append(length)
-    return sizes
+            starts.append(at)
+            size = length
+        longest = max(longest, size)
+    return starts, longest
 
 
-def _build(
-    sequences: Sequence[Tokens],
-    order: Sequence[int],
-    lengths: Sequence[int],
-    shared: Sequence[int],
-    at: int,
-    size: int,
-) -> tuple[Row, int]:
-    """The row of ``size`` slots that begins with sequence ``order[at]``; where the next begins."""
+def _build(sequences: Sequence[Tokens], members: Sequence[int], shared: Sequence[int]) -> Row:
+    """The row of some sequences, of which each but the first shares so much with the one before."""
     row = Row([], [], [], [], [])
     path: list[int] = []  # slots of the last sequence
-    while at < len(order):
-        common = shared[at] if path else 0
-        if len(row.tokens) + lengths[at] - common > size:
-            break
+    for member, common in zip(members, shared, strict=True):
+        common = common if path else 0
         count = len(row.tokens)
         for slot in path[common:]:
             row.ends[slot] = count
-        new = sequences[order[at]][common:]
+        new = sequences[member][common:]
         path = path[:common] + list(range(count, count + len(new)))
         row.tokens.extend(new)
         row.depths.extend(range(common, common + len(new)))
         row.ends.extend([0] * len(new))
         row.slots.append(path)
-        row.members.append(order[at])
-        at += 1
+        row.members.append(member)
     for slot in path:
         row.ends[slot] = len(row.tokens)
-    return row, at
+    return row
 
 
 def group_by_prefix(items: Sequence[T], shared_of: Callable[[T], Tokens]) -> list[list[T]]:
@@ -158,15 +144,11 @@ def _split(keyed: list[_Keyed], known: int, depth: int) -> tuple[list[list[_Keye
 def batch(rows: Sequence[Row], device: torch.device) -> tuple[torch.Tensor, Tree | None]:
     """The rows' tokens (B, T), padded on the right with token 0, and how they follow each other
     (None: one after another)."""
-    width = max(len(row.tokens) for row in rows)
-    tokens = torch.tensor([_filled(row.tokens, width) for row in rows], device=device)
+    tokens = padded([row.tokens for row in rows], device)
     if all(row.is_chain for row in rows):
         return tokens, None
     # Padding sees itself, so that its softmax is one, and nothing sees it.
-    depths = torch.tensor([_filled(row.depths, width) for row in rows], device=device)
+    width = tokens.shape[1]
     ends = [row.ends + list(range(len(row.ends) + 1, width + 1)) for row in rows]
+    depths = padded([row.depths for row in rows], device)
     return tokens, Tree(depths, torch.tensor(ends, device=device))
-
-
-def _filled(numbers: list[int], width: int) -> list[int]:
-    return numbers + [0] * (width - len(numbers))

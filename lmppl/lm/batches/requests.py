@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
+from torch import Tensor
 
 from lmppl.lm.tokens.stopping import Stopping
 from lmppl.lm.tokens.text import FinishReason
@@ -24,7 +24,7 @@ class Draw:
 
     prefix: tuple[int, ...]
     stopping: Stopping
-    uniforms: torch.Tensor  # (max_tokens,) float64 in [0, 1), on the CPU
+    uniforms: Tensor  # (max_tokens,) float64 in [0, 1), on the CPU
     temperature: float = 1.0
     name: str = ""  # the site, for error messages
 
@@ -34,8 +34,17 @@ class Drawn:
     """A sequence, and the log-probability of each of its tokens under what it was drawn from."""
 
     token_ids: tuple[int, ...]
-    log_probs: torch.Tensor  # (n,) float32, nats, on the CPU
+    log_probs: Tensor  # (n,) float32, nats, on the CPU
     reason: FinishReason
+
+
+def no_distribution(where: str) -> ValueError:
+    """The error of logits that define none; ``where`` they are begins its message."""
+    return ValueError(
+        f"{where} define no distribution: they contain NaN or +inf, or give every token probability "
+        "zero. Check the model's weights, its dtype (float16 overflows), and any adapter that was "
+        "trained"
+    )
 
 
 @dataclass(frozen=True)
@@ -53,5 +62,5 @@ class Score:
 class Scored:
     """Log-probabilities of a continuation, token by token."""
 
-    log_probs: torch.Tensor  # (n,) float32: log p(t_k | prefix, t_<k)
-    closing_log_probs: torch.Tensor | None = None  # (n,) float32: log p(c | prefix, t_<k)
+    log_probs: Tensor  # (n,) float32: log p(t_k | prefix, t_<k)
+    closing_log_probs: Tensor | None = None  # (n,) float32: log p(c | prefix, t_<k)

@@ -6,10 +6,12 @@ in between. What all of them, or groups of them, have in common is held once and
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from lmppl.lm.batches.inverse_cdf import invert, tempered
 from lmppl.lm.batches.packing import group_by_prefix
@@ -26,7 +28,7 @@ class Rows(ABC):
     """A batch of sequences."""
 
     _runner: Runner
-    _states: torch.Tensor  # (B, hidden): what the next token's logits are made of
+    _states: Tensor  # (B, hidden): what the next token's logits are made of
 
     @staticmethod
     def start(runner: Runner, prefixes: Sequence[Tokens], max_new: int) -> Rows:
@@ -36,29 +38,19 @@ class Rows(ABC):
             runner: of the model.
             prefixes: one a row, none of them empty.
             max_new: how many tokens a row will get at most.
-
-        Raises:
-            ValueError: no prefix, or an empty one.
         """
-        if not prefixes or not all(prefixes):
-            raise ValueError(
-                "a batch needs at least one prefix, and each prefix at least one token (a model "
-                "without a BOS token cannot continue an empty text)"
-            )
         runner.refresh()
         kind = CachedRows if runner.fast else PlainRows
         return kind(runner, prefixes, max_new)
 
     @property
-    @without_grad
-    def logits(self) -> torch.Tensor:
+    @without_grad()
+    def logits(self) -> Tensor:
         """(B, V) of the model's dtype: the next token's logits of every row."""
-        return self._runner.logits(self._states)
+        return self._runner.output(self._states)
 
-    @without_grad
-    def draw(
-        self, uniforms: torch.Tensor, temperatures: Sequence[float]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    @without_grad()
+    def draw(self, uniforms: Tensor, temperatures: Sequence[float]) -> tuple[Tensor, Tensor]:
         """The next token of each row (B,), and its log-probability (B,) float32, in nats.
 
         Logits are made for some rows at a time, so that memory does not grow with B. See
@@ -71,13 +63,11 @@ class Rows(ABC):
         parts = [
             invert(logits, uniforms[part], temperatures[part]) for part, logits in self._parts()
         ]
-        if len(parts) == 1:
-            return parts[0]
         tokens, log_probs = zip(*parts, strict=True)
         return torch.cat(tokens), torch.cat(log_probs)
 
-    @without_grad
-    def log_probs(self, tokens: Sequence[int], temperatures: Sequence[float]) -> torch.Tensor:
+    @without_grad()
+    def log_probs(self, tokens: Sequence[int], temperatures: Sequence[float]) -> Tensor:
         """The log-probability of a given next token of each row, (B,) float32, in nats."""
         index = torch.tensor(tokens, device=self._states.device).unsqueeze(1)
         found = []
@@ -86,22 +76,22 @@ class Rows(ABC):
             found.append(log_probs.gather(1, index[part]).squeeze(1))
         return torch.cat(found)
 
-    def _parts(self) -> Iterator[tuple[slice, torch.Tensor]]:
+    def _parts(self) -> Iterator[tuple[slice, Tensor]]:
         """Some rows at a time, and their logits."""
         step = chunk_rows(self._runner.size, self._states.device)
         for at in range(0, len(self._states), step):
             part = slice(at, at + step)
-            yield part, self._runner.logits(self._states[part])
+            yield part, self._runner.output(self._states[part])
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
-    def extend(self, tokens: torch.Tensor | Sequence[int]) -> None:
+    def extend(self, tokens: Tensor | Sequence[int]) -> None:
         """Append one token to each row: (B,)."""
 
     @abstractmethod
-    def select(self, index: torch.Tensor | Sequence[int]) -> None:
+    def select(self, index: Tensor | Sequence[int]) -> None:
         """Row i becomes a copy of row ``index[i]``; there are ``len(index)`` rows then."""
 
 
@@ -113,7 +103,7 @@ class CachedRows(Rows):
     half of them are empty, since fewer rows would be another shape.
     """
 
-    @without_grad
+    @without_grad()
     def __init__(self, runner: Runner, prefixes: Sequence[Tokens], max_new: int) -> None:
         self._runner = runner
         device = runner.device
@@ -139,12 +129,9 @@ class CachedRows(Rows):
         self._set_places([row for rows in members for row in rows])
         self._lengths = [len(rest[i]) for i in at]  # filled slots, of each place
         self._most = width + max_new
-        self._capacity = min(self._most, width + _FIRST_CAPACITY)
-        index = torch.tensor(at, device=device)
-        self._buffers: list[LayerKV] = [
-            (self._buffer(k, index, width), self._buffer(v, index, width)) for k, v in cache.suffix
-        ]
-        self._keep(states.index_select(0, index))
+        self._buffers: list[LayerKV] = cache.suffix
+        self._gather(at, min(self._most, width + _FIRST_CAPACITY))
+        self._keep(states.index_select(0, torch.tensor(at, device=device)))
         self._cache = BufferedCache(self._groups(), self._buffers)
         self._step: StaticStep | None = None
         self._renewed = False  # whether the buffers are others than those of the step
@@ -153,25 +140,18 @@ class CachedRows(Rows):
         """``rows``: the row at each place; -1: none."""
         self._rows = rows
         self._place_of = {row: place for place, row in enumerate(rows) if row >= 0}
-        self._places: torch.Tensor | None = None  # of each row; None: its own number
+        self._places: Tensor | None = None  # of each row; None: its own number
         if any(row != place for place, row in enumerate(rows)):
             places = [self._place_of[row] for row in range(len(self._place_of))]
             self._places = torch.tensor(places, device=self._runner.device)
 
-    def _keep(self, states: torch.Tensor) -> None:
+    def _keep(self, states: Tensor) -> None:
         """``states``: in the order of the places."""
         self._states = states if self._places is None else states.index_select(0, self._places)
 
     def _groups(self) -> list[Group]:
         groups = [p.group(self._group_of.count(n)) for n, p in enumerate(self._prompts)]
         return [group for group in groups if group.num_rows]
-
-    def _buffer(self, old: torch.Tensor, index: torch.Tensor, filled: int) -> torch.Tensor:
-        """Rows ``index`` of the filled slots, with room for more: (B, H_kv, capacity, D)."""
-        # Zeros, as 0 times whatever stands in unused memory need not be 0.
-        new = old.new_zeros(len(index), old.shape[1], self._capacity, old.shape[3])
-        new[:, :, :filled] = old[:, :, :filled].index_select(0, index)
-        return new
 
     def __len__(self) -> int:
         return len(self._place_of)
@@ -180,10 +160,9 @@ class CachedRows(Rows):
     def _is_static(self) -> bool:
         return self._runner.device.type in _STATIC_DEVICES and self._runner.can_record
 
-    @without_grad
-    def extend(self, tokens: torch.Tensor | Sequence[int]) -> None:
-        device = self._runner.device
-        filled = max(self._lengths)
+    @without_grad()
+    def extend(self, tokens: Tensor | Sequence[int]) -> None:
+        device, filled = self._runner.device, max(self._lengths)
         if filled == self._capacity:
             places = [place for place, row in enumerate(self._rows) if row >= 0]
             self._gather(places, min(max(self._most, filled + 1), 2 * filled))
@@ -202,8 +181,8 @@ class CachedRows(Rows):
             self._keep(self._runner.run_cached(tokens.unsqueeze(1), self._cache))
         self._lengths = [n + 1 for n in self._lengths]
 
-    @without_grad
-    def select(self, index: torch.Tensor | Sequence[int]) -> None:
+    @without_grad()
+    def select(self, index: Tensor | Sequence[int]) -> None:
         index = [int(i) for i in index]
         sources = [self._place_of[i] for i in index]  # of each new row, the old place
         states = self._states.index_select(0, torch.tensor(index, device=self._states.device))
@@ -239,29 +218,31 @@ class CachedRows(Rows):
         if len(places) > len(self._rows):
             self._gather(places, self._capacity)
             return
-        moved = [(new, old) for new, old in enumerate(places) if new != old]
-        filled = max(self._lengths)
+        moved = [pair for pair in enumerate(places) if pair[0] != pair[1]]
         if moved:
-            device = self._runner.device
-            new = torch.tensor([n for n, _ in moved], device=device)
-            old = torch.tensor([o for _, o in moved], device=device)
-            for layer in self._buffers:
-                for buffer in layer:
-                    part = buffer[:, :, :filled]
-                    part.index_copy_(0, new, part.index_select(0, old))
+            filled = max(self._lengths)
+            new, old = torch.tensor(moved, device=self._runner.device).T
+            for buffer in itertools.chain(*self._buffers):
+                part = buffer[:, :, :filled]
+                part.index_copy_(0, new, part.index_select(0, old))
         if len(places) < len(self._rows):
             n = len(places)
             self._buffers[:] = [(k[:n], v[:n]) for k, v in self._buffers]
             self._renewed = True
 
     def _gather(self, places: list[int], capacity: int) -> None:
-        self._capacity = capacity
-        self._renewed = True
+        """The same in new buffers, with room for so many slots: (B, H_kv, capacity, D)."""
         filled = max(self._lengths)
-        at = torch.tensor(places, device=self._runner.device)
-        self._buffers[:] = [
-            (self._buffer(k, at, filled), self._buffer(v, at, filled)) for k, v in self._buffers
-        ]
+        index = torch.tensor(places, device=self._runner.device)
+
+        def copied(old: Tensor) -> Tensor:
+            # Zeros, as 0 times whatever stands in unused memory need not be 0.
+            new = old.new_zeros(len(places), old.shape[1], capacity, old.shape[3])
+            new[:, :, :filled] = old[:, :, :filled].index_select(0, index)
+            return new
+
+        self._capacity, self._renewed = capacity, True
+        self._buffers[:] = [(copied(k), copied(v)) for k, v in self._buffers]
 
 
 class PlainRows(Rows):
@@ -273,7 +254,7 @@ class PlainRows(Rows):
         self._sequences = list(prefixes)
         self._run()
 
-    @without_grad
+    @without_grad()
     def _run(self) -> None:
         distinct: dict[Tokens, int] = {}
         index = [distinct.setdefault(s, len(distinct)) for s in self._sequences]
@@ -286,12 +267,12 @@ class PlainRows(Rows):
     def __len__(self) -> int:
         return len(self._sequences)
 
-    def extend(self, tokens: torch.Tensor | Sequence[int]) -> None:
+    def extend(self, tokens: Tensor | Sequence[int]) -> None:
         new = [int(t) for t in tokens]
         self._sequences = [(*s, t) for s, t in zip(self._sequences, new, strict=True)]
         self._run()
 
-    def select(self, index: torch.Tensor | Sequence[int]) -> None:
+    def select(self, index: Tensor | Sequence[int]) -> None:
         rows = [int(i) for i in index]
         self._sequences = [self._sequences[i] for i in rows]
         self._states = self._states.index_select(0, torch.tensor(rows, device=self._states.device))

@@ -10,12 +10,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lmppl.lm.batches.packing import WORTH_A_PROMPT, Row, batch, group_by_prefix, pack_rows
-from lmppl.lm.batches.requests import Score, Scored
+from lmppl.lm.batches.requests import Score, Scored, no_distribution
 from lmppl.lm.meter.work import Kind, region, timed, watch_backward
 from lmppl.lm.network.attention import PrefixCache
 from lmppl.lm.network.runner import (
@@ -47,16 +49,33 @@ class _Pass:
     """One forward pass."""
 
     sequences: list[_Sequence]
-    tokens: torch.Tensor  # (B, T)
-    cache: list[PrefixCache]  # at most one; none: the model runs plainly
+    tokens: Tensor  # (B, T)
+    cache: PrefixCache | None  # None: the model runs plainly
     # (N,) of the flattened tokens: those of each sequence from its start on.
-    positions: torch.Tensor
+    positions: Tensor
 
-    def states(self, runner: Runner) -> torch.Tensor:
+    def states(self, runner: Runner) -> Tensor:
         """(N, hidden)"""
-        if not self.cache:
+        if self.cache is None:
             return runner.run_plain(self.tokens, self.positions)
-        return runner.run_cached(self.tokens, self.cache[0], self.positions)
+        return runner.run_cached(self.tokens, self.cache, self.positions)
+
+    def requests(self) -> Iterator[tuple[Score, range]]:
+        """What is asked for, and by which of the states it is scored."""
+        first = 0
+        for sequence in self.sequences:
+            states = range(first, first + len(sequence.tokens) - sequence.start)
+            for request in sequence.requests:
+                yield request, states
+            first = states.stop
+
+
+class _Part(NamedTuple):
+    """Rows of sequences that begin with one prompt."""
+
+    prompt: Prompt
+    rows: list[Row]
+    members: list[_Sequence]  # of all the prompt's rows
 
 
 def score(runner: Runner, requests: Sequence[Score], *, grad: bool = False) -> list[Scored]:
@@ -79,12 +98,7 @@ def score(runner: Runner, requests: Sequence[Score], *, grad: bool = False) -> l
     sequences: dict[tuple[Tokens, int], _Sequence] = {}
     num_tokens = 0
     for request in dict.fromkeys(requests):
-        if not request.prefix:
-            raise ValueError(
-                f"site {request.name!r}: the prefix has no tokens, and this model has no BOS token "
-                "to start from; give a prefix"
-            )
-        runner.check_context(len(request.prefix), len(request.continuation), request.name)
+        runner.check_request(len(request.prefix), len(request.continuation), request.name)
         if request.continuation:
             tokens = (*request.prefix, *request.continuation)
             key = (tokens, len(request.prefix))
@@ -99,10 +113,9 @@ def score(runner: Runner, requests: Sequence[Score], *, grad: bool = False) -> l
         for r in requests
         if not r.continuation
     }
-    run = without_autocast(_score) if grad else without_grad(_score)
     kind: Kind = "trained" if grad and runner.trains else "scored"
-    with region(kind):
-        run(runner, list(sequences.values()), grad, found)
+    with region(kind), without_autocast() if grad else without_grad():
+        _score(runner, list(sequences.values()), grad, found)
     runner.usage.count(**{kind: num_tokens})
     if grad:
         for scored in found.values():
@@ -111,8 +124,8 @@ def score(runner: Runner, requests: Sequence[Score], *, grad: bool = False) -> l
 
 
 @timed("read")
-@without_grad
-def hidden(runner: Runner, prefixes: Sequence[Tokens]) -> torch.Tensor:
+@without_grad()
+def hidden(runner: Runner, prefixes: Sequence[Tokens]) -> Tensor:
     """The last token's hidden state after each prefix, as it enters the output layer.
 
     Returns:
@@ -127,10 +140,10 @@ def hidden(runner: Runner, prefixes: Sequence[Tokens]) -> torch.Tensor:
         )
     runner.refresh()
     for prefix in prefixes:
-        runner.check_context(len(prefix), 0, "")
+        runner.check_request(len(prefix), 0, "")
     distinct = [_Sequence(prefix, len(prefix) - 1) for prefix in dict.fromkeys(prefixes)]
-    states: dict[Tokens, torch.Tensor] = {}
-    for one_pass in _passes(runner, distinct, grad=False, most=runner.pass_tokens):
+    states: dict[Tokens, Tensor] = {}
+    for one_pass in _passes(runner, distinct, grad=False):
         one_pass.states(runner)
         names = (sequence.tokens for sequence in one_pass.sequences)
         states.update(zip(names, runner.hidden.float(), strict=True))
@@ -138,43 +151,36 @@ def hidden(runner: Runner, prefixes: Sequence[Tokens]) -> torch.Tensor:
 
 
 def _score(
-    runner: Runner,
-    sequences: list[_Sequence],
-    grad: bool,
-    found: dict[Score, Scored],
+    runner: Runner, sequences: list[_Sequence], grad: bool, found: dict[Score, Scored]
 ) -> None:
-    # The memory of a pass with gradients is in what is kept for the backward pass, whatever its
-    # size: unless it is asked to be computed anew there.
     memory = runner.memory
-    most = memory.training_tokens if grad else runner.pass_tokens
-    again = memory.gradient_checkpointing or memory.training_tokens is not None
-    for one_pass in _passes(runner, sequences, grad=grad, most=most, again=again):
+    for one_pass in _passes(runner, sequences, grad=grad):
         run = functools.partial(_log_probs, runner, one_pass, memory.gradient_checkpointing)
         if grad and memory.training_tokens is not None:
             both = checkpoint(run, use_reentrant=False, preserve_rng_state=False)
         else:
             both = run()
-        _hand_out(both if grad else both.cpu(), one_pass, grad, found)
+        requests = [request for request, _ in one_pass.requests()]
+        parts = (both if grad else both.cpu()).split([len(r.continuation) for r in requests], 1)
+        for request, (log_probs, closing) in zip(requests, parts, strict=True):
+            if not grad and bool(torch.isnan(log_probs).any()):
+                raise no_distribution(f"site {request.name!r}: the model's logits")
+            found[request] = Scored(log_probs, None if request.closing_token is None else closing)
 
 
-def _log_probs(runner: Runner, one_pass: _Pass, checkpointing: bool) -> torch.Tensor:
+def _log_probs(runner: Runner, one_pass: _Pass, checkpointing: bool) -> Tensor:
     """What the requests of a pass ask for, one after another: of tokens and closing tokens, (2, M).
     Without a closing token, its numbers are those of token 0."""
     with runner.checkpointing(checkpointing):
         states = one_pass.states(runner)
-    first = 0
     rows: list[int] = []
     picks: list[tuple[int, int]] = []
     temperatures: list[float] = []
-    for sequence in one_pass.sequences:
-        n = len(sequence.tokens) - sequence.start
-        for request in sequence.requests:
-            rows.extend(range(first, first + n))
-            closing = request.closing_token or 0
-            picks.extend((token, closing) for token in request.continuation)
-            temperatures.extend([request.temperature] * n)
-        first += n
-    if len(rows) != first:  # some are asked for more than once
+    for request, of_states in one_pass.requests():
+        rows.extend(of_states)
+        picks.extend((token, request.closing_token or 0) for token in request.continuation)
+        temperatures.extend([request.temperature] * len(of_states))
+    if len(rows) != len(states):  # some are asked for more than once
         states = states.index_select(0, torch.tensor(rows, device=states.device))
     heat = None
     if any(t != 1.0 for t in temperatures):
@@ -182,54 +188,24 @@ def _log_probs(runner: Runner, one_pass: _Pass, checkpointing: bool) -> torch.Te
     return runner.output.log_probs(states, torch.tensor(picks, device=states.device), heat).T
 
 
-def _hand_out(both: torch.Tensor, one_pass: _Pass, grad: bool, found: dict[Score, Scored]) -> None:
-    at = 0
-    for sequence in one_pass.sequences:
-        n = len(sequence.tokens) - sequence.start
-        for request in sequence.requests:
-            log_probs = both[0, at : at + n]
-            closing = both[1, at : at + n] if request.closing_token is not None else None
-            if not grad and bool(torch.isnan(log_probs).any()):
-                raise ValueError(
-                    f"site {request.name!r}: the model's logits define no distribution: they "
-                    "contain NaN or +inf, or give every token probability zero. Check the model's "
-                    "weights, its dtype (float16 overflows), and any adapter that was trained"
-                )
-            found[request] = Scored(log_probs, closing)
-            at += n
-
-
-def _passes(
-    runner: Runner,
-    sequences: list[_Sequence],
-    *,
-    grad: bool,
-    most: int | None,
-    again: bool = False,
-) -> Iterator[_Pass]:
-    """The passes that read all sequences.
-
-    Args:
-        runner: of the model.
-        sequences: what is read.
-        grad: whether prompts are read with gradients.
-        most: tokens of a pass, padding included (one row may have more); None: no limit.
-        again: whether prompts with gradients are read anew in the backward pass.
-    """
+def _passes(runner: Runner, sequences: list[_Sequence], *, grad: bool) -> Iterator[_Pass]:
+    """The passes that read all sequences; with ``grad``, prompts are read with their graphs."""
+    # The memory of a pass with gradients is in what is kept for the backward pass, whatever its
+    # size: unless it is asked to be computed anew there.
+    most = runner.memory.training_tokens if grad else runner.pass_tokens  # None: no limit
     if not runner.fast:
         yield from _plain_passes(runner, sequences, most)
         return
-    groups = group_by_prefix(sequences, lambda s: s.tokens[: s.start])
-    pending: list[tuple[Prompt, list[Row], list[_Sequence]]] = []
-    for members in groups:
-        prompt = _prompt(runner, members, grad, again)
+    pending: list[_Part] = []
+    for members in group_by_prefix(sequences, lambda s: s.tokens[: s.start]):
+        prompt = _prompt(runner, members, grad)
         known = len(prompt.tokens)
         rows = pack_rows([s.tokens[known:] for s in members], runner.costs(known))
         step = len(rows)
         if most is not None:
             step = max(1, most // max(len(row.tokens) for row in rows))
         for at in range(0, len(rows), step):
-            part = (prompt, rows[at : at + step], members)
+            part = _Part(prompt, rows[at : at + step], members)
             if pending and not _fits([*pending, part], most):
                 yield _packed_pass(runner, pending)
                 pending = []
@@ -238,7 +214,7 @@ def _passes(
         yield _packed_pass(runner, pending)
 
 
-def _prompt(runner: Runner, members: list[_Sequence], grad: bool, again: bool) -> Prompt:
+def _prompt(runner: Runner, members: list[_Sequence], grad: bool) -> Prompt:
     """What the sequences have in common, if it is worth reading by itself; with its graph, so that
     its gradient is computed once too."""
     sequences = [s.tokens for s in members]
@@ -249,35 +225,33 @@ def _prompt(runner: Runner, members: list[_Sequence], grad: bool, again: bool) -
     if common * (len(sequences) - 1) < WORTH_A_PROMPT:
         return NO_PROMPT
     read = functools.partial(runner.extend_prompt, NO_PROMPT, sequences[0][:common])
-    if again:
+    if runner.memory.gradient_checkpointing or runner.memory.training_tokens is not None:
         return checkpoint(read, use_reentrant=False, preserve_rng_state=False)
     return read()
 
 
-def _fits(parts: list[tuple[Prompt, list[Row], list[_Sequence]]], most: int | None) -> bool:
+def _fits(parts: list[_Part], most: int | None) -> bool:
     """Whether the parts make one pass."""
-    rows = [row for _, part, _ in parts for row in part]
-    padded_size = len(rows) * max(len(row.tokens) for row in rows)
-    size = sum(len(row.tokens) for row in rows)
-    return (most is None or padded_size <= most) and padded_size <= (1 + _MAX_PADDING) * size
+    lengths = [len(row.tokens) for part in parts for row in part.rows]
+    size = len(lengths) * max(lengths)  # with padding
+    return (most is None or size <= most) and size <= (1 + _MAX_PADDING) * sum(lengths)
 
 
-def _packed_pass(runner: Runner, parts: list[tuple[Prompt, list[Row], list[_Sequence]]]) -> _Pass:
-    rows = [row for _, part, _ in parts for row in part]
-    tokens, tree = batch(rows, runner.device)
-    groups = [prompt.group(len(part)) for prompt, part, _ in parts]
+def _packed_pass(runner: Runner, parts: list[_Part]) -> _Pass:
+    tokens, tree = batch([row for part in parts for row in part.rows], runner.device)
     sequences: list[_Sequence] = []
     positions: list[int] = []
     first = 0
-    for prompt, part, members in parts:
+    for prompt, rows, members in parts:
         known = len(prompt.tokens)
-        for row in part:
+        for row in rows:
             for member, slots in zip(row.members, row.slots, strict=True):
                 sequences.append(members[member])
                 positions += [first + slot for slot in slots[members[member].start - known :]]
             first += tokens.shape[1]
+    groups = [part.prompt.group(len(part.rows)) for part in parts]
     cache = PrefixCache(groups, tree=tree, keep=False)
-    return _Pass(sequences, tokens, [cache], torch.tensor(positions, device=runner.device))
+    return _Pass(sequences, tokens, cache, torch.tensor(positions, device=runner.device))
 
 
 def _plain_passes(runner: Runner, sequences: list[_Sequence], most: int | None) -> Iterator[_Pass]:
@@ -292,4 +266,4 @@ def _plain_passes(runner: Runner, sequences: list[_Sequence], most: int | None) 
         tokens = padded([s.tokens for s in chunk], runner.device)
         width = tokens.shape[1]
         at = [row * width + t for row, s in enumerate(chunk) for t in range(s.start, len(s.tokens))]
-        yield _Pass(chunk, tokens, [], torch.tensor(at, device=runner.device))
+        yield _Pass(chunk, tokens, None, torch.tensor(at, device=runner.device))

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 _SECONDS = 0.025  # of measuring one rate, about
 # A processor is measured on parts of large matrices, and anything on fewer rows where one product
@@ -21,6 +22,13 @@ _CPU_PART = 1 << 22  # parameters
 _MAX_FLOPS = {"cpu": 1 << 32}
 _MAX_FLOPS_ELSEWHERE = 1 << 38
 _MAX_OUTPUT_BYTES = 1 << 26
+
+
+class Product(NamedTuple):
+    """A matrix product, from (M, in) to (M, out)."""
+
+    shape: tuple[int, int]  # (out, in)
+    multiply: Callable[[Tensor], Tensor]
 
 
 class Matrices:
@@ -45,13 +53,12 @@ class Matrices:
         self,
         model: torch.nn.Module,
         output_layer: torch.nn.Module,
-        packed: Callable[[], tuple[Sequence[Product], Sequence[Product]]] = lambda: ((), ()),
+        packed: Callable[[], Sequence[Sequence[Product]]] = lambda: ((), ()),
     ) -> None:
         self.output = list(_matrices_of(output_layer.modules()))
         outputs = {id(module) for module in output_layer.modules()}
         self.body = list(_matrices_of(m for m in model.modules() if id(m) not in outputs))
-        everything = [*self.body, *self.output]
-        self.key = tuple((m.device, m.dtype, m.shape) for m in everything)
+        self.key = tuple((m.device, m.dtype, m.shape) for m in [*self.body, *self.output])
         self._packed = packed
         self._num = (sum(m.numel() for m in self.body), sum(m.numel() for m in self.output))
 
@@ -69,20 +76,16 @@ class Matrices:
             outputs: of them, those that go through the output layer.
             passes: among which the positions are divided evenly.
         """
+        parts = zip((self.body, self.output), (positions, outputs), self._packed(), strict=True)
         total = 0.0
-        for flops, matrices, rows, packed in zip(
-            self.flops(positions, outputs),
-            (self.body, self.output),
-            (positions, outputs),
-            self._packed(),
-            strict=True,
-        ):
+        for flops, part in zip(self.flops(positions, outputs), parts, strict=True):
             if flops:
+                matrices, rows, packed = part
                 total += flops / gemm_rate(matrices, rows / passes, packed)
         return total or None
 
 
-def _matrices_of(modules: Iterable[torch.nn.Module]) -> Iterator[torch.Tensor]:
+def _matrices_of(modules: Iterable[torch.nn.Module]) -> Iterator[Tensor]:
     seen = set()
     for module in modules:
         if isinstance(module, torch.nn.Embedding):
@@ -99,9 +102,7 @@ _cpu_clock = time.perf_counter if sys.platform == "win32" else time.thread_time
 _rates: dict[tuple[Any, ...], float] = {}
 
 
-def gemm_rate(
-    matrices: Sequence[torch.Tensor], rows: float, packed: Sequence[Product] = ()
-) -> float:
+def gemm_rate(matrices: Sequence[Tensor], rows: float, packed: Sequence[Product] = ()) -> float:
     """FLOP/s of ``F.linear`` on matrices, one after another, as a forward pass meets them.
 
     Measured when it is first asked for, in less than 0.1 s, and remembered by device, dtype, shapes,
@@ -125,39 +126,17 @@ def gemm_rate(
     if key not in _rates:
         if device.type == "cpu":
             matrices = [part for m in matrices for part in _equal_parts(m)]
-        kinds: list[Sequence[Product]] = [[_Linear(m) for m in matrices], packed]
+        plain = [Product((len(m), m.shape[1]), partial(F.linear, weight=m)) for m in matrices]
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             _rates[key] = max(
                 _measure(products, _measured_rows(products, wanted, device, dtype), device, dtype)
-                for products in kinds
+                for products in (plain, packed)
                 if products
             )
     return _rates[key]
 
 
-class Product(Protocol):
-    """A matrix product."""
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in)."""
-
-    def multiply(self, given: torch.Tensor) -> torch.Tensor:
-        """(M, in) to (M, out)."""
-
-
-class _Linear:
-    """The product with one matrix."""
-
-    def __init__(self, matrix: torch.Tensor) -> None:
-        self._matrix = matrix
-        self.shape: tuple[int, int] = (int(matrix.shape[0]), int(matrix.shape[1]))
-
-    def multiply(self, given: torch.Tensor) -> torch.Tensor:
-        return F.linear(given, self._matrix)
-
-
-def _equal_parts(matrix: torch.Tensor) -> list[torch.Tensor]:
+def _equal_parts(matrix: Tensor) -> list[Tensor]:
     """All of a matrix, but for a few rows if its parts would differ."""
     num = -(-matrix.numel() // _CPU_PART)
     size = max(1, matrix.shape[0] // num)
@@ -167,23 +146,19 @@ def _equal_parts(matrix: torch.Tensor) -> list[torch.Tensor]:
 def _measured_rows(
     products: Sequence[Product], rows: int, device: torch.device, dtype: torch.dtype
 ) -> int:
-    """As many as are wanted, or as many as keep each product within bounds."""
+    """As many as are wanted, or the power of two that keeps each product within bounds."""
     most = _MAX_FLOPS.get(device.type, _MAX_FLOPS_ELSEWHERE)
     width, size = max(p.shape[0] for p in products), max(math.prod(p.shape) for p in products)
-    while rows > 1 and (
-        rows * width * dtype.itemsize > _MAX_OUTPUT_BYTES or 2 * rows * size > most
-    ):
-        rows //= 2
-    return rows
+    bound = max(1, min(_MAX_OUTPUT_BYTES // (width * dtype.itemsize), most // (2 * size)))
+    return min(rows, 1 << (bound.bit_length() - 1))
 
 
 def _measure(
     products: Sequence[Product], rows: int, device: torch.device, dtype: torch.dtype
 ) -> float:
     """FLOP/s."""
-    inputs = {
-        n: torch.ones(rows, n, dtype=dtype, device=device) for n in {p.shape[1] for p in products}
-    }
+    widths = {p.shape[1] for p in products}
+    inputs = {n: torch.ones(rows, n, dtype=dtype, device=device) for n in widths}
 
     def multiply(some: Iterable[Product]) -> None:
         for product in some:
@@ -206,7 +181,7 @@ def _measure(
                 break
         seconds = sum(best[p.shape] for p in products)
     else:
-        whole = functools.partial(multiply, products)
+        whole = partial(multiply, products)
         run = _as_graph(whole, device) if device.type == "cuda" else whole
         seconds = math.inf
         while time.perf_counter() - began < _SECONDS or seconds == math.inf:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
 
 
 @dataclass
@@ -20,14 +19,11 @@ class Usage:
     tokens_scored: int = 0
     tokens_trained: int = 0
 
-    _total: ClassVar[list[int]] = [0, 0, 0]  # over all models, for reports of a whole run
-
     def count(self, *, sampled: int = 0, scored: int = 0, trained: int = 0) -> None:
-        self.tokens_sampled += sampled
-        self.tokens_scored += scored
-        self.tokens_trained += trained
-        for kind, tokens in enumerate((sampled, scored, trained)):
-            Usage._total[kind] += tokens
+        for usage in (self, _total):
+            usage.tokens_sampled += sampled
+            usage.tokens_scored += scored
+            usage.tokens_trained += trained
 
     def __sub__(self, other: Usage) -> Usage:
         return Usage(
@@ -37,6 +33,9 @@ class Usage:
         )
 
 
+_total = Usage()  # over all models, for reports of a whole run
+
+
 def total_usage() -> Usage:
     """Tokens of all models together since the process began."""
-    return Usage(*Usage._total)
+    return replace(_total)

@@ -1,8 +1,8 @@
 """What the language models of this process do, and how long it takes: recorded while somebody asks.
 
 A *region* is a stretch of work of one kind; regions do not overlap, as an inner one stops the clock
-of the outer. While nobody records, a region or a pass costs one comparison with None. (How many
-tokens were drawn and scored is counted always, by ``usage``.)
+of the outer. While nobody records, a region or a pass costs next to nothing. (How many tokens were
+drawn and scored is counted always, by ``usage``.)
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
 
 from lmppl.lm.meter.roofline import Matrices, wait_for
 from lmppl.lm.meter.usage import Usage, total_usage
@@ -31,8 +31,7 @@ token's distribution or a state for something else (enumeration, heads of guides
 KINDS: tuple[Kind, ...] = ("sampled", "scored", "trained", "read")
 
 _ledger: Ledger | None = None  # there while somebody records
-_num_recording = 0
-_recordings = threading.Lock()  # of the two above
+_recordings = threading.Lock()
 _NOTHING = nullcontext()
 
 
@@ -88,16 +87,25 @@ class WorkRecord:
                 self.passes[key] = new
 
 
+class _Regions(threading.local):
+    """What one thread is doing: the kinds of its open regions, the innermost last, and since when."""
+
+    def __init__(self) -> None:
+        self.kinds: list[Kind] = []
+        self.since = 0.0
+
+
 class Ledger:
     """Adds up the work while anybody records. A recording is a difference of two readings, so
     recordings may nest or overlap in any way."""
 
     def __init__(self) -> None:
+        self.num_recordings = 0
         self._kinds: dict[Kind, float] = dict.fromkeys(KINDS, 0.0)
         self._passes: dict[tuple[Kind, Any], PassCounts] = {}
         self._paused = 0.0
         self._devices: set[torch.device] = set()
-        self._local = threading.local()
+        self._regions = _Regions()
         self._lock = threading.Lock()
         self._backward: tuple[int, float] = (-1, 0.0)  # the last one's number, and when it began
 
@@ -108,27 +116,33 @@ class Ledger:
                 wait_for(device)
         return time.perf_counter()
 
-    @property
-    def regions(self) -> list[Region]:
-        """Those of this thread that are open, the innermost last."""
-        if not hasattr(self._local, "regions"):
-            self._local.regions = []
-        return self._local.regions
+    @contextmanager
+    def region(self, kind: Kind) -> Iterator[None]:
+        """What happens here is work of that kind."""
+        self._charge()
+        self._regions.kinds.append(kind)
+        try:
+            yield
+        finally:
+            self._charge()
+            self._regions.kinds.pop()
 
-    def charge(self, kind: Kind, seconds: float) -> None:
-        with self._lock:
-            self._kinds[kind] += seconds
+    def _charge(self) -> None:
+        """Add the time since a region of this thread began or ended to the innermost open one."""
+        now, regions = self.now(), self._regions
+        if regions.kinds:
+            with self._lock:
+                self._kinds[regions.kinds[-1]] += now - regions.since
+        regions.since = now
 
-    def count(
-        self, matrices: Matrices, device: torch.device, shape: torch.Size, outputs: int
-    ) -> None:
+    def count(self, matrices: Matrices, tokens: Tensor, outputs: int) -> None:
         """One forward pass of the present region's kind. (Outside regions nobody asked for it.)"""
-        if not self.regions:
+        if not self._regions.kinds:
             return
-        one = PassCounts(matrices, 1, shape[0], shape.numel(), outputs)
-        key = (self.regions[-1].kind, matrices.key)
+        one = PassCounts(matrices, 1, len(tokens), tokens.numel(), outputs)
+        key = (self._regions.kinds[-1], matrices.key)
         with self._lock:
-            self._devices.add(device)
+            self._devices.add(tokens.device)
             known = self._passes.get(key)
             self._passes[key] = one if known is None else one.plus(known)
 
@@ -152,7 +166,7 @@ class Ledger:
     # The backward pass belongs to whoever calls it, so it is found by the gradients that reach a
     # language model's output. The engine numbers its runs: one that failed never says so.
 
-    def gradient_arrived(self, _: torch.Tensor) -> None:
+    def gradient_arrived(self, _: Tensor) -> None:
         if _ledger is not self:
             return
         number = torch._C._current_graph_task_id()
@@ -162,43 +176,14 @@ class Ledger:
             engine.queue_callback(self._backward_ended)
 
     def _backward_ended(self) -> None:
-        self.charge("trained", self.now() - self._backward[1])
-
-
-class Region:
-    """A stretch of work of one kind, within a ``with`` block."""
-
-    def __init__(self, ledger: Ledger, kind: Kind) -> None:
-        self._ledger, self.kind = ledger, kind
-        self._since = 0.0
-
-    def _stop(self, now: float) -> None:
-        self._ledger.charge(self.kind, now - self._since)
-
-    def __enter__(self) -> None:
-        now, regions = self._ledger.now(), self._ledger.regions
-        if regions:
-            regions[-1]._stop(now)
-        self._since = now
-        regions.append(self)
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        regions = self._ledger.regions
-        regions.pop()
-        now = self._ledger.now()
-        self._stop(now)
-        if regions:
-            regions[-1]._since = now
+        seconds = self.now() - self._backward[1]
+        with self._lock:
+            self._kinds["trained"] += seconds
 
 
 def region(kind: Kind) -> AbstractContextManager[None]:
     """``with region("scored"):`` what is done in the block is work of that kind."""
-    return _NOTHING if _ledger is None else Region(_ledger, kind)
+    return _NOTHING if _ledger is None else _ledger.region(kind)
 
 
 def timed(kind: Kind) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -207,9 +192,7 @@ def timed(kind: Kind) -> Callable[[Callable[P, R]], Callable[P, R]]:
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(function)
         def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-            if _ledger is None:
-                return function(*args, **kwargs)
-            with Region(_ledger, kind):
+            with region(kind):
                 return function(*args, **kwargs)
 
         return wrapped
@@ -217,17 +200,14 @@ def timed(kind: Kind) -> Callable[[Callable[P, R]], Callable[P, R]]:
     return decorate
 
 
-def count_pass(
-    matrices: Callable[[], Matrices], tokens: torch.Tensor, outputs: torch.Tensor | None
-) -> None:
+def count_pass(matrices: Callable[[], Matrices], tokens: Tensor, outputs: Tensor | None) -> None:
     """A forward pass of (B, T) ``tokens``, of which the positions ``outputs`` (None: all) go
     through the output layer. ``matrices`` of the model are only asked for while somebody records."""
     if _ledger is not None:
-        num = tokens.numel() if outputs is None else outputs.numel()
-        _ledger.count(matrices(), tokens.device, tokens.shape, num)
+        _ledger.count(matrices(), tokens, tokens.numel() if outputs is None else outputs.numel())
 
 
-def watch_backward(outputs: Iterable[torch.Tensor]) -> None:
+def watch_backward(outputs: Iterable[Tensor]) -> None:
     """A backward pass through these log-probabilities is work of the kind ``"trained"``."""
     if _ledger is not None:
         for output in outputs:
@@ -242,26 +222,17 @@ def recording() -> Iterator[tuple[Ledger, WorkRecord]]:
     Yields:
         The ledger, and a record that is filled when the block ends, however it ends.
     """
+    global _ledger
     record = WorkRecord()
-    with _open_ledger() as ledger:
-        before = ledger.read()
-        try:
-            yield ledger, record
-        finally:
-            record.fill(before, ledger.read())
-
-
-@contextmanager
-def _open_ledger() -> Iterator[Ledger]:
-    """One ledger for all who record at the same time."""
-    global _ledger, _num_recording
-    with _recordings:
+    with _recordings:  # one ledger for all who record at the same time
         ledger = _ledger = _ledger or Ledger()
-        _num_recording += 1
+        ledger.num_recordings += 1
+    before = ledger.read()
     try:
-        yield ledger
+        yield ledger, record
     finally:
+        record.fill(before, ledger.read())
         with _recordings:
-            _num_recording -= 1
-            if not _num_recording:
+            ledger.num_recordings -= 1
+            if not ledger.num_recordings:
                 _ledger = None

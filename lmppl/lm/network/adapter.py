@@ -14,6 +14,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
@@ -113,7 +114,7 @@ def _share(modules: torch.nn.Module, originals: dict[Parameter, Parameter]) -> N
                 module._parameters[name] = originals[parameter]
 
 
-def _memory(tensor: torch.Tensor) -> int:
+def _memory(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
@@ -138,7 +139,7 @@ class _ReadOnly(TorchDispatchMode):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 written = given.get(argument.name)
                 for tensor in written if isinstance(written, (list, tuple)) else [written]:
-                    if isinstance(tensor, torch.Tensor) and _memory(tensor) in self._memory:
+                    if isinstance(tensor, Tensor) and _memory(tensor) in self._memory:
                         raise _BaseWrittenError
         return func(*args, **(kwargs or {}))
 
@@ -199,7 +200,7 @@ def _twin(model: PeftModel) -> PeftModel:
     return clone(model, twins).eval()
 
 
-def _probe(model: PeftModel) -> torch.Tensor:
+def _probe(model: PeftModel) -> Tensor:
     """A few tokens (1, T): those that a configuration names (trained ones, triggers), and others."""
     named = [
         number
@@ -307,7 +308,7 @@ def merge_again(model: PeftModel, into: Any) -> None:
                     parameter.copy_(present[name])
             return
         modules = dict(into.named_modules())
-        room: dict[torch.Size, torch.Tensor] = {}  # float32, used again by every layer of a shape
+        room: dict[torch.Size, Tensor] = {}  # float32, used again by every layer of a shape
         for name, layer in _tuned_layers(model.get_base_model()).items():
             base = layer.get_base_layer().weight
             if base.shape not in room:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from transformers import Cache
 
 ATTENTION = "lmppl_shared_prefix"
@@ -27,7 +28,7 @@ ATTENTION = "lmppl_shared_prefix"
 # over them stay in the processor's cache. (Unblocked, 80 x 128 tokens took 4 times as long.)
 _MAX_SCORES = 1 << 21
 
-LayerKV = tuple[torch.Tensor, torch.Tensor]
+LayerKV = tuple[Tensor, Tensor]
 
 
 class Group(NamedTuple):
@@ -45,8 +46,8 @@ class Tree:
     A token sees its prefix, its ancestors and itself. (A sequence is a tree without branches.)
     """
 
-    depths: torch.Tensor  # (B, T): how many ancestors a token has
-    ends: torch.Tensor  # (B, T): its descendants are the slots after its own and before this one
+    depths: Tensor  # (B, T): how many ancestors a token has
+    ends: Tensor  # (B, T): its descendants are the slots after its own and before this one
 
 
 class PrefixCache(Cache):
@@ -72,15 +73,11 @@ class PrefixCache(Cache):
         self.calls = 0  # of ``attend``, for the probe
         self.windows: list[int | None] = []  # sliding window of each call, for the probe
         self._keep = keep
-        self._starts: int | torch.Tensor = 0
-        self._offsets: int | torch.Tensor | None = None  # positions of the first slots
-        self._biases: dict[Any, torch.Tensor | None] = {}
+        self._starts: int | Tensor = 0
+        self._offsets: int | Tensor | None = None  # positions of the first slots
+        self._biases: dict[Any, Tensor | None] = {}
 
-    @property
-    def num_rows(self) -> int:
-        return sum(group.num_rows for group in self.groups)
-
-    def positions(self, num_tokens: int, device: torch.device) -> torch.Tensor:
+    def positions(self, num_tokens: int, device: torch.device) -> Tensor:
         """Positions of the new tokens: (B or 1, T)."""
         if self._offsets is None:
             self.prepare(device)
@@ -96,7 +93,7 @@ class PrefixCache(Cache):
             of_rows = [group.length for group in self.groups for _ in range(group.num_rows)]
             self._offsets = torch.tensor(of_rows, device=device).unsqueeze(1)  # (B, 1)
 
-    def slots(self, num_tokens: int, device: torch.device) -> torch.Tensor:
+    def slots(self, num_tokens: int, device: torch.device) -> Tensor:
         """How far behind their prefixes the new tokens stand: (B or 1, T)."""
         if self.tree is not None:
             return self.tree.depths
@@ -111,12 +108,7 @@ class PrefixCache(Cache):
         return self.tree is None and isinstance(self._starts, int) and self._starts == 0
 
     def update(  # type: ignore[override]
-        self,
-        key_states: torch.Tensor,
-        value_states: torch.Tensor,
-        layer_idx: int,
-        *_: Any,
-        **__: Any,
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> LayerKV:
         """Keep the new keys and values (B, H_kv, T, D); return those of all suffix slots."""
         if self._keep:
@@ -133,7 +125,7 @@ class PrefixCache(Cache):
         num_tokens: int,
         num_slots: int,
         device: torch.device,
-    ) -> torch.Tensor | None:
+    ) -> Tensor | None:
         """What to add to a group's scores: (R or 1, 1, T, P + S) of 0 and -inf; None for zeros.
 
         Args:
@@ -197,7 +189,7 @@ class BufferedCache(PrefixCache):
         super().__init__(groups)
         self.suffix = buffers
         self._num_slots = 0
-        self._slots: dict[int, torch.Tensor] = {}
+        self._slots: dict[int, Tensor] = {}
 
     def begin(self, lengths: Sequence[int], device: torch.device) -> None:
         """Prepare for one more token in each row; ``lengths``: slots that each row has filled."""
@@ -205,7 +197,7 @@ class BufferedCache(PrefixCache):
         even = all(n == first for n in lengths)
         self.begin_at(first if even else torch.tensor(lengths, device=device), max(lengths) + 1)
 
-    def begin_at(self, starts: int | torch.Tensor, num_slots: int) -> None:
+    def begin_at(self, starts: int | Tensor, num_slots: int) -> None:
         """The same from where the rows' new slots are, one for all or (B,), and how many slots of
         the buffers are looked at. With a tensor, nothing is read back from the device."""
         self._starts = starts
@@ -213,12 +205,7 @@ class BufferedCache(PrefixCache):
         self._biases, self._slots = {}, {}
 
     def update(  # type: ignore[override]
-        self,
-        key_states: torch.Tensor,
-        value_states: torch.Tensor,
-        layer_idx: int,
-        *_: Any,
-        **__: Any,
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> LayerKV:
         """Write the new keys and values (B, H_kv, 1, D); return the filled slots."""
         keys, values = self.suffix[layer_idx]
@@ -240,20 +227,20 @@ class BufferedCache(PrefixCache):
 
 def attend(
     module: torch.nn.Module,
-    query: torch.Tensor,  # (B, H, T, D)
-    key: torch.Tensor,  # (B, H_kv, S, D), of the suffixes: what PrefixCache.update returned
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    query: Tensor,  # (B, H, T, D)
+    key: Tensor,  # (B, H_kv, S, D), of the suffixes: what PrefixCache.update returned
+    value: Tensor,
+    attention_mask: Tensor | None,
     *,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    s_aux: torch.Tensor | None = None,
-    position_bias: torch.Tensor | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
     lmppl_cache: PrefixCache | None = None,
     **_: Any,
-) -> tuple[torch.Tensor, None]:
+) -> tuple[Tensor, None]:
     """transformers' attention interface. Returns (B, T, H, D) and no weights."""
     cache = lmppl_cache
     if cache is None or attention_mask is not None or position_bias is not None or dropout:
@@ -272,7 +259,7 @@ def attend(
         short = sliding_window is None or query.shape[2] <= sliding_window
         if query.shape[2] > 1 and prefix is None and cache.is_causal and short and not capped:
             # (Right padding can't be seen by what stands before it.)
-            outs.append(_causal(*parts, scale))
+            outs.append(_fused(*parts, None, None, scale, is_causal=True))
             continue
         bias = cache.bias(number, rows, sliding_window, query.shape[2], key.shape[2], query.device)
         if not capped and _fused_is_faster(query):
@@ -282,51 +269,46 @@ def attend(
     return (outs[0] if len(outs) == 1 else torch.cat(outs)), None
 
 
-def _fused_is_faster(query: torch.Tensor) -> bool:
+def _fused_is_faster(query: Tensor) -> bool:
     """Whether torch's fused kernel beats the products below, by measurement (docs/design.md): not
     for a single token a row, nor for 16-bit numbers on a CPU."""
     return query.shape[2] > 1 and (query.device.type != "cpu" or query.dtype == torch.float32)
 
 
-def _causal(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
-) -> torch.Tensor:
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key = key.repeat_interleave(groups, 1)
-        value = value.repeat_interleave(groups, 1)
-    out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
-    return out.transpose(1, 2).contiguous()
-
-
 def _fused(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
     prefix: LayerKV | None,
-    bias: torch.Tensor | None,
+    bias: Tensor | None,
     scale: float,
-) -> torch.Tensor:
+    *,
+    is_causal: bool = False,
+) -> Tensor:
     """With a copy of the prefix for every row, which is small beside scores of many tokens."""
     if prefix is not None:
         rows = key.shape[0]
         key = torch.cat([prefix[0].expand(rows, -1, -1, -1), key], 2)
         value = torch.cat([prefix[1].expand(rows, -1, -1, -1), value], 2)
     mask = None if bias is None else bias.to(query.dtype)
+    num_sharing = query.shape[1] // key.shape[1]  # heads with the same keys and values
+    if is_causal and query.device.type != "cpu":  # not every kernel of CUDA can share them
+        key, value = (t.repeat_interleave(num_sharing, 1) for t in (key, value))
+        num_sharing = 1
     out = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+        query, key, value, mask, is_causal=is_causal, scale=scale, enable_gqa=num_sharing > 1
     )
     return out.transpose(1, 2).contiguous()
 
 
 def _in_blocks(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
     prefix: LayerKV | None,
-    bias: torch.Tensor | None,
+    bias: Tensor | None,
     *options: Any,
-) -> torch.Tensor:
+) -> Tensor:
     """``_attend_block`` of some rows, and of some tokens if one row is too much, at a time."""
     batch, heads, num_tokens, _ = query.shape
     size = key.shape[2] + (0 if prefix is None else prefix[0].shape[1])
@@ -346,15 +328,15 @@ def _in_blocks(
 
 
 def _attend_block(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
     prefix: LayerKV | None,
-    bias: torch.Tensor | None,
+    bias: Tensor | None,
     scale: float,
     softcap: float | None,
-    sinks: torch.Tensor | None,
-) -> torch.Tensor:
+    sinks: Tensor | None,
+) -> Tensor:
     batch, heads, num_tokens, width = query.shape
     kv_heads, rows = key.shape[1], heads // key.shape[1] * num_tokens
     query = query.reshape(batch, kv_heads, rows, width)

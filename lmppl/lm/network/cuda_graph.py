@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lmppl.lm.network.attention import BufferedCache
 from lmppl.lm.network.runner import Runner
@@ -34,10 +35,10 @@ class StaticStep:
         self._tokens = torch.zeros(len(lengths), 1, dtype=torch.long, device=device)
         self._starts = torch.tensor(list(lengths), device=device)
         self._graph: Any = None
-        self._states: torch.Tensor | None = None
+        self._states: Tensor | None = None
         cache.prepare(device)
 
-    def run(self, tokens: torch.Tensor) -> torch.Tensor:
+    def run(self, tokens: Tensor) -> Tensor:
         """States (B, hidden) after ``tokens`` (B,). They are overwritten by the next run."""
         self._tokens.copy_(tokens.unsqueeze(1))
         if self._graph is None and self._tokens.device.type == "cuda":
@@ -54,7 +55,7 @@ class StaticStep:
         self._starts.copy_(torch.tensor(list(lengths)))
         return self
 
-    def _compute(self) -> torch.Tensor:
+    def _compute(self) -> Tensor:
         self._cache.begin_at(self._starts, self._capacity)
         states = self._runner.run_cached(self._tokens, self._cache, counted=False)
         self._starts.add_(1)

@@ -12,13 +12,17 @@ The packed weights are a second copy. They are made for a clone of the model, ne
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from itertools import groupby
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lmppl.lm.meter.roofline import Product
 from lmppl.lm.network.modules import version
 
 _MAX_PACKED_BYTES = 4 << 30  # of the second copy, over all layers of a model
@@ -41,66 +45,39 @@ def can_pack(model: nn.Module) -> bool:
 
 def packable_layers(model: nn.Module) -> dict[str, Any]:
     """The linear layers that can be packed, by name."""
+    dtypes = [torch.float32]
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():  # else oneDNN raises
+        dtypes.append(torch.bfloat16)
     return {
         name: layer
         for name, layer in model.named_modules()
-        if type(layer) in (nn.Linear, Conv1D) and _is_packable(layer)
+        if type(layer) in (nn.Linear, Conv1D)
+        and layer.weight.device.type == "cpu"
+        and layer.weight.dtype in dtypes
+        and not layer.weight.requires_grad
     }
 
 
-def _is_packable(layer: Any) -> bool:
-    weight = layer.weight
-    return (
-        weight.device.type == "cpu"
-        and weight.dtype in (torch.float32, torch.bfloat16)
-        and (weight.dtype == torch.float32 or _multiplies_bfloat16())
-        and not weight.requires_grad
-    )
+def input_groups(model: nn.Module, run: Callable[[], Any]) -> list[list[str]]:
+    """Names of packable layers, in groups that read the same input one after another.
 
+    Args:
+        model: of the layers.
+        run: makes one forward pass. A layer that it calls more than once is a group by itself.
+    """
+    calls: list[tuple[str, Tensor]] = []  # the tensors, so that ids stay unique
+    with ExitStack() as hooks:
+        for name, layer in packable_layers(model).items():
 
-def _multiplies_bfloat16() -> bool:
-    """Whether oneDNN packs bfloat16 weights here (else it raises)."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+            def note(_: nn.Module, args: tuple[Tensor], name: str = name) -> None:
+                calls.append((name, args[0]))
 
-
-class InputLog:
-    """Which linear layers of a model read the same input: a context around one forward pass."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._layers = packable_layers(model)
-        self._calls: list[tuple[str, torch.Tensor]] = []  # the tensors, so that ids stay unique
-        self._hooks: list[Any] = []
-
-    def __enter__(self) -> InputLog:
-        for name, layer in self._layers.items():
-
-            def note(_: nn.Module, args: tuple[torch.Tensor], name: str = name) -> None:
-                self._calls.append((name, args[0]))
-
-            self._hooks.append(layer.register_forward_pre_hook(note))
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
-    def groups(self) -> list[list[str]]:
-        """Names of layers, each in one group; those of a group are called one after another."""
-        names = [name for name, _ in self._calls]
-        groups: list[list[str]] = []
-        last: torch.Tensor | None = None
-        for name, given in self._calls:
-            if names.count(name) > 1:
-                last = None  # called more than once a pass: by itself
-            elif given is last:
-                groups[-1].append(name)
-                continue
-            else:
-                last = given
-            if not any(name in group for group in groups):
-                groups.append([name])
-        self._calls = []
-        return groups
+            hooks.callback(layer.register_forward_pre_hook(note).remove)
+        run()
+    counts = Counter(name for name, _ in calls)
+    once = [(name, given) for name, given in calls if counts[name] == 1]
+    groups = [[name for name, _ in same] for _, same in groupby(once, lambda call: id(call[1]))]
+    return groups + [[name] for name, count in counts.items() if count > 1]
 
 
 def pack(model: nn.Module, groups: Sequence[Sequence[str]]) -> None:
@@ -108,7 +85,7 @@ def pack(model: nn.Module, groups: Sequence[Sequence[str]]) -> None:
 
     Args:
         model: a clone that nobody else uses; its parameters stay as they are.
-        groups: names of layers, as ``InputLog.groups`` gives them.
+        groups: names of layers, as ``input_groups`` gives them.
     """
     layers = packable_layers(model)
     for names in groups:
@@ -123,14 +100,14 @@ class PackedProduct:
 
     def __init__(self, layers: Sequence[Any]) -> None:
         self.layers = layers
-        self._sizes = [_out_in(layer)[0] for layer in layers]
-        self._packed: torch.Tensor | None = None
-        self._bias: torch.Tensor | None = None
-        self._input: torch.Tensor | None = None  # what the outputs at hand were made of
+        self._sizes = [len(_out_in_weight(layer)) for layer in layers]
+        self._packed: Tensor | None = None
+        self._bias: Tensor | None = None
+        self._input: Tensor | None = None  # what the outputs at hand were made of
         self._version = 0
-        self._outputs: tuple[torch.Tensor, ...] = ()
+        self._outputs: tuple[Tensor, ...] = ()
 
-    def __call__(self, given: torch.Tensor, index: int) -> torch.Tensor:
+    def __call__(self, given: Tensor, index: int) -> Tensor:
         if index == 0 or self._input is not given or self._version != version(given):
             self._outputs = self.multiply(given).split(self._sizes, -1)
             self._input, self._version = given, version(given)
@@ -140,11 +117,12 @@ class PackedProduct:
         return output
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in), of all layers together."""
-        return sum(self._sizes), _out_in(self.layers[0])[1]
+    def product(self) -> Product:
+        """The product of all layers together."""
+        width = int(_out_in_weight(self.layers[0]).shape[1])
+        return Product((sum(self._sizes), width), self.multiply)
 
-    def multiply(self, given: torch.Tensor) -> torch.Tensor:
+    def multiply(self, given: Tensor) -> Tensor:
         """All layers' outputs, side by side."""
         if self._packed is None:
             self._pack()
@@ -164,22 +142,16 @@ class PackedProduct:
             biases = [layer.bias for layer in self.layers]
             self._bias = None
             if any(bias is not None for bias in biases):
-                self._bias = torch.cat(
-                    [
-                        whole.new_zeros(size) if bias is None else bias.detach()
-                        for bias, size in zip(biases, self._sizes, strict=True)
-                    ]
-                )
+                both = zip(biases, self._sizes, strict=True)
+                parts = [whole.new_zeros(n) if bias is None else bias.detach() for bias, n in both]
+                self._bias = torch.cat(parts)
 
 
 class PackedLinear(nn.Module):
-    """A frozen linear layer whose product is computed by a packed copy of its weights.
+    """Stands for a frozen linear ``layer``, and computes its product by a packed copy of its weights.
 
-    Its parameters are those of the layer. The packed copy is made at first use, and whoever knows
-    that they have changed tells its product to forget it.
-
-    Attributes:
-        layer: the layer that it stands for.
+    The packed copy is made at first use. Whoever knows that the layer's parameters have changed
+    tells the product to forget it.
     """
 
     def __init__(self, product: PackedProduct, index: int) -> None:
@@ -189,14 +161,14 @@ class PackedLinear(nn.Module):
         self._read = tuple(self.layer.parameters())
 
     @property
-    def weight(self) -> torch.Tensor:
+    def weight(self) -> Tensor:
         return self.layer.weight
 
     @property
-    def bias(self) -> torch.Tensor | None:
+    def bias(self) -> Tensor | None:
         return self.layer.bias
 
-    def forward(self, given: torch.Tensor) -> torch.Tensor:
+    def forward(self, given: Tensor) -> Tensor:
         if given.requires_grad or any(p.requires_grad for p in self._read):
             return self.layer(given)
         return self._product(given, self._index)
@@ -204,14 +176,8 @@ class PackedLinear(nn.Module):
 
 def packed_products(modules: Iterable[nn.Module]) -> list[PackedProduct]:
     """Those that packed layers among the modules are computed by."""
-    found = {id(m._product): m._product for m in modules if isinstance(m, PackedLinear)}
-    return list(found.values())
+    return list(dict.fromkeys(m._product for m in modules if isinstance(m, PackedLinear)))
 
 
-def _out_in_weight(layer: Any) -> torch.Tensor:
+def _out_in_weight(layer: Any) -> Tensor:
     return layer.weight.T if isinstance(layer, Conv1D) else layer.weight
-
-
-def _out_in(layer: Any) -> tuple[int, int]:
-    shape = _out_in_weight(layer).shape
-    return int(shape[0]), int(shape[1])

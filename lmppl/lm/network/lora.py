@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
@@ -36,7 +36,7 @@ def plain_adapter(layer: Any) -> str | None:
     return name
 
 
-def factors(layer: Any, name: str) -> tuple[torch.Tensor, torch.Tensor, float]:
+def factors(layer: Any, name: str) -> tuple[Tensor, Tensor, float]:
     """A (r, in), B (out, r) and s of a plain adapter."""
     return layer.lora_A[name].weight, layer.lora_B[name].weight, float(layer.scaling[name])
 
@@ -62,10 +62,10 @@ class FusedLora(nn.Module):
         self.layer, self._adapter = layer, adapter
 
     @property
-    def weight(self) -> torch.Tensor:
+    def weight(self) -> Tensor:
         return self.layer.get_base_layer().weight
 
-    def forward(self, given: torch.Tensor) -> torch.Tensor:
+    def forward(self, given: Tensor) -> Tensor:
         base = self.layer.get_base_layer()
         if any(p.requires_grad for p in base.parameters()):
             return self.layer(given)  # its own gradients are wanted too
@@ -79,13 +79,13 @@ class _Lora(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        given: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        down: torch.Tensor,
-        up: torch.Tensor,
+        given: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        down: Tensor,
+        up: Tensor,
         scale: float,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         rows = given.reshape(-1, given.shape[-1])  # (M, in)
         down_cast, up_cast = down.to(rows.dtype), up.to(rows.dtype)
         out = F.linear(rows, weight, bias)
@@ -97,7 +97,7 @@ class _Lora(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         rows, inner, weight, down, up = ctx.saved_tensors
         shape = grad.shape
         grad = grad.reshape(-1, shape[-1])  # (M, out)

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import Parameter
 
 
@@ -42,12 +43,12 @@ def context_length(model: Any) -> int | None:
     return None
 
 
-def plain_logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+def plain_logits(model: Any, tokens: Tensor) -> Tensor:
     """The model's own logits (B, T, V) after each of ``tokens`` (B, T)."""
     return model(input_ids=tokens, use_cache=False, return_dict=True).logits
 
 
-def logits_agree(got: torch.Tensor, want: torch.Tensor, *, exact: bool) -> bool:
+def logits_agree(got: Tensor, want: Tensor, *, exact: bool) -> bool:
     """Whether logits are the same on average, up to rounding (``exact``: that of 32 bits).
 
     Logits that are not finite agree with any: whoever draws from them reports them.
@@ -70,10 +71,8 @@ class WeightWatch:
         self._weights = tuple(weights)
         self._places: list[Any] = []
         self._versions: list[Any] = []
-        self._views: list[
-            list[torch.Tensor]
-        ] = []  # of numbers in their places, by device and dtype
-        self._numbers: list[torch.Tensor] = []
+        self._views: list[list[Tensor]] = []  # of numbers in their places, by device and dtype
+        self._numbers: list[Tensor] = []
 
     def kinds(self) -> list[tuple[torch.dtype, torch.device]]:
         """What the tensors are, whatever stands in them."""
@@ -101,13 +100,13 @@ class WeightWatch:
         return moved or not same
 
 
-def _some_of(weight: torch.Tensor) -> torch.Tensor:
+def _some_of(weight: Tensor) -> Tensor:
     """About 8 of its numbers (n,), as a view of its memory if it is contiguous."""
     if weight.is_contiguous():
         return weight.view(-1)[:: max(1, weight.numel() // 8)]
     return weight[tuple(slice(None, None, max(1, -(-n // 3))) for n in weight.shape)].reshape(-1)
 
 
-def version(tensor: torch.Tensor) -> int:
+def version(tensor: Tensor) -> int:
     """How often it was written to, as far as torch counts."""
     return 0 if tensor.is_inference() else tensor._version  # the former can't be written to

@@ -6,18 +6,19 @@ at a time, and in training they are made, used and dropped before the backward p
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from lmppl.lm.network.linear import PackedLinear, can_pack, pack, packable_layers
+from lmppl.lm.network.linear import PackedLinear, PackedProduct, can_pack, packable_layers
 from lmppl.lm.network.modules import clone, plain_logits
 
 # Logits (float32) that are held at a time. On a CPU, buffers of this size are used again and again,
@@ -38,8 +39,8 @@ class OutputHead(nn.Module):
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.layer = layer
-        self._positions: torch.Tensor | None = None  # of the flattened (B * T), None for all
-        self._states: torch.Tensor | None = None
+        self._positions: Tensor | None = None  # of the flattened (B * T), None for all
+        self._states: Tensor | None = None
         self._transparent = False
         self.opaque = False  # see OutputLayer
 
@@ -47,7 +48,12 @@ class OutputHead(nn.Module):
     def weight(self) -> Any:
         return self.layer.weight
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+    @property
+    def size(self) -> int:
+        """Width of the logits, V."""
+        return int(self.weight.shape[0])
+
+    def forward(self, hidden: Tensor) -> Tensor:
         """(B, T, hidden) to (0, V), so that what the model does with logits costs nothing; to the
         (N, V) that are asked for if they can't be had later."""
         if self._transparent:
@@ -58,10 +64,10 @@ class OutputHead(nn.Module):
         if self._positions is not None:
             states = states.index_select(0, self._positions)
         self._states = states = states.contiguous()
-        return self.layer(states) if self.opaque else hidden.new_zeros(0, self.weight.shape[0])
+        return self.layer(states) if self.opaque else hidden.new_zeros(0, self.size)
 
     @contextmanager
-    def asking_for(self, positions: torch.Tensor | None) -> Iterator[None]:
+    def asking_for(self, positions: Tensor | None) -> Iterator[None]:
         """Passes inside keep the states at these positions of the flattened batch; None: all."""
         self._positions = positions
         try:
@@ -78,7 +84,7 @@ class OutputHead(nn.Module):
         finally:
             self._transparent = False
 
-    def take(self) -> torch.Tensor:
+    def take(self) -> Tensor:
         """(N, hidden): what the last pass has kept."""
         states, self._states = self._states, None
         assert states is not None
@@ -88,7 +94,7 @@ class OutputHead(nn.Module):
 class _HandOn(nn.Module):
     """Stands for all of a model below its output layer: its states are those that it is given."""
 
-    def forward(self, *_: Any, inputs_embeds: torch.Tensor, **__: Any) -> BaseModelOutputWithPast:
+    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> BaseModelOutputWithPast:
         return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
 
 
@@ -102,25 +108,20 @@ class OutputLayer:
     Args:
         model: a causal LM of transformers whose output layer is ``head``; not changed.
         head: its stand-in.
+
+    Attributes:
+        packed: what logits are computed by, if it is packed.
     """
 
     def __init__(self, model: Any, head: OutputHead) -> None:
         self._model = model
         self._head = head
         self._rest: Any = None
-        self._is_plain = False
-        self._packed: PackedLinear | None = None
+        self._is_plain = False  # whether logits are the layer's product alone
+        self._logits: Callable[[Tensor], Tensor] = head.layer
+        self.packed: PackedLinear | None = None
 
-    @property
-    def size(self) -> int:
-        return int(self._head.weight.shape[0])
-
-    @property
-    def packed(self) -> PackedLinear | None:
-        """What logits are computed by, if it is packed."""
-        return self._packed
-
-    def check(self, tokens: torch.Tensor) -> None:
+    def check(self, tokens: Tensor) -> None:
         """Find out how to get logits, by comparison with the model's own after ``tokens`` (1, T)."""
         with self._head.as_it_is():
             want = plain_logits(self._model, tokens)[0]
@@ -130,13 +131,12 @@ class OutputLayer:
         layer = self._head.layer
         self._is_plain = torch.equal(layer(states), want)
         if self._is_plain:
-            holder = nn.ModuleDict({"layer": layer})
-            if can_pack(holder) and packable_layers(holder).keys() == {"layer"}:
-                pack(holder, [["layer"]])
-                packed = holder["layer"]
-                assert isinstance(packed, PackedLinear)
-                self._packed = packed if _close(packed(states), want) else None
+            if can_pack(layer) and layer in packable_layers(layer).values():
+                packed = PackedLinear(PackedProduct([layer]), 0)
+                if _close(packed(states), want):
+                    self._logits = self.packed = packed
             return
+        self._logits = self._through_model
         self._rest = clone(self._model)
         setattr(self._rest, self._rest.base_model_prefix, _HandOn())
         self._rest.set_output_embeddings(self._head)
@@ -145,24 +145,16 @@ class OutputLayer:
         except Exception:  # whatever the model's code raises
             self._head.opaque = True
 
-    def __call__(self, states: torch.Tensor) -> torch.Tensor:
+    def __call__(self, states: Tensor) -> Tensor:
         """(N, hidden) to (N, V), of the model's dtype. Differentiable."""
-        if self._head.opaque:
-            return states
-        if not self._is_plain:
-            return self._through_model(states)
-        if self._packed is not None:
-            return self._packed(states)
-        return self._head.layer(states)
+        return states if self._head.opaque else self._logits(states)
 
-    def _through_model(self, states: torch.Tensor) -> torch.Tensor:
+    def _through_model(self, states: Tensor) -> Tensor:
         with self._head.as_it_is():
             out = self._rest(inputs_embeds=states.unsqueeze(0), use_cache=False, return_dict=True)
         return out.logits[0]
 
-    def log_probs(
-        self, states: torch.Tensor, picks: torch.Tensor, temperatures: torch.Tensor | None
-    ) -> torch.Tensor:
+    def log_probs(self, states: Tensor, picks: Tensor, temperatures: Tensor | None) -> Tensor:
         """The log-probabilities of some tokens at each state. Differentiable.
 
         Args:
@@ -173,38 +165,30 @@ class OutputLayer:
         Returns:
             (N, K) float32, in nats.
         """
-        if not states.requires_grad:
-            parts = self._chunks(states, picks, temperatures)
-            return torch.cat([self._some_log_probs(*part) for part in parts])
         layer = self._head.layer
-        if self._is_plain and type(layer) is nn.Linear and not layer.weight.requires_grad:
-            return _FrozenLogProbs.apply(
-                states, picks, temperatures, layer.weight, layer.bias, self
-            )
-        return torch.cat(
-            [
-                checkpoint(
-                    self._some_log_probs, *part, use_reentrant=False, preserve_rng_state=False
-                )
-                for part in self._chunks(states, picks, temperatures)
-            ]
-        )
+        simple = self._is_plain and type(layer) is nn.Linear and not layer.weight.requires_grad
+        if simple and states.requires_grad:
+            return _FrozenLogProbs.apply(states, picks, temperatures, layer.weight, self)
 
-    def _chunks(
-        self, states: torch.Tensor, picks: torch.Tensor, temperatures: torch.Tensor | None
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
-        step = chunk_rows(self.size, states.device)
-        for at in range(0, len(states), step):
-            part = slice(at, at + step)
-            yield states[part], picks[part], None if temperatures is None else temperatures[part]
+        def some(part: slice) -> Tensor:
+            return self.all_log_probs(states, temperatures, part).gather(1, picks[part])
 
-    def _some_log_probs(
-        self, states: torch.Tensor, picks: torch.Tensor, temperatures: torch.Tensor | None
-    ) -> torch.Tensor:
-        logits = self(states).float()  # first to float32: softmax with dtype= is 6 times slower
+        run = some
+        if states.requires_grad:
+            run = functools.partial(checkpoint, some, use_reentrant=False, preserve_rng_state=False)
+        return torch.cat([run(part) for part in self.chunks(states)])
+
+    def chunks(self, states: Tensor) -> Iterator[slice]:
+        """Some states at a time."""
+        step = chunk_rows(self._head.size, states.device)
+        return (slice(at, at + step) for at in range(0, len(states), step))
+
+    def all_log_probs(self, states: Tensor, temperatures: Tensor | None, part: slice) -> Tensor:
+        """Of every token at some of the states: (n, V) float32."""
+        logits = self(states[part]).float()  # softmax with dtype= is 6 times slower
         if temperatures is not None:
-            logits = logits / temperatures.unsqueeze(-1)
-        return torch.log_softmax(logits, -1).gather(1, picks)
+            logits = logits / temperatures[part].unsqueeze(-1)
+        return torch.log_softmax(logits, -1)
 
 
 class _FrozenLogProbs(torch.autograd.Function):
@@ -217,40 +201,36 @@ class _FrozenLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        states: torch.Tensor,
-        picks: torch.Tensor,
-        temperatures: torch.Tensor | None,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
+        states: Tensor,
+        picks: Tensor,
+        temperatures: Tensor | None,
+        weight: Tensor,
         output: OutputLayer,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         found, means = [], []
-        for some, tokens, heat in output._chunks(states.detach(), picks, temperatures):
-            logits = output(some).float()
-            if heat is not None:
-                logits = logits / heat.unsqueeze(-1)
-            log_probs = torch.log_softmax(logits, -1)
-            found.append(log_probs.gather(1, tokens))
+        for part in output.chunks(states):
+            log_probs = output.all_log_probs(states.detach(), temperatures, part)
+            found.append(log_probs.gather(1, picks[part]))
             means.append(log_probs.exp_().to(weight.dtype) @ weight)
         ctx.save_for_backward(torch.cat(means), picks, temperatures, weight)
         return torch.cat(found)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         means, picks, temperatures, weight = ctx.saved_tensors
         if temperatures is not None:
             grad = grad / temperatures.unsqueeze(-1)
         rows = F.embedding(picks, weight)  # (N, K, hidden)
         gradient = (grad.unsqueeze(-1) * rows.float()).sum(1)
         gradient = gradient - grad.sum(1, keepdim=True) * means.float()
-        return gradient.to(means.dtype), None, None, None, None, None
+        return gradient.to(means.dtype), None, None, None, None
 
 
-def _close(one: torch.Tensor, other: torch.Tensor) -> bool:
+def _close(one: Tensor, other: Tensor) -> bool:
     tolerance = 1e-4 if one.dtype in (torch.float32, torch.float64) else 0.02
-    if one.shape != other.shape:
-        return False
     # Logits that are not finite are reported by whoever draws from them.
-    valid = bool(torch.isfinite(other).all())
-    return not valid or bool((one - other).abs().max() <= tolerance * other.abs().max())
+    return one.shape == other.shape and bool(
+        not torch.isfinite(other).all()
+        or (one - other).abs().max() <= tolerance * other.abs().max()
+    )

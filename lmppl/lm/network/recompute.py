@@ -6,7 +6,8 @@ transformers has its own, which drops the key/value cache, and with it a shared 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,15 +16,23 @@ from torch.utils.checkpoint import checkpoint
 
 
 class Checkpointing:
-    """A switch of the layers that it has wrapped.
+    """A switch of the layers that it has wrapped: ``with checkpointing(True):``
 
-    Attributes:
-        on: whether passes with gradients keep only each layer's input (Chen et al. 2016,
-            arXiv 1604.06174). Layers must not write to a cache meanwhile: they are run twice.
+    When it is on, passes with gradients keep only what enters each layer, and compute the rest anew
+    in the backward pass (Chen et al. 2016, arXiv 1604.06174). Layers must not write to a cache
+    meanwhile: they are run twice.
     """
 
     def __init__(self) -> None:
-        self.on = False
+        self._on = False
+
+    @contextmanager
+    def __call__(self, on: bool) -> Iterator[None]:
+        before, self._on = self._on, on
+        try:
+            yield
+        finally:
+            self._on = before
 
     def wrap(self, model: nn.Module) -> None:
         """Put the layers of ``model``, a clone that nobody else uses, under the switch."""
@@ -36,7 +45,7 @@ class Checkpointing:
     def _switched(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(forward)
         def run(*args: Any, **kwargs: Any) -> Any:
-            if not (self.on and torch.is_grad_enabled()):
+            if not (self._on and torch.is_grad_enabled()):
                 return forward(*args, **kwargs)
             # Nothing in a pass is random: there is no dropout.
             return checkpoint(

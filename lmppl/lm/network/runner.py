@@ -14,16 +14,17 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from lmppl.lm.meter.roofline import Matrices
+from lmppl.lm.meter.roofline import Matrices, Product
 from lmppl.lm.meter.usage import Usage
 from lmppl.lm.meter.work import count_pass
 from lmppl.lm.network.adapter import adapted_modules, is_adapted
 from lmppl.lm.network.attention import Group, LayerKV, PrefixCache, Tree, use_attention
-from lmppl.lm.network.linear import InputLog, PackedProduct, can_pack, pack, packed_products
+from lmppl.lm.network.linear import PackedProduct, can_pack, input_groups, pack, packed_products
 from lmppl.lm.network.lora import fuse
 from lmppl.lm.network.memory import Memory
 from lmppl.lm.network.modules import (
@@ -45,41 +46,26 @@ _SOFTMAX_FLOPS = 600.0
 # The widest activation of a pass on a CPU: larger buffers come fresh from the system at every use.
 _CPU_ACTIVATION_BYTES = 32 << 20
 
-P = ParamSpec("P")
-R = TypeVar("R")
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Outside the caller's autocast: log-probabilities must not depend on who asks."""
+    with ExitStack() as stack:
+        for kind in ("cpu", "cuda", "mps"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
-def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
-    """Run a function outside the caller's autocast: log-probabilities must not depend on who asks."""
-
-    @functools.wraps(function)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        with ExitStack() as stack:
-            for kind in ("cpu", "cuda", "mps"):
-                if torch.is_autocast_enabled(kind):
-                    stack.enter_context(torch.autocast(kind, enabled=False))
-            return function(*args, **kwargs)
-
-    return wrapped
-
-
-def without_grad(function: Callable[P, R]) -> Callable[P, R]:
-    """Run a function in ``no_grad``, and outside the caller's inference mode and autocast.
+@contextmanager
+def without_grad() -> Iterator[None]:
+    """In ``no_grad``, and outside the caller's inference mode and autocast.
 
     Not in inference mode: its tensors could not be used in a later backward pass, and caches
     outlive the call.
     """
-    alone = without_autocast(function)
-
-    @functools.wraps(function)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        with ExitStack() as stack:
-            if torch.is_inference_mode_enabled():
-                stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(torch.no_grad())
-            return alone(*args, **kwargs)
-
-    return wrapped
+    with torch.inference_mode(False), torch.no_grad(), without_autocast():
+        yield
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +79,7 @@ class Prompt:
         """For so many rows of a pass."""
         return Group(self.layers, len(self.tokens), num_rows)
 
-    @property
+    @functools.cached_property
     def num_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for layer in self.layers for t in layer)
 
@@ -103,9 +89,8 @@ class Prompt:
             return self
         if length == 0:
             return NO_PROMPT
-        return Prompt(
-            self.tokens[:length], [(k[:, :length], v[:, :length]) for k, v in self.layers]
-        )
+        layers = [(k[:, :length], v[:, :length]) for k, v in self.layers]
+        return Prompt(self.tokens[:length], layers)
 
 
 NO_PROMPT = Prompt((), ())
@@ -146,9 +131,13 @@ class Runner:
         slow_reason: why not.
         size: width of the logits.
         hidden: (N, hidden): what would have entered the output layer in the last pass.
+        output: from the states that a pass returns to logits.
+        checkpointing: whether passes with gradients keep only what enters each layer.
+        generation: how often weights were found changed.
+        computed_tokens: positions that went through the model, padding included.
     """
 
-    hidden: torch.Tensor
+    hidden: Tensor
 
     def __init__(
         self,
@@ -162,8 +151,7 @@ class Runner:
         self.memory, self.usage = Memory(), Usage()
         self._given = model
         self._max_prompt_bytes = max_prompt_bytes
-        self.computed_tokens = 0  # positions that went through the model, padding included
-        self.generation = 0  # how often weights were found changed
+        self.computed_tokens = self.generation = 0
         self._build()
 
     def _build(self) -> None:
@@ -172,22 +160,18 @@ class Runner:
             self.__dict__.pop(found, None)
         model = adapted_modules(self._given) if is_adapted(self._given) else self._given
         self._model = clone(model).eval()
-        output = self._model.get_output_embeddings()
-        if output is None:
-            raise TypeError(f"{type(model).__name__} has no output layer: it is no causal LM")
-        self._head = OutputHead(output)
+        self._config = text_config(self._model)
+        self._head = OutputHead(self._model.get_output_embeddings())
         self._model.set_output_embeddings(self._head)
-        self._output = OutputLayer(self._model, self._head)  # ready once ``fast`` is known
-        self._checkpointing = Checkpointing()
+        self.output = OutputLayer(self._model, self._head)  # ready once ``fast`` is known
+        self.checkpointing = Checkpointing()
         self._fast_model: Any = None
         self._parameters = tuple(self._model.parameters())
-        self._prompts: OrderedDict[Tokens, Prompt] = OrderedDict()
-        self._prompt_bytes = 0
+        self._prompts: OrderedDict[Tokens, Prompt] = OrderedDict()  # the last used at the end
         self._watch = WeightWatch(self._parameters)
         self._kinds = self._watch.kinds()
         self.slow_reason: str | None = None
-        devices = {p.device for p in self._parameters}
-        self.can_record = len(devices) == 1  # decoding steps, on CUDA
+        self.can_record = len({p.device for p in self._parameters}) == 1  # steps, on CUDA
 
     @property
     def device(self) -> torch.device:
@@ -195,36 +179,7 @@ class Runner:
 
     @property
     def size(self) -> int:
-        return int(self._head.weight.shape[0])
-
-    @property
-    def num_layers(self) -> int:
-        return int(text_config(self._model).num_hidden_layers)
-
-    @property
-    def num_heads(self) -> int:
-        return int(text_config(self._model).num_attention_heads)
-
-    @functools.cached_property
-    def context_length(self) -> int | None:
-        """See the function of this name."""
-        return context_length(self._model)
-
-    def check_context(self, prefix: int, tokens: int, name: str) -> None:
-        """Raises ``ValueError`` if so many tokens of prefix and continuation exceed the context.
-
-        Every way into the model asks this of every request, since positions past the context would
-        be clamped, not refused.
-        """
-        limit = self.context_length
-        if limit is not None and prefix + tokens > limit:
-            site = f"site '{name}': " if name else ""
-            raise ValueError(
-                f"{site}a prefix of {prefix} tokens and {tokens} more do not fit the context of "
-                f"{self.name!r}, {limit} tokens. Shorten the prefix or lower max_tokens."
-            )
-
-    # What a pass costs.
+        return self._head.size
 
     @property
     def trains(self) -> bool:
@@ -232,15 +187,46 @@ class Runner:
         return any(p.requires_grad for p in self._parameters)
 
     @functools.cached_property
+    def context_length(self) -> int | None:
+        """See the function of this name."""
+        return context_length(self._model)
+
+    def check_request(self, prefix: int, tokens: int, name: str) -> None:
+        """Raises ``ValueError`` if the prefix has no tokens, or so many tokens of prefix and
+        continuation exceed the context.
+
+        Every way into the model asks this of every request, since positions past the context would
+        be clamped, not refused.
+        """
+        site = f"site '{name}': " if name else ""
+        if not prefix:
+            raise ValueError(
+                f"{site}the prefix has no tokens, and this model has no BOS token to start from; "
+                "give a prefix"
+            )
+        limit = self.context_length
+        if limit is not None and prefix + tokens > limit:
+            raise ValueError(
+                f"{site}a prefix of {prefix} tokens and {tokens} more do not fit the context of "
+                f"{self.name!r}, {limit} tokens. Shorten the prefix or lower max_tokens."
+            )
+
+    # What a pass costs.
+
+    @functools.cached_property
     def matrices(self) -> Matrices:
         """What a forward pass multiplies by."""
-        return Matrices(self._model, self._head, self._packed)
+
+        def packed() -> list[list[Product]]:
+            return [[p.product for p in products] for products in self._packed()]
+
+        return Matrices(self._model, self._head, packed)
 
     def _packed(self) -> tuple[list[PackedProduct], list[PackedProduct]]:
         """What it multiplies by instead where it can: outside the output layer, and in it."""
         fast = () if self._fast_model is None else self._fast_model.modules()
-        output = self._output.packed
-        return [*packed_products(fast)], [*packed_products([output] if output else [])]
+        output = self.output.packed
+        return packed_products(fast), packed_products([output] if output else [])
 
     @property
     def activation_bytes(self) -> int:
@@ -251,10 +237,16 @@ class Runner:
     @property
     def cache_bytes(self) -> int:
         """Of a token's keys and values."""
-        config = text_config(self._model)
-        heads = getattr(config, "num_key_value_heads", None) or self.num_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // self.num_heads
-        return 2 * self.num_layers * int(heads) * int(width) * self._head.weight.element_size()
+        config = self._config
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        numbers = 2 * config.num_hidden_layers * heads * self._head_width
+        return int(numbers) * self._head.weight.element_size()
+
+    @property
+    def _head_width(self) -> int:
+        """Of each attention head."""
+        width = getattr(self._config, "head_dim", None)
+        return width or self._config.hidden_size // self._config.num_attention_heads
 
     @property
     def pass_tokens(self) -> int:
@@ -275,15 +267,13 @@ class Runner:
     def costs(self, prefix: int) -> Costs:
         """In FLOPs, of tokens that see a prefix of so many."""
         token = float(self.matrices.flops(1, 0)[0])
-        config = text_config(self._model)
-        width = getattr(config, "head_dim", None) or config.hidden_size // self.num_heads
-        score = 4.0 * int(width) + _SOFTMAX_FLOPS
-        return Costs(token, self.num_layers * self.num_heads * score, prefix)
+        heads = self._config.num_hidden_layers * self._config.num_attention_heads
+        return Costs(token, heads * (4.0 * self._head_width + _SOFTMAX_FLOPS), prefix)
 
     @functools.cached_property
+    @without_grad()
     def fast(self) -> bool:
-        check = without_grad(self._output.check)
-        check(torch.tensor([[1, 0, 2]], device=self.device) % self.size)
+        self.output.check(torch.tensor([[1, 0, 2]], device=self.device) % self.size)
         self.slow_reason = self._probe()
         if self.slow_reason is not None:
             warnings.warn(
@@ -295,7 +285,7 @@ class Runner:
 
     # Forward passes. They end at what enters the output layer: most of its rows are never asked for.
 
-    def run_plain(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def run_plain(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """States (N, hidden) at ``positions`` of the flattened right-padded ``tokens`` (B, T).
 
         The model as it is: its own attention, no cache. Differentiable.
@@ -307,12 +297,12 @@ class Runner:
 
     def run_cached(
         self,
-        tokens: torch.Tensor,
+        tokens: Tensor,
         cache: PrefixCache,
-        positions: torch.Tensor | None = None,
+        positions: Tensor | None = None,
         *,
         counted: bool = True,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """States (N, hidden) at ``positions`` of the flattened ``tokens`` (B, T) that continue
         ``cache``; at all of them if None. The cache then holds the tokens' keys and values."""
         if counted:
@@ -331,34 +321,15 @@ class Runner:
             )
         return self._states(out)
 
-    def count(self, tokens: torch.Tensor, positions: torch.Tensor | None) -> None:
+    def count(self, tokens: Tensor, positions: Tensor | None) -> None:
         """A pass of ``tokens`` (B, T) is made, of which ``positions`` are asked for (None: all)."""
         self.computed_tokens += tokens.numel()
         count_pass(lambda: self.matrices, tokens, positions)
 
-    def _states(self, out: Any) -> torch.Tensor:
+    def _states(self, out: Any) -> Tensor:
         states = self._head.take()
         self.hidden = states.detach()
         return out.logits if self._head.opaque else states
-
-    def logits(self, states: torch.Tensor) -> torch.Tensor:
-        """The next token's logits after states that a pass has returned: (N, hidden) to (N, V)."""
-        return self._output(states)
-
-    @property
-    def output(self) -> OutputLayer:
-        """From states to logits."""
-        return self._output
-
-    @contextmanager
-    def checkpointing(self, on: bool) -> Iterator[None]:
-        """Passes with gradients inside keep only what enters each layer, and compute the rest anew
-        in the backward pass."""
-        before, self._checkpointing.on = self._checkpointing.on, on
-        try:
-            yield
-        finally:
-            self._checkpointing.on = before
 
     # Prompts
 
@@ -376,33 +347,37 @@ class Runner:
         limit = shortest if limit is None else min(limit, shortest)
         low, high = min(sequences), max(sequences)
         common = common_length(low, high, limit)
-        known = max((common_length(t, low, common) for t in self._remembered()), default=0)
+        known = max((common_length(t, low, common) for t in self._prompts), default=0)
         if (common - known) * len(sequences) <= 16:
             common = known  # a few tokens in each row cost less than a pass for them alone
         return self.prompt(low[:common])
 
-    @without_grad
+    @without_grad()
     def prompt(self, tokens: Tokens) -> Prompt:
         """The keys and values of ``tokens``, computed as far as they aren't remembered."""
-        if not tokens:
-            return NO_PROMPT
-        remembered = self._remembered()
-        best = max(remembered.values(), key=lambda p: common_length(p.tokens, tokens), default=None)
-        base = NO_PROMPT if best is None else best.head(common_length(best.tokens, tokens))
-        if best is not None and base.tokens:
-            remembered.move_to_end(best.tokens)
+        known = [(common_length(other, tokens), other) for other in self._prompts]
+        length, longest = max(known, default=(0, ()), key=lambda pair: pair[0])
+        base = NO_PROMPT
+        if length:
+            self._prompts.move_to_end(longest)
+            base = self._prompts[longest].head(length)
         if base.tokens == tokens:
             return base
         prompt = self.extend_prompt(base, tokens)
-        if self._remembers:
-            self._remember(prompt)
+        # An optimiser can change trainable weights at any time, and nothing need tell us.
+        if not self.trains and prompt.num_bytes <= self._max_prompt_bytes:
+            self._prompts[tokens] = prompt
+            while len(self._prompts) > 32 or self._prompt_bytes > self._max_prompt_bytes:
+                self._prompts.popitem(last=False)
         return prompt
+
+    @property
+    def _prompt_bytes(self) -> int:
+        return sum(prompt.num_bytes for prompt in self._prompts.values())
 
     def extend_prompt(self, base: Prompt, tokens: Tokens) -> Prompt:
         """The keys and values of ``tokens``, which begin with those of ``base``. Differentiable."""
         known = len(base.tokens)
-        if self.trains:
-            self._forget_prompts()
         cache = PrefixCache([base.group(1)])
         new = torch.tensor([tokens[known:]], device=self.device)
         with self.checkpointing(False):  # its keys and values are wanted, not its output
@@ -415,21 +390,6 @@ class Runner:
             ]
         return Prompt(tokens, layers)
 
-    @property
-    def _remembers(self) -> bool:
-        # An optimiser can change trainable weights at any time, and nothing need tell us.
-        return not self.trains
-
-    def _remembered(self) -> OrderedDict[Tokens, Prompt]:
-        """Prompts by their tokens, all of them, from the least to the most recently used."""
-        if not self._remembers:
-            self._forget_prompts()
-        return self._prompts
-
-    def _forget_prompts(self) -> None:
-        self._prompts.clear()
-        self._prompt_bytes = 0
-
     def refresh(self) -> None:
         """Drop what was made of weights that have changed since: prompts and packed products.
 
@@ -438,53 +398,44 @@ class Runner:
         if not self._watch.changed():
             return
         self.generation += 1
-        if self._watch.kinds() != self._kinds:  # another dtype, or device
+        if self._watch.kinds() == self._kinds:
+            self.forget()
+        else:  # another dtype, or device
             self._build()
             self._watch.changed()
-            return
-        self.forget()
 
     def forget(self) -> None:
         """Drop the prompts and the packed products."""
-        self._forget_prompts()
+        self._prompts.clear()
         for product in itertools.chain(*self._packed()):
             product.forget()
 
-    def _remember(self, prompt: Prompt) -> None:
-        if prompt.num_bytes > self._max_prompt_bytes:
-            return
-        self._prompts[prompt.tokens] = prompt
-        self._prompt_bytes += prompt.num_bytes
-        while self._prompt_bytes > self._max_prompt_bytes or len(self._prompts) > 32:
-            self._prompt_bytes -= self._prompts.popitem(last=False)[1].num_bytes
-
     # The probe
 
-    @without_grad
     def _probe(self) -> str | None:
         """Try the shared-prefix path. Returns what is wrong with it, or None."""
-        config = text_config(self._model)
-        unknown = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
+        types = set(getattr(self._config, "layer_types", None) or ())
+        unknown = types - {"full_attention", "sliding_attention"}
         if unknown:
             return f"it has layers of type {', '.join(sorted(unknown))}"
         try:
             self._fast_model = self._make_fast_model()
-            reason = self._compare(config)
-            if reason is None and self._remembers and can_pack(self._fast_model):
-                self._try_to_pack(config)
+            reason = self._compare()
+            if reason is None and not self.trains and can_pack(self._fast_model):
+                self._try_to_pack()
             return reason
         except Exception as error:  # whatever the model's code raises: it isn't supported
             return f"its attention can't be reached ({type(error).__name__}: {error})"
 
-    def _try_to_pack(self, config: Any) -> None:
+    def _try_to_pack(self) -> None:
         """Pack the layers below the output layer, if the logits stay the same."""
+        model = self._fast_model
         try:
-            with InputLog(self._fast_model) as log:
-                self.extend_prompt(NO_PROMPT, (0,))
+            groups = input_groups(model, lambda: self.extend_prompt(NO_PROMPT, (0,)))
             outside = {id(layer) for layer in self._head.modules()}
-            names = {n for n, m in self._fast_model.named_modules() if id(m) in outside}
-            pack(self._fast_model, [g for g in log.groups() if not names.intersection(g)])
-            good = self._compare(config) is None
+            names = {name for name, module in model.named_modules() if id(module) in outside}
+            pack(model, [group for group in groups if not names.intersection(group)])
+            good = self._compare() is None
         except RuntimeError:  # kernels that this machine turns out not to have
             good = False
         if not good:
@@ -497,10 +448,11 @@ class Runner:
         use_attention(model)
         # One output layer serves both, so that asking it for positions reaches both.
         model.set_output_embeddings(self._head)
-        self._checkpointing.wrap(model)
+        self.checkpointing.wrap(model)
         return model
 
-    def _compare(self, config: Any) -> str | None:
+    def _compare(self) -> str | None:
+        """What is wrong with a pass of the fast model, or None."""
         device = self.device
         prompt = self.extend_prompt(NO_PROMPT, tuple(i % self.size for i in (1, 2, 0)))
         ids = torch.tensor([[3, 1, 4, 1, 5], [2, 7, 1, 8, 2]], device=device) % self.size
@@ -508,35 +460,27 @@ class Runner:
         ends = torch.tensor([[5, 5, 5, 5, 5], [5, 2, 5, 5, 5]], device=device)
         depths = torch.tensor([[0, 1, 2, 3, 4], [0, 1, 1, 2, 3]], device=device)
         cache = PrefixCache([prompt.group(2)], tree=Tree(depths, ends))
-        got = self.logits(self.run_cached(ids, cache))
-        other = [ids[1, [0, 1]], ids[1, [0, 2, 3, 4]]]
-        want = torch.cat([self._plain_logits(prompt.tokens, row) for row in (ids[0], *other)])
-        got = got[[0, 1, 2, 3, 4, 5, 6, 5, 7, 8, 9]]
-        num_layers = self.num_layers
+        got = self.output(self.run_cached(ids, cache))[[0, 1, 2, 3, 4, 5, 6, 5, 7, 8, 9]]
+        paths = ids[0], ids[1, [0, 1]], ids[1, [0, 2, 3, 4]]
+        want = torch.cat([self._plain_logits(prompt.tokens, path) for path in paths])
+        num_layers = self._config.num_hidden_layers
         if cache.calls != num_layers:
             return f"{cache.calls} of its {num_layers} layers have an attention that can be shared"
         # Windows are longer than a probe: that they are handed over must do.
-        window = getattr(config, "sliding_window", None)
-        types = getattr(config, "layer_types", None)
-        sliding = (
-            [t == "sliding_attention" for t in types] if types else [bool(window)] * num_layers
-        )
-        if [w is not None for w in cache.windows] != sliding[:num_layers]:
+        types = getattr(self._config, "layer_types", None) or [None] * num_layers
+        sliding = bool(getattr(self._config, "sliding_window", None))
+        wanted = [sliding if kind is None else kind == "sliding_attention" for kind in types]
+        if [window is not None for window in cache.windows] != wanted[:num_layers]:
             return "its attention layers don't say which of them have a sliding window"
         exact = prompt.layers[0][0].dtype in (torch.float32, torch.float64)
         agree = logits_agree(got, want, exact=exact)
         return None if agree else "its logits are not those of the plain model"
 
-    def _plain_logits(self, prefix: Tokens, tokens: torch.Tensor) -> torch.Tensor:
+    def _plain_logits(self, prefix: Tokens, tokens: Tensor) -> Tensor:
         """The model's own logits (T, V) of ``tokens`` after ``prefix``, float32."""
-        ids = torch.tensor([prefix], device=self.device)
-        full = torch.cat([ids, tokens.unsqueeze(0)], 1)
+        whole = torch.tensor([[*prefix, *tokens.tolist()]], device=self.device)
         with self._head.as_it_is():
-            logits = plain_logits(self._model, full)
-        return logits[0, len(prefix) :].float()
-
-
-_LAYER_TYPES = {"full_attention", "sliding_attention"}
+            return plain_logits(self._model, whole)[0, len(prefix) :].float()
 
 
 def common_length(a: Tokens, b: Tokens, limit: int | None = None) -> int:
@@ -547,8 +491,8 @@ def common_length(a: Tokens, b: Tokens, limit: int | None = None) -> int:
     return next(n for n in range(most) if a[n] != b[n])
 
 
-def padded(sequences: Sequence[Tokens], device: torch.device) -> torch.Tensor:
-    """(B, T), padded on the right with token 0."""
+def padded(sequences: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """(B, T), padded on the right with 0."""
     longest = max(map(len, sequences))
     rows = [list(s) + [0] * (longest - len(s)) for s in sequences]
     return torch.tensor(rows, device=device)

@@ -235,10 +235,9 @@ def test_autocast_changes_nothing():
     assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("prefixes", [[], [()], [(1,), ()]])
-def test_empty_prefix(prefixes):
-    with pytest.raises(ValueError, match="at least one"):
-        Rows.start(Runner(make_model("llama")), prefixes, 4)
+def test_empty_prefix():
+    with pytest.raises(ValueError, match="site 'z': the prefix has no tokens"):
+        Runner(make_model("llama")).check_request(0, 4, "z")
 
 
 # Prompts

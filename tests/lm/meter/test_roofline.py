@@ -87,15 +87,11 @@ def test_large_matrices_are_measured_in_parts(monkeypatch):
 
 
 def test_the_faster_of_plain_and_packed_products_counts(rates, monkeypatch):
+    packed = [roofline.Product((8, 8), torch.relu)]
     monkeypatch.setattr(
-        roofline, "_measure", lambda products, *_: 2.0 if isinstance(products[0], Packed) else 1.0
+        roofline, "_measure", lambda products, *_: 2.0 if products is packed else 1.0
     )
-
-    class Packed:
-        shape = (8, 8)
-
-    matrices = [torch.ones(8, 8)]
-    assert [gemm_rate(matrices, 4, packed) for packed in ([], [Packed()])] == [1.0, 2.0]
+    assert [gemm_rate([torch.ones(8, 8)], 4, given) for given in ([], packed)] == [1.0, 2.0]
 
 
 @pytest.mark.skipif(not can_pack(torch.nn.Linear(4, 4).requires_grad_(False)), reason="no kernels")
@@ -105,7 +101,7 @@ def test_packed_products_are_those_of_the_model(rates):
     runner = lm.runner
     assert runner.fast
     body, output = runner._packed()
-    size = sum(rows * columns for rows, columns in (p.shape for p in body))
+    size = sum(rows * columns for rows, columns in (p.product.shape for p in body))
     assert 2 * size == runner.matrices.flops(1, 0)[0] and len(output) == 1
     assert runner.matrices.seconds(8, 4, 2) > 0
     assert {key[-1] for key in rates} == {len(body), 1}

@@ -90,7 +90,7 @@ def test_exceptions_leave_the_clocks_as_they_should_be(clock):
         clock.work(2)
         fail()
     assert kinds(record) == {"sampled": 3, "scored": 8} and record.seconds == 11
-    assert not ledger.regions and work._ledger is None
+    assert not ledger._regions.kinds and work._ledger is None
 
 
 def test_a_pause_is_nobodys_time(clock):
@@ -126,7 +126,7 @@ def test_nothing_happens_while_nobody_records(monkeypatch):
     def forbidden(*_):
         raise AssertionError("something was measured")
 
-    for name in ("Ledger", "Region", "wait_for"):
+    for name in ("Ledger", "_Regions", "wait_for"):
         monkeypatch.setattr(work, name, forbidden)
     monkeypatch.setattr(torch.Tensor, "register_hook", forbidden)
     adapter = LM.adapter()

@@ -24,7 +24,7 @@ def test_logits_of_states_are_the_models_own(name):
     runner = ready(name)
     with torch.no_grad():
         states = runner.run_plain(TOKENS, AT)
-        got = torch.log_softmax(runner.logits(states), -1)
+        got = torch.log_softmax(runner.output(states), -1)
     rows = torch.cat([naive_log_probs(make_model(name), tuple(t)) for t in TOKENS.tolist()])
     torch.testing.assert_close(got, rows[AT], atol=1e-4, rtol=0)
 
@@ -43,7 +43,7 @@ def test_log_probs_and_gradients_equal_the_naive_ones(
     weights = torch.linspace(-1, 1, 12).view(6, 2)
 
     def naive(given):
-        logits = runner.logits(given)
+        logits = runner.output(given)
         if temperatures is not None:
             logits = logits / temperatures.unsqueeze(-1)
         return torch.log_softmax(logits, -1).gather(1, PICKS)
@@ -88,7 +88,7 @@ def test_an_output_layer_that_cannot_be_had_by_itself(monkeypatch):
         states = runner.run_plain(TOKENS, AT)
         assert states.shape == (6, SIZE)
         assert runner.hidden.shape == (6, 32)
-        got = torch.log_softmax(runner.logits(states), -1)
+        got = torch.log_softmax(runner.output(states), -1)
         picked = runner.output.log_probs(states, PICKS, None)
     rows = torch.cat([naive_log_probs(make_model("gemma2"), tuple(t)) for t in TOKENS.tolist()])
     torch.testing.assert_close(got, rows[AT], atol=1e-4, rtol=0)
