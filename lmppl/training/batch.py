@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -117,8 +117,8 @@ def batches_of(
     number = {id(sample): i for i, sample in enumerate(flat)}
     cuts = [(number[id(cut.sample)], cut) for cut in truncations]
     cuts = [(i, cut) for i, cut in cuts if scores[i][cut.name][1] is not None]
-    table = _ScoreTable(flat, scores)
-    cut_log_q = table.log_q_of_cuts(cuts)
+    log_q = _log_q_of_traces(flat, scores)
+    cut_log_q = _log_q_of_cuts(cuts, scores, log_q)
     found: list[Batch] = []
     end = 0
     for k, of_input in enumerate(samples):
@@ -128,85 +128,73 @@ def batches_of(
             raise ValueError("the guide has proposed no latent site of the program")
         rows = [row for row, (i, _) in enumerate(cuts) if begin <= i < end]
         of_cuts = [cuts[row][1] for row in rows]
-        log_q = table.log_q[begin:end]
+        log_r = [*(sample.log_r for sample in of_input), *(cut.log_r for cut in of_cuts)]
         batch = Batch(
             of_input,
             of_cuts,
-            log_r=log_q.new_tensor(
-                [*(sample.log_r for sample in of_input), *(cut.log_r for cut in of_cuts)]
-            ),
-            log_q=torch.cat([log_q, cut_log_q[rows]]),
-            old_log_q=log_q.detach() if old_log_q is None else old_log_q[k],
+            log_r=log_q.new_tensor(log_r),
+            log_q=torch.cat([log_q[begin:end], cut_log_q[rows]]),
+            old_log_q=log_q[begin:end].detach() if old_log_q is None else old_log_q[k],
             log_prior=log_q.new_tensor([sample.log_p for sample in of_input]),
         )
         found.append(batch)
     return found
 
 
-class _ScoreTable:
-    """What a guide says of N traces, as tensors. Sites are many, so nothing here is done one by one
-    that would leave a node in the graph.
+# Sites are many, so in what follows nothing is done one by one that would leave a node in the graph.
 
-    Attributes:
-        log_q: (N,) log-densities of whole traces, nats. Latents that the guide has not are drawn
-            from the model, so they have its density.
+
+def _log_q_of_traces(samples: Sequence[Sample], scores: Sequence[Scores]) -> torch.Tensor:
+    """(N,) log-densities of whole traces, nats. Latents that the guide has not are drawn from the
+    model, so they have its density."""
+    width = max(map(len, scores), default=0)
+    terms = [log_prob for score in scores for log_prob, _ in score.values()]
+    places = [i * width + j for i, score in enumerate(scores) for j in range(len(score))]
+    left = torch.tensor([s.log_left(score) for s, score in zip(samples, scores, strict=True)])
+    if not terms:
+        return left
+    home = next((term for term in terms if term.requires_grad), terms[0])
+    flat = torch.stack([term.to(home.device) for term in terms]).to(home.dtype)
+    table = flat.new_zeros(len(samples) * width)
+    table = table.index_copy(0, torch.tensor(places, device=home.device), flat)
+    log_q = table.reshape(len(samples), width).sum(1) + left.to(table)
+    if bool((log_q.detach() == -math.inf).any()):
+        _check_support(samples, scores)
+    return log_q
+
+
+def _log_q_of_cuts(
+    cuts: Sequence[tuple[int, Truncation]], scores: Sequence[Scores], log_q: torch.Tensor
+) -> torch.Tensor:
+    """(M,) log q of truncated traces, nats, from what is known of the complete ones.
+
+    Args:
+        cuts: the number of the complete trace, and a truncation of it.
+        scores, log_q: of the complete traces.
     """
+    if not cuts:
+        return log_q[:0]
+    texts = {site: k for k, site in enumerate(dict.fromkeys((i, cut.name) for i, cut in cuts))}
+    scored = [score for i, name in texts if (score := scores[i][name][1]) is not None]
+    closing = [score.closing_log_probs for score in scored if score.closing_log_probs is not None]
 
-    def __init__(self, samples: Sequence[Sample], scores: Sequence[Scores]) -> None:
-        self._scores = scores
-        self._at: dict[tuple[int, str], int] = {}  # rows of _terms, by trace and site
-        width = max(map(len, scores), default=0)
-        terms: list[torch.Tensor] = []
-        places: list[int] = []
-        for i, score in enumerate(scores):
-            for j, (name, (log_prob, _)) in enumerate(score.items()):
-                self._at[i, name] = len(terms)
-                terms.append(log_prob)
-                places.append(i * width + j)
-        left = torch.tensor([s.log_left(score) for s, score in zip(samples, scores, strict=True)])
-        if not terms:
-            self._terms, self.log_q = left, left
-            return
-        home = next((term for term in terms if term.requires_grad), terms[0])
-        self._terms = torch.stack([term.to(home.device) for term in terms]).to(home.dtype)
-        table = self._terms.new_zeros(len(samples) * width)
-        table = table.index_copy(0, torch.tensor(places, device=home.device), self._terms)
-        self.log_q = table.reshape(len(samples), width).sum(1) + left.to(table)
-        if bool((self.log_q.detach() == -math.inf).any()):
-            _check_support(samples, scores)
+    def numbers(values: Iterable[int]) -> torch.Tensor:
+        return torch.tensor(list(values), device=log_q.device)
 
-    def log_q_of_cuts(self, cuts: Sequence[tuple[int, Truncation]]) -> torch.Tensor:
-        """(M,) log q of M truncated traces, nats, from the scores of the complete ones.
-
-        Args:
-            cuts: the number of each complete trace, and its truncation.
-        """
-        if not cuts:
-            return self.log_q[:0]
-        device = self.log_q.device
-        sites = [(i, cut.name) for i, cut in cuts]
-        texts = {site: k for k, site in enumerate(dict.fromkeys(sites))}
-        scored = [score for i, name in texts if (score := self._scores[i][name][1]) is not None]
-        log_probs = [score.log_probs for score in scored]
-        closing = [
-            score.closing_log_probs for score in scored if score.closing_log_probs is not None
-        ]
-        lengths = torch.tensor([len(of_text) for of_text in log_probs], device=device)
-        begins = lengths.cumsum(0) - lengths
-        # Sums over the first tokens of each text: (texts, width + 1), padded with the zero in front.
-        steps = torch.arange(int(lengths.max()) + 1, device=device)
-        inside = (steps > 0) & (steps <= lengths[:, None])
-        places = torch.where(inside, begins[:, None] + steps, 0)
-        flat = torch.cat([self.log_q.new_zeros(1), *log_probs])
-        sums = flat.index_select(0, places.reshape(-1)).reshape(places.shape).cumsum(1)
-        trace = torch.tensor([i for i, _ in cuts], device=device)
-        text = torch.tensor([texts[site] for site in sites], device=device)
-        row = torch.tensor([self._at[site] for site in sites], device=device)
-        length = torch.tensor([cut.length for _, cut in cuts], device=device)
-        cut_text = sums.reshape(-1).index_select(0, text * len(steps) + length)
-        closed = torch.cat(closing).index_select(0, begins[text] + length)
-        whole, whole_text = self.log_q.index_select(0, trace), self._terms.index_select(0, row)
-        return whole - whole_text + cut_text + closed
+    lengths = numbers(len(score.log_probs) for score in scored)
+    begins = lengths.cumsum(0) - lengths
+    # Sums over the first tokens of each text: (texts, width), beginning with that over none.
+    steps = torch.arange(int(lengths.max()) + 1, device=log_q.device)
+    inside = (steps > 0) & (steps <= lengths[:, None])
+    places = torch.where(inside, begins[:, None] + steps, 0)
+    flat = torch.cat([log_q.new_zeros(1), *(score.log_probs for score in scored)])
+    sums = flat.index_select(0, places.reshape(-1)).reshape(places.shape).cumsum(1).reshape(-1)
+    text = numbers(texts[i, cut.name] for i, cut in cuts)
+    length = numbers(cut.length for _, cut in cuts)
+    row = text * len(steps)
+    whole = log_q.index_select(0, numbers(i for i, _ in cuts))
+    rest = sums.index_select(0, row + lengths[text]) - sums.index_select(0, row + length)
+    return whole - rest + torch.cat(closing).index_select(0, begins[text] + length)
 
 
 def _check_support(samples: Sequence[Sample], scores: Sequence[Scores]) -> None:

@@ -45,21 +45,13 @@ _MOST_REMEMBERED = 4096
 
 @dataclass(frozen=True)
 class Drawn:
-    """Draws from the guide.
-
-    Args:
-        origin: of the traces.
-        num: how many.
-        temperature: of the texts; ``math.inf``: they are drawn from the program instead.
-        seed: of the draws.
-        ahead: how many of them are for later steps.
-    """
+    """``num`` draws from the guide."""
 
     origin: Origin
     num: int
-    temperature: float
+    temperature: float  # of the texts; inf: all is drawn from the program instead
     seed: int
-    ahead: int = 0
+    ahead: int = 0  # how many of them are for later steps
 
     def start(self, guide: Guide, input_: Input) -> list[Particle]:
         if self.num < 1:
@@ -78,21 +70,13 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Recalled:
-    """Traces whose latents are known; what they leave open is drawn from the guide.
-
-    Args:
-        origin: of the traces.
-        records: the latents of each.
-        remembered: those of them that need not be run again, else None.
-        seeds: of what is drawn beside them, one a record.
-        complete: whether a latent that a record has not is an error.
-    """
+    """Traces whose latents are known; what they leave open is drawn from the guide."""
 
     origin: Origin
     records: Sequence[Record]
-    remembered: Sequence[Sample | None]
-    seeds: Sequence[int]
-    complete: bool = False
+    remembered: Sequence[Sample | None]  # those of them that need not be run again
+    seeds: Sequence[int]  # of what is drawn beside them, one a record
+    complete: bool = False  # whether a latent that a record has not is an error
 
     def start(self, guide: Guide, input_: Input) -> list[Particle]:
         assert input_.observations is not None
@@ -124,20 +108,14 @@ class Behaviour:
     """Draws the traces of each step.
 
     Args:
-        guide: what is trained.
-        options: of the training.
-        visits: about how often each input is used; 1: once.
+        guide, options: of the training.
+        visits: about how often each input is used.
         seed: of what is drawn.
         generator: of the other random choices.
     """
 
     def __init__(
-        self,
-        guide: TrainableGuide,
-        options: FitOptions,
-        visits: int,
-        seed: int,
-        generator: torch.Generator,
+        self, guide: Guide, options: FitOptions, visits: int, seed: int, generator: torch.Generator
     ) -> None:
         self._guide, self._options, self._loss = guide, options, options.loss
         self._seed, self._generator = seed, generator
@@ -234,10 +212,9 @@ class Behaviour:
 
     def _keep(self, input_: Input, policy: Drawn | Recalled, samples: list[Sample]) -> list[Sample]:
         """Keep what later steps may use of a policy's traces. Returns those that are for this one."""
-        for sample in samples:
-            dead = sample.log_r == -math.inf
-            input_.alive |= not dead
-            input_.rejects |= dead
+        dead = [sample.log_r == -math.inf for sample in samples]
+        input_.alive |= not all(dead)
+        input_.rejects |= any(dead)
         keeps = self._loss.draws == "mixture"
         if isinstance(policy, Recalled):
             known = zip(policy.records, policy.remembered, samples, strict=True)
@@ -268,16 +245,12 @@ def _check_given(input_: Input, sample: Sample) -> None:
 
 
 class Lookalikes:
-    """Warns, once, of inputs that differ in what the guide does not read.
+    """Warns, once, of inputs that differ in what the guide does not read."""
 
-    Args:
-        guide: reads them.
-        alone: whether there is one input only.
-    """
-
-    def __init__(self, guide: TrainableGuide, *, alone: bool) -> None:
+    def __init__(self, guide: TrainableGuide, num_inputs: int) -> None:
         self._readings: dict[Any, tuple[str, int]] = {}  # what was read, and of which input
-        self._over = alone or not (guide.reads_observations and guide.condition_on == "all")
+        reads_all = guide.reads_observations and guide.condition_on == "all"
+        self._over = num_inputs == 1 or not reads_all
 
     def look(self, input_: Input, samples: Sequence[Sample]) -> None:
         """Look at the traces of an input that is used for the first time. (The arguments of

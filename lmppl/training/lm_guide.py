@@ -15,12 +15,7 @@ from lmppl.guides.automatic import AutomaticGuide
 from lmppl.guides.parameters import base_state, lora_config, same_base
 from lmppl.guides.program import ProgramGuide
 from lmppl.guides.prompts import Observations
-from lmppl.guides.saving import (
-    present,
-    read_guide,
-    replace_folder,
-    write_guide,
-)
+from lmppl.guides.saving import present, read_guide, replace_folder, write_guide
 from lmppl.lm import LM
 from lmppl.primitives import default_lm, use
 from lmppl.report.history import History
@@ -65,7 +60,7 @@ class LMGuide:
     """
 
     inner: AutomaticGuide | ProgramGuide
-    tempered_target: float | None
+    tempered_target: float | None = None
 
     def __init__(
         self,
@@ -81,24 +76,22 @@ class LMGuide:
             raise ValueError("LMGuide needs a language model: pass lm= or call lmppl.use(lm)")
         check_lm("LMGuide", lm)
         check_program(model)
-        if program is not None:
-            check_program(program, "program")
         names = [] if condition_on == "all" else condition_on
         is_list = isinstance(names, Collection) and not isinstance(names, str)
         if not is_list or not all(isinstance(name, str) for name in names):
             raise TypeError(f"condition_on={condition_on!r}: give 'all' or a list of names, ['y']")
-        if program is not None and (lora is not None or adapter_per_site):
+        self.model, self.base, self.condition_on = model, lm, condition_on
+        self.history, self.notes = History(), list[str]()
+        if program is None:
+            self.inner = AutomaticGuide(model, lm, condition_on, lora, adapter_per_site)
+            return
+        check_program(program, "program")
+        if lora is not None or adapter_per_site:
             raise ValueError(
                 "lora= and adapter_per_site= are for the automatic guide; a guide program makes its "
                 "own adapters, q = lm.adapter(LoraConfig(...))"
             )
-        self.model, self.base, self.condition_on = model, lm, condition_on
-        self.history, self.tempered_target = History(), None
-        self.notes: list[str] = []
-        if program is None:
-            self.inner = AutomaticGuide(model, lm, condition_on, lora, adapter_per_site)
-        else:
-            self.inner = ProgramGuide(program, lm)
+        self.inner = ProgramGuide(program, lm)
 
     # --- what it draws, reads, scores and trains: see ``lmppl.guides.guide.Guide`` ----------------
 
@@ -113,6 +106,18 @@ class LMGuide:
     identity: Any = property(attrgetter("inner.identity"))
     adapted_sites: Any = property(attrgetter("inner.adapted_sites"))
     param_names: Any = property(attrgetter("inner.param_names"))
+
+    def adapters(self) -> list[LM]:
+        """The language models with trainable parameters, in the order in which it uses them."""
+        return self.inner.adapters()
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """The trainable parameters by name (of a guide program: those that it has used so far)."""
+        return self.inner.named_parameters()
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The trainable parameters, in the order of ``named_parameters()``."""
+        return list(self.named_parameters().values())
 
     def observations(
         self, args: tuple[Any, ...], model: Callable[..., Any] | None = None
@@ -131,47 +136,28 @@ class LMGuide:
         model: Callable[..., Any] | None = None,
         observations: Observations | None = None,
     ) -> None:
-        """Run the guide on an input, so that all its parameters exist and are known.
-
-        Args:
-            args: the program's arguments.
-            model: the program, where it observes more than ``self.model`` (a simulated input).
-            observations: what it reads of the input; None: to be found out.
-        """
+        """Run the guide on an input, as of ``observations``, so that all its parameters exist. What
+        it reads is found out, if ``observations`` is None."""
         with use(self.base):
             self.find_parameters(args)
             if observations is None:
                 observations = self.observations(args, model)
-            factory = self.proposer_factory(args, observations=observations)
-            particles = runtime.start(model or self.model, args, 2, seed=0, proposer=factory)
+            proposer = self.proposer_factory(args, observations=observations)
+            particles = runtime.start(model or self.model, args, 2, seed=0, proposer=proposer)
             with runtime.ending(particles):
                 runtime.run_to_end(particles)
-
-    def adapters(self) -> list[LM]:
-        """The language models with trainable parameters, in the order in which it uses them."""
-        return self.inner.adapters()
-
-    def named_parameters(self) -> dict[str, nn.Parameter]:
-        """The trainable parameters by name (of a guide program: those that it has used so far)."""
-        return self.inner.named_parameters()
-
-    def parameters(self) -> list[nn.Parameter]:
-        """The trainable parameters, in the order of ``named_parameters()``."""
-        return list(self.named_parameters().values())
 
     # --- training, saving ------------------------------------------------------------------------
 
     def fit(self, data: Iterable[Any] | None = None, steps: int = 500, **options: Any) -> LMGuide:
-        """Train on inputs; see ``lmppl.training.fit.fit`` for the options.
+        """Train on inputs. Returns the guide itself.
 
         Args:
             data: the inputs: each a tuple of positional arguments of the program, or a dict of
                 its arguments by name. A list or a ``datasets.Dataset``; an iterator is read as it
                 is needed. None: inputs are simulated, ``simulate=N``.
             steps: optimiser steps.
-
-        Returns:
-            The guide itself.
+            **options: see ``lmppl.training.fit.fit``.
         """
         fit(self, data, steps, **options)
         return self
@@ -179,7 +165,7 @@ class LMGuide:
     def state_dict(self) -> dict[str, Any]:
         """All that makes the guide again, given its program and its language model."""
         return {
-            "model": getattr(self.model, "__name__", type(self.model).__name__),
+            "model": self._name,
             "base": base_state(self.base),
             "tempered_target": self.tempered_target,
             "notes": self.notes,
@@ -231,15 +217,17 @@ class LMGuide:
                 it was damaged or edited; says which.
         """
         state = read_guide(present(Path(path)))
-        inner = state["guide"]
+        inner, options = state["guide"], {}
         if inner["kind"] != ("automatic" if program is None else "program"):
             needed = "give program=" if inner["kind"] == "program" else "leave out program="
             raise ValueError(f"{path} holds a guide of kind {inner['kind']!r}: {needed}")
-        given: list[Any] = []
         if program is None:
-            lora = lora_config(inner["lora"])
-            given = [lora, inner["condition_on"], inner["adapted_sites"] is not None]
-        guide = cls(model, lm, program, *given)
+            options = {
+                "lora": lora_config(inner["lora"]),
+                "condition_on": inner["condition_on"],
+                "adapter_per_site": inner["adapted_sites"] is not None,
+            }
+        guide = cls(model, lm, program, **options)
         if not same_base(state["base"], base_state(guide.base)):
             raise ValueError(
                 f"{path} was trained on the base model {state['base']['name']!r}, given "
@@ -249,8 +237,10 @@ class LMGuide:
         guide.load_state_dict(state)
         return guide
 
+    @property
+    def _name(self) -> str:
+        return getattr(self.model, "__name__", type(self.model).__name__)
+
     def __repr__(self) -> str:
-        name = getattr(self.model, "__name__", type(self.model).__name__)
-        return (
-            f"LMGuide({name}, {self.inner.name}, lm={self.base.name!r}, {len(self.history)} steps)"
-        )
+        made_as, steps = self.inner.name, len(self.history)
+        return f"LMGuide({self._name}, {made_as}, lm={self.base.name!r}, {steps} steps)"

@@ -131,11 +131,7 @@ class Run:
         self.held_out: Sequence[Input] = ()
 
     def hold_out(self, inputs: Sequence[Input]) -> None:
-        """Evaluate on these inputs.
-
-        Raises:
-            ValueError: if there are none, and the run is to stop by their figures.
-        """
+        """Evaluate on these inputs; ``ValueError`` if there are none, and patience needs them."""
         if self.patience is not None and not inputs:
             raise ValueError(f"patience={self.patience} needs eval_data=, held-out inputs")
         self.held_out = inputs
@@ -156,8 +152,7 @@ def read_options(
     """What ``function`` was given as ``**options``: of the run, and of the guide's training.
 
     Raises:
-        TypeError, ValueError: for one that is unknown (names the nearest), of another type or out of
-            range.
+        TypeError, ValueError: for one that is unknown, of another type or out of range.
     """
     of_run = [option.name for option in fields(Run) if option.name != "steps"]
     of_guide = {name: value for name, value in options.items() if name not in of_run}
@@ -167,12 +162,7 @@ def read_options(
 
 
 def train(learner: Learner, run: Run, **config: Any) -> None:
-    """Take the steps of a run.
-
-    Args:
-        learner: what it trains.
-        run: what surrounds the steps.
-        config: what else trackers are told of it.
+    """Take the steps of a run; ``config``: what else trackers are told of it.
 
     Raises:
         ValueError: for the checkpoint of another run, or if no trace of any input was ever alive.
@@ -184,12 +174,7 @@ def train(learner: Learner, run: Run, **config: Any) -> None:
     parts = {**learner.parts(), "guard": guard, "stopping": stopping}
     done = checkpoints.begin(trainer, parts, learner.identity())
     history = learner.history  # with what the checkpoint has of it
-    config = {
-        "steps": run.steps,
-        "seed": run.random_seed,
-        **config,
-        "loss": trainer.options.loss.name,
-    }
+    config |= {"steps": run.steps, "seed": run.random_seed, "loss": trainer.options.loss.name}
 
     def again() -> float:
         num, seed = run.eval_samples, run.random_seed
@@ -204,7 +189,11 @@ def train(learner: Learner, run: Run, **config: Any) -> None:
         for number in range(done, done if stopping.over else run.steps):
             figures = learner.step(number)
             if figures is None:
-                _warn_of_the_end(number, run.steps)
+                warnings.warn(
+                    f"the data ended after {number} of {run.steps} steps: training ends here, with a "
+                    "learning rate that has not come to its end",
+                    stacklevel=3,
+                )
                 checkpoints.save(number, last=True)
                 break
             held_out = run.evaluate(trainer.guide, number)
@@ -234,14 +223,6 @@ def _judged(held_out: Mapping[str, float], learner: Learner) -> float:
     evidence alone may be better."""
     figure = learner.judged[0]
     return -math.inf if figure == "eval_log_z" and held_out.get("eval_dead") else held_out[figure]
-
-
-def _warn_of_the_end(number: int, steps: int) -> None:
-    warnings.warn(
-        f"the data ended after {number} of {steps} steps: training ends here, with a learning rate "
-        "that has not come to its end",
-        stacklevel=4,
-    )
 
 
 def _shown(figures: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:

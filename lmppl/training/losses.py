@@ -32,8 +32,7 @@ class Loss(ABC):
         name: by which ``fit(loss=...)`` finds it.
         draws: ``"mixture"``: traces of any behaviour policy; ``"guide"``: the guide's own draws
             only; ``"given"``: latents that the user gave or that were simulated, and no draws.
-        truncations: whether it uses truncations of the traces.
-        needs_truncations: whether it is nothing without them.
+        truncations, needs_truncations: whether it uses truncations of the traces, and needs them.
         takes_simulated: whether a loss on the guide's draws learns from simulated latents as well.
         learns_log_z: whether the log evidence of each input is learned beside the guide.
         defended: whether a loss on the guide's draws takes draws of the program as well, for the
@@ -73,9 +72,7 @@ class VarGrad(Loss):
     """
 
     huber: float = 3.0
-
-    name = "vargrad"
-    draws = "mixture"
+    name, draws = "vargrad", "mixture"
     truncations = True
 
     def __post_init__(self) -> None:
@@ -91,10 +88,8 @@ class VarGrad(Loss):
 class TB(Loss):
     """Trajectory balance, with a learned log Z (Malkin et al., 2022, arXiv 2201.13259)."""
 
-    name = "tb"
-    draws = "mixture"
-    truncations = True
-    learns_log_z = True
+    name, draws = "tb", "mixture"
+    truncations = learns_log_z = True
 
     def of(self, batch: Batch, *, moved: float = 1.0) -> torch.Tensor:
         assert batch.log_z is not None
@@ -112,9 +107,7 @@ class SubTB(Loss):
     """
 
     lam: float = 1.0
-
-    name = "subtb"
-    draws = "mixture"
+    name, draws = "subtb", "mixture"
     truncations = needs_truncations = True
 
     def __post_init__(self) -> None:
@@ -143,7 +136,6 @@ class _Annealed(Loss):
     """
 
     annealing: float = 0.25
-
     draws = "guide"
 
     def __post_init__(self) -> None:
@@ -200,8 +192,7 @@ class Wake(_Annealed):
 class SFT(Loss):
     """Maximum likelihood on latents that are known: demonstrations, or simulations."""
 
-    name = "sft"
-    draws = "given"
+    name, draws = "sft", "given"
 
     def of(self, batch: Batch, *, moved: float = 1.0) -> torch.Tensor:
         return objectives.sft(batch.complete("given").log_q)
@@ -220,9 +211,7 @@ class PPO(Loss):
     updates: int = 4
     clip: float = 0.2
     kl: float = 0.02
-
-    name = "ppo"
-    draws = "guide"
+    name, draws = "ppo", "guide"
 
     def __post_init__(self) -> None:
         check_int("updates", self.updates)
@@ -256,11 +245,7 @@ LOSSES: dict[str, type[Loss]] = {
 
 
 def loss_of(loss: str | Loss, options: Mapping[str, Any]) -> Loss:
-    """A loss, from its name and its own options.
-
-    Args:
-        loss: a name of ``LOSSES``, or a loss, which has its options.
-        options: of the loss.
+    """A loss, from its name and its own options, or as it is.
 
     Raises:
         TypeError: for what is neither, or for options that it has not.
@@ -297,13 +282,8 @@ def option_names(kind: type[Loss]) -> list[str]:
 
 
 class LogZ(nn.Module):
-    """The learned log evidence of ``"tb"``: a small network on the LM's state after the prompt of
-    the first latent text, and a number of its own for each input that comes again.
-
-    Args:
-        num_features: size of the state.
-        num_inputs: how many inputs come again; 0 for an endless stream.
-    """
+    """The learned log evidence of ``"tb"``: a small network on ``num_features`` numbers, see
+    ``prompt_state``, and a number of its own for each of ``num_inputs`` inputs that come again."""
 
     def __init__(self, num_features: int, num_inputs: int) -> None:
         super().__init__()
@@ -316,7 +296,8 @@ class LogZ(nn.Module):
 
 
 def prompt_state(lm: LM, samples: Sequence[Sample]) -> torch.Tensor:
-    """What ``LogZ`` reads of an input: (hidden_size,) float32 on the CPU."""
+    """What ``LogZ`` reads of an input, the LM's state after the prompt of the first latent text:
+    (hidden_size,) float32 on the CPU."""
     for sample in samples:
         for draw in sample.proposer.draws.values():
             fn = getattr(draw, "fn", None) if not isinstance(draw, dict) else draw["fn"]

@@ -31,14 +31,14 @@ def vargrad(log_r: torch.Tensor, log_q: torch.Tensor, huber: float = torch.inf) 
     """Variance of u over samples of one input (Richter et al., 2020, arXiv 2010.10436).
 
     It is zero exactly when q is proportional to R on the samples, whoever drew them, and needs no
-    learned log Z. Truncated traces are samples like any other: their u is the same log Z.
+    learned log Z. Truncated traces are samples like any other.
 
     Args:
         log_r: (N,), N >= 2. ``-inf`` entries (R = 0) stay out: see ``alive``.
         log_q: (N,), with gradient.
         huber: beyond this distance from the centre (nats) a sample counts by its distance, not its
-            square (Huber, 1964), so that a few improbable traces don't outvote the rest. The
-            minimiser with all u equal is the same. ``inf``: the variance itself.
+            square (Huber, 1964), so that a few improbable traces don't outvote the rest. ``inf``:
+            the variance itself.
 
     Returns:
         0-d; zero if fewer than two entries are finite.
@@ -70,7 +70,7 @@ def tb(log_r: torch.Tensor, log_q: torch.Tensor, log_z: torch.Tensor) -> torch.T
     Args:
         log_r: (N,); ``-inf`` entries stay out.
         log_q: (N,), with gradient.
-        log_z: 0-d, the learned log evidence of this input, with gradient.
+        log_z: 0-d, the learned log evidence of the input, with gradient.
     """
     live = log_r > -torch.inf
     if not bool(live.any()):
@@ -92,11 +92,9 @@ def subtb(
 
         log [R(z_<=i c) q(z_i+1 .. z_j | z_<=i) q(c | z_<=j)] - log [R(z_<=j c) q(c | z_<=i)].
 
-    With ``log_r[t]`` and ``log_q[t]`` those of the truncation ``z_<=t c`` this is ``u_i - u_j``:
-    every truncation estimates log Z. (The paper writes a sum. A weighted mean has the same scale
-    for short and long texts, and if only some truncations were rewarded.) At ``lam = 1`` it is
-    twice the variance over truncations, in O(n); else O(n^2), which is faster than a scan of n
-    small steps up to thousands of tokens.
+    With ``log_r[t]`` and ``log_q[t]`` those of the truncation ``z_<=t c`` this is ``u_i - u_j``.
+    (The paper writes a sum. A mean has the same scale for short and long texts.) At ``lam = 1`` it
+    is twice the variance over truncations, in O(n); else it is O(n^2).
 
     Args:
         log_r: (n,), of truncations of one sample, itself among them; ``-inf`` entries stay out.
@@ -117,7 +115,7 @@ def subtb(
         return log_q.sum() * 0.0
     u = log_r[live] - log_q[live]
     if lam == 1.0:
-        return 2.0 * ((u - u.mean()) ** 2).sum() / (len(u) - 1)
+        return 2.0 * u.var()
     if positions is None:
         positions = torch.arange(len(log_r), device=u.device)
     at = positions.to(u)[live]
@@ -133,12 +131,9 @@ def alive(
     """Score-function estimate of -log q(R > 0), from samples of one input.
 
     The variance of u says nothing of traces with R = 0, so their mass must be driven down on its
-    own. The value of this surrogate has no meaning; its gradient, with the samples' mean as
-    baseline, is for samples of q in expectation that of the first N - 1 terms of
-    ``-log A = sum_k (1 - A)^k / k``, where A is the mass that q gives to live traces.
-
-    Samples of q alone are a noisy guide to a small 1 - A: a dead trace comes once in a thousand,
-    and then counts fully. If some are drawn from a density that knows the dead better, weights
+    own. For samples of q, the gradient of this surrogate, with their mean as baseline, is in
+    expectation that of the first N - 1 terms of ``-log A = sum_k (1 - A)^k / k``, where A is the mass
+    that q gives to live traces. If some are drawn from a density that knows the dead better, weights
     ``q / log_drawn`` keep the optimum and make each of them count by what q gives to it.
 
     Args:
@@ -156,22 +151,20 @@ def alive(
     fraction = (weights * live).sum()
     if bool((live == live[0]).all()) or float(fraction) == 0.0:
         return log_q.sum() * 0.0
-    # What q cannot draw has no weight.
-    own_q = torch.where(weights > 0.0, log_q, 0.0)
-    return -(weights * (live - fraction) / fraction * own_q).sum()
+    drawable_log_q = torch.where(weights > 0.0, log_q, 0.0)  # what q cannot draw has no weight
+    return -(weights * (live - fraction) / fraction * drawable_log_q).sum()
 
 
 def elbo(log_r: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
     """Score-function estimate of the reverse KL: the ELBO of variational inference.
 
-    The value of this surrogate has no meaning. Its gradient, with the mean of the *other* samples
-    as the baseline of each (Kool et al., 2019), is in expectation that of ``-E_q[log R - log q]``.
-    It is half the gradient of ``vargrad`` on the same samples (Richter et al., 2020, arXiv
-    2010.10436), which needs no on-policy samples.
+    The gradient of this surrogate, with the mean of the *other* samples as the baseline of each
+    (Kool et al., 2019), is in expectation that of ``-E_q[log R - log q]``, and half that of
+    ``vargrad`` on the same samples (Richter et al., 2020, arXiv 2010.10436).
 
     Where q gives mass to traces with R = 0 the ELBO is ``-inf``. They stay out, and the gradient
     is that of ``-E_qA[log R - log qA]`` times the probability of at least two live samples, where
-    ``qA`` is q renormalised to live traces: how q ranks them. Their mass is left to ``alive``.
+    ``qA`` is q renormalised to live traces. Their mass is left to ``alive``.
 
     Args:
         log_r: (N,), N >= 2, of samples drawn from q itself; ``-inf`` entries stay out.
@@ -192,11 +185,10 @@ def wake(log_weights: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
     """Self-normalised estimate of the forward KL: the wake phase of reweighted wake-sleep.
 
     Bornschein & Bengio (2015, arXiv 1406.2751); Le et al. (2019, arXiv 1805.10469). With
-    ``w = softmax(log_weights)`` it is ``-sum_i (w_i - 1/N) log q_i``. The 1/N is a control variate,
-    as E_q[grad log q] = 0: at the optimum, where all weights are equal, the gradient is zero on
-    every set of samples. The value of this surrogate has no meaning; its gradient tends to that of
-    ``-E_posterior[log q]``, with a bias of order 1/N from normalising. Dead samples weigh nothing,
-    but have the control variate: that drives their mass down, without ``alive``.
+    ``w = softmax(log_weights)`` it is ``-sum_i (w_i - 1/N) log q_i``. Its gradient tends to that of
+    ``-E_posterior[log q]``, with a bias of order 1/N from normalising. The 1/N is a control variate,
+    as E_q[grad log q] = 0: with equal weights the gradient is zero on every set of samples, and the
+    mass of dead ones, which weigh nothing, is driven down without ``alive``.
 
     Args:
         log_weights: (N,), N >= 2, log R - log q of samples drawn from q itself; ``-inf`` if R = 0.
@@ -213,10 +205,8 @@ def wake(log_weights: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
 
 
 def sft(log_q: torch.Tensor) -> torch.Tensor:
-    """Maximum likelihood on given latents (supervised fine-tuning): minus the mean of log q.
-
-    On draws from the posterior it estimates the forward KL up to a constant; on demonstrations, q
-    learns what is in them.
+    """Maximum likelihood on given latents (supervised fine-tuning): minus the mean of log q. On
+    draws from the posterior it estimates the forward KL up to a constant.
 
     Args:
         log_q: (N,), of the given latents, with gradient.
@@ -238,14 +228,11 @@ def ppo(
     A whole trace is one action. The reward is ``log_r - kl * (log_q_old - log_q_ref)``, with the KL
     penalty of Ziegler et al. (2019, arXiv 1909.08593) and its usual size (Ouyang et al., 2022,
     arXiv 2203.02155); the advantage is the reward, centred and divided by its standard deviation.
-    The value of this surrogate has no meaning.
+    A dead trace gets the reward of the worst live one of the batch, less 1 nat: not by so much
+    less that the scaled advantages of the live become all alike.
 
     Its optimum is *not* the posterior but ``q_ref * R ** (1 / kl)``, normalised: for a small ``kl``
     nearly all mass is on the most probable trace, which is often the shortest.
-
-    A dead trace gets the reward of the worst live one of the batch, less 1 nat: worse than
-    whatever lives, but not by so much that the scaled advantages of the live become all alike. So
-    it needs no ``alive``.
 
     Args:
         log_r: (N,), N >= 2, of samples drawn from the guide as it was; ``-inf`` if R = 0.

@@ -16,15 +16,10 @@ networks; a learned log Z is far from its start and has few gradients."""
 
 
 class Optimizer:
-    """AdamW on parameters that become known one after another.
+    """AdamW on parameters that become known one after another; ``rate`` is its highest learning rate.
 
     Gradients of a variance shrink with it, as those of a likelihood do towards its maximum, so a
     memory of 1,000 steps of their size (0.999) would hold the last steps back.
-
-    Args:
-        options: of the training: the schedule, and the norm that gradients are clipped to.
-        rate: the learning rate, at its highest.
-        steps: how many there will be.
     """
 
     def __init__(self, options: FitOptions, rate: float, steps: int) -> None:

@@ -63,11 +63,8 @@ class FitOptions:
 
     @classmethod
     def of(cls, options: Mapping[str, Any], beside: Sequence[str] = ()) -> FitOptions:
-        """From keywords; those of a loss may stand beside its name.
-
-        Args:
-            options: the keywords.
-            beside: other keywords that are allowed, for messages.
+        """From keywords; those of a loss may stand beside its name. ``beside``: other keywords that
+        are allowed, for messages.
 
         Raises:
             TypeError: an unknown one (names the nearest), one of another loss or of another type.
@@ -79,22 +76,19 @@ class FitOptions:
             if name not in shared and name not in of_losses:
                 allowed = [*beside, *shared, *of_losses]
                 raise TypeError(f"no option {name!r}{did_you_mean(name, allowed)}")
-        loss = loss_of(
-            options.get("loss", VarGrad.name),
-            {name: value for name, value in options.items() if name in of_losses},
-        )
+        of_loss = {name: value for name, value in options.items() if name in of_losses}
+        loss = loss_of(options.get("loss", VarGrad.name), of_loss)
         return cls(**{n: v for n, v in options.items() if n in shared} | {"loss": loss})
 
     def __post_init__(self) -> None:
         for name, least in (("batch_size", 2), ("inputs_per_step", 1), ("replay_capacity", 1)):
             self._set(name, check_int(name, getattr(self, name), least))
-        for name in ("tempered_fraction", "prior_fraction", "replay_fraction", "truncations"):
+        fractions = "tempered_fraction", "prior_fraction", "replay_fraction"
+        for name in (*fractions, "truncations"):
             check_number(name, getattr(self, name), least=0.0)
-        if self.tempered_fraction + self.prior_fraction + self.replay_fraction > 1:
-            raise ValueError(
-                f"tempered_fraction={self.tempered_fraction}, prior_fraction={self.prior_fraction}, "
-                f"replay_fraction={self.replay_fraction}: they must be together at most 1"
-            )
+        if sum(getattr(self, name) for name in fractions) > 1:
+            given = ", ".join(f"{name}={getattr(self, name)}" for name in fractions)
+            raise ValueError(f"{given}: they must be together at most 1")
         if not check_number("near_duplicates", self.near_duplicates, least=0.0) < 1:
             raise ValueError(f"near_duplicates={self.near_duplicates}: it must be in [0, 1)")
         if self.learning_rate is not None:

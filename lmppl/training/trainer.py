@@ -40,10 +40,8 @@ class Trainer:
     """The state of one run of a guide's training.
 
     Args:
-        guide: what is trained.
-        source: its inputs.
+        guide, source, options: what is trained, on which inputs, and how.
         steps: how many there will be, for the schedules.
-        options: how.
         seed: of what it draws.
         generator: of its other random choices; that of the source, so that one state is kept.
 
@@ -65,7 +63,7 @@ class Trainer:
         # A stream's inputs come once.
         visits = steps * self._num_inputs // source.num_inputs if source.num_inputs else 1
         self._behaviour = Behaviour(guide, options, visits, seed, generator)
-        self._lookalikes = Lookalikes(guide, alone=source.num_inputs == 1)
+        self._lookalikes = Lookalikes(guide, source.num_inputs)
         self._rate = options.rate(guide.base.hidden_size)
         self._optimizer = Optimizer(options, self._rate, steps)
         self.log_z: LogZ | None = None
