@@ -4,15 +4,15 @@
 right-padded ``LongTensor``s, so that everything in Pyro that stores, stacks, replays or compares
 values works; ``LMText.text`` turns a value into the ``Text`` that a program sees.
 
-The batched functions ``draw_texts`` and ``score_texts`` serve many distributions at once: the
-methods of one ``LMText`` and the runtime, which gathers the sites of many particles, both use them.
+``draw_texts`` and ``score_texts`` serve many distributions at once, such as those of many particles.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import permutations
 from typing import Any
 
 import torch
@@ -56,31 +56,24 @@ class _TokenSequence(constraints.Constraint):
         super().__init__()
 
     def check(self, value: torch.Tensor) -> torch.Tensor:
-        width = value.shape[-1]
-        rows = [self._distribution.supports(row) for row in value.reshape(-1, width)]
-        return torch.tensor(rows).reshape(value.shape[:-1])
+        rows = map(self._distribution.supports, value.reshape(-1, value.shape[-1]))
+        return torch.tensor(list(rows)).reshape(value.shape[:-1])
 
 
 class LMText(TorchDistribution):
     """Distribution of the text with which a language model continues a prefix.
 
-    Which token sequences it ranges over is set by its arguments:
-
-    - ``max_tokens`` (and ``stop``): sequences that close at the first token that is an EOS or that
-      completes a stop string, at the latest at ``max_tokens``, with density
-      ``prod_k p(t_k | prefix, t_<k)``. It sums to one.
-    - ``choices``: a categorical over whole strings, ``softmax(log p(tokens) / temperature)``.
-    - ``num_tokens``: exactly that many tokens, nothing closes: the probability that the
-      continuation *begins so* (what an observed site without ``stop`` and ``max_tokens`` scores).
-
     Args:
         lm: the language model.
         prefix: a ``str``, a ``Text`` or a list of them.
-        max_tokens: the largest number of tokens, the closing one included.
+        max_tokens: it ranges over sequences that close at the first token that is an EOS or that
+            completes a stop string, at the latest at so many tokens, with density
+            ``prod_k p(t_k | prefix, t_<k)``. It sums to one.
         stop: a stop string or several; the one that closes belongs to the value.
-        choices: whole strings to choose from.
+        choices: a categorical over these strings, ``softmax(log p(tokens) / temperature)``.
         temperature: every next-token distribution is renormalised as ``p ** (1 / temperature)``.
-        num_tokens: see above; excludes ``max_tokens``, ``stop`` and ``choices``.
+        num_tokens: exactly that many tokens, nothing closes: the probability that the continuation
+            *begins so* (what an observed site without ``stop`` and ``max_tokens`` scores).
 
     Shapes: ``batch_shape`` is ``()`` (see ``expand`` and ``batch``), ``event_shape`` is
     ``(max_tokens,)``; a value is a ``LongTensor`` of token ids, padded on the right with -1.
@@ -91,11 +84,8 @@ class LMText(TorchDistribution):
 
     arg_constraints: dict[str, constraints.Constraint] = {}
     has_rsample = False
-    name = ""
-    """The site that it stands at, for error messages."""
-
-    texts_in_prefix: frozenset[tuple[int, ...]]
-    """The tokens of each ``Text`` in the prefix, EOS removed."""
+    name = ""  # of the site that it stands at, for error messages
+    texts_in_prefix: frozenset[tuple[int, ...]]  # the tokens of each ``Text`` in it, without EOS
 
     def __init__(
         self,
@@ -116,9 +106,7 @@ class LMText(TorchDistribution):
             if choices is not None or self.stopping.closes:
                 raise ValueError("num_tokens excludes max_tokens, stop and choices")
         if choices is not None and max_tokens is not None:
-            raise ValueError(
-                "choices are whole strings, so they exclude max_tokens: drop one of the two"
-            )
+            raise ValueError("choices are whole strings, so they exclude max_tokens: drop one")
         if max_tokens is None and choices is None and num_tokens is None:
             raise ValueError(
                 "a distribution over text needs max_tokens (the largest number of tokens, stop or "
@@ -126,12 +114,13 @@ class LMText(TorchDistribution):
             )
         self.choices = None if choices is None else _encode_choices(self.stopping, choices)
         self._rows: tuple[tuple[int, ...], ...] = (lm.encode(prefix),)
-        self.texts_in_prefix = _texts_in(prefix)
+        strings = [prefix] if isinstance(prefix, str) else prefix
+        parts = [part for text in strings if isinstance(text, Text) for part in text.parts]
+        self.texts_in_prefix = frozenset(part for part in parts if isinstance(part, tuple))
         self._texts: dict[tuple[int, ...], Text] = {}  # of values, as runs ask for equal ones
-        if self.choices is not None:
-            width = max(len(choice) for choice in self.choices)
-        else:
-            width = self.stopping.max_tokens or num_tokens or 0
+        width = max(
+            map(len, self.choices or ()), default=self.stopping.max_tokens or num_tokens or 0
+        )
         super().__init__(torch.Size(()), torch.Size((width,)), validate_args=False)
 
     @classmethod
@@ -185,16 +174,14 @@ class LMText(TorchDistribution):
     def same_as(self, other: Any) -> bool:
         """Whether ``other`` is the same distribution: prefix tokens, support, temperature, model."""
         return (
-            isinstance(other, LMText)
-            and self._rows == other._rows
-            and self.batch_shape == other.batch_shape
-            and self.event_shape == other.event_shape
-            and self.choices == other.choices
-            and self.stopping.stop == other.stopping.stop
-            and self.stopping.max_tokens == other.stopping.max_tokens
-            and self.temperature == other.temperature
-            and self.lm is other.lm
+            isinstance(other, LMText) and self.lm is other.lm and self._identity == other._identity
         )
+
+    @property
+    def _identity(self) -> tuple[Any, ...]:
+        stop, max_tokens = self.stopping.stop, self.stopping.max_tokens
+        shapes = self.batch_shape, self.event_shape
+        return self._rows, *shapes, self.choices, stop, max_tokens, self.temperature
 
     def __repr__(self) -> str:
         prefix = self.lm.vocabulary.decode(self._rows[0][-24:])
@@ -220,12 +207,11 @@ class LMText(TorchDistribution):
     def text(self, value: torch.Tensor) -> Text:
         """The ``Text`` of one value."""
         ids = self.token_ids(value)
-        text = self._texts.get(ids)
-        if text is None:
+        if ids not in self._texts:
             if len(self._texts) >= _MOST_TEXTS:
                 self._texts.clear()
-            text = self._texts[ids] = self.stopping.text(ids)
-        return text
+            self._texts[ids] = self.stopping.text(ids)
+        return self._texts[ids]
 
     def encode(self, obs: str) -> torch.Tensor:
         """A string as a value of this distribution, shape ``event_shape``.
@@ -269,9 +255,8 @@ class LMText(TorchDistribution):
 
     def supports(self, value: torch.Tensor) -> bool:
         """Whether one value is a sequence that the site could have produced."""
-        padded = value.tolist()
-        ids = tuple(padded[: padded.index(PAD)] if PAD in padded else padded)
-        if padded.count(PAD) != len(padded) - len(ids):
+        ids = self.token_ids(value)
+        if any(token != PAD for token in value.tolist()[len(ids) :]):
             return False
         if ids and not (min(ids) >= 0 and max(ids) < self.lm.vocabulary.size):
             return False
@@ -292,9 +277,8 @@ class LMText(TorchDistribution):
         shape = torch.Size(sample_shape) + self.batch_shape
         repeats = torch.Size(sample_shape).numel()
         members = [self._with_rows((row,), ()) for row in self._rows] * repeats
-        names = [self.name] * len(members)
         uniforms = [torch.rand(self.num_uniforms, dtype=torch.float64) for _ in members]
-        values = [value for value, _ in draw_texts(members, uniforms, names)]
+        values = [value for value, _ in draw_texts(members, uniforms)]
         return torch.stack(values).reshape(shape + self.event_shape)
 
     def log_prob(self, value: torch.Tensor) -> torch.Tensor:
@@ -311,10 +295,8 @@ class LMText(TorchDistribution):
             )
         shape = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
         values = value.expand(shape + self.event_shape).reshape(-1, self.event_shape[0])
-        index = torch.arange(len(self._rows)).reshape(self.batch_shape).expand(shape).reshape(-1)
-        members = [self._with_rows((self._rows[i],), ()) for i in index.tolist()]
-        names = [self.name] * len(members)
-        scored = score_texts(members, list(values), names, grad=torch.is_grad_enabled())
+        members = [self._with_rows((row,), ()) for row in self.expand(shape)._rows]
+        scored = score_texts(members, list(values), grad=torch.is_grad_enabled())
         return torch.stack([log_prob for log_prob, _ in scored]).reshape(shape)
 
     def enumerate_support(self, expand: bool = True) -> torch.Tensor:
@@ -336,12 +318,6 @@ def _check_token_ids(value: Any) -> None:
         raise TypeError(f"a value is a str, a Text or a LongTensor of token ids, given {given}")
 
 
-def _texts_in(prefix: str | Sequence[str]) -> frozenset[tuple[int, ...]]:
-    strings = [prefix] if isinstance(prefix, str) else prefix
-    parts = [part for text in strings if isinstance(text, Text) for part in text.parts]
-    return frozenset(part for part in parts if isinstance(part, tuple))
-
-
 def _encode_choices(stopping: Stopping, choices: Sequence[str]) -> tuple[tuple[int, ...], ...]:
     """Canonical tokens of each choice, followed by the first stop string where there is one."""
     if isinstance(choices, (str, bytes)) or not isinstance(choices, Sequence):
@@ -349,9 +325,7 @@ def _encode_choices(stopping: Stopping, choices: Sequence[str]) -> tuple[tuple[i
             f"choices={choices!r}: give a list of strings, given {type(choices).__name__}"
         )
     if not choices or any(not isinstance(choice, str) or not choice for choice in choices):
-        raise ValueError(
-            f"choices={list(choices)!r}: give a list of at least one string, none of them empty"
-        )
+        raise ValueError(f"choices={list(choices)!r}: give at least one string, none of them empty")
     vocabulary = stopping.vocabulary
     suffix = stopping.stop[0] if stopping.stop else ""
     encoded = [
@@ -367,25 +341,24 @@ def _encode_choices(stopping: Stopping, choices: Sequence[str]) -> tuple[tuple[i
                 "the choice, which holds a stop string or EOS (or does with the first stop string "
                 "after it): take another stop=, or leave it out"
             )
-    for i, first in enumerate(encoded):
-        for j, second in enumerate(encoded):
-            if i < j and (first == second or str(choices[i]) == str(choices[j])):
-                raise ValueError(f"choices holds {str(choices[i])!r} twice: give each once")
-            if i != j and not suffix and second[: len(first)] == first:
-                raise ValueError(
-                    f"choice {str(choices[i])!r} is a prefix of {str(choices[j])!r}: give stop= "
-                    "(a string that ends each), or choices of which none begins another"
-                )
+    for (one, first), (two, second) in permutations(
+        zip(map(str, choices), encoded, strict=True), 2
+    ):
+        if first == second or one == two:
+            raise ValueError(f"choices holds {one!r} twice: give each once")
+        if not suffix and second[: len(first)] == first:
+            raise ValueError(
+                f"choice {one!r} is a prefix of {two!r}: give stop= (a string that ends each), or "
+                "choices of which none begins another"
+            )
     return tuple(encoded)
 
 
 def _ends_early(choice: str, stopping: Stopping) -> bool:
     """Whether a stop string would take part of a choice that the first of them is to close."""
     closed, longest = choice + stopping.stop[0], len(stopping.stop[0])
-    return any(
-        stop in closed[:-1] or (len(stop) > longest and closed.endswith(stop))
-        for stop in stopping.stop
-    )
+    ends = (stop for stop in stopping.stop if len(stop) > longest and closed.endswith(stop))
+    return any(stop in closed[:-1] for stop in stopping.stop) or any(ends)
 
 
 # --- many at once ------------------------------------------------------------------------------
@@ -401,31 +374,26 @@ def draw_texts(
     Args:
         distributions: N distributions, of any models, prefixes and kinds.
         uniforms: for each, ``(num_uniforms,)`` float64 in [0, 1).
-        names: the sites' names, for error messages.
+        names: the sites' names, for error messages; by default the distributions'.
 
     Returns:
         N pairs: a value of shape ``event_shape``, and its log-density (0-d float32, nats) under
         the very logits that it was drawn from.
     """
-    names = names or [""] * len(distributions)
-    results: list[Any] = [None] * len(distributions)
-    sequences: dict[LM, list[int]] = {}
-    chosen = [i for i, d in enumerate(distributions) if d.choices is not None]
-    for i, d in enumerate(distributions):
+    members = list(zip(distributions, uniforms, _names(distributions, names), strict=True))
+    texts = [(d.lm, draw_request(d, u, name)) for d, u, name in members if d.choices is None]
+    drawn = _served("draw", texts)
+    chosen = [(d, name) for d, _, name in members if d.choices is not None]
+    tables = iter(choice_log_probs([d for d, _ in chosen], [name for _, name in chosen]))
+    results = []
+    for d, u, _ in members:
         if d.choices is None:
-            sequences.setdefault(d.lm, []).append(i)
-    for lm, members in sequences.items():
-        draws = [draw_request(distributions[i], uniforms[i], names[i]) for i in members]
-        for i, drawn in zip(members, lm.draw(draws), strict=True):
-            value = distributions[i].value(drawn.token_ids)
-            results[i] = (value, drawn.log_probs.sum())
-    if chosen:
-        tables = choice_log_probs([distributions[i] for i in chosen], [names[i] for i in chosen])
-        for i, table in zip(chosen, tables, strict=True):
-            d = distributions[i]
-            assert d.choices is not None
-            k = int(inverse_cdf(table.double().exp(), uniforms[i][:1]))
-            results[i] = (d.value(d.choices[k]), table[k])
+            text = next(drawn)
+            results.append((d.value(text.token_ids), text.log_probs.sum()))
+        else:
+            table = next(tables)
+            k = int(inverse_cdf(table.double().exp(), u[:1]))
+            results.append((d.value(d.choices[k]), table[k]))
     return results
 
 
@@ -444,9 +412,8 @@ def score_texts(
     """Score one value under each (unbatched) distribution.
 
     Args:
-        distributions: N distributions, of any models, prefixes and kinds.
+        distributions, names: as of ``draw_texts``.
         values: for each, a value of shape ``event_shape``.
-        names: the sites' names, for error messages.
         grad: keep the graph to the models' parameters that require a gradient.
         score_closing: also score the site's closing token at every position (``Scored``).
 
@@ -454,33 +421,28 @@ def score_texts(
         N pairs: the log-density (0-d float32, nats; ``-inf`` outside the support), and its
         terms token by token (None for choices and outside the support).
     """
-    names = names or [""] * len(distributions)
-    results: list[Any] = [None] * len(distributions)
-    by_lm: dict[LM, list[tuple[int, Score]]] = {}
-    chosen: list[int] = []
-    for i, (d, value) in enumerate(zip(distributions, values, strict=True)):
+    results: list[Any] = []
+    texts: dict[int, tuple[LM, Score]] = {}
+    chosen: dict[int, tuple[LMText, str]] = {}
+    members = zip(distributions, values, _names(distributions, names), strict=True)
+    for i, (d, value, name) in enumerate(members):
+        results.append((torch.tensor(-math.inf), None))
         if not d.supports(value):
-            results[i] = (torch.tensor(-math.inf), None)
-        elif d.choices is not None:
-            chosen.append(i)
-        elif not d.token_ids(value):
+            continue
+        ids = d.token_ids(value)
+        if d.choices is not None:
+            chosen[i] = d, name
+        elif not ids:
             results[i] = (torch.tensor(0.0), None)  # an empty prefix likelihood
         else:
             c = d.stopping.closing_token if score_closing else None
-            request = Score(d.prefix_ids, d.token_ids(value), d.temperature, c, names[i])
-            by_lm.setdefault(d.lm, []).append((i, request))
-    for lm, requests in by_lm.items():
-        scored = lm.score([request for _, request in requests], grad=grad)
-        for (i, _), terms in zip(requests, scored, strict=True):
-            results[i] = (terms.log_probs.sum(), terms)
-    if chosen:
-        tables = choice_log_probs(
-            [distributions[i] for i in chosen], [names[i] for i in chosen], grad=grad
-        )
-        for i, table in zip(chosen, tables, strict=True):
-            d = distributions[i]
-            assert d.choices is not None
-            results[i] = (table[d.choices.index(d.token_ids(values[i]))], None)
+            texts[i] = d.lm, Score(d.prefix_ids, ids, d.temperature, c, name)
+    for i, terms in zip(texts, _served("score", list(texts.values()), grad=grad), strict=True):
+        results[i] = (terms.log_probs.sum(), terms)
+    fns, sites = [d for d, _ in chosen.values()], [name for _, name in chosen.values()]
+    for i, d, table in zip(chosen, fns, choice_log_probs(fns, sites, grad=grad), strict=True):
+        assert d.choices is not None
+        results[i] = (table[d.choices.index(d.token_ids(values[i]))], None)
     return results
 
 
@@ -488,21 +450,30 @@ def choice_log_probs(
     distributions: Sequence[LMText], names: Sequence[str], *, grad: bool = False
 ) -> list[torch.Tensor]:
     """For each distribution, normalised log-probabilities of its choices, ``(num_choices,)``."""
-    by_lm: dict[LM, list[tuple[int, Score]]] = {}
-    for i, (d, name) in enumerate(zip(distributions, names, strict=True)):
-        assert d.choices is not None
-        # The temperature applies to whole strings, so tokens are scored at 1.
-        for choice in d.choices:
-            by_lm.setdefault(d.lm, []).append((i, Score(d.prefix_ids, choice, name=name)))
-    log_probs: list[list[torch.Tensor]] = [[] for _ in distributions]
-    for lm, requests in by_lm.items():
-        scored = lm.score([request for _, request in requests], grad=grad)
-        for (i, _), terms in zip(requests, scored, strict=True):
-            log_probs[i].append(terms.log_probs.sum())
-    return [
-        torch.log_softmax(torch.stack(of_choices) / d.temperature, -1)
-        for of_choices, d in zip(log_probs, distributions, strict=True)
+    requests = [  # the temperature applies to whole strings, so tokens are scored at 1
+        (d.lm, Score(d.prefix_ids, choice, name=name))
+        for d, name in zip(distributions, names, strict=True)
+        for choice in d.choices or ()
     ]
+    scored = _served("score", requests, grad=grad)
+    tables = []
+    for d in distributions:
+        log_probs = torch.stack([next(scored).log_probs.sum() for _ in d.choices or ()])
+        tables.append(torch.log_softmax(log_probs / d.temperature, -1))
+    return tables
+
+
+def _names(distributions: Sequence[LMText], names: Sequence[str] | None) -> Sequence[str]:
+    return names or [d.name for d in distributions]
+
+
+def _served(method: str, requests: Sequence[tuple[LM, Any]], **options: Any) -> Iterator[Any]:
+    """Answers to requests, in their order. Each model gets its own in one call of ``method``."""
+    by_lm: dict[LM, list[Any]] = {}
+    for lm, request in requests:
+        by_lm.setdefault(lm, []).append(request)
+    answers = {lm: iter(getattr(lm, method)(own, **options)) for lm, own in by_lm.items()}
+    return iter([next(answers[lm]) for lm, _ in requests])
 
 
 # --- results of tools ----------------------------------------------------------------------------
@@ -511,8 +482,7 @@ def choice_log_probs(
 class ToolResult(torch.Tensor):
     """Any Python object as the value of a Pyro site: a 0-d tensor that carries ``.result``.
 
-    Pyro's ``Predictive`` stacks the values of all sites; a tool's result may be anything, so the
-    trace holds this tensor (always 0) and the object rides on it.
+    (Pyro's ``Predictive`` stacks the values of all sites.)
     """
 
     result: Any

@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
 from contextvars import ContextVar, Token
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import pyro
@@ -64,12 +63,7 @@ class use:
         self._blocks.append(_default_lm.set(self._lm))
         return self._lm
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         _default_lm.reset(self._blocks.pop())
 
 
@@ -93,12 +87,8 @@ def _resolve_lm(lm: LM | None, what: str) -> LM:
 
 
 class _SiteMessage(dict[str, Any]):
-    """A Pyro message whose value is what the site could hold, whichever handler gives it.
-
-    ``pyro.condition(data={"z": "text"})`` puts a string into the message. Whatever handler does
-    so, and whichever other handlers stand around it, the trace must hold a tensor. (A tool's
-    result, of any type, is wrapped as one.) Vectorised plates are refused.
-    """
+    """A Pyro message whose value is a tensor that the site could hold, whichever handler gives it:
+    ``pyro.condition(data={"z": "text"})`` gives a string. Vectorised plates are refused."""
 
     def __setitem__(self, key: str, value: Any) -> None:
         if key == "value" and value is not None:
@@ -106,9 +96,9 @@ class _SiteMessage(dict[str, Any]):
                 value = value if isinstance(value, ToolResult) else ToolResult.wrap(value)
             else:
                 value = _as_value(self["name"], self["fn"], value)
-        if key == "cond_indep_stack" and any(frame.vectorized for frame in value):
-            plate = next(frame.name for frame in value if frame.vectorized)
-            name = self["name"]
+        plates = [f.name for f in value if f.vectorized] if key == "cond_indep_stack" else []
+        if plates:
+            name, plate = self["name"], plates[0]
             is_tool = isinstance(self["fn"], ToolCall)
             what = f"tool '{name}'" if is_tool else f"site '{name}': text"
             call = "tool" if is_tool else "lm_sample"
@@ -149,22 +139,9 @@ def _site(name: str, fn: Any, obs: torch.Tensor | None, infer: Mapping[str, Any]
     is_observed = infer.pop("is_observed", obs is not None)
     if not am_i_wrapped():
         return obs if obs is not None else fn()
-    message = _SiteMessage(
-        type="sample",
-        name=name,
-        fn=fn,
-        is_observed=is_observed,
-        args=(),
-        kwargs={},
-        value=obs,
-        infer=infer,
-        scale=1.0,
-        mask=None,
-        cond_indep_stack=(),
-        done=False,
-        stop=False,
-        continuation=None,
-    )
+    message = _SiteMessage(type="sample", name=name, fn=fn, args=(), kwargs={}, value=obs)
+    message.update(is_observed=is_observed, infer=infer, scale=1.0, mask=None, cond_indep_stack=())
+    message.update(done=False, stop=False, continuation=None)
     for frame in _PYRO_STACK:  # ``do`` takes no strings, so they are put into tensors for it
         if isinstance(frame, DoMessenger) and isinstance(frame.data.get(name), str):
             carrier: Any = torch.zeros(())
@@ -232,31 +209,20 @@ class Call(NamedTuple):
         if self.lm is not other.lm or len(self.texts) != len(other.texts):
             return False
         for one, two in zip(self.texts, other.texts, strict=True):
-            if one is not two and not _is_same_text(one, two):
+            if one is not two and _as_key(one) != _as_key(two):
                 return False
         return self.options == other.options and self.handlers == other.handlers
 
     def key(self, name: str) -> Hashable:
         """Equal for calls at sites of one name that have the same distribution and observation."""
-        texts = [
-            (text.parts, text._token_ids) if isinstance(text, Text) else _as_key(text)
-            for text in self.texts
-        ]
-        return name, self.lm, self.options, *texts
+        return name, self.lm, self.options, *map(_as_key, self.texts)
 
 
 def _as_key(part: Any) -> Hashable:
-    """A string, None, or in place of what will be refused a key that nothing else has."""
+    """Equal for parts with the same tokens; what will be refused has a key like nothing else."""
+    if isinstance(part, Text):  # which equals any ``str`` of its characters
+        return part.parts, part._token_ids
     return part if part is None or isinstance(part, str) else object()
-
-
-def _is_same_text(first: str | None, second: str | None) -> bool:
-    """Whether two parts hold the same tokens. (``Text``s are equal if their strings are.)"""
-    if type(first) is not type(second) or first != second:
-        return False
-    if not (isinstance(first, Text) and isinstance(second, Text)):
-        return True
-    return (first.parts, first._token_ids) == (second.parts, second._token_ids)
 
 
 def _annotations() -> tuple[Any, ...] | None:
@@ -349,60 +315,38 @@ def lm_sample(
     call = None
     if isinstance(memory, CallMemory):
         call = Call.of(lm, prefix, obs, choices, stop, infer, max_tokens, temperature)
-    arguments = (name, lm, prefix, max_tokens, stop, choices, temperature, obs)
+    options = {"max_tokens": max_tokens, "stop": stop, "choices": choices}
+    arguments = name, lm, prefix, obs, {**options, "temperature": temperature}
     if call is None:
         fn, value = _distribution(*arguments)
         _warn_of_retokenisation(name, prefix)
         return _of_site(name, fn.text, _site(name, fn, value, infer))
-    text = memory.recall(name, call)
-    if text is None:
-        fn, value = memory.shared.get(key := call.key(name)) or _distribution(*arguments)
-        if len(memory.shared) >= _MOST_SHARED:
-            memory.shared.clear()
-        memory.shared[key] = fn, value
-        _warn_of_retokenisation(name, prefix)
-        text = _of_site(name, fn.text, _site(name, fn, value, infer))
-        memory.remember(name, call, text)
+    if (text := memory.recall(name, call)) is not None:
+        return text
+    fn, value = memory.shared.get(key := call.key(name)) or _distribution(*arguments)
+    if len(memory.shared) >= _MOST_SHARED:
+        memory.shared.clear()
+    memory.shared[key] = fn, value
+    _warn_of_retokenisation(name, prefix)
+    text = _of_site(name, fn.text, _site(name, fn, value, infer))
+    memory.remember(name, call, text)
     return text
 
 
 def _distribution(
-    name: str,
-    lm: LM,
-    prefix: Any,
-    max_tokens: int | None,
-    stop: Any,
-    choices: Any,
-    temperature: float,
-    obs: str | None,
+    name: str, lm: LM, prefix: Any, obs: str | None, options: dict[str, Any]
 ) -> tuple[LMText, torch.Tensor | None]:
     """The distribution of a text site, and the value that it observes, if it does."""
-    num_tokens = None
-    if obs is not None and max_tokens is None and choices is None:
-        num_tokens = len(_observed_ids(name, lm, obs))
-        if _stops(stop):  # no prefix likelihood: room for the text and the EOS that may close it
-            max_tokens, num_tokens = num_tokens + 1, None
-    fn = _of_site(
-        name,
-        LMText,
-        lm,
-        prefix,
-        max_tokens=max_tokens,
-        stop=stop,
-        choices=choices,
-        temperature=temperature,
-        num_tokens=num_tokens,
-    )
+    if obs is not None and options["max_tokens"] is None and options["choices"] is None:
+        ids = obs.token_ids if isinstance(obs, Text) else lm.vocabulary.encode(obs)
+        stop = options["stop"]
+        if stop is None or (isinstance(stop, (list, tuple)) and not stop):
+            options["num_tokens"] = len(ids)
+        else:  # no prefix likelihood: room for the text and the EOS that may close it
+            options["max_tokens"] = len(ids) + 1
+    fn = _of_site(name, LMText, lm, prefix, **options)
     fn.name = name
     return fn, None if obs is None else _of_site(name, fn.encode, obs)
-
-
-def _stops(stop: str | Sequence[str] | None) -> bool:
-    return stop is not None and not (isinstance(stop, (list, tuple)) and not stop)
-
-
-def _observed_ids(name: str, lm: LM, obs: str) -> tuple[int, ...]:
-    return tuple(obs.token_ids) if isinstance(obs, Text) else lm.vocabulary.encode(obs)
 
 
 def require(name: str, condition: Any) -> None:
@@ -477,7 +421,8 @@ def chat(
     site = _latent_within(list(strings_of([message["content"] for message in messages])))
     if site is not None:
         _warn_once(
-            ("chat", site),
+            "chat",
+            site,
             f"chat(): a message holds the text of site '{site}' as a plain str (an f-string or a "
             "str method makes one), which is tokenised anew, maybe into other tokens than were "
             "drawn. Give the text itself, or join it with +: 'content': before + z + after.",
@@ -498,22 +443,24 @@ def _warn_of_retokenisation(name: str, prefix: str | Sequence[str]) -> None:
     plain = [part for part in parts if not isinstance(part, Text)]
     if plain and parts[-1] is plain[-1] and plain[-1].endswith(" "):
         _warn_once(
-            ("space", name),
+            "space",
+            name,
             f"site '{name}': its prefix ends in a space. Most tokenizers attach a space to the "
             "word that follows, so the model has hardly seen such a prefix: end it before the space.",
         )
     if ("text", name) not in _warned and (site := _latent_within(plain)):
         _warn_once(
-            ("text", name),
+            "text",
+            name,
             f"site '{name}': its prefix holds the text of site '{site}' as a plain str (an "
             "f-string or a str method makes one), which is tokenised anew, maybe into other "
             "tokens than were drawn. Pass a list, [before, z, after], to keep its tokens.",
         )
 
 
-def _warn_once(key: tuple[str, str], message: str, stacklevel: int = 4) -> None:
-    if key not in _warned:
-        _warned.add(key)
+def _warn_once(kind: str, name: str, message: str, stacklevel: int = 4) -> None:
+    if (kind, name) not in _warned:
+        _warned.add((kind, name))
         warnings.warn(message, stacklevel=stacklevel)
 
 
