@@ -11,7 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmppl.checks import check_int
-from lmppl.report.tables import ABSENT, Block, Report, Table, as_text, duration, percent, show
+from lmppl.report.tables import (
+    ABSENT,
+    Block,
+    Report,
+    Table,
+    as_text,
+    duration,
+    percent,
+    plain,
+    show,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,8 +54,8 @@ _PANELS = (
     (_RATE,),
 )
 _FRACTIONS = ("ess", "alive", "model_ess")
-_COLOURS = {"elbo": ("#c8452c", "#eec2b8")}  # of lines and of points
-_BLUE = ("#1b6ca8", "#b3cde1")
+_NATS = ("log_z", "elbo", "eubo", "log_evidence")
+_RED, _BLUE = ("#c8452c", "#eec2b8"), ("#1b6ca8", "#b3cde1")  # of lines and of points
 
 
 class History(Report, list[dict[str, Any]]):
@@ -72,8 +82,8 @@ class History(Report, list[dict[str, Any]]):
             ValueError: if no step has it; says which there are.
         """
         values = [_number(_figure(figures, name)) for figures in self]
-        if self and name != _RATE and not any(name in figures for figures in self):
-            known = sorted({key for figures in self for key in figures} | {_RATE})
+        if self and name not in (_RATE, *self._keys()):
+            known = sorted({*self._keys(), _RATE})
             raise ValueError(f"no step has the figure {name!r}, allowed: {', '.join(known)}")
         return values
 
@@ -100,12 +110,14 @@ class History(Report, list[dict[str, Any]]):
         total = sum(seconds.values())
         return {name: part / total for name, part in seconds.items()} if total > 0 else {}
 
+    def _keys(self) -> dict[str, None]:
+        """The figures that any step has, in their order."""
+        return dict.fromkeys(key for figures in self for key in figures)
+
     def _seconds(self) -> dict[str, float]:
-        seconds: dict[str, float] = {}
-        for figures in self:
-            for name, part in _parts(figures).items():
-                seconds[name] = seconds.get(name, 0.0) + part
-        return seconds
+        parts = [_parts(figures) for figures in self]
+        names = dict.fromkeys(name for seconds in parts for name in seconds)
+        return {name: sum(seconds.get(name, 0.0) for seconds in parts) for name in names}
 
     # --- table -----------------------------------------------------------------------------------
 
@@ -121,7 +133,7 @@ class History(Report, list[dict[str, Any]]):
     def _blocks(self, rows: int = 10) -> list[Block]:
         if not self:
             return ["History: no steps yet"]
-        keys = dict.fromkeys(key for figures in self for key in figures)
+        keys = self._keys()
         held_out = [name for name in keys if name.startswith(_HELD_OUT)]
         columns: Sequence[str] = _COLUMNS
         if "log_evidence" in keys:
@@ -132,7 +144,7 @@ class History(Report, list[dict[str, Any]]):
         above = f"History: {len(self):,} step{'s' * (len(self) != 1)}, {samples:,.0f} samples"
         if seconds:
             above += f", {duration(sum(seconds.values()))}"
-        split = [f"{show(k, quote=False)} {percent(v)}" for k, v in self.time_split().items()]
+        split = [f"{plain(name)} {percent(v)}" for name, v in self.time_split().items()]
         table = Table(
             [(_label(name, gap="\n"), "figure") for name in names],
             [[_cell(name, self[i]) for name in names] for i in self._spaced(rows)],
@@ -144,7 +156,7 @@ class History(Report, list[dict[str, Any]]):
         """Whether a figure is known of any step (of a guide that draws nothing, some never are)."""
         if name == _RATE:
             return bool(_finite(self, name))
-        there = any(name in figures for figures in self)
+        there = name in self._keys()
         return there and (name == "loss" or not all(map(math.isnan, self.column(name))))
 
     def _spaced(self, rows: int) -> list[int]:
@@ -192,15 +204,9 @@ class History(Report, list[dict[str, Any]]):
                 self.savefig(out := io.BytesIO(), format="png")
                 return out.getvalue()
 
-        style: Any = {
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.grid": True,
-            "grid.alpha": 0.25,
-            "axes.titlesize": 10,
-            "font.size": 9,
-            "figure.constrained_layout.use": True,
-        }
+        style: Any = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True}
+        style |= {"grid.alpha": 0.25, "axes.titlesize": 10, "font.size": 9}
+        style |= {"figure.constrained_layout.use": True}
         panels = self._panels(columns)
         across = min(3, len(panels))
         down = math.ceil(len(panels) / across)
@@ -218,23 +224,23 @@ class History(Report, list[dict[str, Any]]):
     def _panels(self, columns: Sequence[str] | None) -> list[list[str]]:
         """The names of each panel's figures: those of which some value can be drawn."""
         if columns is None:
-            keys = {key for figures in self for key in figures} | {_RATE}
+            keys = {*self._keys(), _RATE}
             wanted = [[name for name in names if name in keys] for names in _PANELS]
         else:
             wanted = [[name] for name in ([columns] if isinstance(columns, str) else columns)]
             for (name,) in wanted:
                 self.column(name)  # unknown ones are an error, not a panel less
-        panels = [[name for name in names if _finite(self, name)] for names in wanted]
-        panels = [names for names in panels if names]
+        panels = [drawn for names in wanted if (drawn := [n for n in names if _finite(self, n)])]
         if not panels:
             raise ValueError("nothing to plot: no step has a finite figure yet")
         return panels
 
     def _draw(self, axis: Any, names: Sequence[str]) -> None:
-        steps = self._steps()
+        numbers = [_number(figures.get("step")) for figures in self]
+        steps = [n if math.isfinite(n) else float(i) for i, n in enumerate(numbers)]
         window = min(math.isqrt(len(self)), 100)
         for name in names:
-            colour, faint = _COLOURS.get(name.removeprefix(_HELD_OUT), _BLUE)
+            colour, faint = _RED if name.removeprefix(_HELD_OUT) == "elbo" else _BLUE
             values = self.column(name)
             there = [i for i, value in enumerate(values) if math.isfinite(value)]
             at, points = [steps[i] for i in there], [values[i] for i in there]
@@ -253,17 +259,12 @@ class History(Report, list[dict[str, Any]]):
             axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         elif first in ("length", _RATE):
             axis.set_ylim(bottom=0)
-        nats = dict.fromkeys(("log_z", "elbo", "log_evidence"), " (nats)")
-        unit = {**nats, "length": " (tokens)"}.get(first, "")
+        unit = " (nats)" * (first in _NATS) + " (tokens)" * (first == "length")
         shown = [_label(name) for name in names if not name.startswith(_HELD_OUT)]
         axis.set_title(" and ".join(shown or [_label(names[0])]) + unit)
         axis.set_xlabel("step")
         if len(names) > 1:
             axis.legend(frameon=False, fontsize=8)
-
-    def _steps(self) -> list[float]:
-        numbers = [_number(figures.get("step")) for figures in self]
-        return [n if math.isfinite(n) else float(i) for i, n in enumerate(numbers)]
 
 
 def _figure(figures: dict[str, Any], name: str) -> Any:
@@ -277,18 +278,16 @@ def _figure(figures: dict[str, Any], name: str) -> Any:
 
 def _parts(figures: dict[str, Any]) -> dict[str, float]:
     """Seconds of a step, by what they were spent on."""
-    parts = {
-        key.removeprefix("seconds_"): _number(value)
+    return {
+        key.removeprefix("seconds_"): seconds
         for key, value in figures.items()
-        if key.startswith("seconds_")
+        if key.startswith("seconds_") and math.isfinite(seconds := _number(value))
     }
-    return {name: part for name, part in parts.items() if math.isfinite(part)}
 
 
 def _finite(history: History, name: str) -> list[float]:
-    if name != _RATE and not any(name in figures for figures in history):
-        return []
-    return [value for value in history.column(name) if math.isfinite(value)]
+    there = name in (_RATE, *history._keys())
+    return list(filter(math.isfinite, history.column(name))) if there else []
 
 
 def _number(value: Any) -> float:
@@ -297,7 +296,7 @@ def _number(value: Any) -> float:
 
 def _label(name: str, gap: str = " ") -> str:
     base = name.removeprefix(_HELD_OUT)
-    label = _LABELS.get(base) or show(base.replace("_", " "), quote=False)
+    label = _LABELS.get(base) or plain(base.replace("_", " "))
     return f"eval{gap}{label}" if name.startswith(_HELD_OUT) else label
 
 
@@ -309,7 +308,7 @@ def _cell(name: str, figures: dict[str, Any]) -> str:
         return show(value)
     if base in _FRACTIONS:
         return percent(value)
-    if base in ("log_z", "elbo", "eubo", "log_evidence") and abs(value) < 1e6:
+    if base in _NATS and abs(value) < 1e6:
         return f"{value:.2f}"
     if base in ("length", _RATE):
         return f"{value:,.1f}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,11 +29,9 @@ class Work:
         positions: computed in the forward passes, with prompts and padding (and the probe of a
             model that is met for the first time).
         outputs: positions that went through the output layer.
-        flops: of the matrix products with the models' weights: 2 a parameter and position
-            (parameters of the output layer: and position that goes through it), and twice that
-            for ``"trained"``, as the backward pass of a frozen model with a LoRA adapter needs
-            gradients of inputs only: 4 a parameter and position in all. Attention's own
-            products, which grow with the context, are not among them.
+        flops: of the matrix products with the models' weights, not attention's own: 2 a parameter
+            and position (of the output layer: and position that goes through it), and twice that
+            for ``"trained"``, as a frozen model with a LoRA adapter needs gradients of inputs only.
         gemm_seconds: what these products would take alone, at the rate that ``F.linear`` reaches
             on this device with the models' own weights and as many rows as a pass has on
             average (the nearest power of two); None if it could not be measured.
@@ -61,10 +59,8 @@ class Work:
 
     @property
     def roofline(self) -> float | None:
-        """The share of the seconds that the matrix products need; 1 is as fast as can be.
-
-        None if there were no passes, or the rate could not be measured.
-        """
+        """The share of the seconds that the matrix products need; 1 is as fast as can be. None if
+        there were no passes, or the rate could not be measured."""
         if not self.seconds or self.gemm_seconds is None:
             return None
         return self.gemm_seconds / self.seconds
@@ -76,55 +72,39 @@ class Profile(Report):
     Its figures are there when its block, or ``infer``, has ended. All language models of the
     process count, those of other threads too. Time is never counted twice.
 
+    Attributes:
+        sampled: drawing texts, prompts included.
+        scored: scoring texts without a gradient: observations, choices, rewards, lookaheads.
+        trained: scoring texts with a gradient to trained parameters, and the backward passes.
+        read: reading what comes next, or a state, without drawing or scoring a text: enumeration
+            by ``"exact"``, and the heads of guides.
+        seconds: of the whole, by the wall clock.
+
     Raises:
         RuntimeError: a figure is asked for before the block has ended.
     """
 
-    def __init__(self) -> None:
-        self._works: dict[Kind, Work] | None = None
-        self._seconds = 0.0
+    sampled: Work
+    scored: Work
+    trained: Work
+    read: Work
+    seconds: float
 
     def _fill(self, record: WorkRecord, ledger: Ledger) -> None:
         with ledger.pause():  # of whoever profiles what is around this one
-            works = {kind: _work(kind, record) for kind in KINDS}
-        self._works, self._seconds = works, record.seconds
+            vars(self).update({kind: _work(kind, record) for kind in KINDS})
+        self.seconds = record.seconds
 
-    def _of(self, kind: Kind) -> Work:
-        if self._works is None:
+    def __getattr__(self, name: str) -> Any:  # of what is not there yet
+        if name in Profile.__annotations__:
             raise RuntimeError("a profile has its figures when its with block has ended")
-        return self._works[kind]
-
-    @property
-    def sampled(self) -> Work:
-        """Drawing texts, prompts included."""
-        return self._of("sampled")
-
-    @property
-    def scored(self) -> Work:
-        """Scoring texts without a gradient: observations, choices, rewards, lookaheads."""
-        return self._of("scored")
-
-    @property
-    def trained(self) -> Work:
-        """Scoring texts with a gradient to trained parameters, and the backward passes."""
-        return self._of("trained")
-
-    @property
-    def read(self) -> Work:
-        """Reading what comes next, or a state, without drawing or scoring a text: enumeration by
-        ``"exact"``, and the heads of guides."""
-        return self._of("read")
+        raise AttributeError(f"a Profile has no attribute {name!r}")
 
     @property
     def works(self) -> list[Work]:
         """The kinds of work that were done."""
-        return [work for work in map(self._of, KINDS) if work.passes or work.seconds]
-
-    @property
-    def seconds(self) -> float:
-        """Of the whole, by the wall clock."""
-        self._of("sampled")
-        return self._seconds
+        works = [getattr(self, kind) for kind in KINDS]
+        return [work for work in works if work.passes or work.seconds]
 
     @property
     def seconds_outside(self) -> float:
@@ -151,25 +131,13 @@ class Profile(Report):
 
         ``"works"`` has one dict a kind of work, with the attributes and properties of ``Work``.
         """
-        return {
-            "seconds": self.seconds,
-            "seconds_outside": self.seconds_outside,
-            "share_outside": self.share_outside,
-            "passes": self.passes,
-            "mean_batch": self.mean_batch,
-            "works": [
-                {
-                    **vars(work),
-                    "tokens_per_second": work.tokens_per_second,
-                    "mean_batch": work.mean_batch,
-                    "roofline": work.roofline,
-                }
-                for work in self.works
-            ],
-        }
+        rates = ("tokens_per_second", "mean_batch", "roofline")
+        figures = ("seconds", "seconds_outside", "share_outside", "passes", "mean_batch")
+        works = [vars(work) | {name: getattr(work, name) for name in rates} for work in self.works]
+        return {name: getattr(self, name) for name in figures} | {"works": works}
 
     def _blocks(self) -> list[Block]:
-        if self._works is None:
+        if "seconds" not in vars(self):
             return ["Profile: its with block has not ended"]
         return profile_blocks(self.summary())
 
@@ -186,11 +154,9 @@ def profile() -> Iterator[Profile]:
 
     Anything that runs language models can be in the block: ``infer`` (whose ``profile=True`` is a
     use of this), ``LM.sample``, ``LMGuide.fit``, engines and training loops of your own. Blocks may
-    nest; each sees all that happens in it. While no profile is taken, nothing is measured. While
-    one is, every call of a language model waits for its device at its begin and end.
-
-    The rates that the work is compared with are measured when the block ends, in a fraction of a
-    second that no profile counts, and remembered.
+    nest; each sees all that happens in it. While one is open, every call of a language model waits
+    for its device at its begin and end. The rates that the work is compared with are measured when
+    the block ends, in a fraction of a second that no profile counts, and remembered.
 
     Yields:
         A ``Profile``, which has its figures when the block has ended, also by an exception.
@@ -208,24 +174,15 @@ def profile() -> Iterator[Profile]:
 def _work(kind: Kind, record: WorkRecord) -> Work:
     groups = [passes for (work, _), passes in record.passes.items() if work == kind]
     times = _PASSES_OF_TRAINING if kind == "trained" else 1
-    flops, gemm_seconds = 0, 0.0
-    known = bool(groups)
-    for group in groups:
-        flops += times * sum(group.matrices.flops(group.positions, group.outputs))
-        try:
-            alone = group.matrices.seconds(group.positions, group.outputs, group.passes)
-        except RuntimeError:  # of the device: too little memory, or what ended the block
-            alone = None
-        known = known and alone is not None
-        gemm_seconds += times * (alone or 0.0)
-    return Work(
-        kind,
-        getattr(record.usage, f"tokens_{kind}", 0),
-        record.kinds[kind],
-        sum(group.passes for group in groups),
-        sum(group.rows for group in groups),
-        sum(group.positions for group in groups),
-        sum(group.outputs for group in groups),
-        flops,
-        gemm_seconds if known else None,
-    )
+    flops = sum(sum(group.matrices.flops(group.positions, group.outputs)) for group in groups)
+    gemm_seconds = None
+    with suppress(RuntimeError):  # of the device: too little memory, or what ended the block
+        alone = [g.matrices.seconds(g.positions, g.outputs, g.passes) for g in groups]
+        known = [seconds for seconds in alone if seconds is not None]
+        gemm_seconds = times * sum(known) if groups and len(known) == len(groups) else None
+    counts = {
+        name: sum(getattr(group, name) for group in groups)
+        for name in ("passes", "rows", "positions", "outputs")
+    }
+    tokens, seconds = getattr(record.usage, f"tokens_{kind}", 0), record.kinds[kind]
+    return Work(kind, tokens, seconds, **counts, flops=times * flops, gemm_seconds=gemm_seconds)

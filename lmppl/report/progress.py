@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import sys
 import time
-from types import TracebackType
 from typing import Any
+
+from lmppl.report.tables import printable
 
 _REFRESH_SECONDS = 0.1
 
@@ -29,13 +30,11 @@ class progress_bar:
     Args:
         description: what is being done; plain text.
         total: how many steps there are; None if that is not known.
-        show: True, False, or None: if stderr is a terminal. (A bar within the work of another
-            one is not shown.)
+        show: True, False, or None: if stderr is a terminal. A bar within another's work is hidden.
     """
 
     def __init__(self, description: str, total: int | None = None, show: bool | None = None):
-        self._description = description
-        self._total = total
+        self._description, self._total = description, total
         self._show = sys.stderr.isatty() if show is None else show
         self._bar: Any = None  # rich's, which is imported when one is shown
         self._refreshed = 0.0
@@ -43,41 +42,29 @@ class progress_bar:
     def __enter__(self) -> progress_bar:
         global _live
         if self._show and not _live:
+            from rich import progress
             from rich.console import Console
-            from rich.progress import (
-                BarColumn,
-                MofNCompleteColumn,
-                Progress,
-                TextColumn,
-                TimeElapsedColumn,
-            )
 
             # No refresh thread: it would run beside programs that swap global state.
-            self._bar = Progress(
-                TextColumn("{task.description}", markup=False),
-                BarColumn(bar_width=30),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TextColumn("{task.fields[figures]}", markup=False),
+            self._bar = progress.Progress(
+                progress.TextColumn("{task.description}", markup=False),
+                progress.BarColumn(bar_width=30),
+                progress.MofNCompleteColumn(),
+                progress.TimeElapsedColumn(),
+                progress.TextColumn("{task.fields[figures]}", markup=False),
                 console=Console(stderr=True),
                 transient=True,
                 auto_refresh=False,
                 # Rich would send what the program prints to the bar's stream: to stderr.
                 redirect_stdout=sys.stdout.isatty(),
             )
-            self._task = self._bar.add_task(
-                _plain(self._description), total=self._total, figures=""
-            )
+            name = printable(self._description)
+            self._task = self._bar.add_task(name, total=self._total, figures="")
             self._bar.start()
             _live = True
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         global _live
         if self._bar is not None:
             _live = False
@@ -97,12 +84,5 @@ class progress_bar:
 
 
 def _figures(figures: dict[str, Any]) -> str:
-    shown = (
-        f"{value:.4g}" if isinstance(value, float) else str(value) for value in figures.values()
-    )
-    return _plain("  ".join(f"{name} {value}" for name, value in zip(figures, shown, strict=True)))
-
-
-def _plain(text: str) -> str:
-    """One line without control characters, which would move the terminal's cursor."""
-    return "".join(character if character.isprintable() else " " for character in text)
+    shown = {k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in figures.items()}
+    return printable("  ".join(f"{name} {value}" for name, value in shown.items()))

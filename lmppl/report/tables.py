@@ -11,7 +11,7 @@ import html
 import io
 import shutil
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -39,6 +39,16 @@ class Table:
     columns: Sequence[tuple[str, Kind]]
     rows: Sequence[Sequence[Any]]
     gap: int = 2
+
+    def cells(
+        self, as_bar: Callable[[float], str], as_text: Callable[[str], Any]
+    ) -> list[list[Any]]:
+        """The cells of all rows, as two functions write bars and all else."""
+        kinds = [kind for _, kind in self.columns]
+        return [
+            [as_bar(c) if kind == "bar" else as_text(c) for c, kind in zip(row, kinds, strict=True)]
+            for row in self.rows
+        ]
 
 
 Block = str | Table
@@ -82,7 +92,6 @@ def _rich_table(table: Table) -> Any:
     shown = RichTable(
         box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, table.gap, 0, 0)
     )
-    kinds = [kind for _, kind in table.columns]
     for heading, kind in table.columns:
         # Texts are cut by the cell, not by the column: rich takes width only from columns that
         # may wrap.
@@ -93,44 +102,32 @@ def _rich_table(table: Table) -> Any:
             width=_BAR_WIDTH if kind == "bar" else None,
             no_wrap=kind != "text",
         )
-    for row in table.rows:
-        cells = [
-            bar(cell) if kind == "bar" else cell for cell, kind in zip(row, kinds, strict=True)
-        ]
-        shown.add_row(*(Text(cell, no_wrap=True, overflow="ellipsis") for cell in cells))
+    for row in table.cells(bar, str):
+        shown.add_row(*(Text(cell, no_wrap=True, overflow="ellipsis") for cell in row))
     return shown
 
 
 def as_html(blocks: Sequence[Block]) -> str:
     """A report as HTML."""
-    parts = [
-        f"<div>{html.escape(block)}</div>" * bool(block)
-        if isinstance(block, str)
-        else _html_table(block)
-        for block in blocks
-    ]
+    parts = [_html_line(part) if isinstance(part, str) else _html_table(part) for part in blocks]
     return "".join(["<div>", *parts, "</div>"])
 
 
-_TEXT_STYLE = ' style="text-align:left;white-space:pre-wrap"'
+def _html_line(line: str) -> str:
+    return f"<div>{html.escape(line)}</div>" if line else ""
 
 
 def _html_table(table: Table) -> str:
-    styles = [_TEXT_STYLE if kind == "text" else "" for _, kind in table.columns]
-    head = "".join(
-        f"<th{style}>{html.escape(heading.replace(chr(10), ' '))}</th>"
-        for (heading, _), style in zip(table.columns, styles, strict=True)
-    )
-    body = "".join(
-        "<tr>"
-        + "".join(
-            f"<td{style}>{_html_bar(cell) if kind == 'bar' else html.escape(cell)}</td>"
-            for cell, (_, kind), style in zip(row, table.columns, styles, strict=True)
-        )
-        + "</tr>"
-        for row in table.rows
-    )
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    style = ' style="text-align:left;white-space:pre-wrap"'
+    styles = [style if kind == "text" else "" for _, kind in table.columns]
+
+    def row(tag: str, cells: Iterable[str]) -> str:
+        marked = zip(cells, styles, strict=True)
+        return f"<tr>{''.join(f'<{tag}{style}>{cell}</{tag}>' for cell, style in marked)}</tr>"
+
+    head = row("th", (html.escape(heading.replace("\n", " ")) for heading, _ in table.columns))
+    body = [row("td", cells) for cells in table.cells(_html_bar, html.escape)]
+    return f"<table><thead>{head}</thead><tbody>{''.join(body)}</tbody></table>"
 
 
 def bar(share: float) -> str:
@@ -162,7 +159,16 @@ def show(value: Any, *, quote: bool = True) -> str:
     if isinstance(value, (list, tuple)):
         shown = [show(part) for part in value[:4]] + ["..."] * (len(value) > 4)
         return f"[{', '.join(shown)}]"
-    return "".join(character if character.isprintable() else " " for character in repr(value))
+    return printable(repr(value))
+
+
+def plain(text: str) -> str:
+    return show(text, quote=False)
+
+
+def printable(text: str) -> str:
+    """One line without control characters, which would move the terminal's cursor."""
+    return "".join(character if character.isprintable() else " " for character in text)
 
 
 def percent(weight: float) -> str:
@@ -178,7 +184,7 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def _notes(summary: Mapping[str, Any]) -> list[str]:
-    return [f"note: {show(note, quote=False)}" for note in summary["notes"]]
+    return [f"note: {plain(note)}" for note in summary["notes"]]
 
 
 # --- posteriors ----------------------------------------------------------------------------------
@@ -192,7 +198,7 @@ def posterior_blocks(summary: Mapping[str, Any]) -> list[Block]:
         + [ABSENT if (value := row["values"].get(name)) is None else show(value) for name in sites]
         for row in rows[:MAX_ROWS]
     ]
-    texts: list[tuple[str, Kind]] = [(show(name, quote=False), "text") for name in sites]
+    texts: list[tuple[str, Kind]] = [(plain(name), "text") for name in sites]
     table = Table([("weight", "figure"), ("", "bar"), *texts], shown)
     return [*_run(summary), *[table] * bool(rows), *_beside_the_rows(summary), *_notes(summary)]
 
@@ -204,22 +210,19 @@ def _run(summary: Mapping[str, Any]) -> list[str]:
     first += f"{count:,} sample{'s' * (count != 1)}"
     if count:
         first += f", ESS {summary['ess']:.1f} ({summary['ess'] / count:.0%})"
-    if summary["log_evidence"] is None:
-        second = "no claim about the evidence"
-    else:
+    second = "no claim about the evidence"
+    if summary["log_evidence"] is not None:
         second = f"log evidence {summary['log_evidence']:.3f} nats"
-        if summary["log_evidence_stderr"] is not None:
-            second += f" (standard error {summary['log_evidence_stderr']:.2g})"
-    cost = [
-        f"{summary[key]:,} tokens {verb}"
-        for key, verb in (("tokens_sampled", "drawn"), ("tokens_scored", "scored"))
-        if summary[key] is not None
+    if summary["log_evidence_stderr"] is not None:
+        second += f" (standard error {summary['log_evidence_stderr']:.2g})"
+    costs = [
+        ("{:,} tokens drawn", summary["tokens_sampled"]),
+        ("{:,} tokens scored", summary["tokens_scored"]),
+        ("{:,} tokens trained on", summary["tokens_trained"] or None),  # by few runs
+        ("{:.1f} s", summary["seconds"]),
     ]
-    if summary["tokens_trained"]:  # by few runs
-        cost.append(f"{summary['tokens_trained']:,} tokens trained on")
-    if summary["seconds"] is not None:
-        cost.append(f"{summary['seconds']:.1f} s")
-    return [first, second, *([", ".join(cost)] if cost else [])]
+    cost = ", ".join(text.format(figure) for text, figure in costs if figure is not None)
+    return [first, second, *[cost] * bool(cost)]
 
 
 def _beside_the_rows(summary: Mapping[str, Any]) -> list[str]:
@@ -230,14 +233,10 @@ def _beside_the_rows(summary: Mapping[str, Any]) -> list[str]:
         share = percent(sum(row["weight"] for row in rest))
         lines.append(f"and {len(rest):,} more, together {share}")
     for name, moments in summary["numeric"].items():
-        line = f"{show(name, quote=False)}: {show(moments['mean'])} +- {show(moments['sd'])}"
-        if moments["weight"] < 1 - 1e-9:
-            line += f" (reached in {percent(moments['weight'])})"
-        lines.append(line)
+        reached = f" (reached in {percent(moments['weight'])})" * (moments["weight"] < 1 - 1e-9)
+        lines.append(f"{plain(name)}: {show(moments['mean'])} +- {show(moments['sd'])}{reached}")
     if summary["killed"]:
-        sites = ", ".join(
-            f"{show(name, quote=False)} ({count:,})" for name, count in summary["killed"].items()
-        )
+        sites = ", ".join(f"{plain(site)} ({n:,})" for site, n in summary["killed"].items())
         lines.append(f"samples with probability zero, by the site that ended them: {sites}")
     return lines
 
@@ -276,11 +275,11 @@ def profile_blocks(summary: Mapping[str, Any]) -> list[Block]:
 
 def diagnosis_blocks(summary: Mapping[str, Any]) -> list[Block]:
     """What ``Diagnosis.summary()`` says."""
-    line = f"Diagnosis of {show(summary['guide'], quote=False)}: {summary['num_samples']:,} draws"
+    line = f"Diagnosis of {plain(summary['guide'])}: {summary['num_samples']:,} draws"
     if summary["dead_fraction"]:
         line += f", {percent(summary['dead_fraction'])} with probability zero"
-        if summary["killed"]:
-            line += f" (by {', '.join(show(name, quote=False) for name in summary['killed'])})"
+    if summary["killed"]:
+        line += f" (by {', '.join(map(plain, summary['killed']))})"
     columns: list[tuple[str, Kind]] = [("", "name"), ("nats", "figure"), ("std. error", "figure")]
     blocks: list[Block] = [line, "", Table(columns, _bounds(summary) + _weights(summary))]
     if summary["texts"]:
@@ -328,9 +327,8 @@ def _weights(summary: Mapping[str, Any]) -> list[list[str]]:
 def _bracket(bracket: tuple[float, float]) -> str:
     """One number where the ends agree."""
     lower, upper = (_number(end, 3) for end in bracket)
-    if lower == upper:
-        return lower
-    return f">= {lower}" if upper == "inf" else f"{lower} to {upper}"
+    several = f">= {lower}" if upper == "inf" else f"{lower} to {upper}"
+    return lower if lower == upper else several
 
 
 _DIVERSITY = {
@@ -343,7 +341,7 @@ _DIVERSITY = {
 def _diversity(texts: Mapping[str, Mapping[str, Any]]) -> Table:
     """A row a site."""
     rows = [
-        [show(name, quote=False), f"{text['num_draws']:,}", f"{text['num_distinct']:,}"]
+        [plain(name), f"{text['num_draws']:,}", f"{text['num_distinct']:,}"]
         + [_number(text[key], digits) for key, digits in _DIVERSITY.values()]
         for name, text in texts.items()
     ]
