@@ -12,7 +12,7 @@ import torch
 from lmppl.guides.scoring import score_latents
 from lmppl.lm import LM
 from lmppl.primitives import use
-from lmppl.runtime import Particle
+from lmppl.runtime.sites import is_continuous
 from lmppl.testing.oracle import Enumeration, ExactTrace, enumerate_program
 from lmppl.training.lm_guide import LMGuide
 
@@ -54,10 +54,7 @@ def guide_report(
     model, so that is its density there.
 
     Args:
-        guide: the guide.
-        program: the program that it is for.
-        args: the program's arguments.
-        lm: the language model.
+        guide, program, args, lm: the guide, what it is for, the input and the language model.
         quadrature: number of nodes for every continuous latent.
         exact: all traces, if they are known already.
 
@@ -69,8 +66,7 @@ def guide_report(
     log_q = guide_log_probs(guide, program, args, live, lm)
     log_p = torch.tensor([t.log_joint for t in live], dtype=torch.float64) - exact.log_evidence
     alive = float(log_q.exp().sum())
-    # The nodes of a quadrature sum to 1 up to its error.
-    dead = max(0.0, 1.0 - alive)
+    dead = max(0.0, 1.0 - alive)  # the nodes of a quadrature sum to 1 up to its error
     log_q_alive = log_q - math.log(alive) if alive > 0 else log_q
     terms = log_q_alive.exp() * (log_q_alive - log_p)
     return GuideReport(
@@ -92,24 +88,14 @@ def guide_log_probs(
     """log q of whole traces, (N,) float64, nats; of a quadrature node, the log of its mass.
 
     Args:
-        guide: the guide.
-        program: the program that it is for.
-        args: the program's arguments.
+        guide, program, args, lm: as of ``guide_report``.
         traces: of ``enumerate_program``. Dead traces are scored up to where they end, which is
             their mass under an automatic guide.
-        lm: the language model.
     """
     with use(lm):
         scores = score_latents(guide, program, tuple(args), [trace.data for trace in traces])
     # Of a quadrature node, the prior's weight over its density there; else nothing.
     nodes = torch.tensor([trace.log_prior for trace in traces], dtype=torch.float64)
-    continuous = torch.tensor([_is_continuous(run) for run in scores.runs], dtype=torch.bool)
-    return torch.where(continuous, scores.log_q + nodes - scores.log_prior, scores.log_q)
-
-
-def _is_continuous(run: Particle) -> bool:
-    return any(not _is_discrete(node["fn"]) for node in run.latents.values())
-
-
-def _is_discrete(fn: Any) -> bool:
-    return bool(getattr(fn, "has_enumerate_support", False)) or fn.support.is_discrete
+    continuous = [any(map(is_continuous, run.latents.values())) for run in scores.runs]
+    in_nodes = scores.log_q + nodes - scores.log_prior
+    return torch.where(torch.tensor(continuous, dtype=torch.bool), in_nodes, scores.log_q)

@@ -46,20 +46,21 @@ class NaiveLM:
         if any(beginning not in self._rows for beginning in needed):
             logits = self._logits([ids[:-1]])[0]  # (T, V): the model is causal
             self._rows |= {beginning: logits[len(beginning) - 1] for beginning in needed}
-        terms = [
-            torch.log_softmax(self._rows[beginning] / temperature, -1)[token]
-            for beginning, token in zip(needed, tokens, strict=True)
-        ]
+        pairs = zip(needed, tokens, strict=True)
+        terms = [self.next_log_probs(start, temperature)[token] for start, token in pairs]
         return torch.stack(terms) if terms else torch.zeros(0, dtype=torch.float64)
 
     def closes(self, tokens: Sequence[int], stop: Sequence[str]) -> bool:
         """Whether the last of ``tokens`` is an EOS, or a stop string has occurred in their text."""
-        if tokens[-1] in self.eos_ids:
-            return True
-        text = self.tokenizer.decode(
-            list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
-        return any(string in text for string in stop)
+        return tokens[-1] in self.eos_ids or any(string in self._decode(tokens) for string in stop)
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """What they say, without EOS."""
+        return self._decode([token for token in tokens if token not in self.eos_ids])
+
+    def _decode(self, tokens: Sequence[int]) -> str:
+        raw: dict[str, Any] = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+        return self.tokenizer.decode(list(tokens), **raw)
 
     def closes_first_at_end(
         self, tokens: Sequence[int], stop: Sequence[str], max_tokens: int
@@ -71,12 +72,17 @@ class NaiveLM:
         return not any(closed[:-1]) and (closed[-1] or len(tokens) == max_tokens)
 
     def enumerate(
-        self, prefix: tuple[int, ...], max_tokens: int, stop: Sequence[str], temperature: float
+        self,
+        prefix: tuple[int, ...],
+        max_tokens: int,
+        stop: Sequence[str] | None,
+        temperature: float,
     ) -> dict[tuple[int, ...], float]:
-        """All complete values and their log-probabilities."""
+        """All complete values and their log-probabilities. With ``stop=None`` nothing closes, and a
+        value has ``max_tokens`` tokens."""
         complete: dict[tuple[int, ...], float] = {}
         open_: dict[tuple[int, ...], float] = {(): 0.0}
-        while open_:
+        for _ in range(max_tokens):
             self._forward([(*prefix, *tokens) for tokens in open_])
             longer = {
                 (*tokens, token): log_prob + term
@@ -85,26 +91,10 @@ class NaiveLM:
                     self.next_log_probs((*prefix, *tokens), temperature).tolist()
                 )
             }
-            done = {t: len(t) == max_tokens or self.closes(t, stop) for t in longer}
-            complete |= {t: log_prob for t, log_prob in longer.items() if done[t]}
-            open_ = {t: log_prob for t, log_prob in longer.items() if not done[t]}
-        return complete
-
-    def enumerate_beginnings(
-        self, prefix: tuple[int, ...], num_tokens: int, temperature: float
-    ) -> dict[tuple[int, ...], float]:
-        """All sequences of ``num_tokens`` tokens, none of which closes anything."""
-        found: dict[tuple[int, ...], float] = {(): 0.0}
-        for _ in range(num_tokens):
-            self._forward([(*prefix, *tokens) for tokens in found])
-            found = {
-                (*tokens, token): log_prob + term
-                for tokens, log_prob in found.items()
-                for token, term in enumerate(
-                    self.next_log_probs((*prefix, *tokens), temperature).tolist()
-                )
-            }
-        return found
+            closed = {tokens for tokens in longer if stop is not None and self.closes(tokens, stop)}
+            complete |= {tokens: longer[tokens] for tokens in longer if tokens in closed}
+            open_ = {tokens: longer[tokens] for tokens in longer if tokens not in closed}
+        return complete | open_
 
     def _forward(self, prefixes: Iterable[tuple[int, ...]]) -> None:
         """Fill ``_rows`` for prefixes of one length, each read in full from its first token."""
@@ -128,12 +118,7 @@ def naive_log_prob(
     """Log-probability of each token given all before it, ``(n,)`` float64, nats.
 
     By one plain float32 forward of ``lm.model`` over the whole sequence. No end factor.
-
-    Args:
-        lm: its ``.model`` alone is used.
-        prefix_ids: at least one token.
-        token_ids: the n tokens to score.
-        temperature: renormalises every step as ``p ** (1 / temperature)``.
+    ``temperature`` renormalises every step as ``p ** (1 / temperature)``.
 
     Raises:
         ValueError: an empty prefix.
@@ -160,12 +145,10 @@ def enumerate_site(
 
 def _eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:
     """Every id that the model's, the generation's or the tokenizer's configuration calls EOS."""
-    found: set[int] = set()
-    generation = getattr(model, "generation_config", None)
-    for source in (model.config, generation, tokenizer):
-        ids = getattr(source, "eos_token_id", None)
-        found.update(ids if isinstance(ids, (list, tuple)) else () if ids is None else (ids,))
-    return frozenset(found)
+    sources = (model.config, getattr(model, "generation_config", None), tokenizer)
+    found = [getattr(source, "eos_token_id", None) for source in sources]
+    several = [ids if isinstance(ids, (list, tuple)) else (ids,) for ids in found]
+    return frozenset(token for ids in several for token in ids if token is not None)
 
 
 @contextlib.contextmanager

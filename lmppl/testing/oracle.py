@@ -12,8 +12,8 @@ import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from pyro.distributions.util import scale_and_mask
@@ -26,7 +26,7 @@ from lmppl.testing.naive import NaiveLM
 from lmppl.testing.quadrature import quadrature_nodes
 
 
-@dataclass(frozen=True)
+@dataclass
 class ExactTrace:
     """One path through a program.
 
@@ -42,35 +42,26 @@ class ExactTrace:
         returns: what the program returned; None for a path that is ruled out.
     """
 
-    values: dict[str, Any]
-    texts: dict[str, str]
-    data: dict[str, torch.Tensor]
-    log_joint: float
-    log_prior: float
+    values: dict[str, Any] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
+    data: dict[str, torch.Tensor] = field(default_factory=dict)
+    log_joint: float = 0.0
+    log_prior: float = 0.0
     returns: Any = None
 
 
-@dataclass(frozen=True)
-class Enumeration(Sequence[ExactTrace]):
+class Enumeration(tuple[ExactTrace, ...]):
     """All traces of a program, in the order of their enumeration."""
-
-    traces: tuple[ExactTrace, ...]
-
-    def __len__(self) -> int:
-        return len(self.traces)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.traces[index]
 
     @property
     def latents(self) -> tuple[str, ...]:
         """The latent sites, of all paths, by first appearance."""
-        return tuple(dict.fromkeys(name for trace in self.traces for name in trace.values))
+        return tuple(dict.fromkeys(name for trace in self for name in trace.values))
 
     @property
     def log_evidence(self) -> float:
         """Log of the sum of all joint densities, nats."""
-        return _logsumexp([trace.log_joint for trace in self.traces])
+        return _logsumexp([trace.log_joint for trace in self])
 
     def posterior(self, *names: str, text: bool = False) -> dict[Any, float]:
         """Exact posterior probabilities of the values of ``names``.
@@ -90,27 +81,24 @@ class Enumeration(Sequence[ExactTrace]):
         log_evidence = self.log_evidence
         if log_evidence == -math.inf:
             raise ValueError("no trace has positive density, so there is no posterior")
-        return self._table(names, text, [t.log_joint - log_evidence for t in self.traces])
+        return self._table(names, text, [t.log_joint - log_evidence for t in self])
 
     def prior(self, *names: str, text: bool = False) -> dict[Any, float]:
         """Exact probabilities of running the program forward; see ``posterior``."""
-        return self._table(names, text, [t.log_prior for t in self.traces])
+        return self._table(names, text, [t.log_prior for t in self])
 
     def mean(self, fn: Callable[[ExactTrace], float]) -> float:
         """Posterior expectation of a function of a trace."""
         log_evidence = self.log_evidence
-        live = [trace for trace in self.traces if trace.log_joint > -math.inf]
+        live = [trace for trace in self if trace.log_joint > -math.inf]
         return math.fsum(math.exp(t.log_joint - log_evidence) * float(fn(t)) for t in live)
 
-    def _table(
-        self, names: Sequence[str], text: bool, log_probs: Sequence[float]
-    ) -> dict[Any, float]:
-        latents = self.latents
+    def _table(self, names: Sequence[str], text: bool, log_probs: list[float]) -> dict[Any, float]:
+        latents, table = self.latents, dict[Any, float]()
         unknown = [name for name in names if name not in latents]
         if unknown:
             raise ValueError(f"no latent site {unknown[0]!r}; there are {', '.join(latents)}")
-        table: dict[Any, float] = {}
-        for trace, log_prob in zip(self.traces, log_probs, strict=True):
+        for trace, log_prob in zip(self, log_probs, strict=True):
             if log_prob > -math.inf:
                 at = key(trace.values | trace.texts if text else trace.values, names or latents)
                 table[at] = table.get(at, 0.0) + math.exp(log_prob)
@@ -147,8 +135,7 @@ def enumerate_program(
             and, with ``quadrature``, continuous ones. Given its sites' values it must be
             deterministic, tools included (a tool is called again for every path).
         lm: the model of sites that name none.
-        quadrature: number of nodes for every continuous site (see
-            ``quadrature_nodes``); None refuses continuous sites.
+        quadrature: number of nodes for every continuous site; None refuses such sites.
         max_traces: the most traces to try.
 
     Raises:
@@ -167,20 +154,18 @@ def enumerate_program(
                 return Enumeration(tuple(found))
 
 
-@dataclass
-class _Branching:
-    """A latent site on the current path: what it may be, and which of these is being tried."""
-
-    name: str
-    options: list[_Option]
-    index: int = 0
-
-
-@dataclass(frozen=True)
-class _Option:
+class _Option(NamedTuple):
     value: torch.Tensor
     log_prob: float  # of drawing it; for a quadrature node, the log of its weight
     node: bool = False
+
+
+@dataclass
+class _Branching:
+    """A latent site on the current path: what it may yet be, the present option first."""
+
+    name: str
+    options: list[_Option]
 
 
 class _ZeroProbability(BaseException):
@@ -197,36 +182,22 @@ class _Search(Messenger):
         self._naive: dict[LM, NaiveLM] = {}
 
     def run(self, program: Callable[..., Any], args: Any, kwargs: Any) -> ExactTrace:
-        self._depth = 0
-        self._seen: set[str] = set()
-        self._values: dict[str, Any] = {}
-        self._texts: dict[str, str] = {}
-        self._data: dict[str, torch.Tensor] = {}
-        self._log_joint = self._log_prior = 0.0
-        returns = None
+        self._depth, self._seen, self._trace = 0, set[str](), ExactTrace()
         try:
             with self:
-                returns = program(*args, **kwargs)
+                self._trace.returns = program(*args, **kwargs)
         except _ZeroProbability:
-            self._log_joint = -math.inf
+            self._trace.log_joint = -math.inf
         else:
             if self._depth < len(self._path):
                 self._diverged(self._path[self._depth].name, "the end of the program")
-        return ExactTrace(
-            values=self._values,
-            texts=self._texts,
-            data=self._data,
-            log_joint=self._log_joint,
-            log_prior=self._log_prior,
-            returns=returns,
-        )
+        return self._trace
 
     def advance(self) -> bool:
         """Move to the next path; False if there is none."""
         while self._path:
-            last = self._path[-1]
-            last.index += 1
-            if last.index < len(last.options):
+            self._path[-1].options.pop(0)
+            if self._path[-1].options:
                 return True
             self._path.pop()
         return False
@@ -236,51 +207,51 @@ class _Search(Messenger):
     def _process_message(self, msg: Any) -> None:
         if msg["type"] != "sample":
             return
-        if msg["name"] in self._seen:
-            raise ValueError(f"site '{msg['name']}' occurs twice in one run: names must differ")
-        self._seen.add(msg["name"])
-        if msg["is_observed"] or msg["value"] is not None or not _is_random(msg["fn"]):
+        name, fn, trace = msg["name"], msg["fn"], self._trace
+        if name in self._seen:
+            raise ValueError(f"site '{name}' occurs twice in one run: names must differ")
+        self._seen.add(name)
+        if msg["is_observed"] or msg["value"] is not None or not _is_random(fn):
             return
         if self._depth == len(self._path):
-            self._path.append(_Branching(msg["name"], self._options(msg["name"], msg["fn"])))
+            self._path.append(_Branching(name, self._options(name, fn)))
         branching = self._path[self._depth]
-        if branching.name != msg["name"]:
-            self._diverged(branching.name, f"site '{msg['name']}'")
+        if branching.name != name:
+            self._diverged(branching.name, f"site '{name}'")
         self._depth += 1
-        option = branching.options[branching.index]
-        msg["value"] = option.value
+        option = branching.options[0]
+        msg["value"] = trace.data[name] = option.value
         msg["done"] = True
-        self._data[msg["name"]] = option.value
-        self._values[msg["name"]] = _plain(msg["fn"], option.value)
-        if isinstance(msg["fn"], LMText):
-            self._texts[msg["name"]] = self._text(msg["fn"], option.value)
+        trace.values[name] = _plain(fn, option.value)
+        if isinstance(fn, LMText):
+            trace.texts[name] = self._naive_lm(fn).text(trace.values[name])
+        trace.log_prior += option.log_prob
         log_prob = torch.tensor(option.log_prob, dtype=torch.float64)
-        self._log_prior += option.log_prob
-        if option.node:
-            # The weight holds dx as well, to which scale and mask do not apply.
-            density = msg["fn"].log_prob(option.value).double()
-            self._log_joint += float(log_prob - density + _scaled(density, msg))
-        else:
-            self._log_joint += float(_scaled(log_prob, msg))
+        # A node's weight holds dx as well, to which scale and mask do not apply.
+        density = fn.log_prob(option.value).double() if option.node else log_prob
+        trace.log_joint += float(log_prob - density + _scaled(density, msg))
 
     def _postprocess_message(self, msg: Any) -> None:
-        if msg["type"] != "sample" or msg["name"] in self._values:
+        if msg["type"] != "sample" or msg["name"] in self._trace.values:
             return
         fn = msg["fn"]
         if isinstance(fn, LMText):
             log_prob = torch.tensor(self._lm_log_prob(msg["name"], fn, msg["value"]))
         else:
             log_prob = fn.log_prob(msg["value"], *msg["args"], **msg["kwargs"])
-        self._log_joint += float(_scaled(log_prob.double(), msg))
-        if self._log_joint == -math.inf:
+        self._trace.log_joint += float(_scaled(log_prob.double(), msg))
+        if self._trace.log_joint == -math.inf:
             raise _ZeroProbability
 
     # --- supports ---------------------------------------------------------------------------
 
     def _options(self, name: str, fn: Any) -> list[_Option]:
         if isinstance(fn, LMText):
-            table = self._lm_table(fn)
-            options = [_Option(_padded(fn, ids), log_prob) for ids, log_prob in table.items()]
+            pad = [-1] * fn.event_shape[0]
+            options = [
+                _Option(torch.tensor([*ids, *pad[len(ids) :]], dtype=torch.long), log_prob)
+                for ids, log_prob in self._lm_table(fn).items()
+            ]
         elif getattr(fn, "has_enumerate_support", False):
             options = [_Option(v, float(fn.log_prob(v).sum())) for v in _support(fn)]
         elif self._num_nodes is not None:
@@ -288,11 +259,8 @@ class _Search(Messenger):
                 nodes, log_weights = quadrature_nodes(fn, self._num_nodes)
             except (NotImplementedError, ValueError) as error:
                 raise ValueError(f"site '{name}': {error}") from error
-            values = nodes.to(torch.get_default_dtype())
-            options = [
-                _Option(value, float(weight), node=True)
-                for value, weight in zip(values, log_weights, strict=True)
-            ]
+            pairs = zip(nodes.to(torch.get_default_dtype()), log_weights.tolist(), strict=True)
+            options = [_Option(value, weight, node=True) for value, weight in pairs]
         else:
             raise ValueError(
                 f"site '{name}': {type(fn).__name__} has no finite support; pass quadrature= (a "
@@ -303,14 +271,11 @@ class _Search(Messenger):
     def _lm_table(self, fn: LMText) -> dict[tuple[int, ...], float]:
         naive = self._naive_lm(fn)
         if fn.choices is not None:
-            sums = [float(naive.log_prob(fn.prefix_ids, ids).sum()) for ids in fn.choices]
-            scores = [each / fn.temperature for each in sums]
-            total = _logsumexp(scores)
-            return {ids: each - total for ids, each in zip(fn.choices, scores, strict=True)}
-        stop, max_tokens = fn.stopping.stop, fn.stopping.max_tokens
-        if max_tokens is None:
-            return naive.enumerate_beginnings(fn.prefix_ids, fn.event_shape[0], fn.temperature)
-        return naive.enumerate(fn.prefix_ids, max_tokens, stop, fn.temperature)
+            sums = {ids: float(naive.log_prob(fn.prefix_ids, ids).sum()) for ids in fn.choices}
+            total = _logsumexp([log_prob / fn.temperature for log_prob in sums.values()])
+            return {ids: log_prob / fn.temperature - total for ids, log_prob in sums.items()}
+        stop = None if fn.stopping.max_tokens is None else fn.stopping.stop
+        return naive.enumerate(fn.prefix_ids, fn.event_shape[0], stop, fn.temperature)
 
     def _lm_log_prob(self, name: str, fn: LMText, value: torch.Tensor) -> float:
         """Density of an observed text, after a check that the site could have produced it."""
@@ -327,13 +292,6 @@ class _Search(Messenger):
         if fn.lm not in self._naive:
             self._naive[fn.lm] = NaiveLM(fn.lm)
         return self._naive[fn.lm]
-
-    def _text(self, fn: LMText, value: torch.Tensor) -> str:
-        naive = self._naive_lm(fn)
-        ids = [token for token in _token_ids(value) if token not in naive.eos_ids]
-        return naive.tokenizer.decode(
-            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
 
     def _diverged(self, expected: str, got: str) -> None:
         raise ValueError(
@@ -355,8 +313,8 @@ def _support(fn: Any) -> Iterator[torch.Tensor]:
     """All values of a discrete distribution, elements of a batch varying independently."""
     single = fn.enumerate_support(expand=False)
     cells = fn.batch_shape.numel()
-    per_cell = single.expand((-1,) + tuple(fn.batch_shape + fn.event_shape))
-    per_cell = per_cell.reshape((len(single), cells) + tuple(fn.event_shape))
+    per_cell = single.expand(-1, *fn.batch_shape, *fn.event_shape)
+    per_cell = per_cell.reshape(len(single), cells, *fn.event_shape)
     for index in itertools.product(range(len(single)), repeat=cells):
         value = torch.stack([per_cell[i, cell] for cell, i in enumerate(index)])
         yield value.reshape(fn.batch_shape + fn.event_shape)
@@ -364,10 +322,6 @@ def _support(fn: Any) -> Iterator[torch.Tensor]:
 
 def _scaled(log_prob: torch.Tensor, msg: Any) -> torch.Tensor:
     return scale_and_mask(log_prob, msg["scale"], msg["mask"]).sum()
-
-
-def _padded(fn: LMText, ids: Sequence[int]) -> torch.Tensor:
-    return torch.tensor([*ids, *[-1] * (fn.event_shape[0] - len(ids))], dtype=torch.long)
 
 
 def _token_ids(value: torch.Tensor) -> tuple[int, ...]:

@@ -30,10 +30,8 @@ class Case:
 
     Attributes:
         name: of the feature it shows.
-        program: an lmppl program; its LM sites name no model.
-        args: its positional arguments.
-        text_latents: the latent text sites, of all branches.
-        other_latents: the other latent sites.
+        program, args: an lmppl program whose LM sites name no model, and its positional arguments.
+        text_latents, other_latents: the latent sites of all branches, those of texts apart.
         quadrature: number of nodes of every continuous latent; None where there is none.
     """
 
@@ -48,11 +46,6 @@ class Case:
     def lm(self) -> LM:
         """The model, one for all cases."""
         return _shared_lm()
-
-    @property
-    def discrete_latents(self) -> tuple[str, ...]:
-        """The latents whose values can be counted: all but ``theta``."""
-        return self.text_latents + tuple(name for name in self.other_latents if name != "theta")
 
     def enumerate(self) -> Enumeration:
         """All traces. Computed once."""
@@ -166,13 +159,9 @@ def scale(x: str, y: str) -> Text:
 def use_tool(x: str, y: str) -> str:
     """A Python function reads a text, and what it returns is read by the model."""
     z = lm_sample("z", x, max_tokens=3, stop=".")
-    swapped = tool("swap", _swap, z.body)
+    swapped = tool("swap", z.body.translate, str.maketrans("ab", "ba"))
     lm_sample("y", [x, swapped], obs=y)
     return swapped
-
-
-def _swap(text: str) -> str:
-    return text.translate(str.maketrans("ab", "ba"))
 
 
 CASES = {

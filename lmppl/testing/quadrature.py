@@ -17,9 +17,8 @@ import torch
 def quadrature_nodes(distribution: Any, num_nodes: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Nodes and log-weights so that ``sum_k exp(log_w_k) f(x_k)`` is ``E[f(x)]``.
 
-    By Golub and Welsch (Mathematics of Computation 23, 1969): the nodes are the eigenvalues of
-    the tridiagonal matrix of the recurrence of the polynomials that are orthogonal under the
-    density, and the weights the squared first components of its eigenvectors.
+    By Golub and Welsch (Mathematics of Computation 23, 1969): eigenvalues, and squared first
+    components of eigenvectors, of the recurrence of the polynomials orthogonal under the density.
 
     Args:
         distribution: a scalar ``Beta``, ``Uniform``, ``Normal`` or ``Gamma`` (or ``Exponential``).

@@ -17,6 +17,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lmppl.lm import LM
+from lmppl.lm.tokens.token_bytes import byte_level_alphabet
 
 EOS = "<eos>"
 BOS = "<bos>"
@@ -28,19 +29,15 @@ def tiny_lm(
     seed: int = 0,
     eos: bool = True,
     bos: bool = False,
-    contrast: float = 2.0,
     hidden_size: int = 64,
-    num_layers: int = 2,
-    context_length: int = 256,
-    unused_logits: int = 0,
+    **options: Any,
 ) -> LM:
     """A random Llama over the given tokens, made in memory in a few milliseconds.
 
     Ids are positions in ``tokens``; then come EOS (``"<eos>"``) and BOS (``"<bos>"``), as far as
     they are wanted. Decoding concatenates. Encoding takes the longest token that fits, from left
     to right, and **raises** on a character that no token holds: there is no unknown token that
-    could silently stand for it. Equal arguments give equal weights; torch's global random state
-    is neither used nor changed.
+    could silently stand for it.
 
     Args:
         tokens: the ordinary tokens: the characters of a string, or strings of any length.
@@ -48,30 +45,19 @@ def tiny_lm(
         eos: whether the vocabulary has an end-of-sequence token.
         bos: whether the tokenizer puts a BOS in front of a text. Like any token of a real model's
             vocabulary, it can be sampled too.
-        contrast: standard deviation of the logits over tokens and prefixes. At 0 every
-            distribution is uniform.
         hidden_size: a multiple of 8.
-        num_layers: keep two or more: with one layer a key or value depends on its own token only,
-            so that a cache filled under a wrong prefix would still be right.
-        context_length: of the model, in tokens.
-        unused_logits: how many logits to add that belong to no token, as in models that pad
-            their vocabulary. They have probability like any other.
+        options: ``contrast``, ``num_layers``, ``context_length``, as of :func:`tiny_model`; and
+            ``unused_logits``, how many logits to add that belong to no token, as in models that
+            pad their vocabulary. They have probability like any other.
 
     Raises:
         ValueError: no tokens, an empty token, or one given twice.
     """
     names = list(tokens)
     _check_tokens(names)
-    return _tiny(
-        tiny_tokenizer(names, eos=eos, bos=bos),
-        f"tiny-{''.join(names)}-{seed}",
-        seed=seed,
-        contrast=contrast,
-        hidden_size=hidden_size,
-        num_layers=num_layers,
-        context_length=context_length,
-        unused_logits=unused_logits,
-    )
+    tokenizer = tiny_tokenizer(names, eos=eos, bos=bos)
+    options |= {"seed": seed, "hidden_size": hidden_size}
+    return _tiny(tokenizer, f"tiny-{''.join(names)}-{seed}", **options)
 
 
 def tiny_byte_lm(
@@ -87,7 +73,7 @@ def tiny_byte_lm(
     By default it writes ``a``, ``.``, and the two bytes each of ``"é"`` and ``"è"``; one token
     ends in the middle of a character. ``options`` are those of :func:`tiny_lm`.
     """
-    to_char = _byte_alphabet()
+    to_char = {byte: character for character, byte in byte_level_alphabet().items()}
     names = ["".join(to_char[byte] for byte in token) for token in tokens]
     _check_tokens(names)
     tokenizer = tiny_tokenizer(names, eos=eos, bos=bos, byte_level=True)
@@ -133,7 +119,21 @@ def tiny_model(
     eos_token_id: int | None = None,
     bos_token_id: int | None = None,
 ) -> LlamaForCausalLM:
-    """The model of :func:`tiny_lm`: float32, on the CPU, in evaluation mode."""
+    """The model of :func:`tiny_lm`: float32, on the CPU, in evaluation mode.
+
+    Equal arguments give equal weights; torch's random state is neither used nor changed.
+
+    Args:
+        vocab_size: how many logits.
+        seed: of the weights.
+        contrast: standard deviation of the logits over tokens and prefixes. At 0 every
+            distribution is uniform.
+        hidden_size: a multiple of 8.
+        num_layers: keep two or more: with one layer a key or value depends on its own token only,
+            so that a cache filled under a wrong prefix would still be right.
+        context_length: in tokens.
+        eos_token_id, bos_token_id: of its configuration.
+    """
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
@@ -184,12 +184,8 @@ def _calibrate(model: LlamaForCausalLM, contrast: float, generator: torch.Genera
 def _tiny(
     tokenizer: PreTrainedTokenizerFast, name: str, *, unused_logits: int = 0, **options: Any
 ) -> LM:
-    model = tiny_model(
-        len(tokenizer) + unused_logits,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        **options,
-    )
+    options |= {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id}
+    model = tiny_model(len(tokenizer) + unused_logits, **options)
     return LM(model, tokenizer, name=name)
 
 
@@ -198,11 +194,3 @@ def _check_tokens(tokens: Sequence[str]) -> None:
         raise ValueError(f"a tiny LM needs at least one token, none of them empty: {tokens!r}")
     if len(set(tokens) | {EOS, BOS}) != len(tokens) + 2:
         raise ValueError(f"tokens must differ, also from {EOS!r} and {BOS!r}: {tokens!r}")
-
-
-def _byte_alphabet() -> dict[int, str]:
-    """GPT-2's printable character for every byte."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    rest = [byte for byte in range(256) if byte not in printable]
-    table = {byte: chr(byte) for byte in printable}
-    return table | {byte: chr(256 + i) for i, byte in enumerate(rest)}
