@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -20,7 +20,7 @@ from torch import nn
 
 from lmppl.distributions import LMText, SiteScore, score_texts
 from lmppl.exclusive import exclusive
-from lmppl.guides.heads import Head, head_for, head_key, moved, num_moves
+from lmppl.guides.heads import Head, head_for, moved, num_moves
 from lmppl.guides.parameters import (
     adapter_config,
     adapter_state,
@@ -33,15 +33,27 @@ from lmppl.guides.parameters import (
 from lmppl.guides.prompts import (
     OPENING,
     Observations,
+    ProgramInput,
     find_observations,
     guide_prompt,
+    is_text,
     lines,
     number_comes_first,
     show,
 )
 from lmppl.lm import LM
 from lmppl.primitives import use
-from lmppl.runtime import DrawWait, Given, HiddenWait, Proposer, ScoreWait, is_latent, suspend
+from lmppl.runtime import (
+    DrawWait,
+    Given,
+    HiddenWait,
+    Proposer,
+    ProposerFactory,
+    ScoreWait,
+    latents_of,
+    suspend,
+)
+from lmppl.runtime.arguments import Args
 from lmppl.runtime.simulation import Simulated
 
 if TYPE_CHECKING:
@@ -49,14 +61,7 @@ if TYPE_CHECKING:
 
 
 class AutomaticGuide:
-    """The guide that follows a program: a ``Guide``.
-
-    Args:
-        model: the program.
-        base: its language model, from which the adapters are made.
-        condition_on: names of the observed sites that it may see, or ``"all"``.
-        lora: peft's configuration of the adapters; None: the default.
-        adapter_per_site: give each latent text site an adapter of its own.
+    """The guide that follows a program: a ``Guide``. Its arguments are those of ``LMGuide``.
 
     Attributes:
         heads: of latent sites that are no texts, made as the sites are met.
@@ -75,8 +80,9 @@ class AutomaticGuide:
         lora: LoraConfig | None = None,
         adapter_per_site: bool = False,
     ) -> None:
-        self._model, self.base, self.condition_on = model, base, condition_on
-        self.adapter_per_site, self._lora = adapter_per_site, lora
+        self._model, self.base, self._lora = model, base, lora
+        self.condition_on: Any = "all" if condition_on == "all" else sorted(condition_on)
+        self.adapter_per_site = adapter_per_site
         self.heads = nn.ModuleDict()
         self.sites = TrainedSites()
         self._several_inputs = False
@@ -118,39 +124,30 @@ class AutomaticGuide:
     # --- drawing and scoring ---------------------------------------------------------------------
 
     def proposer_factory(
-        self,
-        args: tuple[Any, ...],
-        *,
-        temperature: float = 1.0,
-        observations: Observations | None = None,
-    ) -> Callable[[int, int], Proposer]:
+        self, args: Args, *, temperature: float = 1.0, observations: Observations | None = None
+    ) -> ProposerFactory:
         if observations is not None:
             return lambda slot, seed: AutomaticProposer(self, observations, temperature)
         (seen,) = self.observations_of([(self._model, args)])
         return lambda slot, seed: AutomaticProposer(self, seen, temperature, self.sites)
 
-    def recaller(self, args: tuple[Any, ...], observations: Observations) -> AutomaticProposer:
+    def recaller(self, args: Args, observations: Observations) -> AutomaticProposer:
         return AutomaticProposer(self, observations)
 
-    def observations_of(
-        self, inputs: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]]
-    ) -> list[Observations]:
+    def observations_of(self, inputs: Sequence[ProgramInput]) -> list[Observations]:
+        vocabulary = self.base.vocabulary
         with use(self.base):
-            return find_observations(
-                inputs, self.base.vocabulary, self.condition_on, strict=self._strict
-            )
+            return find_observations(inputs, vocabulary, self.condition_on, strict=self._strict)
 
     def observations_of_simulation(
         self, one: Simulated, program: Callable[..., Any]
     ) -> Observations | None:
         if not one.is_all_observed or number_comes_first(one.sites):
             return None
-        sites = {
-            name: node
-            for name, node in one.sites.items()
-            if name in one.observations
-            and (self.condition_on == "all" or name in self.condition_on)
-        }
+        seen = set(one.observations)
+        if self.condition_on != "all":
+            seen &= set(self.condition_on)
+        sites = {name: node for name, node in one.sites.items() if name in seen}
         return show(sites, program, self.base.vocabulary, strict=self._strict)
 
     @property
@@ -162,26 +159,26 @@ class AutomaticGuide:
         self, proposers: Sequence[AutomaticProposer], *, grad: bool = True
     ) -> list[dict[str, SiteScore]]:
         scores: list[dict[str, SiteScore]] = [{} for _ in proposers]
-        texts: list[tuple[int, str, TextDraw]] = []
-        by_head: dict[str, list[tuple[int, str, HeadDraw]]] = {}
-        for i, proposer in enumerate(proposers):
+        texts: list[tuple[dict[str, SiteScore], str, TextDraw]] = []
+        by_head: dict[Head, list[tuple[dict[str, SiteScore], str, HeadDraw]]] = {}
+        for score, proposer in zip(scores, proposers, strict=True):
             for name, draw in proposer.draws.items():
                 if isinstance(draw, HeadDraw):
-                    by_head.setdefault(draw.key, []).append((i, name, draw))
+                    by_head.setdefault(draw.head, []).append((score, name, draw))
                     continue
-                texts.append((i, name, draw))
+                texts.append((score, name, draw))
                 if grad:
                     self.sites.learn(name, draw.fn)
         names = [name for _, name, _ in texts]
         fns, values = [draw.fn for _, _, draw in texts], [draw.value for _, _, draw in texts]
         found = score_texts(fns, values, names, grad=grad, score_closing=True)
-        for (i, name, _), score in zip(texts, found, strict=True):
-            scores[i][name] = score
+        for (score, name, _), site_score in zip(texts, found, strict=True):
+            score[name] = site_score
         with torch.set_grad_enabled(grad):
-            for key, draws in by_head.items():
-                moves = self.heads[key](torch.stack([draw.features for _, _, draw in draws]))
-                for (i, name, draw), move in zip(draws, moves.unbind(), strict=True):
-                    scores[i][name] = (moved(draw.fn, move).log_prob(draw.value).sum(), None)
+            for head, draws in by_head.items():
+                moves = head(torch.stack([draw.features for _, _, draw in draws]))
+                for (score, name, draw), move in zip(draws, moves.unbind(), strict=True):
+                    score[name] = (moved(draw.fn, move).log_prob(draw.value).sum(), None)
         return scores
 
     # --- parameters and state --------------------------------------------------------------------
@@ -190,7 +187,7 @@ class AutomaticGuide:
         self._several_inputs = several_inputs
         self.sites = TrainedSites()
 
-    def find_parameters(self, args: tuple[Any, ...]) -> None:
+    def find_parameters(self, args: Args) -> None:
         """Nothing is to be found: they are made as sites are met."""
 
     def adapters(self) -> list[LM]:
@@ -205,21 +202,22 @@ class AutomaticGuide:
     def identity(self) -> dict[str, Any]:
         return {
             "guide program": None,
-            "condition_on": _listed_names(self.condition_on),
+            "condition_on": self.condition_on,
             "adapter_per_site": self.adapter_per_site,
         }
 
     def state_dict(self) -> dict[str, Any]:
-        adapters, heads = self.adapters(), {}
-        for key, head in self.heads.items():
-            heads[key] = {"sizes": head.sizes, "tensors": head.state_dict()}
+        adapters = self.adapters()
         return {
             "kind": "automatic",
             "lora": adapter_config(adapters[0]) if adapters else config_state(self._lora),
-            "condition_on": _listed_names(self.condition_on),
+            "condition_on": self.condition_on,
             "adapted_sites": self.adapted_sites if self.adapter_per_site else None,
             "adapters": [adapter_state(adapter) for adapter in adapters],
-            "heads": heads,
+            "heads": {
+                key: {"sizes": head.sizes, "tensors": head.state_dict()}
+                for key, head in self.heads.items()
+            },
             "sites": self.sites.laws,
         }
 
@@ -234,22 +232,22 @@ class AutomaticGuide:
         self.sites = TrainedSites(state["sites"])
 
 
-def _listed_names(condition_on: Literal["all"] | Collection[str]) -> Any:
-    return "all" if condition_on == "all" else sorted(condition_on)
-
-
 @dataclass(frozen=True, eq=False)
 class TextDraw:
-    fn: LMText
-    value: torch.Tensor
+    fn: LMText  # the guide's
+    value: Any  # a tensor; None: not drawn yet
 
 
 @dataclass(frozen=True, eq=False)
 class HeadDraw:
-    key: str
+    head: Head
     features: torch.Tensor  # (num_features,) float32
     fn: Any  # the model's own distribution
-    value: torch.Tensor
+    value: Any
+
+    def guide_fn(self) -> Any:
+        """The distribution that it is drawn from."""
+        return moved(self.fn, self.head(self.features))
 
 
 class AutomaticProposer:
@@ -258,8 +256,7 @@ class AutomaticProposer:
     Args:
         guide: its language models and heads are drawn from.
         observations: what it may see of the input.
-        temperature: of the behaviour policy: text is drawn from ``q ** (1 / temperature)``;
-            ``math.inf``: everything is drawn from the model instead.
+        temperature: of the behaviour policy, see ``Guide.proposer_factory``.
         sites: that it was trained on, to warn of others.
 
     Attributes:
@@ -278,119 +275,88 @@ class AutomaticProposer:
         self.draws: dict[str, TextDraw | HeadDraw] = {}
 
     def propose(self, site: Any, trace: Trace) -> Given | None:
-        name, fn = site["name"], site["fn"]
-        if isinstance(fn, LMText):
-            q = self._text_guide(site, trace)
-            if q is None:
-                return None
-            behaviour = q
-            if self._temperature == math.inf:
-                behaviour = fn
-            elif self._temperature != 1.0:
-                heat = fn.temperature * self._temperature
-                behaviour = q.with_prefix_ids(q.prefix_ids, q.lm, heat)
+        name, is_prior = site["name"], self._temperature == math.inf
+        draw = self._draw_at(site, trace)
+        if draw is None:
+            return None
+        if isinstance(draw, TextDraw):
+            q = draw.fn
+            heat = q.temperature * self._temperature
+            behaviour = site["fn"] if is_prior else q.with_prefix_ids(q.prefix_ids, q.lm, heat)
             uniforms = torch.rand(q.num_uniforms, dtype=torch.float64, device="cpu")
             value, log_q = suspend(DrawWait(name, behaviour, uniforms))
-            self.draws[name] = TextDraw(q, value)
-            return Given(value, proposal_log_prob=log_q)
-        moves = num_moves(fn)
-        if moves is None:
-            return None
-        key, features = self._head_at(name, trace, moves, None)
-        with torch.no_grad():
-            is_prior = self._temperature == math.inf
-            q_fn = fn if is_prior else moved(fn, self._guide.heads[key](features))
-            value = q_fn.sample()
-            log_q = q_fn.log_prob(value).sum()
-        self.draws[name] = HeadDraw(key, features, fn, value)
+        else:
+            with torch.no_grad():
+                q_fn = draw.fn if is_prior else draw.guide_fn()
+                value = q_fn.sample()
+                log_q = q_fn.log_prob(value).sum()
+        self.draws[name] = replace(draw, value=value)
         return Given(value, proposal_log_prob=log_q)
 
     def recall(
         self, site: Any, trace: Trace, value: torch.Tensor, features: torch.Tensor | None
     ) -> None:
         """Remember ``value`` as what was drawn at a site, if it is one that the guide draws.
-
-        Args:
-            site: the latent site's Pyro message.
-            trace: the run so far.
-            value: of the site.
-            features: what the head reads there; None: to be found out.
-        """
-        name, fn = site["name"], site["fn"]
-        if isinstance(fn, LMText):
-            q = self._text_guide(site, trace)
-            if q is not None:
-                self.draws[name] = TextDraw(q, value)
-            return
-        moves = num_moves(fn)
-        if moves is not None:
-            self.draws[name] = HeadDraw(*self._head_at(name, trace, moves, features), fn, value)
+        ``features`` are what the head reads there; None: to be found out."""
+        draw = self._draw_at(site, trace, value, features)
+        if draw is not None:
+            self.draws[site["name"]] = draw
 
     def condition(self, site: Any, trace: Trace, value: torch.Tensor) -> torch.Tensor | None:
-        """Go on as if it had drawn ``value`` at a site.
-
-        Returns:
-            log q of the value, given what was drawn before (0-d, nats); None if the guide leaves the
-            site to the model.
-        """
-        self.recall(site, trace, value, None)
-        draw = self.draws.get(site["name"])
+        """See ``mixture.Conditioned``."""
+        draw = self._draw_at(site, trace, value)
         if draw is None:
             return None
+        self.draws[site["name"]] = draw
         if isinstance(draw, TextDraw):
             return suspend(ScoreWait(site["name"], draw.fn, value))[0]
         with torch.no_grad():
-            return moved(draw.fn, self._guide.heads[draw.key](draw.features)).log_prob(value).sum()
+            return draw.guide_fn().log_prob(value).sum()
 
-    def _text_guide(self, site: Any, trace: Trace) -> LMText | None:
-        """What the guide draws a text from; None: it leaves the site to the model."""
-        fn: LMText = site["fn"]
-        if fn.batch_shape or not self._guide.draws_for(fn.lm):
+    def _draw_at(
+        self,
+        site: Any,
+        trace: Trace,
+        value: torch.Tensor | None = None,
+        features: torch.Tensor | None = None,
+    ) -> TextDraw | HeadDraw | None:
+        """The guide's draw of a site, and what it is from; None: it leaves the site to the model."""
+        name, fn, guide = site["name"], site["fn"], self._guide
+        if isinstance(fn, LMText):
+            if fn.batch_shape or not guide.draws_for(fn.lm):
+                return None
+            if self._sites is not None:
+                self._sites.check(name, fn)
+            prompt = guide_prompt(site, trace, self._observations, guide.told_of_cuts)
+            q = fn.with_prefix_ids(prompt, guide.adapter_for(name), fn.temperature)
+            return TextDraw(q, value)
+        moves = num_moves(fn)
+        if moves is None:
             return None
-        if self._sites is not None:
-            self._sites.check(site["name"], fn)
-        prompt = guide_prompt(site, trace, self._observations, self._guide.told_of_cuts)
-        return fn.with_prefix_ids(prompt, self._guide.adapter_for(site["name"]), fn.temperature)
-
-    def _head_at(
-        self, name: str, trace: Trace, moves: int, features: torch.Tensor | None
-    ) -> tuple[str, torch.Tensor]:
-        """The key of a site's head, one for each list of latents before it that are no texts, and what
-        the head reads there (None: to be found out)."""
-        others = [
-            other
-            for other, node in trace.nodes.items()
-            if node["type"] == "sample" and is_latent(node) and not isinstance(node["fn"], LMText)
-        ]
-        key = head_key([name, *others])
-        if features is None:
-            features = self._features(name, trace)
-        num_numbers = len(features) - self._guide.base.hidden_size
-        head_for(self._guide.heads, key, name, (len(features), moves, num_numbers))
-        return key, features
+        # There is a head for each list of latents before it that are no texts.
+        nodes = latents_of(trace).items()
+        names = [name, *(n for n, node in nodes if not isinstance(node["fn"], LMText))]
+        features = self._features(name, trace) if features is None else features
+        num_numbers = len(features) - guide.base.hidden_size
+        head = head_for(guide.heads, names, (len(features), moves, num_numbers))
+        return HeadDraw(head, features, fn, value)
 
     def _features(self, name: str, trace: Trace) -> torch.Tensor:
-        """What a head sees: the LM's state after the texts so far, and the other latents."""
-        base = self._guide.base
+        """What a head reads: the latents before it that are no texts, the LM's state after those that
+        are."""
+        base, seen = self._guide.base, self._observations
         tokens: tuple[int, ...] = ()
         numbers: list[torch.Tensor] = []
-        for node in trace.nodes.values():
-            if node["type"] != "sample" or not is_latent(node):
-                continue
-            fn, value = node["fn"], node["value"]
-            if isinstance(fn, LMText):
-                if fn.batch_shape or not fn.lm.vocabulary.same_as(base.vocabulary):
-                    continue
+        for node in latents_of(trace).values():
+            if not isinstance(node["fn"], LMText):
+                numbers.append(node["value"].detach().float().reshape(-1))
+            elif is_text(node, base.vocabulary):
                 if not tokens:
-                    told = self._guide.told_of_cuts
-                    tokens = guide_prompt(node, Trace(), self._observations, told)
-                tokens += fn.token_ids(value)
-            else:
-                numbers.append(value.detach().float().reshape(-1))
+                    tokens = guide_prompt(node, Trace(), seen, self._guide.told_of_cuts)
+                tokens += node["fn"].token_ids(node["value"])
         if not tokens:
-            seen = self._observations
-            vocabulary = base.vocabulary
-            tokens = (*vocabulary.bos_ids, *lines(seen, vocabulary), *seen.get(OPENING, ()))
+            bos = base.vocabulary.bos_ids
+            tokens = (*bos, *lines(seen, base.vocabulary), *seen.get(OPENING, ()))
         # As many features without a token to read: on another input there may be one.
         state = torch.zeros(base.hidden_size)
         if base.context_length is not None:
@@ -434,9 +400,8 @@ class TrainedSites:
     def learn(self, name: str, fn: LMText) -> None:
         """Note a site in training. What differs from one input to the next is not held to be fixed."""
         law = _law_of(fn)
-        known = self.laws.setdefault(name, law)
-        if known != law:
-            self.laws[name] = {key: value for key, value in known.items() if value == law[key]}
+        known = self.laws.get(name, law)
+        self.laws[name] = {key: value for key, value in known.items() if value == law[key]}
 
     def check(self, name: str, fn: LMText) -> None:
         """Warn, once a site, where it is not what it was in training."""

@@ -9,11 +9,11 @@ import torch
 
 from lmppl.distributions import SiteScore
 from lmppl.guides.program import ProgramGuide
-from lmppl.guides.prompts import Observations
+from lmppl.guides.prompts import Observations, ProgramInput
 from lmppl.lm import LM
 from lmppl.report.history import History
-from lmppl.runtime import Proposer
-from lmppl.runtime.arguments import check_program
+from lmppl.runtime import ProposerFactory
+from lmppl.runtime.arguments import Args, check_program
 from lmppl.runtime.records import Recaller
 from lmppl.runtime.simulation import Simulated
 
@@ -26,13 +26,9 @@ class Guide(Protocol):
         """Whether it reads what the program observes; else it reads the program's arguments."""
 
     def proposer_factory(
-        self,
-        args: tuple[Any, ...],
-        *,
-        temperature: float = 1.0,
-        observations: Observations | None = None,
-    ) -> Callable[[int, int], Proposer]:
-        """What makes the proposer of each particle on one input, from its slot and a seed.
+        self, args: Args, *, temperature: float = 1.0, observations: Observations | None = None
+    ) -> ProposerFactory:
+        """What makes the proposer of each particle on one input.
 
         Args:
             args: the program's arguments.
@@ -42,13 +38,11 @@ class Guide(Protocol):
                 to use; it finds them, and warns of sites that it was not trained for.
         """
 
-    def recaller(self, args: tuple[Any, ...], observations: Observations) -> Recaller:
+    def recaller(self, args: Args, observations: Observations) -> Recaller:
         """A proposer for a trace whose latents are known, which remembers them as its own draws."""
 
-    def observations_of(
-        self, inputs: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]]
-    ) -> list[Observations]:
-        """What it reads of inputs, pairs of program and arguments, in one batch of runs."""
+    def observations_of(self, inputs: Sequence[ProgramInput]) -> list[Observations]:
+        """What it reads of inputs, in one batch of runs."""
 
     def observations_of_simulation(
         self, one: Simulated, program: Callable[..., Any]
@@ -66,9 +60,9 @@ class Guide(Protocol):
         """Begin to note what sites are like in training, and whether it has to tell inputs apart by
         what it reads."""
 
-    def find_parameters(self, args: tuple[Any, ...]) -> None:
-        """Find out which parameters a guide program has, by runs of it on an input; raises
-        ``ValueError`` if it has none."""
+    def find_parameters(self, args: Args) -> None:
+        """Find the parameters of a guide program by runs on an input; raises ``ValueError`` if it has
+        none."""
 
     def adapters(self) -> list[LM]:
         """The language models with trainable parameters, in the order in which it uses them."""
@@ -88,16 +82,7 @@ class Guide(Protocol):
 
 
 class TrainableGuide(Guide, Protocol):
-    """A guide with the program that it is for, and the record of its training.
-
-    Attributes:
-        model: the program.
-        base: the language model that the guide's are adapted from.
-        condition_on: names of the observed sites that it may see, or ``"all"``.
-        history: one dict a training step.
-        notes: what training has to say of itself.
-        tempered_target: temperature of the posterior that it has learned; None: it is untempered.
-    """
+    """A guide with the program that it is for, and the record of its training: see ``LMGuide``."""
 
     model: Callable[..., Any]
     base: LM
@@ -106,11 +91,12 @@ class TrainableGuide(Guide, Protocol):
     tempered_target: float | None
 
     @property
-    def condition_on(self) -> Literal["all"] | Collection[str]: ...
+    def condition_on(self) -> Literal["all"] | Collection[str]:
+        """Names of the observed sites that it may see, or ``"all"``."""
 
     def prepare(
         self,
-        args: tuple[Any, ...],
+        args: Args,
         model: Callable[..., Any] | None = None,
         observations: Observations | None = None,
     ) -> None:
@@ -137,12 +123,7 @@ def as_guide(guide: Any) -> Guide | None:
     )
 
 
-def proposer_factory(guide: Any, args: tuple[Any, ...]) -> Callable[[int, int], Proposer] | None:
-    """What makes the proposer of each particle, from its slot and a seed; None: the prior.
-
-    Args:
-        guide: what was given as ``guide=``.
-        args: the program's arguments.
-    """
+def proposer_factory(guide: Any, args: Args) -> ProposerFactory | None:
+    """What makes the proposers of what was given as ``guide=``; None: the prior draws."""
     found = as_guide(guide)
     return None if found is None else found.proposer_factory(args)

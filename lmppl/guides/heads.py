@@ -20,11 +20,8 @@ _WIDTH = 64
 class Head(nn.Module):
     """From features (N, num_features) to moves of unconstrained parameters (N, num_moves).
 
-    Args:
-        num_features: numbers, and then the state of a language model.
-        num_moves: parameters to move.
-        num_numbers: of the features. They may be of any size, and are not to drown the state, nor be
-            drowned by it.
+    The features are ``num_numbers`` numbers, of any size, which are not to drown the state of a
+    language model that follows, nor be drowned by it.
     """
 
     def __init__(self, num_features: int, num_moves: int, num_numbers: int = 0) -> None:
@@ -42,14 +39,15 @@ class Head(nn.Module):
         return self.out(torch.tanh(self.hidden(read)))
 
 
-def head_key(names: list[str]) -> str:
-    """Names of sites as the name of a module, which has no dots and is no attribute of modules."""
+def head_for(heads: nn.ModuleDict, names: list[str], sizes: tuple[int, int, int]) -> Head:
+    """The head of the first of some sites, after the others; made when it is first met.
+
+    Raises:
+        ValueError: if ``sizes``, which are ``Head``'s, are not those that it was made with.
+    """
+    # The name of a module has no dots, and is no attribute of modules.
     escaped = [name.replace("_", "__").replace(".", "_d").replace("-", "_h") for name in names]
-    return "-".join(["head", *escaped])
-
-
-def head_for(heads: nn.ModuleDict, key: str, name: str, sizes: tuple[int, int, int]) -> Head:
-    """The head ``key`` of site ``name``, made when the site is first met; ``sizes`` are ``Head``'s."""
+    key = "-".join(["head", *escaped])
     if key not in heads:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(len(heads))
@@ -58,24 +56,24 @@ def head_for(heads: nn.ModuleDict, key: str, name: str, sizes: tuple[int, int, i
     assert isinstance(head, Head)
     if head.sizes[:2] != sizes[:2]:
         raise ValueError(
-            f"site '{name}': its guide was made for {head.sizes[0]} features and {head.sizes[1]} "
+            f"site '{names[0]}': its guide was made for {head.sizes[0]} features and {head.sizes[1]} "
             f"parameters, and now there are {sizes[0]} and {sizes[1]}: a latent site must keep its "
             "shape and the latents before it on every run"
         )
     return head
 
 
+_known_moves: dict[Any, int | None] = {}  # to find it takes as long as the draw
+
+
 def num_moves(fn: Any) -> int | None:
     """How many unconstrained parameters a distribution has; None where the head cannot move it."""
     kind = _kind(fn)
+    if kind is None:
+        return _num_moves(fn)
     if kind not in _known_moves:
-        if kind is None:
-            return _num_moves(fn)
         _known_moves[kind] = _num_moves(fn)
     return _known_moves[kind]
-
-
-_known_moves: dict[Any, int | None] = {}  # it takes as long as the draw
 
 
 def _kind(fn: Any) -> tuple[Any, ...] | None:
@@ -94,10 +92,11 @@ def _kind(fn: Any) -> tuple[Any, ...] | None:
 
 def _num_moves(fn: Any) -> int | None:
     try:
-        num = sum(value.numel() for value in _unconstrained(_base(fn)[0]).values())
+        base = _base(fn)[0]
+        num = sum(value.numel() for value in _unconstrained(base).values())
         # Some families are not made from their arg_constraints alone; of some (Uniform) the
         # parameters are the ends of the support.
-        same = _same(_base(fn)[0].support, _base(moved(fn, torch.ones(num)))[0].support)
+        same = _same(base.support, moved(base, torch.ones(num)).support)
         return num if num and same else None
     except (NotImplementedError, AttributeError, TypeError, ValueError):
         return None
@@ -115,13 +114,12 @@ def _same(one: Any, two: Any) -> bool:
 def moved(fn: Any, moves: torch.Tensor) -> TorchDistributionMixin:
     """``fn`` with its unconstrained parameters moved by ``moves``, (num_moves,). Differentiable."""
     base, event_dims = _base(fn)
-    parameters, at = {}, 0
+    parameters = {name: getattr(base, name) for name in _parameter_names(base)}
+    at = 0
     for name, value in _unconstrained(base).items():
         move = moves[at : at + value.numel()].reshape(value.shape).to(value)
         parameters[name] = biject_to(base.arg_constraints[name])(value + move)
         at += value.numel()
-    for name in _fixed(base):
-        parameters[name] = getattr(base, name)
     new = type(base)(**parameters, validate_args=False)
     return new.to_event(event_dims) if event_dims else new
 
@@ -139,17 +137,12 @@ def _parameter_names(fn: Any) -> list[str]:
     return [n for n in names if n != "probs"] if "logits" in names else names
 
 
-def _fixed(fn: Any) -> list[str]:
-    """Parameters that say what the values are, such as a number of trials."""
-    return [n for n in _parameter_names(fn) if fn.arg_constraints[n].is_discrete]
-
-
 def _unconstrained(fn: Any) -> dict[str, torch.Tensor]:
     unconstrained = {}
     for name in _parameter_names(fn):
         constraint = fn.arg_constraints[name]
         if constraint.is_discrete:
-            continue
+            continue  # it says what the values are, such as a number of trials
         if constraints.is_dependent(constraint):
             # Its allowed values depend on other parameters, and so may its support (Uniform).
             raise NotImplementedError

@@ -14,7 +14,7 @@ likelihood / eps (defensive importance sampling; Hesterberg, 1995).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,7 +22,7 @@ import torch
 from pyro.poutine.trace_struct import Trace
 
 from lmppl.checks import check_number
-from lmppl.runtime import Given, Proposer
+from lmppl.runtime import Given, Proposer, ProposerFactory
 from lmppl.runtime.particle import draw_value, score_value
 
 
@@ -34,22 +34,16 @@ class Conditioned(Proposer, Protocol):
         """What it drew, by site, in its own order."""
 
     def condition(self, site: Any, trace: Trace, value: torch.Tensor) -> torch.Tensor | None:
-        """Go on as if it had drawn ``value`` at a site.
-
-        Returns:
-            log q of the value, given what was drawn before (0-d, nats); None if the guide leaves the
-            site to the program.
-        """
+        """Go on as if it had drawn ``value`` at a site. Returns log q of it, given what was drawn
+        before (0-d, nats); None if the guide leaves the site to the program."""
 
 
 def check_prior_fraction(prior_fraction: Any) -> float:
-    """Raise ``TypeError`` or ``ValueError`` unless it is a share."""
+    """A share of the draws, from 0 to 1."""
     return check_number("prior_fraction", prior_fraction, least=0.0, most=1.0)
 
 
-def mixed(
-    factory: Callable[[int, int], Proposer], prior_fraction: float
-) -> Callable[[int, int], Proposer]:
+def mixed(factory: ProposerFactory, prior_fraction: float) -> ProposerFactory:
     """What makes proposers, as ``factory`` does, but with a share of the program's own draws.
 
     Raises:
@@ -57,6 +51,7 @@ def mixed(
     """
     if not prior_fraction:
         return factory
+    odds = math.log1p(-prior_fraction) if prior_fraction < 1.0 else -math.inf
 
     def make(slot: int, seed: int) -> Proposer:
         guide: Any = factory(slot, seed)
@@ -65,7 +60,6 @@ def mixed(
                 "prior_fraction= needs a guide that can score what the program draws, an LMGuide or a "
                 f"guide program: {type(guide).__name__} has no condition(site, trace, value)"
             )
-        odds = math.log1p(-prior_fraction) if prior_fraction < 1.0 else -math.inf
         return MixtureProposer(guide, odds - math.log(prior_fraction))
 
     return make
@@ -107,9 +101,8 @@ class MixtureProposer:
             # made again in a copy of one that waits, the guide would be chosen too often.
             self._is_held = site["name"] in self._guide.draws
             self._takes_guide = flip(math.exp(_log_sigmoid(self._log_odds)))
-        given = (
-            self._from_guide(site, trace) if self._takes_guide else self._from_program(site, trace)
-        )
+        draw = self._from_guide if self._takes_guide else self._from_program
+        given = draw(site, trace)
         self._takes_guide, self._drawn, self._is_held = None, None, False
         return given
 
@@ -117,7 +110,6 @@ class MixtureProposer:
         drawn = self._guide.propose(site, trace)
         if drawn is None:
             return None  # the guide leaves it to the program
-        assert drawn.proposal_log_prob is not None
         log_prior = score_value(site, drawn.value)
         return self._weighed(site, trace, drawn.value, log_prior, drawn.proposal_log_prob)
 

@@ -19,6 +19,7 @@ from lmppl import runtime
 from lmppl.distributions import LMText
 from lmppl.lm import LM
 from lmppl.runtime import Particle
+from lmppl.runtime.arguments import Args
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -30,8 +31,8 @@ class Trainables:
     """The trainable parts of a program, found by running it.
 
     Args:
-        base: the language model that guide and program share; it is never trained. (None: a guide
-            program that is not trained needs none.)
+        base: the language model that guide and program share, which is never trained; None: nor is
+            anything else.
 
     Attributes:
         adapters: language models with parameters that need a gradient, in the order of their use.
@@ -43,7 +44,7 @@ class Trainables:
         self.adapters: list[LM] = []
         self.param_names: list[str] = []
 
-    def find(self, program: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    def find(self, program: Callable[..., Any], args: Args) -> None:
         """Add what some runs of the program use."""
         runs = runtime.start(program, args, _RUNS, seed=0)
         with runtime.ending(runs):
@@ -66,10 +67,10 @@ class Trainables:
         named: dict[str, Any] = {f"params.{name}": store._params[name] for name in self.param_names}
         for i, adapter in enumerate(self.adapters):
             named |= {f"adapter-{i}.{name}": p for name, p in trainable(adapter).items()}
-        unique: dict[int, str] = {}  # a parameter may be an adapter's and pyro's
+        unique: dict[int, tuple[str, Any]] = {}  # a parameter may be an adapter's and pyro's
         for name, parameter in named.items():
-            unique.setdefault(id(parameter), name)
-        return {name: named[name] for name in unique.values()}
+            unique.setdefault(id(parameter), (name, parameter))
+        return dict(unique.values())
 
 
 def trainable(lm: LM) -> dict[str, torch.nn.Parameter]:
@@ -128,9 +129,7 @@ def load_adapter_state(lm: LM, state: Mapping[str, Any]) -> None:
                 "there is none): they were made with other LoraConfigs"
             )
     if state["config"] is None:
-        with torch.no_grad():
-            for name, parameter in trainable(lm).items():
-                parameter.copy_(state["tensors"][name])
+        lm.model.load_state_dict(state["tensors"], strict=False)  # all that is trained
         return
     from peft import set_peft_model_state_dict
 
@@ -138,8 +137,8 @@ def load_adapter_state(lm: LM, state: Mapping[str, Any]) -> None:
 
 
 def _making(state: Mapping[str, Any]) -> dict[str, Any]:
-    """What makes an adapter one that another's weights fit. (What versions of peft know more of is
-    ``None`` or ``False`` where it is not used.)"""
+    """What an adapter must share with another whose weights it takes. (Options that only a newer peft
+    knows are ``None`` or ``False`` where they are not used.)"""
     nothing = ("inference_mode", "base_model_name_or_path", "revision", "peft_version",
                "auto_mapping", "task_type")  # fmt: skip
     config = {k: v for k, v in (state["config"] or {}).items() if v and k not in nothing}
@@ -150,8 +149,7 @@ def _making(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def base_state(lm: LM) -> dict[str, Any]:
-    """What a base model, or that of an adapter, is known by: its tokens, its shape and a sample of its
-    weights."""
+    """What a model, or that of an adapter, is known by: its tokens, shape and some of its weights."""
     shapes, dtypes, sample = [], [], []
     for name, parameter in lm.model.named_parameters():
         if "lora_" in name or "modules_to_save" in name:
@@ -180,35 +178,39 @@ def same_base(one: Mapping[str, Any], two: Mapping[str, Any]) -> bool:
     return torch.allclose(one["sample"], two["sample"], rtol=rtol, atol=atol, equal_nan=True)
 
 
-# --- saved values of ``pyro.param``s that a program comes to late: on another input, on a rare branch
+# --- saved values of ``pyro.param``s -------------------------------------------------------------
 
 
-class SavedParams:
-    """Values that wait for their parameters.
+class SavedParams(Messenger):
+    """Values for parameters to which a program comes late: on another input, on a rare branch.
 
     Attributes:
         waiting: unconstrained values, by name.
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self.waiting: dict[str, torch.Tensor] = {}
 
     def around(self, program: Callable[..., Any]) -> Callable[..., Any]:
-        """``program``, with each value put in where it first comes to its parameter."""
+        """``program``, with each value put in where it first comes to its parameter. (Unlike
+        ``self(program)``, it has the signature of the program.)"""
 
         @functools.wraps(program, updated=())
         def restoring(*args: Any, **kwargs: Any) -> Any:
-            with _PutIn(self):
+            with self:
                 return program(*args, **kwargs)
 
         return restoring
 
-    def put_in(self, names: Iterable[str]) -> None:
-        """Those of parameters that exist.
+    def _pyro_param(self, msg: Any) -> None:
+        if msg["name"] in self.waiting:
+            msg["fn"](*msg["args"], **msg["kwargs"])  # makes it, with its constraint
+            self.put_in([msg["name"]])
 
-        Raises:
-            ValueError: if a parameter has another shape.
-        """
+    def put_in(self, names: Iterable[str]) -> None:
+        """Put values into those of the parameters that exist; raises ``ValueError`` if one has
+        another shape."""
         store = pyro.get_param_store()
         for name in names:
             if name not in self.waiting or name not in store:
@@ -223,14 +225,3 @@ class SavedParams:
             with torch.no_grad():
                 parameter.copy_(value)
             del self.waiting[name]
-
-
-class _PutIn(Messenger):
-    def __init__(self, saved: SavedParams) -> None:
-        super().__init__()
-        self._saved = saved
-
-    def _pyro_param(self, msg: Any) -> None:
-        if msg["name"] in self._saved.waiting:
-            msg["fn"](*msg["args"], **msg["kwargs"])  # makes it, with its constraint
-            self._saved.put_in([msg["name"]])

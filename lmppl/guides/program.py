@@ -19,16 +19,12 @@ from pyro.poutine.trace_struct import Trace
 
 from lmppl import runtime
 from lmppl.distributions import LMText, SiteScore
-from lmppl.guides.parameters import (
-    SavedParams,
-    Trainables,
-    adapter_state,
-    load_adapter_state,
-)
-from lmppl.guides.prompts import Observations
+from lmppl.guides.parameters import SavedParams, Trainables, adapter_state, load_adapter_state
+from lmppl.guides.prompts import Observations, ProgramInput
 from lmppl.lm import LM
 from lmppl.primitives import use
-from lmppl.runtime import Given, Particle, Proposer, is_latent, suspend
+from lmppl.runtime import Given, Particle, Proposer, ProposerFactory, latents_of, suspend
+from lmppl.runtime.arguments import Args, name_of
 from lmppl.runtime.simulation import Simulated
 
 
@@ -48,28 +44,22 @@ class ProgramGuide:
         self.program, self._given_program, self._base = program, program, base
         self._trainables = Trainables(base)
         self._saved = SavedParams()
-        self._pending: Mapping[str, Any] | None = None  # loaded state of a program not yet run
+        self._pending: Mapping[str, Any] | None = None  # loaded state of a program not run since
 
     def proposer_factory(
-        self,
-        args: tuple[Any, ...],
-        *,
-        temperature: float = 1.0,
-        observations: Observations | None = None,
-    ) -> Callable[[int, int], Proposer]:
-        if self._pending is not None:
-            self._restore(args)
+        self, args: Args, *, temperature: float = 1.0, observations: Observations | None = None
+    ) -> ProposerFactory:
+        self._restore(args)
         program = self.program
         if temperature == math.inf:
             return lambda slot, seed: PriorProposer(program, args)
         return lambda slot, seed: ProgramProposer(Particle(program, args, seed=seed, slot=slot))
 
-    def recaller(self, args: tuple[Any, ...], observations: Observations) -> PriorProposer:
+    def recaller(self, args: Args, observations: Observations) -> PriorProposer:
+        self._restore(args)
         return PriorProposer(self.program, args)
 
-    def observations_of(
-        self, inputs: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]]
-    ) -> list[Observations]:
+    def observations_of(self, inputs: Sequence[ProgramInput]) -> list[Observations]:
         return [{} for _ in inputs]
 
     def observations_of_simulation(
@@ -79,21 +69,20 @@ class ProgramGuide:
 
     def score(self, proposers: Sequence[Any], *, grad: bool = True) -> list[dict[str, SiteScore]]:
         # A trace that a hard condition ended is scored up to the first site that it has not.
-        runs = []
-        for slot, proposer in enumerate(proposers):
-            runs.append(
-                Particle(
-                    self.program,
-                    proposer.args,
-                    seed=slot,
-                    given={name: Given(node["value"]) for name, node in proposer.draws.items()},
-                    score_closing=True,
-                    grad=grad,
-                    slot=slot,
-                )
+        runs = [
+            Particle(
+                self.program,
+                proposer.args,
+                seed=slot,
+                given={name: Given(node["value"]) for name, node in proposer.draws.items()},
+                score_closing=True,
+                grad=grad,
+                slot=slot,
             )
-            runs[-1].resume()
+            for slot, proposer in enumerate(proposers)
+        ]
         with runtime.ending(runs):
+            runtime.resume(runs)
             runtime.run_to_draws(runs, grad=grad)
             if grad:  # some branches may have parameters that the first runs did not use
                 self._trainables.add(runs)
@@ -103,12 +92,12 @@ class ProgramGuide:
 
     @property
     def name(self) -> str:
-        return getattr(self._given_program, "__name__", "program")
+        return name_of(self._given_program)
 
     def start_training(self, *, several_inputs: bool) -> None:
         """It notes nothing of its sites."""
 
-    def find_parameters(self, args: tuple[Any, ...]) -> None:
+    def find_parameters(self, args: Args) -> None:
         self._find(args)
         if not self.named_parameters():
             raise ValueError(
@@ -116,7 +105,7 @@ class ProgramGuide:
                 "lm_sample(..., lm=q) with q = lm.adapter(), or use pyro.param"
             )
 
-    def _find(self, args: tuple[Any, ...]) -> None:
+    def _find(self, args: Args) -> None:
         with nullcontext() if self._base is None else use(self._base):
             self._trainables.find(self.program, args)
 
@@ -136,7 +125,7 @@ class ProgramGuide:
 
     def state_dict(self) -> dict[str, Any]:
         if self._pending is not None:
-            return dict(self._pending)  # it was loaded, and not run yet
+            return dict(self._pending)
         if not self.named_parameters():
             raise ValueError(
                 "the guide program has not been run yet, so its parameters are not known: fit it, or "
@@ -156,10 +145,11 @@ class ProgramGuide:
         if self.named_parameters():
             self._restore(None)  # else when it is first run
 
-    def _restore(self, args: tuple[Any, ...] | None) -> None:
-        """Put loaded parameters in, by a run on an input (None: it was run before). Those that it
-        does not come to wait for it."""
-        assert self._pending is not None
+    def _restore(self, args: Args | None) -> None:
+        """Put parameters in that were loaded and are not yet, after runs on an input (None: it was run
+        before). Those that it does not come to wait for it."""
+        if self._pending is None:
+            return
         adapters, params = self._pending["adapters"], self._pending["params"]
         self._saved.waiting = dict(params)
         if args is not None:
@@ -181,20 +171,14 @@ class ProgramProposer:
     """Proposes what one run of a guide program draws.
 
     Attributes:
-        fns: the model's distributions of the latent sites to which it came.
-        finished: whether the model ran to its end: no hard condition stopped it.
+        args: of the run.
+        trace: of the model's run.
     """
 
     def __init__(self, run: Particle) -> None:
-        self.run = run
-        self.fns: dict[str, Any] = {}
-        self.finished = False
+        self.run, self.args = run, run.args
+        self.trace = Trace()
         self._began = False
-
-    @property
-    def args(self) -> tuple[Any, ...]:
-        """The arguments that the guide was run on."""
-        return self.run.args
 
     @property
     def draws(self) -> dict[str, Any]:
@@ -202,10 +186,8 @@ class ProgramProposer:
         return self.run.latents
 
     def propose(self, site: Any, trace: Trace) -> Given | None:
-        name = site["name"]
-        self.fns[name] = site["fn"]
-        self._advance(lambda: name in self.run.trace.nodes)
-        node = self.run.latents.get(name)
+        name, self.trace = site["name"], trace
+        node = self._advance_to(name)
         if node is None:
             return None  # as in Pyro, the guide may leave a latent to the model
         value = node["value"]
@@ -219,12 +201,7 @@ class ProgramProposer:
         return Given(value, proposal_log_prob=node["unscaled_log_prob"].sum())
 
     def condition(self, site: Any, trace: Trace, value: torch.Tensor) -> torch.Tensor | None:
-        """Go on as if the guide had drawn ``value`` at a site: it is run again up to there.
-
-        Returns:
-            log q of the value, given what it drew before (0-d, nats); None if the guide leaves the
-            site to the model.
-        """
+        """See ``mixture.Conditioned``. The guide is run again up to there."""
         name, old = site["name"], self.run
         if old.finished and name not in old.latents:
             return None
@@ -232,30 +209,31 @@ class ProgramProposer:
         seed = int(torch.randint(2**62, ()))
         self.run, self._began = old.rerun(before, {name: Given(value)}, seed=seed), True
         old.close()
-        self._advance(lambda: name in self.run.trace.nodes)
-        node = self.run.latents.get(name)
+        node = self._advance_to(name)
         if node is None:
             return None
         _check_alike(name, site["fn"], node["fn"])
         return node["unscaled_log_prob"].sum()
 
-    def _advance(self, enough: Callable[[], bool]) -> None:
-        """Run the guide on, passing what it waits for to whoever runs the model."""
+    def _advance_to(self, name: str | None) -> Any:
+        """Run the guide on to a latent site, whose node is returned if it draws it, or to its end.
+        What it waits for is passed to whoever runs the model."""
         run = self.run
         if not self._began:
             self._began = True
             run.resume()
-        while not run.finished and not enough():
+        while not run.finished and name not in run.trace.nodes:
             run.resume(suspend(run.waiting))
         if run.rejected_by is not None:
             raise ValueError(
                 f"the guide rejects its own draw at site '{run.rejected_by}': a guide must be a "
                 "distribution, so it may not use require or a rejecting tool; constrain the model"
             )
+        return None if name is None else run.latents.get(name)
 
     def finish(self, trace: Trace) -> None:
-        self.finished = True
-        self._advance(lambda: False)
+        self.trace = trace
+        self._advance_to(None)
         missing = [name for name in self.run.latents if name not in trace.nodes]
         if missing:
             raise ValueError(
@@ -282,27 +260,21 @@ class PriorProposer:
     """Leaves every latent to the model, and remembers what it drew for a guide program to score.
 
     Attributes:
-        fns, finished: as of a ``ProgramProposer``.
+        args: what the guide program is to be run on.
+        trace: of the model's run.
     """
 
-    def __init__(self, program: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    def __init__(self, program: Callable[..., Any], args: Args) -> None:
         self.program, self.args = program, args
-        self.fns: dict[str, Any] = {}
-        self.finished = False
-        self._trace = Trace()
+        self.trace = Trace()
 
     @property
     def draws(self) -> dict[str, Any]:
         """The latent sites of the model's run, which a hard condition may have ended."""
-        return {
-            name: node
-            for name, node in self._trace.nodes.items()
-            if node["type"] == "sample" and is_latent(node)
-        }
+        return latents_of(self.trace)
 
     def propose(self, site: Any, trace: Trace) -> None:
-        self.fns[site["name"]] = site["fn"]
-        self._trace = trace
+        self.trace = trace
 
     def recall(
         self, site: Any, trace: Trace, value: torch.Tensor, features: torch.Tensor | None
@@ -310,8 +282,7 @@ class PriorProposer:
         self.propose(site, trace)  # the rest is read off the trace
 
     def finish(self, trace: Trace) -> None:
-        self.finished = True
-        self._trace = trace
+        self.trace = trace
 
     def fork(self, streams: Proposer) -> PriorProposer:
         return PriorProposer(self.program, self.args)
@@ -326,27 +297,26 @@ def _scores(run: Particle, proposer: Any) -> dict[str, SiteScore]:
     Raises:
         ValueError: if the guide draws a site that the trace has not.
     """
+    latents, draws, model = run.latents, proposer.draws, proposer.trace.nodes
     waiting = [] if run.waiting is None else [run.waiting.name]
-    extra = [name for name in [*run.latents, *waiting] if name not in proposer.draws]
-    if extra and proposer.finished:
+    extra = [name for name in [*latents, *waiting] if name not in draws]
+    if extra and "_RETURN" in model:  # no hard condition has ended it
         raise ValueError(
             f"the guide draws site '{extra[0]}', which a trace that it is to score has not (its "
-            f"latents: {', '.join(proposer.draws)}): they must be the model's, on the same branch"
+            f"latents: {', '.join(draws)}): they must be the model's, on the same branch"
         )
-    latents = run.latents
     scores: dict[str, SiteScore] = {
         name: (node["unscaled_log_prob"].sum(), None)
         for name, node in latents.items()
-        if name in proposer.draws
+        if name in draws
     }
     # A text can be cut where nothing that the guide draws has read it, and the token that closes it
     # in the model closes it in the guide as well.
     last = next(reversed(latents), "")
-    fn = proposer.fns.get(last)
-    if last in scores and isinstance(fn, LMText):
-        node = latents[last]
-        if node["fn"].stopping.closing_token == fn.stopping.closing_token:
-            scores[last] = (scores[last][0], node.get("scored"))
+    if last in scores and last in model and isinstance(model[last]["fn"], LMText):
+        log_q, node = scores[last][0], latents[last]
+        if node["fn"].stopping.closing_token == model[last]["fn"].stopping.closing_token:
+            scores[last] = (log_q, node.get("scored"))
     return scores
 
 

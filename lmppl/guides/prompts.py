@@ -9,21 +9,25 @@ from __future__ import annotations
 
 import bisect
 import inspect
-import itertools
-import json
+import os.path
 import re
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Literal
 
+import torch
 from pyro.poutine.trace_struct import Trace
 
 from lmppl import runtime
 from lmppl.distributions import LMText
 from lmppl.lm.tokens.vocabulary import Vocabulary
-from lmppl.runtime import is_latent
+from lmppl.runtime import is_latent, latents_of
+from lmppl.runtime.arguments import Args
 from lmppl.runtime.sites import is_continuous, is_observation
+
+ProgramInput = tuple[Callable[..., Any], Args]
+"""A program and its arguments. (Each simulated input has a program of its own.)"""
 
 Observations = Mapping[str, tuple[int, ...]]
 """Name of an observed site to the tokens that show it."""
@@ -31,9 +35,16 @@ Observations = Mapping[str, tuple[int, ...]]
 OPENING = ""
 """Among them, how the program's first text begins, if a number is drawn before it."""
 
+_ROUNDS = (2, 2, 4, 8, 16, 32)  # runs of an input at a time, until one has come to its end
+_MOST_MARKS = 16
+_MOST_SHOWN = 256
+_MOST_NUMBERS = 16
+_NUMBER = re.compile(r"-?\d+\.?\d*(?:[eE][-+]?\d+)?")
+_warned: set[tuple[Any, str]] = set()
+
 
 def find_observations(
-    inputs: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]],
+    inputs: Sequence[ProgramInput],
     vocabulary: Vocabulary,
     condition_on: Literal["all"] | Collection[str],
     *,
@@ -44,8 +55,7 @@ def find_observations(
     A run that is rejected stops before what it would have observed, so others are made, up to 64.
 
     Args:
-        inputs: pairs of the program and its arguments. (Simulated inputs have a program of their
-            own.)
+        inputs: the inputs.
         vocabulary: in whose tokens they are to be shown.
         condition_on: names of the sites that the guide may see, or ``"all"``.
         strict: raise if the runs disagree; otherwise show nothing.
@@ -69,10 +79,6 @@ def find_observations(
     return [_observations_of(of_input, vocabulary, condition_on, strict) for of_input in runs]
 
 
-_ROUNDS = (2, 2, 4, 8, 16, 32)
-"""Runs of an input at a time, until one has come to its end."""
-
-
 def _ended(particles: Sequence[runtime.Particle]) -> list[runtime.Particle]:
     return [particle for particle in particles if particle.rejected_by is None]
 
@@ -89,15 +95,12 @@ def _observations_of(
     differing: list[str] = []
     for particle in particles:
         for name, node in particle.sites.items():
-            if not is_observation(node):
-                continue
-            if name in found and not _same_value(found[name], node):
-                differing.append(name)
-            found.setdefault(name, node)
-    for name in found:
-        # A rejected run stopped early, so what it lacks says nothing.
-        if any(name not in particle.sites for particle in ended):
-            differing.append(name)
+            if is_observation(node):
+                first = found.setdefault(name, node)
+                if not torch.equal(first["value"], node["value"]):
+                    differing.append(name)
+    # A rejected run stopped early, so what it lacks says nothing.
+    differing += [n for n in found if any(n not in particle.sites for particle in ended)]
     if condition_on != "all":
         unknown = [name for name in condition_on if name not in found]
         if unknown:
@@ -120,22 +123,15 @@ def _observations_of(
     return {**_opening(particles, vocabulary), **shown}
 
 
-def _opening(
-    particles: Sequence[runtime.Particle], vocabulary: Vocabulary
-) -> dict[str, tuple[int, ...]]:
+def _opening(particles: Sequence[runtime.Particle], vocabulary: Vocabulary) -> Observations:
     """What the first texts of some runs have in common, where a head has no text to read."""
     if not number_comes_first(particles[0].sites):
         return {}
-    texts = [
-        next((n["fn"] for n in particle.sites.values() if _is_text(n, vocabulary)), None)
-        for particle in particles
-    ]
-    prefixes = [fn.prefix_ids for fn in texts if fn is not None]  # a rejected run may have none
+    texts = [[n["fn"] for n in p.sites.values() if is_text(n, vocabulary)] for p in particles]
+    prefixes = [fns[0].prefix_ids for fns in texts if fns]  # a rejected run may have none
     if not prefixes:
         return {}
-    common = [same[0] for same in itertools.takewhile(_are_equal, zip(*prefixes, strict=False))]
-    bos = vocabulary.bos_ids
-    return {OPENING: tuple(common[len(bos) :] if tuple(common[: len(bos)]) == bos else common)}
+    return {OPENING: _split_bos(tuple(os.path.commonprefix(prefixes)), vocabulary)[1]}
 
 
 def number_comes_first(sites: Mapping[str, Any]) -> bool:
@@ -144,25 +140,25 @@ def number_comes_first(sites: Mapping[str, Any]) -> bool:
     return first is not None and not isinstance(first["fn"], LMText)
 
 
-def _is_text(node: Any, vocabulary: Vocabulary) -> bool:
+def is_text(node: Any, vocabulary: Vocabulary) -> bool:
+    """Whether a site is a text in the tokens of a vocabulary."""
     fn = node["fn"]
     return isinstance(fn, LMText) and not fn.batch_shape and fn.lm.vocabulary.same_as(vocabulary)
 
 
-def _are_equal(values: tuple[int, ...]) -> bool:
-    return len(set(values)) == 1
+def _split_bos(
+    ids: tuple[int, ...], vocabulary: Vocabulary
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    num = len(vocabulary.bos_ids)
+    return (ids[:num], ids[num:]) if ids[:num] == vocabulary.bos_ids else ((), ids)
 
 
 def show(
     found: Mapping[str, Any], program: Callable[..., Any], vocabulary: Vocabulary, *, strict: bool
 ) -> Observations:
-    """Observed sites in the tokens of a vocabulary.
+    """Observed sites of a program in the tokens of a vocabulary.
 
-    Args:
-        found: name to Pyro message.
-        program: that they are of.
-        vocabulary: in whose tokens they are to be shown; those that it cannot show are left out.
-        strict: warn of them, once a program.
+    Those that it cannot show are left out; if ``strict``, it is warned of them, once a program.
     """
     shown = {name: _show(name, node, vocabulary) for name, node in found.items()}
     hidden = [name for name, ids in shown.items() if ids is None]
@@ -186,25 +182,16 @@ def _is_prompted(particle: runtime.Particle) -> bool:
     )
 
 
-def _same_value(first: Any, second: Any) -> bool:
-    one, two = first["value"], second["value"]
-    return one.shape == two.shape and bool((one == two).all())
-
-
-_warned: set[tuple[Any, str]] = set()
-
-
 def _show(name: str, node: Any, vocabulary: Vocabulary) -> tuple[int, ...] | None:
     """The tokens of an observation: a text as it is, anything else as ``name = value``.
 
     None where the vocabulary has not its characters.
     """
     fn, value = node["fn"], node["value"]
-    if isinstance(fn, LMText) and not fn.batch_shape and fn.lm.vocabulary.same_as(vocabulary):
+    if is_text(node, vocabulary):
         return tuple(t for t in fn.token_ids(value) if t not in vocabulary.eos_ids)
-    return _encode(
-        str(fn.text(value)) if isinstance(fn, LMText) else f"{name} = {value.tolist()}", vocabulary
-    )
+    text = str(fn.text(value)) if isinstance(fn, LMText) else f"{name} = {value.tolist()}"
+    return _encode(text, vocabulary)
 
 
 @lru_cache(maxsize=256)  # a tokenizer's refusal takes milliseconds, and is not remembered there
@@ -244,11 +231,7 @@ def guide_prompt(
                 "tokens: shorten infer={'guide_prompt': ...}"
             )
         return prompt
-    earlier = [
-        node
-        for node in trace.nodes.values()
-        if node["type"] == "sample" and "fn" in node and is_latent(node)
-    ][-_MOST_MARKS:]
+    earlier = list(latents_of(trace).values())[-_MOST_MARKS:]
     later = {name: ids for name, ids in observations.items() if name not in trace.nodes}
     below, room = lines(later, vocabulary), _MOST_SHOWN
     if limit is not None:
@@ -265,11 +248,8 @@ def guide_prompt(
                     stacklevel=2,
                 )
         room = min(_MOST_SHOWN, room - len(below))
-    head = (*_marks(earlier, fn, vocabulary, room), *below)
-    bos = vocabulary.bos_ids
-    if bos and fn.prefix_ids[: len(bos)] == bos:
-        return (*bos, *head, *fn.prefix_ids[len(bos) :])
-    return (*head, *fn.prefix_ids)
+    bos, prefix = _split_bos(fn.prefix_ids, vocabulary)
+    return (*bos, *_marks(earlier, fn, vocabulary, room), *below, *prefix)
 
 
 def lines(observations: Observations, vocabulary: Vocabulary) -> tuple[int, ...]:
@@ -286,7 +266,7 @@ def _cut_lines(observations: Observations, vocabulary: Vocabulary, room: int) ->
     def cut(k: int) -> tuple[int, ...]:
         return lines({name: ids[:k] for name, ids in observations.items()}, vocabulary)
 
-    longest = max(len(ids) for name, ids in observations.items() if name != OPENING)
+    longest = max((len(ids) for ids in observations.values()), default=0)
     k = bisect.bisect_right(range(longest + 1), room, key=lambda k: len(cut(k))) - 1
     return cut(k) if k > 0 else ()
 
@@ -354,16 +334,13 @@ def _written(node: Any, vocabulary: Vocabulary) -> tuple[int, ...] | None:
     value = node["value"]
     if value.numel() > _MOST_NUMBERS:
         return None
-    has_digits = _encode("0123456789", vocabulary) is not None
+    written = str(value.tolist())
     if is_continuous(node):
-        if not has_digits:
-            return None
-        written = json.dumps(value.tolist(), default=str)
-        rounded = _NUMBER.sub(lambda found: f"{float(found[0]):.3g}", written)
-        return _encode(f"{node['name']} = {rounded}", vocabulary)
-    ids = _encode(f"{node['name']} = {value.tolist()}", vocabulary) if has_digits else None
+        written = _NUMBER.sub(lambda found: f"{float(found[0]):.3g}", written)
+    has_digits = _encode("0123456789", vocabulary) is not None
+    ids = _encode(f"{node['name']} = {written}", vocabulary) if has_digits else None
     digits = [t for t in range(min(vocabulary.size, 64)) if t not in vocabulary.special_ids][:2]
-    if ids is not None or len(digits) < 2:
+    if ids is not None or is_continuous(node) or len(digits) < 2:
         return ids
     bits: list[int] = []
     for number in value.reshape(-1).long().tolist():
@@ -372,9 +349,3 @@ def _written(node: Any, vocabulary: Vocabulary) -> tuple[int, ...] | None:
         # As many zeros in front as digits follow the first (Elias, 1975): so it tells its own end.
         bits += [digits[int(bit)] for bit in "0" * (len(written) - 1) + written]
     return tuple(bits)
-
-
-_MOST_MARKS = 16
-_MOST_SHOWN = 256
-_MOST_NUMBERS = 16
-_NUMBER = re.compile(r"-?\d+\.?\d*(?:[eE][-+]?\d+)?")

@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -40,10 +41,10 @@ _SMALL = 4096  # numbers of a tensor that is packed together with others
 
 
 def write_state(folder: Path, kind: str, version: int, state: State) -> None:
-    """Write a state into a folder, with digests of all files that are there already.
+    """Write a state into a folder that exists, with digests of all files that are there already.
 
     Args:
-        folder: exists.
+        folder: is written into.
         kind: what it is the state of, for the names of its files.
         version: of the format.
         state: see ``State``.
@@ -54,15 +55,19 @@ def write_state(folder: Path, kind: str, version: int, state: State) -> None:
     """
     packer = _Packer()
     written = packer.split(state)
-    try:
-        save_file(packer.tensors(), folder / f"{kind}.safetensors")
-    except SafetensorError as error:  # which is no OSError, also if the disk is full
-        raise OSError(str(error)) from error
+    _save(packer.tensors(), folder / f"{kind}.safetensors")
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     digests = {file.relative_to(folder).as_posix(): _digest_of_file(file) for file in files}
     body = json.dumps({"format": version, "files": digests, "state": written})
     digest = hashlib.sha256(body.encode()).hexdigest()
     (folder / f"{kind}.json").write_text(f'{{"digest": "{digest}", {body[1:]}')
+
+
+def _save(tensors: dict[str, torch.Tensor], file: Path, **metadata: str) -> None:
+    try:
+        save_file(tensors, file, metadata or None)
+    except SafetensorError as error:  # which is no OSError, also if the disk is full
+        raise OSError(str(error)) from error
 
 
 def read_state(folder: Path, kind: str, version: int, advice: str = "") -> dict[str, Any]:
@@ -124,8 +129,8 @@ class _Packer:
 
     def __init__(self) -> None:
         self._large: dict[str, torch.Tensor] = {}
-        self._small: dict[str, list[torch.Tensor]] = {}
-        self._sizes: dict[str, int] = {}
+        self._small: dict[str, list[torch.Tensor]] = defaultdict(list)
+        self._sizes: dict[str, int] = Counter()
 
     def split(self, value: Any, at: str = "state") -> Any:
         """A state with a reference, ``{"$tensor": [entry, offset, shape]}``, for each tensor."""
@@ -144,9 +149,9 @@ class _Packer:
             self._large[at] = tensor.contiguous()
             return [at, 0, list(tensor.shape)]
         entry = str(tensor.dtype).removeprefix("torch.")
-        offset = self._sizes.get(entry, 0)
-        self._small.setdefault(entry, []).append(tensor.reshape(-1))
-        self._sizes[entry] = offset + tensor.numel()
+        offset = self._sizes[entry]
+        self._small[entry].append(tensor.reshape(-1))
+        self._sizes[entry] += tensor.numel()
         return [entry, offset, list(tensor.shape)]
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -187,7 +192,8 @@ def replace_folder(path: Path, kind: str, write: Callable[[Path], None]) -> None
         raise FileExistsError(f"{path} exists and is no {kind}: choose another name")
     path.parent.mkdir(parents=True, exist_ok=True)
     new, old = (path.with_name(f".{path.name}.{which}") for which in ("new", "old"))
-    _put_back(old, path)
+    if present(path) == old:
+        os.replace(old, path)
     for left_over in (new, old):
         shutil.rmtree(left_over, ignore_errors=True)
     try:
@@ -197,15 +203,11 @@ def replace_folder(path: Path, kind: str, write: Callable[[Path], None]) -> None
             os.replace(path, old)
         os.replace(new, path)
     except BaseException:
-        _put_back(old, path)
+        if present(path) == old:
+            os.replace(old, path)
         shutil.rmtree(new, ignore_errors=True)
         raise
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _put_back(old: Path, path: Path) -> None:
-    if old.exists() and not path.exists():
-        os.replace(old, path)
 
 
 def present(path: Path) -> Path:
@@ -225,10 +227,7 @@ def write_guide(folder: Path, state: State) -> None:
         inner = folder / f"adapter-{i}"
         inner.mkdir()
         tensors = {name: tensor.cpu().contiguous() for name, tensor in adapter["tensors"].items()}
-        try:
-            save_file(tensors, inner / "adapter_model.safetensors", metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise OSError(str(error)) from error
+        _save(tensors, inner / "adapter_model.safetensors", format="pt")
         if adapter["config"] is not None:
             text = json.dumps(adapter["config"], indent=2, sort_keys=True)
             (inner / "adapter_config.json").write_text(text)
@@ -243,11 +242,8 @@ def read_guide(folder: Path) -> dict[str, Any]:
     adapters = []
     for name in state["guide"]["adapters"]:
         config = folder / name / "adapter_config.json"
-        adapters.append(
-            {
-                "config": json.loads(config.read_text()) if config.is_file() else None,
-                "tensors": load_file(folder / name / "adapter_model.safetensors"),
-            }
-        )
+        config_state = json.loads(config.read_text()) if config.is_file() else None
+        tensors = load_file(folder / name / "adapter_model.safetensors")
+        adapters.append({"config": config_state, "tensors": tensors})
     state["guide"]["adapters"] = adapters
     return state

@@ -74,8 +74,6 @@ def score_traces(
     guide = as_guide(guide)
     proposers: list[Any] = [PriorProposer(program, args) for program, args, _ in traces]
     if guide is not None:
-        for (_, args, _), seen in zip(traces[:1], observations, strict=False):
-            guide.proposer_factory(args, observations=seen)  # a loaded one finds its parameters
         proposers = [
             guide.recaller(args, seen)
             for (_, args, _), seen in zip(traces, observations, strict=True)

@@ -13,10 +13,10 @@ from lmppl.runtime.batching import (
     start,
 )
 from lmppl.runtime.coroutine import suspend
-from lmppl.runtime.particle import Given, Particle, Proposer
+from lmppl.runtime.particle import Given, Particle, Proposer, ProposerFactory
 from lmppl.runtime.replay import Replay, ReplayError
 from lmppl.runtime.scheduler import Member, advance, own_usage
-from lmppl.runtime.sites import is_latent
+from lmppl.runtime.sites import is_latent, latents_of
 from lmppl.runtime.waits import ChoiceWait, DrawWait, HiddenWait, ModelWait, ScoreWait, Wait
 from lmppl.runtime.weights import ess, log_mean_exp
 
@@ -29,6 +29,7 @@ __all__ = [
     "ModelWait",
     "Particle",
     "Proposer",
+    "ProposerFactory",
     "Replay",
     "ReplayError",
     "ScoreWait",
@@ -40,6 +41,7 @@ __all__ = [
     "ess",
     "fresh_seed",
     "is_latent",
+    "latents_of",
     "log_mean_exp",
     "nth_seed",
     "own_usage",

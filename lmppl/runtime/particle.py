@@ -28,7 +28,7 @@ from lmppl.primitives import Call, CallMemory
 from lmppl.runtime.arguments import call, name_of
 from lmppl.runtime.coroutine import Coroutine, GlobalState, suspend
 from lmppl.runtime.replay import Replay, Site
-from lmppl.runtime.sites import is_latent
+from lmppl.runtime.sites import is_latent, latents_of
 from lmppl.runtime.waits import ChoiceWait, DrawWait, ScoreWait, Wait
 
 
@@ -55,6 +55,10 @@ class Proposer(Protocol):
 
     def close(self) -> None:
         """End what is suspended."""
+
+
+ProposerFactory = Callable[[int, int], Proposer]
+"""Makes the proposer of a particle from its slot and a seed."""
 
 
 class Rejected(BaseException):
@@ -244,7 +248,7 @@ class Particle:
     @property
     def latents(self) -> dict[str, Any]:
         """The latent sites recorded so far (no tool results, no subsample indices)."""
-        return {name: node for name, node in self.sites.items() if is_latent(node)}
+        return latents_of(self._recorder.trace)
 
     def take_log_weight(self) -> float:
         """log p - log q (nats) of the sites recorded since this was last called (scale applied)."""

@@ -19,9 +19,9 @@ from pyro.poutine.trace_struct import Trace
 
 from lmppl.distributions import LMText, ToolCall
 from lmppl.lm.batches.requests import Scored
-from lmppl.runtime import Given, Particle, Proposer, is_latent
+from lmppl.runtime import Given, Particle, Proposer
 from lmppl.runtime.simulation import Simulated
-from lmppl.runtime.sites import is_continuous
+from lmppl.runtime.sites import is_continuous, latents_of
 
 Value = torch.Tensor | str | float
 """What a user may give for a latent site: a text (kept as its tokens) or numbers."""
@@ -224,8 +224,7 @@ class ReplayProposer:
         return tensor
 
     def finish(self, trace: Trace) -> None:
-        nodes = trace.nodes.items()
-        latents = [name for name, node in nodes if node["type"] == "sample" and is_latent(node)]
+        latents = latents_of(trace)
         extra = [name for name in self._record.values if name not in latents]
         if extra:
             raise ValueError(

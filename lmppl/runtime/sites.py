@@ -30,6 +30,12 @@ def is_latent(node: Mapping[str, Any]) -> bool:
     return not node["is_observed"] and not isinstance(node["fn"], ToolCall | _Subsample)
 
 
+def latents_of(trace: Trace) -> dict[str, Any]:
+    """The latent sites of a trace, by name."""
+    nodes = trace.nodes.items()
+    return {name: node for name, node in nodes if node["type"] == "sample" and is_latent(node)}
+
+
 def is_observation(node: Mapping[str, Any]) -> bool:
     """Whether a sample site is data: observed, and no factor, tool or deterministic value."""
     return (
