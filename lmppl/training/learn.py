@@ -15,7 +15,7 @@ identity). ``method="wake-sleep"`` trains the guide on what the model dreams, in
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -30,11 +30,9 @@ from lmppl.primitives import use
 from lmppl.report.history import History
 from lmppl.training.checkpoints import Part
 from lmppl.training.data import Dreams, check_simulated, held_out_inputs
-from lmppl.training.fingerprints import digest_of
-from lmppl.training.inputs import Collection, Input, read_inputs
+from lmppl.training.inputs import Collection, read_inputs
 from lmppl.training.loop import Learner, Run, read_options, train
 from lmppl.training.m_step import MStep
-from lmppl.training.options import FitOptions
 from lmppl.training.trainer import Trainer, mean
 
 _FEWEST_EFFECTIVE = 3.0
@@ -109,7 +107,7 @@ def learn(
         guide.start_training(several_inputs=len(inputs) > 1)
         guide.tempered_target = settings.tempered_target
         guide.prepare(inputs[0].args)
-        learner = _ProgramLearner(guide, inputs, m_step, settings, method, guide_steps, run)
+        learner = _ProgramLearner(m_step, method, guide_steps, run)
         train(learner, run, method=method)
         guide.notes += _poor_draws(learner.history, num_samples)
     for name in saved.waiting:
@@ -125,10 +123,7 @@ class _ProgramLearner(Learner):
     """A program that learns, with its guide.
 
     Args:
-        guide: of the program.
-        inputs: the data.
         m_step: of the program's parameters.
-        options: of the guide's training.
         method, guide_steps: see ``learn``.
         run: of which it is.
     """
@@ -138,26 +133,15 @@ class _ProgramLearner(Learner):
     watched = "log_evidence", "eval_log_z", "log evidence"
     judged = "eval_log_z", "log evidence"
 
-    def __init__(
-        self,
-        guide: TrainableGuide,
-        inputs: Sequence[Input],
-        m_step: MStep,
-        options: FitOptions,
-        method: str,
-        guide_steps: int,
-        run: Run,
-    ) -> None:
+    def __init__(self, m_step: MStep, method: str, guide_steps: int, run: Run) -> None:
         self.history = History()
-        self._data, self._m_step = inputs, m_step
-        self._method, self._guide_steps = method, guide_steps
-        self._num = options.inputs_per_step
+        self._m_step, self._method, self._guide_steps = m_step, method, guide_steps
+        guide, inputs, options = m_step.guide, m_step.inputs, m_step.options
         guide_seed, self._seed = runtime.slot_seeds(run.random_seed, 2)
         generator = torch.Generator().manual_seed(guide_seed % 2**63)
-        self._source = Collection(inputs, generator)
+        self._data = Collection(inputs, generator)
         self._dreams = Dreams(guide, inputs, options, guide_seed) if method != "em" else None
-        source = self._dreams or self._source
-        steps = run.steps * guide_steps
+        source, steps = self._dreams or self._data, run.steps * guide_steps
         self.trainer = Trainer(guide, source, steps, options, guide_seed, generator)
 
     def step(self, number: int) -> dict[str, Any] | None:
@@ -167,29 +151,23 @@ class _ProgramLearner(Learner):
             figures = self.trainer.step(number * self._guide_steps + k) or figures
         guide_history = self.trainer.guide.history
         guide_history.append({**figures, "step": len(guide_history)})
-        self.inputs = self._source.next(self._num)
+        self.inputs = self._data.next(self._m_step.options.inputs_per_step)
         found = self._m_step.step(self.inputs, number, runtime.nth_seed(self._seed, number))
-        for input_ in self._data:
+        for input_ in self._data.kept:
             input_.forget_scores()
         return {**figures, **found}
 
     def named_parameters(self) -> dict[str, torch.nn.Parameter]:
-        guide, program = self.trainer.guide.named_parameters(), self._m_step.named_parameters()
-        return {
-            **{f"guide.{name}": parameter for name, parameter in guide.items()},
-            **{f"model.{name}": parameter for name, parameter in program.items()},
-        }
+        guide, model = self.trainer.guide.named_parameters(), self._m_step.named_parameters()
+        named = {f"guide.{name}": parameter for name, parameter in guide.items()}
+        return named | {f"model.{name}": parameter for name, parameter in model.items()}
 
     def parts(self) -> dict[str, Part]:
         return {"m_step": self._m_step, "learner": self}
 
     def identity(self) -> dict[str, Any]:
-        return {
-            "method": self._method,
-            "guide_steps": self._guide_steps,
-            **self._m_step.identity(),
-            "data of the M-steps": digest_of([input_.args for input_ in self._data]),
-        }
+        made = {"method": self._method, "guide_steps": self._guide_steps}
+        return made | self._m_step.identity()
 
     def forget(self) -> None:
         self._m_step.forget()
@@ -198,10 +176,10 @@ class _ProgramLearner(Learner):
 
     def state_dict(self) -> dict[str, Any]:
         """Which inputs come next, and the figures so far."""
-        return {"source": self._source.state_dict(), "history": self.history}
+        return {"source": self._data.state_dict(), "history": self.history}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._source.load_state_dict(state["source"])
+        self._data.load_state_dict(state["source"])
         self.history += state["history"]
 
 

@@ -141,9 +141,9 @@ def test_the_weights_of_an_m_step_are_those_of_the_mixture():
         for number in range(2):  # the buffer is empty at first
             kept = {key[0][1:]: record.log_r for key, record in one.buffer._records.items()}
             total = sum(math.exp(log_r) for log_r in kept.values())
-            (drawn,) = learner._draw([one], number)
+            records, log_weights = learner._draw([one], number)
             counts = {"b": 4 if kept else 0, "p": 2, "q": 2 if kept else 6}
-            for record, log_weight in zip(drawn.records, drawn.log_weights.tolist(), strict=True):
+            for record, log_weight in zip(records, log_weights[0].tolist(), strict=True):
                 (key,) = record.discrete_key
                 log_r, log_q_z = exact[record.tokens]
                 likelihood = 0.3 if "b" in LM.vocabulary.decode(record.tokens) else 0.7
@@ -437,6 +437,32 @@ def test_learning_stops_at_the_best_held_out_evidence(monkeypatch):
         learn(guide, DATA, 1, eval_data=DATA, eval_every=0)
     with pytest.raises(TypeError, match="item 1 of eval_data"):
         learn(guide, DATA, 1, eval_data=[("ba", 0.0), "ba"])
+
+
+def test_learning_that_diverges_puts_the_best_program_and_guide_back(monkeypatch):
+    monkeypatch.setattr("lmppl.training.callbacks._WINDOW", 2)
+    guide = lmppl.LMGuide(labelled, lm=LM)
+    kept = []
+
+    def parameters():
+        return [*guide.parameters(), pyro.get_param_store()._params["p"]]
+
+    def catastrophe(figures):
+        if figures["step"] == 3:
+            kept.extend(p.detach().clone() for p in parameters())
+        elif figures["step"] > 3:
+            figures["log_evidence"] = -500.0
+            shaken(guide, size=1.0)
+            with torch.no_grad():
+                parameters()[-1].add_(1.0)
+
+    settings = {"seed": 0, "batch_size": 8, "guide_steps": 1, "progress": False}
+    rates = {"learning_rate": 1e-9, "model_learning_rate": 1e-9}
+    message = "the log evidence fell to -500.0 .* for a program also model_learning_rate"
+    with pytest.raises(FloatingPointError, match=message):
+        learn(guide, DATA, 20, callback=catastrophe, **rates, **settings)
+    assert len(guide.history) == 6
+    torch.testing.assert_close([p.detach() for p in parameters()], kept, atol=1e-6, rtol=0.0)
 
 
 class _Stop(Exception):
