@@ -110,7 +110,7 @@ def test_the_gradient_is_that_of_the_evidence():
     with lmppl.use(LM):
         one = Input(labelled, args, 0, options)
         learner = MStep(guide, [one], options, 1e-9, 1, 4000)
-        (parameter,) = learner._parameters
+        (parameter,) = learner.named_parameters().values()
         learner.step([one], 0, seed=0)
         found = float(parameter.grad)
     step, values = 1e-3, []
