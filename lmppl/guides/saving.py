@@ -15,14 +15,18 @@ was damaged or edited since is refused by the name of the file.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
 import shutil
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError
@@ -35,6 +39,7 @@ GUIDE_FORMAT = 5
 
 _TENSOR = "$tensor"  # the one key of a reference
 _SMALL = 4096  # numbers of a tensor that is packed together with others
+_LEFT_AFTER = 86400.0  # seconds without a change: whoever wrote to it was killed
 
 
 # --- states --------------------------------------------------------------------------------------
@@ -178,6 +183,7 @@ def replace_folder(path: Path, kind: str, write: Callable[[Path], None]) -> None
     """Write a folder under a temporary name, and rename it: it is there whole or not at all.
 
     Interrupted between its two renames, it leaves what was there before where ``present`` finds it.
+    Of two processes that write to one path at once, one may fail; the folder is that of the other.
 
     Args:
         path: of the folder. A folder that holds ``{kind}.json`` is replaced, nothing else is.
@@ -191,11 +197,14 @@ def replace_folder(path: Path, kind: str, write: Callable[[Path], None]) -> None
     if path.exists() and not (path / f"{kind}.json").is_file():
         raise FileExistsError(f"{path} exists and is no {kind}: choose another name")
     path.parent.mkdir(parents=True, exist_ok=True)
-    new, old = (path.with_name(f".{path.name}.{which}") for which in ("new", "old"))
+    new, old = (path.with_name(f".{path.name}.{which}") for which in (f"{uuid4().hex}.new", "old"))
     if present(path) == old:
         os.replace(old, path)
-    for left_over in (new, old):
-        shutil.rmtree(left_over, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+    for left_over in path.parent.glob(f".{glob.escape(path.name)}.*.new"):
+        with suppress(OSError):
+            if left_over.stat().st_mtime < time.time() - _LEFT_AFTER:
+                shutil.rmtree(left_over)
     try:
         new.mkdir()
         write(new)

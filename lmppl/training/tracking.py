@@ -69,11 +69,7 @@ def tracker(
 
 def _tracker(kind: Any, directory: str | os.PathLike[str] | None, name: str) -> GeneralTracker:
     """A tracker by its name, or as it was given."""
-    from accelerate.tracking import (
-        LOGGER_TYPE_TO_CLASS,
-        GeneralTracker,
-        get_available_trackers,
-    )
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
     from accelerate.utils import LoggerType
 
     if isinstance(kind, GeneralTracker):

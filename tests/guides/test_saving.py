@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import stat
+import threading
 import warnings
 
 import pyro
@@ -368,10 +369,36 @@ def test_a_process_that_is_killed_between_the_renames_loses_nothing(tmp_path):
             os._exit(1)
     _, status = os.waitpid(child, 0)
     assert os.WTERMSIG(status) == signal.SIGKILL
-    assert sorted(os.listdir(tmp_path)) == [".thing.new", ".thing.old"]
+    left_over, old = sorted(os.listdir(tmp_path))
+    assert left_over.endswith(".new") and old == ".thing.old"
     assert number_at(path) == 1
+    os.utime(tmp_path / left_over, (0, 0))  # by now nobody writes to it any more
     replace_folder(path, "thing", write_number(3))
     assert number_at(path) == 3 and os.listdir(tmp_path) == ["thing"]
+
+
+def test_two_that_write_to_one_path_at_once_do_not_mix(tmp_path):
+    """The second begins while the first writes, and ends after it."""
+    path, begun, ended = tmp_path / "thing", threading.Event(), threading.Event()
+
+    def write_first(folder):
+        (folder / "a").write_text("first")
+        second.start()
+        begun.wait()
+        write_number(1)(folder)
+
+    def write_second(folder):
+        begun.set()
+        ended.wait()
+        write_number(2)(folder)
+
+    second = threading.Thread(target=replace_folder, args=(path, "thing", write_second))
+    replace_folder(path, "thing", write_first)
+    assert number_at(path) == 1 and (path / "a").exists()
+    ended.set()
+    second.join()
+    assert number_at(path) == 2 and not (path / "a").exists()
+    assert os.listdir(tmp_path) == ["thing"]
 
 
 def test_a_guide_is_found_where_an_interruption_left_it(tmp_path):

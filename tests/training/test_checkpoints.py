@@ -339,7 +339,7 @@ def test_a_damaged_checkpoint_is_refused_by_the_name_of_the_file(file, how, chec
 
 def test_a_checkpoint_is_found_where_an_interruption_left_it(checkpoint, tmp_path):
     shutil.copytree(checkpoint, tmp_path / ".run.old")
-    (tmp_path / ".run.new").mkdir()  # half written
+    (tmp_path / ".run.0.new").mkdir()  # half written
     again = run(tmp_path / "run", steps=2, resume=True)
     assert len(again.history) == 2  # and none of them again
     with pytest.raises(FileExistsError, match="resume=True goes on with the run in it"):
@@ -350,7 +350,8 @@ def test_what_an_interruption_left_is_put_back_by_the_next_checkpoint(tmp_path):
     whole = run(tmp_path / "whole", steps=4)
     interrupted(tmp_path / "broken", 3, steps=4)  # after the checkpoint of 3 steps
     os.replace(tmp_path / "broken", tmp_path / ".broken.old")
-    (tmp_path / ".broken.new").mkdir()
+    (tmp_path / ".broken.0.new").mkdir()
+    os.utime(tmp_path / ".broken.0.new", (0, 0))  # by now nobody writes to it any more
     resumed = run(tmp_path / "broken", steps=4, resume=True)
     assert equal(weights(resumed), weights(whole))
     assert sorted(os.listdir(tmp_path)) == ["broken", "whole"]
