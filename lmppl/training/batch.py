@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,27 +16,17 @@ from lmppl.training.samples import Origin, Sample, Truncation
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """The samples of one input, with what the guide says of them.
-
-    Attributes:
-        samples: N complete traces.
-        truncations: M truncations of some of them.
-        log_r: (N + M,) log joints, nats; ``-inf`` where R = 0. Traces come first.
-        log_q: (N + M,) the guide's log-densities, nats, with gradient.
-        old_log_q: (N,) of the guide that drew them: equal to ``log_q`` at the first update.
-        log_prior: (N,) the program's own log-density of the latents, nats.
-        beta: the inverse temperature that is in ``log_r``.
-        log_z: the learned log evidence of the input, 0-d, where one is learned.
-    """
+    """The samples of one input, with what the guide says of them: N complete traces, and M
+    truncations of some of them. Log-densities are in nats, those of the traces first."""
 
     samples: Sequence[Sample]
     truncations: Sequence[Truncation]
-    log_r: torch.Tensor
-    log_q: torch.Tensor
-    old_log_q: torch.Tensor
-    log_prior: torch.Tensor
-    beta: float = 1.0
-    log_z: torch.Tensor | None = None
+    log_r: torch.Tensor  # (N + M,) log joints; -inf where R = 0
+    log_q: torch.Tensor  # (N + M,) of the guide, with gradient
+    old_log_q: torch.Tensor  # (N,) of the guide that drew them: log_q at the first update
+    log_prior: torch.Tensor  # (N,) the program's own log-density of the latents
+    beta: float = 1.0  # the inverse temperature that is in log_r
+    log_z: torch.Tensor | None = None  # the learned log evidence, 0-d, where one is learned
 
     @property
     def num(self) -> int:
@@ -67,15 +57,6 @@ class Batch:
         log_r = torch.where(self.log_r == -math.inf, -math.inf, self.log_r * beta)
         return replace(self, log_r=log_r, beta=beta, log_z=log_z)
 
-    def cuts_of_samples(self) -> Iterator[tuple[list[int], list[int]]]:
-        """For each trace: the rows of its truncations, by length, and its own; and how many tokens
-        of the last text each of them keeps."""
-        for i, sample in enumerate(self.samples):
-            cuts = [(k, cut) for k, cut in enumerate(self.truncations) if cut.sample is sample]
-            cuts.sort(key=lambda cut: cut[1].length)
-            end = cuts[0][1].full_length if cuts else 0
-            yield [*(self.num + k for k, _ in cuts), i], [*(cut.length for _, cut in cuts), end]
-
     def figures(self) -> dict[str, float]:
         """What the guide's own draws say of it; NaN if there are none."""
         length = sum(sample.num_tokens for sample in self.samples) / self.num
@@ -102,11 +83,11 @@ def batches_of(
     scores: Sequence[Scores],
     old_log_q: Sequence[torch.Tensor] | None = None,
 ) -> list[Batch]:
-    """The samples of each input as tensors.
+    """The samples of each input as tensors, with those of their truncations that the guide has
+    scored token by token.
 
     Args:
-        samples: of each input.
-        truncations: of any of them; those that the guide has not scored token by token are left out.
+        samples, truncations: of each input; of any of them.
         scores: of each sample, one input after the other.
         old_log_q: of each input, (N,), of the guide that drew them; None: of this one.
 
@@ -166,12 +147,8 @@ def _log_q_of_traces(samples: Sequence[Sample], scores: Sequence[Scores]) -> tor
 def _log_q_of_cuts(
     cuts: Sequence[tuple[int, Truncation]], scores: Sequence[Scores], log_q: torch.Tensor
 ) -> torch.Tensor:
-    """(M,) log q of truncated traces, nats, from what is known of the complete ones.
-
-    Args:
-        cuts: the number of the complete trace, and a truncation of it.
-        scores, log_q: of the complete traces.
-    """
+    """(M,) log q of truncated traces, nats, from the scores and log q of the complete ones; ``cuts``
+    has the number of each complete trace, and a truncation of it."""
     if not cuts:
         return log_q[:0]
     texts = {site: k for k, site in enumerate(dict.fromkeys((i, cut.name) for i, cut in cuts))}

@@ -47,37 +47,24 @@ class DivergenceGuard(_Callback):
     """Stops a run that has become much worse than it was at first.
 
     Figures of different inputs are not of a size: long observations come late in a sorted stream. So
-    where the figure has fallen, the best parameters are tried on the same inputs first.
-
-    Args:
-        name: of the figure that it watches, in messages.
-
-    Attributes:
-        first: its mean over the first steps, nats.
-        best: the highest mean over as many steps in a row.
-        snapshot: the parameters of those, by name.
-        recent: the figures of the steps since the last mean.
+    where the figure, called ``name`` in messages, has fallen, the best parameters are tried on the
+    same inputs first.
     """
 
     kept = "first", "best", "snapshot", "recent"
 
     def __init__(self, name: str = "ELBO") -> None:
         self._name = name
-        self.first: float | None = None
-        self.best = -math.inf
-        self.snapshot: dict[str, torch.Tensor] = {}
+        self.first: float | None = None  # mean over the first steps, nats
+        self.best = -math.inf  # the highest mean over as many steps in a row
+        self.snapshot: dict[str, torch.Tensor] = {}  # the parameters of those
         self.recent: list[float] = []
 
     def watch(
         self, number: int, figure: float, parameters: Parameters, again: Callable[[], float]
     ) -> None:
-        """Take note of a step.
-
-        Args:
-            number: of the step.
-            figure: of its inputs, nats.
-            parameters: by name.
-            again: the figure of the step's inputs under what is in ``parameters`` when it is called.
+        """Take note of the figure (nats) of a step; ``again`` finds it anew, under what is in
+        ``parameters`` when it is called.
 
         Raises:
             FloatingPointError: if training has diverged; the best parameters are put back.
@@ -111,11 +98,7 @@ def _fell(figure: float, to: float) -> bool:
 
 
 class EarlyStopping(_Callback):
-    """Stops a run whose figure on held-out inputs no longer grows.
-
-    Args:
-        patience: how many evaluations without a new best it waits for; None: for ever.
-    """
+    """Stops a run after ``patience`` evaluations on held-out inputs without a new best; None: never."""
 
     kept = "best", "best_step", "waited", "snapshot"
 

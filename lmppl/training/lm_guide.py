@@ -174,11 +174,8 @@ class LMGuide:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what ``state_dict`` of a guide of the same making gave.
-
-        Raises:
-            ValueError: for the state of another guide; says in what it differs.
-        """
+        """Take over what ``state_dict`` gave; ``ValueError`` says in what the state is another
+        guide's."""
         self.inner.load_state_dict(state["guide"])
         self.history[:], self.notes = state["history"], list(state["notes"])
         self.tempered_target = state["tempered_target"]

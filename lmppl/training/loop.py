@@ -44,23 +44,18 @@ class Learner(ABC):
     """What a run trains, a step at a time.
 
     Attributes:
-        task: what it does, for the progress bar.
-        shown: figures that the progress bar shows.
         watched: the figure of a step that tells divergence, that of ``evaluate`` which it estimates,
             and its name in messages.
         judged: the figure of held-out inputs by which the best parameters are chosen, and its name.
-        trainer: of the guide.
-        history: one dict a step.
-        inputs: of the last step.
     """
 
-    task: str
-    shown: tuple[str, ...]
+    task: str  # what it does, for the progress bar
+    shown: tuple[str, ...]  # figures that the bar shows
     watched: tuple[str, str, str]
     judged: tuple[str, str]
-    trainer: Trainer
-    history: History
-    inputs: Sequence[Input]
+    trainer: Trainer  # of the guide
+    history: History  # one dict a step
+    inputs: Sequence[Input]  # of the last step
 
     @abstractmethod
     def step(self, number: int) -> dict[str, Any] | None:

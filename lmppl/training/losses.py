@@ -114,10 +114,16 @@ class SubTB(Loss):
         check_number("lam", self.lam, above=0.0, most=1.0)
 
     def of(self, batch: Batch, *, moved: float = 1.0) -> torch.Tensor:
-        terms = [
-            objectives.subtb(batch.log_r[rows], batch.log_q[rows], self.lam, torch.tensor(lengths))
-            for rows, lengths in batch.cuts_of_samples()
-        ]
+        terms = []
+        for i, sample in enumerate(batch.samples):
+            rows, lengths = [i], [0]
+            for row, cut in enumerate(batch.truncations, batch.num):
+                if cut.sample is sample:
+                    rows.append(row)
+                    lengths.append(cut.length)
+                    lengths[0] = cut.full_length
+            log_r, log_q = batch.log_r[rows], batch.log_q[rows]
+            terms.append(objectives.subtb(log_r, log_q, self.lam, torch.tensor(lengths)))
         # Within samples u is tied together, and between them by the variance of complete traces.
         complete = batch.complete()
         between = objectives.vargrad(complete.log_r, complete.log_q)

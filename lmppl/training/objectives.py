@@ -1,9 +1,10 @@
 """Training losses of guides, as pure functions of log-probability tensors.
 
-Notation, for samples of *one* input: ``log_r`` is the log joint of a complete trace (the reward R,
-up to the evidence the posterior), ``log_q`` the guide's log-density of its latents (with gradient),
-``u = log_r - log_q``. At the optimum ``q`` is the posterior and ``u = log Z`` for every trace.
-All are in nats, and every loss is 0-d.
+Notation, for N samples of *one* input: ``log_r`` (N,) is the log joint of complete traces (the reward
+R, up to the evidence the posterior; ``-inf`` where R = 0), ``log_q`` (N,) the guide's log-density of
+their latents, with gradient, ``u = log_r - log_q``. At the optimum ``q`` is the posterior and
+``u = log Z`` for every trace. All are in nats. Every loss is 0-d, and zero where there is nothing to
+learn from: no live sample, or too few to be compared.
 
     loss       samples drawn by          traces with R = 0    value
     vargrad    anyone                    stay out: alive      zero at the optimum
@@ -34,14 +35,10 @@ def vargrad(log_r: torch.Tensor, log_q: torch.Tensor, huber: float = torch.inf) 
     learned log Z. Truncated traces are samples like any other.
 
     Args:
-        log_r: (N,), N >= 2. ``-inf`` entries (R = 0) stay out: see ``alive``.
-        log_q: (N,), with gradient.
+        log_r, log_q: (N,), N >= 2.
         huber: beyond this distance from the centre (nats) a sample counts by its distance, not its
             square (Huber, 1964), so that a few improbable traces don't outvote the rest. ``inf``:
             the variance itself.
-
-    Returns:
-        0-d; zero if fewer than two entries are finite.
     """
     live = log_r > -torch.inf
     if int(live.sum()) < 2:
@@ -68,8 +65,7 @@ def tb(log_r: torch.Tensor, log_q: torch.Tensor, log_z: torch.Tensor) -> torch.T
     """Trajectory balance with a learned log Z (Malkin et al., 2022, arXiv 2201.13259).
 
     Args:
-        log_r: (N,); ``-inf`` entries stay out.
-        log_q: (N,), with gradient.
+        log_r, log_q: (N,).
         log_z: 0-d, the learned log evidence of the input, with gradient.
     """
     live = log_r > -torch.inf
@@ -97,13 +93,9 @@ def subtb(
     is twice the variance over truncations, in O(n); else it is O(n^2).
 
     Args:
-        log_r: (n,), of truncations of one sample, itself among them; ``-inf`` entries stay out.
-        log_q: (n,), with gradient.
+        log_r, log_q: (n,), of truncations of one sample, itself among them.
         lam: the weight of a pair decays with its distance; positive.
         positions: (n,), how many tokens each truncation keeps, in any order. None: 0, 1, .. n - 1.
-
-    Returns:
-        0-d; zero if fewer than two entries are finite.
 
     Raises:
         ValueError: if ``lam`` is not positive.
@@ -137,13 +129,9 @@ def alive(
     ``q / log_drawn`` keep the optimum and make each of them count by what q gives to it.
 
     Args:
-        log_r: (N,), N >= 2.
-        log_q: (N,), with gradient.
+        log_r, log_q: (N,), N >= 2.
         log_drawn: (N,), log-density of the mixture that drew the samples, all of them (the balance
             heuristic of Veach & Guibas, 1995). None: they are samples of q.
-
-    Returns:
-        0-d; zero if all samples are alive, or none.
     """
     live = (log_r > -torch.inf).to(log_q.dtype)
     log_weights = log_q.detach() * 0.0 if log_drawn is None else log_q.detach() - log_drawn
@@ -167,11 +155,7 @@ def elbo(log_r: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
     ``qA`` is q renormalised to live traces. Their mass is left to ``alive``.
 
     Args:
-        log_r: (N,), N >= 2, of samples drawn from q itself; ``-inf`` entries stay out.
-        log_q: (N,), with gradient.
-
-    Returns:
-        0-d; zero if fewer than two entries are finite.
+        log_r, log_q: (N,), N >= 2, of samples drawn from q itself.
     """
     live = log_r > -torch.inf
     if int(live.sum()) < 2:
@@ -191,12 +175,9 @@ def wake(log_weights: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
     mass of dead ones, which weigh nothing, is driven down without ``alive``.
 
     Args:
-        log_weights: (N,), N >= 2, log R - log q of samples drawn from q itself; ``-inf`` if R = 0.
-            Their gradient is not used.
-        log_q: (N,), with gradient.
-
-    Returns:
-        0-d; zero if all samples are dead.
+        log_weights: (N,), N >= 2, log R - log q of samples drawn from q itself, ``-inf`` if R = 0;
+            their gradient is not used.
+        log_q: (N,).
     """
     if not bool((log_weights > -torch.inf).any()):
         return log_q.sum() * 0.0
@@ -206,11 +187,7 @@ def wake(log_weights: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
 
 def sft(log_q: torch.Tensor) -> torch.Tensor:
     """Maximum likelihood on given latents (supervised fine-tuning): minus the mean of log q. On
-    draws from the posterior it estimates the forward KL up to a constant.
-
-    Args:
-        log_q: (N,), of the given latents, with gradient.
-    """
+    draws from the posterior it estimates the forward KL up to a constant."""
     return -log_q.mean()
 
 
@@ -235,16 +212,12 @@ def ppo(
     nearly all mass is on the most probable trace, which is often the shortest.
 
     Args:
-        log_r: (N,), N >= 2, of samples drawn from the guide as it was; ``-inf`` if R = 0.
-        log_q: (N,), of the guide now, with gradient.
+        log_r, log_q: (N,), N >= 2, log_q of the guide as it is now.
         log_q_old: (N,), of the guide that drew the samples.
         log_q_ref: (N,), of the untrained guide.
         clip: a ratio q / q_old has no gradient further than this from 1 on the side to which its
             advantage pushes it; between 0 and 1.
         kl: nats of reward for a nat of divergence from the untrained guide.
-
-    Returns:
-        0-d; zero for a single sample, or if all are dead.
 
     Raises:
         ValueError: if ``clip`` is not between 0 and 1.

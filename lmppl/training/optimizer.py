@@ -43,8 +43,8 @@ class Optimizer:
         self._restore(new)
 
     def step(self, loss: torch.Tensor, number: int) -> float:
-        """Go one step down. Returns the norm of the gradient; if it or the loss is not finite, NaN
-        or infinity, and the parameters stay."""
+        """Go one step down. Returns the norm of the gradient; if that or the loss is not finite, the
+        norm is not, and the parameters stay."""
         self._adamw.zero_grad(set_to_none=True)
         if not bool(torch.isfinite(loss)):
             return math.nan

@@ -24,26 +24,19 @@ from lmppl.runtime import Given, Particle, is_latent
 from lmppl.runtime.records import Record, ReplayProposer, record_of
 
 Origin = Literal["guide", "tempered", "prior", "replay", "given"]
+"""Where latents come from: drawn from the guide itself; from the guide at another temperature; from the
+program; from the replay buffer; or given: by the user, or simulated together with the observations."""
 
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """One complete trace of one input.
+    """One complete trace of one input."""
 
-    Attributes:
-        particle: the finished run of the model.
-        proposer: what drew its latents.
-        log_r: log R, the trace's log joint (untempered, nats); ``-inf`` for a dead trace.
-        origin: where its latents come from: drawn from the guide itself; from the guide at another
-            temperature; from the program's prior; from the replay buffer; or given: by the user,
-            or simulated together with the observations.
-        cut_rewards: log R of its truncations, as far as they are known, by length; None: not legal.
-    """
-
-    particle: Particle
-    proposer: Any
-    log_r: float
+    particle: Particle  # the finished run of the model
+    proposer: Any  # what drew its latents
+    log_r: float  # the trace's log joint (untempered, nats); -inf for a dead trace
     origin: Origin
+    # log R of its truncations, as far as they are known, by length; None: not legal
     cut_rewards: dict[int, float | None] = field(default_factory=dict)
 
     @classmethod
@@ -102,18 +95,13 @@ def _num_tokens(node: Any) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Truncation:
-    """``length`` tokens of the last latent text ``name`` of ``sample``, closed by c.
-
-    Attributes:
-        log_r: log R of the truncated trace, nats.
-        full_length: tokens of the whole text, without c where it ends with it.
-    """
+    """``length`` tokens of the last latent text ``name`` of ``sample``, closed by c."""
 
     sample: Sample
     name: str
     length: int
-    log_r: float
-    full_length: int
+    log_r: float  # of the truncated trace, nats
+    full_length: int  # tokens of the whole text, without c where it ends with it
 
 
 def truncate(
@@ -122,13 +110,9 @@ def truncate(
     """Rewards of a random few legal truncations of the samples.
 
     Everything after the cut is run again on the truncated value: factors, tools, branches and
-    observations. A truncation after which the program comes to another latent is not legal.
-
-    Args:
-        samples: complete traces; dead ones are left out.
-        token_budget: how many tokens the rewards may cost. Truncations that need no language model
-            (nothing is observed after the text) are free, and all of them are taken.
-        generator: of the random choice.
+    observations. A truncation after which the program comes to another latent is not legal, and dead
+    traces have none. The rewards may cost ``token_budget`` tokens; those that need no language model
+    (nothing is observed after the text) are free, and all of them are taken.
     """
     texts = [_CutText(sample, name) for sample in samples if (name := _last_text(sample))]
     cuts = [(text, length) for text in texts for length in range(text.full_length)]
@@ -142,10 +126,7 @@ def truncate(
             break
         chosen.append((text, length))
     complete = {text.key(text.full_length): text.sample.log_r for text in texts if text.is_closed}
-    runs: dict[
-        tuple[Any, ...], Particle
-    ] = {}  # equal truncations of different samples are run once
-    unknown = []
+    unknown, runs = [], dict[Any, Particle]()  # equal truncations of different samples are run once
     for text, length in chosen:
         if length in text.rewards:
             continue
@@ -180,14 +161,8 @@ def _last_text(sample: Sample) -> str | None:
 
 
 class _CutText:
-    """The last latent text of a trace, which can be cut.
-
-    Attributes:
-        rewards: log R of the truncations, as far as they are known, by length; None: not legal.
-        is_closed: whether it ends with c.
-        full_length: it can be cut to fewer tokens than this; c at its end does not count.
-        cost: tokens of the texts that are observed after it.
-    """
+    """The last latent text of a trace, which can be cut to fewer than ``full_length`` tokens;
+    ``cost``: tokens of the texts that are observed after it."""
 
     def __init__(self, sample: Sample, name: str) -> None:
         self.sample, self.name, self.rewards = sample, name, sample.cut_rewards
@@ -195,7 +170,7 @@ class _CutText:
         self._fn: LMText = self._node["fn"]
         self._ids = self._fn.token_ids(self._node["value"])
         self._closing = self._fn.stopping.closing_token
-        self.is_closed = self._ids[-1] == self._closing
+        self.is_closed = self._ids[-1] == self._closing  # that token does not count
         self.full_length = len(self._ids) - self.is_closed
         names = list(sample.sites)
         at = names.index(name)
@@ -227,13 +202,10 @@ class _CutText:
 
 
 class ReplayBuffer:
-    """The best traces of one input.
+    """The best ``capacity`` traces of one input.
 
-    Args:
-        capacity: how many it keeps; beyond it the worst goes.
-        near_duplicates: two traces are near duplicates if the edit distance of their latent
-            tokens is below this fraction of the shorter one's length, and their other discrete
-            latents are equal.
+    Two are near duplicates if the edit distance of their latent tokens is below the fraction
+    ``near_duplicates`` of the shorter one's length, and their other discrete latents are equal.
     """
 
     def __init__(self, capacity: int = 64, near_duplicates: float = 0.0) -> None:
@@ -288,40 +260,34 @@ class ReplayBuffer:
         size = len(trace.tokens)
         if not self._fraction or not size:
             return []
-        others = {
-            key: other.tokens
+        others = [
+            (key, other.tokens)
             for key, other in self._records.items()
             if other.tokens and other.counts_key == trace.counts_key
-        }
-        if not others:
-            return []
-        (distances,) = cdist([trace.tokens], list(others.values()), scorer=Levenshtein.distance)
+        ]
+        texts = [tokens for _, tokens in others]
+        (distances,) = cdist([trace.tokens], texts, scorer=Levenshtein.distance).tolist()
         return [
             key
-            for (key, tokens), distance in zip(others.items(), distances.tolist(), strict=True)
+            for (key, tokens), distance in zip(others, distances, strict=True)
             if distance < self._fraction * min(size, len(tokens))
         ]
 
     def as_distribution(self) -> dict[tuple[Any, ...], tuple[Record, float]]:
-        """The kept traces with their log-probabilities (nats) in proportion to R, by ``discrete_key``.
-
-        Traces with continuous latents have no probability there, and tools may answer otherwise
-        another time: they are left out.
-        """
-        kept = {key: r for key, r in self._records.items() if r.is_discrete and not r.tools}
-        log_r = torch.tensor([record.log_r for record in kept.values()], dtype=torch.float64)
-        log_shares = torch.log_softmax(log_r, 0).tolist()
-        return {
-            key: (record, log_share)
-            for (key, record), log_share in zip(kept.items(), log_shares, strict=True)
-        }
+        """The kept traces with their log-probabilities (nats) in proportion to R, by ``discrete_key``,
+        but for those with continuous latents, which have no probability, and with tools, which may
+        answer otherwise another time."""
+        kept = [record for record in self.records if record.is_discrete and not record.tools]
+        log_r = torch.tensor([record.log_r for record in kept], dtype=torch.float64)
+        shares = zip(kept, torch.log_softmax(log_r, 0).tolist(), strict=True)
+        return {record.discrete_key: (record, log_share) for record, log_share in shares}
 
     def draw(self, num: int, generator: torch.Generator) -> list[Record]:
         """``num`` distinct traces (or all there are); the r-th best with weight 1 / r."""
-        num = min(num, len(self))
+        ranked = sorted(self.records, key=lambda record: -record.log_r)
+        num = min(num, len(ranked))
         if not num:
             return []
-        ranked = sorted(self._records.values(), key=lambda record: -record.log_r)
         weights = 1.0 / torch.arange(1, len(ranked) + 1, dtype=torch.float64)
         picks = torch.multinomial(weights, num, replacement=False, generator=generator)
         return [ranked[k] for k in picks.tolist()]

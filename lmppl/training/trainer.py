@@ -87,7 +87,7 @@ class Trainer:
         with torch.no_grad():
             samples = self._draw(inputs, number)
             sampled = time.perf_counter()
-            truncations = self._truncate(samples)
+            truncations = self._truncate(samples) if self._cuts else []
         rewarded = time.perf_counter()
         first = batches = self._score(samples, truncations)
         losses = self._losses(inputs, batches, number)
@@ -129,8 +129,6 @@ class Trainer:
         return samples
 
     def _truncate(self, samples: Sequence[Sequence[Sample]]) -> list[Truncation]:
-        if not self._cuts:
-            return []
         flat = [sample for of_input in samples for sample in of_input]
         budget = round(self.options.truncations * sum(sample.num_tokens for sample in flat))
         return truncate(flat, token_budget=budget, generator=self.generator)
@@ -212,24 +210,20 @@ class Trainer:
         self._optimizer.adopt(self.named_parameters())
 
     def report_dead(self) -> None:
-        """Say which inputs had no trace of positive probability.
-
-        Raises:
-            ValueError: if none had.
-        """
-        dead = sorted(self._dead)
-        if dead and not self._any_alive:
+        """Say which inputs had no trace of positive probability; ``ValueError`` if none had one."""
+        if not self._dead:
+            return
+        if not self._any_alive:
             raise ValueError(
                 "no trace of any input had a positive probability, so the guide learned nothing: the "
                 "program's hard conditions (require, tools that reject) are never met by what the "
                 "model draws. Loosen them, or raise batch_size"
             )
-        if dead:
-            warnings.warn(
-                f"inputs {dead[:10]} of the data were skipped: none of their traces had a positive "
-                "probability",
-                stacklevel=5,
-            )
+        warnings.warn(
+            f"inputs {sorted(self._dead)[:10]} of the data were skipped: none of their traces had a "
+            "positive probability",
+            stacklevel=5,
+        )
 
     # --- its state, for checkpoints --------------------------------------------------------------
 
