@@ -48,34 +48,60 @@ def read_data(
     Raises:
         TypeError, ValueError: see ``fit``.
     """
-    if simulate is not None:
-        if demonstrations is not None:
-            raise ValueError("simulate= has latents of its own: leave out demonstrations=")
-        return _simulated_inputs(
-            guide, data, simulate, eval_data, options, seed, generator, progress
-        )
-    if data is None:
-        raise ValueError("fit needs inputs: data=[(x, y), ...], or simulate=N")
+    _check_together(guide, data, simulate, demonstrations, eval_data)
+    given = read_inputs(guide.model, [()] if data is None else data, options)
+    if simulate is None:
+        held_out = held_out_inputs(guide, eval_data, options)
+        if not hasattr(data, "__len__"):
+            _check_loss(options, has_latents=False)
+            first = next(given)
+            return Stream(itertools.chain([first], given)), held_out, first
+        inputs = list(given)
+        _demonstrate(inputs, demonstrations, seed)
+        _check_loss(options, has_latents=any(input_.given for input_ in inputs))
+        if options.loss.draws == "given":
+            inputs = [input_ for input_ in inputs if input_.given]
+        return Collection(inputs, generator), held_out, inputs[0]
+    args_of = [input_.args for input_ in given]
+    pairs, to_hold_out = (simulations(guide, args_of, s) for s in runtime.slot_seeds(seed, 2))
     if isinstance(eval_data, int):
-        raise ValueError(
-            f"eval_data={eval_data}: a number is for simulate=; give a list of held-out inputs"
-        )
-    held_out = held_out_inputs(guide, eval_data, options)
-    stream = read_inputs(guide.model, data, options)
-    if not hasattr(data, "__len__"):
-        if demonstrations is not None:
-            raise ValueError("demonstrations= needs data that is a list, in the same order")
-        _check_loss(options, has_latents=False)
-        first = next(stream)
-        return Stream(itertools.chain([first], stream)), held_out, first
-    inputs = list(stream)
-    given = _demonstrations(demonstrations, len(inputs), seed)
-    _check_loss(options, has_latents=any(given))
-    for input_, records in zip(inputs, given, strict=True):
-        input_.given = records
-    if options.loss.draws == "given":
-        inputs = [input_ for input_ in inputs if input_.given]
+        held_out = list(simulated_inputs(guide, to_hold_out, options, eval_data))
+    else:
+        held_out = held_out_inputs(guide, eval_data, options)
+    if simulate == math.inf:
+        (example,) = simulated_inputs(guide, pairs, options, 1)
+        pairs.skip(-1)  # it comes again
+        source = Stream(simulated_inputs(guide, pairs, options), pairs.skip, args_of)
+        return source, held_out, example
+    inputs = []
+    with progress_bar("simulating inputs", int(simulate), show=progress) as bar:
+        for input_ in simulated_inputs(guide, pairs, options, int(simulate)):
+            inputs.append(input_)
+            bar.advance()
     return Collection(inputs, generator), held_out, inputs[0]
+
+
+def _check_together(
+    guide: TrainableGuide, data: Any, simulate: Any, demonstrations: Any, eval_data: Any
+) -> None:
+    if simulate is None:
+        if data is None:
+            raise ValueError("fit needs inputs: data=[(x, y), ...], or simulate=N")
+        if isinstance(eval_data, int):
+            raise ValueError(
+                f"eval_data={eval_data}: a number is for simulate=; give a list of held-out inputs"
+            )
+        if demonstrations is not None and not hasattr(data, "__len__"):
+            raise ValueError("demonstrations= needs data that is a list, in the same order")
+        return
+    if demonstrations is not None:
+        raise ValueError("simulate= has latents of its own: leave out demonstrations=")
+    check_simulated(guide)
+    if simulate != math.inf:
+        try:
+            check_int("simulate", simulate)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{error}, or math.inf") from None
 
 
 def _check_loss(options: FitOptions, *, has_latents: bool) -> None:
@@ -90,42 +116,6 @@ def _check_loss(options: FitOptions, *, has_latents: bool) -> None:
             "demonstrations=[{'z': text}, ...] or simulate=N. Without, 'vargrad' (the default), "
             "'tb', 'subtb', 'elbo', 'wake' and 'ppo' learn from the program alone"
         )
-
-
-def _simulated_inputs(
-    guide: TrainableGuide,
-    data: Iterable[Any] | None,
-    number: int | float,
-    eval_data: Iterable[Any] | int | None,
-    options: FitOptions,
-    seed: int,
-    generator: torch.Generator,
-    progress: bool | None,
-) -> tuple[Source, list[Input], Input]:
-    check_simulated(guide)
-    if number != math.inf:
-        try:
-            check_int("simulate", number)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{error}, or math.inf") from None
-    given = read_inputs(guide.model, [()] if data is None else data, options)
-    args_of = [input_.args for input_ in given]
-    pairs, to_hold_out = (simulations(guide, args_of, s) for s in runtime.slot_seeds(seed, 2))
-    if isinstance(eval_data, int):
-        held_out = list(simulated_inputs(guide, to_hold_out, options, eval_data))
-    else:
-        held_out = held_out_inputs(guide, eval_data, options)
-    if number == math.inf:
-        (example,) = simulated_inputs(guide, pairs, options, 1)
-        pairs.skip(-1)  # it comes again
-        source = Stream(simulated_inputs(guide, pairs, options), pairs.skip, args_of)
-        return source, held_out, example
-    inputs = []
-    with progress_bar("simulating inputs", int(number), show=progress) as bar:
-        for input_ in simulated_inputs(guide, pairs, options, int(number)):
-            inputs.append(input_)
-            bar.advance()
-    return Collection(inputs, generator), held_out, inputs[0]
 
 
 def check_simulated(guide: TrainableGuide) -> None:
@@ -155,9 +145,9 @@ def simulated_inputs(
         may_reject = any(node["infer"].get("hard") for node in one.sites.values())
         if index == 0 and not one.observations and not may_reject:
             warnings.warn(
-                "simulate=: the program observes nothing on these inputs, so its posterior is its "
-                "prior, and the guide learns nothing. Name the sites that will be observed when the "
-                f"guide is used, condition_on=[...]; its random sites: {', '.join(one.latents)}",
+                "the program observes nothing on these inputs, so its posterior is its prior, and "
+                "the guide learns nothing. Name the sites that will be observed when the guide is "
+                f"used, condition_on=[...]; its random sites: {', '.join(one.latents)}",
                 stacklevel=2,
             )
         program = one.program(guide.model)
@@ -167,9 +157,7 @@ def simulated_inputs(
         yield Input(program, (*args,), index, options, [record], exact=True, observations=seen)
 
 
-def held_out_inputs(
-    guide: TrainableGuide, data: Iterable[Any] | None, options: FitOptions
-) -> list[Input]:
+def held_out_inputs(guide: TrainableGuide, data: Any, options: FitOptions) -> list[Input]:
     """Those that a user gives; none, if ``data`` is None."""
     return [] if data is None else list(read_inputs(guide.model, data, options, "eval_data"))
 
@@ -204,17 +192,19 @@ class Dreams(Stream):
         self._pairs.forget()
 
 
-def _demonstrations(given: Sequence[Any] | None, num: int, seed: int) -> list[list[Record]]:
+def _demonstrate(inputs: Sequence[Input], given: Sequence[Any] | None, seed: int) -> None:
+    """Give each input its demonstrations."""
     if given is None:
-        return [[] for _ in range(num)]
+        return
     one = isinstance(given, (str, Mapping, Posterior)) or not hasattr(given, "__len__")
-    if one or len(given) != num:
+    if one or len(given) != len(inputs):
         size = f"one {type(given).__name__}" if one else str(len(given))
         raise ValueError(
-            f"demonstrations must be a list as long as the data, one entry an input ({num}), given "
-            f"{size}"
+            "demonstrations must be a list as long as the data, one entry an input "
+            f"({len(inputs)}), given {size}"
         )
-    return [_records(item, i, seed) for i, item in enumerate(given)]
+    for index, (input_, item) in enumerate(zip(inputs, given, strict=True)):
+        input_.given = _records(item, index, seed)
 
 
 def _records(given: Any, index: int, seed: int) -> list[Record]:
