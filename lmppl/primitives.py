@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
 from contextvars import ContextVar, Token
+from operator import is_
 from typing import Any, NamedTuple
 
 import pyro
@@ -176,42 +177,51 @@ class Call(NamedTuple):
         handlers: what the handlers between the run's recorder and the call add to the site.
     """
 
-    lm: LM
+    lm: LM | None
     texts: tuple[str | None, ...]
     options: tuple[Any, ...]
     handlers: tuple[Any, ...]
 
     @classmethod
     def of(
-        cls, lm: LM, prefix: Any, obs: Any, choices: Any, stop: Any, infer: Any, *options: Any
+        cls,
+        lm: LM | None,
+        prefix: Any,
+        obs: Any,
+        choices: Any,
+        stop: Any,
+        infer: Any,
+        *options: Any,
     ) -> Call | None:
         """A call with these arguments; None where handlers may give it another meaning, or where an
         argument is of a type that may change, or that is not to be compared."""
         handlers = () if len(_PYRO_STACK) == 1 else _annotations()
         parts = (prefix,) if isinstance(prefix, str) else prefix
         stops = (stop,) if stop is None or isinstance(stop, str) else stop
-        if handlers is None or not (
-            isinstance(parts, (list, tuple))
-            and isinstance(stops, (list, tuple))
-            and (choices is None or isinstance(choices, (list, tuple)))
+        if (
+            handlers is None
+            or not isinstance(parts, (list, tuple))
+            or not isinstance(stops, (list, tuple))
+            or not (choices is None or isinstance(choices, (list, tuple)))
+            or not (infer is None or isinstance(infer, dict))
         ):
             return None
         if infer:
-            options = (*options, *infer.keys(), *infer.values())
+            options = (*options, *infer, *infer.values())
         for option in options:
-            if not isinstance(option, (int, float, str)) and option is not None:
+            if option is not None and not isinstance(option, (int, float, str)):
                 return None
         texts = (*parts, None, obs, None, *(choices or ()), None, *stops)
-        return cls(lm, texts, (choices is None, *options), handlers)
+        return cls._make((lm, texts, (choices is None, *options), handlers))
 
     def same_as(self, other: Call) -> bool:
         """Whether another call is the same, token by token."""
-        if self.lm is not other.lm or len(self.texts) != len(other.texts):
+        if self.lm is not other.lm or self[2:] != other[2:] or len(self.texts) != len(other.texts):
             return False
-        for one, two in zip(self.texts, other.texts, strict=True):
-            if one is not two and _as_key(one) != _as_key(two):
-                return False
-        return self.options == other.options and self.handlers == other.handlers
+        # Mostly they are the very same objects.
+        return all(map(is_, self.texts, other.texts)) or (
+            list(map(_as_key, self.texts)) == list(map(_as_key, other.texts))
+        )
 
     def key(self, name: str) -> Hashable:
         """Equal for calls at sites of one name that have the same distribution and observation."""
@@ -244,11 +254,11 @@ class CallMemory:
     """Remembers the calls of ``lm_sample`` in a run, as its outermost handler.
 
     Attributes:
-        shared: the distributions and observed values that calls have made, by ``Call.key``. Runs of
-            one program may share them, as most begin with the same.
+        shared: the distributions and observed values that calls have made, by ``Call.key``, and those
+            of factors. Runs of one program may share them, as most begin with the same.
     """
 
-    shared: dict[Hashable, tuple[LMText, torch.Tensor | None]]
+    shared: dict[Hashable, Any]
 
     def recall(self, name: str, call: Call) -> Text | None:
         """What the run that this one repeats got by the very same call; the site counts as visited.
@@ -261,6 +271,14 @@ class CallMemory:
 
 
 _MOST_SHARED = 4096
+
+
+def keep(shared: dict[Hashable, Any], key: Hashable, value: Any) -> Any:
+    """Keep what runs share, and return it. (Of too much, all is dropped.)"""
+    if len(shared) >= _MOST_SHARED:
+        shared.clear()
+    shared[key] = value
+    return value
 
 
 def lm_sample(
@@ -301,6 +319,14 @@ def lm_sample(
             and other arguments that define no distribution; the message names the site.
     """
     _check_name(name, "a site")
+    memory: Any = _PYRO_STACK[0] if _PYRO_STACK else None
+    call = None
+    if isinstance(memory, CallMemory):
+        meant = default_lm() if lm is None else lm
+        call = Call.of(meant, prefix, obs, choices, stop, infer, max_tokens, temperature)
+        text = None if call is None else memory.recall(name, call)
+        if text is not None:
+            return text
     lm = _resolve_lm(lm, f"site '{name}'")
     if obs is not None and not isinstance(obs, str):
         raise TypeError(f"site '{name}': obs must be a str or a Text, given {type(obs).__name__}")
@@ -311,25 +337,17 @@ def lm_sample(
         )
     if infer is not None and not isinstance(infer, Mapping):
         raise TypeError(f"site '{name}': infer takes a dict of hints, given {infer!r}")
-    memory: Any = _PYRO_STACK[0] if _PYRO_STACK else None
-    call = None
-    if isinstance(memory, CallMemory):
-        call = Call.of(lm, prefix, obs, choices, stop, infer, max_tokens, temperature)
     options = {"max_tokens": max_tokens, "stop": stop, "choices": choices}
     arguments = name, lm, prefix, obs, {**options, "temperature": temperature}
     if call is None:
         fn, value = _distribution(*arguments)
-        _warn_of_retokenisation(name, prefix)
-        return _of_site(name, fn.text, _site(name, fn, value, infer))
-    if (text := memory.recall(name, call)) is not None:
-        return text
-    fn, value = memory.shared.get(key := call.key(name)) or _distribution(*arguments)
-    if len(memory.shared) >= _MOST_SHARED:
-        memory.shared.clear()
-    memory.shared[key] = fn, value
+    else:
+        key, shared = call.key(name), memory.shared
+        fn, value = shared.get(key) or keep(shared, key, _distribution(*arguments))
     _warn_of_retokenisation(name, prefix)
     text = _of_site(name, fn.text, _site(name, fn, value, infer))
-    memory.remember(name, call, text)
+    if call is not None:
+        memory.remember(name, call, text)
     return text
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from greenlet import getcurrent
+from pyro.distributions.distribution import COERCIONS
 from pyro.poutine.runtime import _DIM_ALLOCATOR, _ENUM_ALLOCATOR, _PYRO_STACK
 from torch import default_generator
 from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
@@ -34,12 +35,12 @@ class GlobalState:
     """
 
     __slots__ = (
-        "_autocast", "_cuda_rng", "_device", "_dims", "_dtype", "_enum", "_grad", "_guard",
+        "_autocast", "_coercions", "_cuda_rng", "_device", "_dims", "_dtype", "_enum", "_grad", "_guard",
         "_handlers", "_modes", "_rng",
     )  # fmt: skip
 
     def __init__(self, seed: int | None = None) -> None:
-        self._handlers = _PYRO_STACK[:]
+        self._handlers, self._coercions = _PYRO_STACK[:], COERCIONS[:]
         self._dims = _DIM_ALLOCATOR._stack[:]
         self._enum = _ENUM_ALLOCATOR.__dict__.copy()
         self._grad = torch.is_grad_enabled()
@@ -69,7 +70,8 @@ class GlobalState:
     def fresh(cls, seed: int, *, grad: bool = False) -> GlobalState:
         """A state for a new run: no handlers, no plates, a random stream of its own."""
         self = cls(seed % 2**63)
-        self._handlers, self._dims, self._enum, self._grad = [], [], {}, grad
+        self._handlers, self._coercions, self._dims, self._enum = [], [], [], {}
+        self._grad = grad
         return self
 
     def take_streams(self, other: GlobalState) -> None:
@@ -80,6 +82,7 @@ class GlobalState:
         """Make this the present state."""
         # In place: Pyro's modules hold references to these very objects.
         _PYRO_STACK[:] = self._handlers
+        COERCIONS[:] = self._coercions
         _DIM_ALLOCATOR._stack[:] = self._dims
         _ENUM_ALLOCATOR.__dict__.clear()
         _ENUM_ALLOCATOR.__dict__.update(self._enum)

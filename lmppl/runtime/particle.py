@@ -13,9 +13,11 @@ import reprlib
 from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
+from pyro.distributions.distribution import COERCIONS
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.subsample_messenger import _Subsample
@@ -27,7 +29,7 @@ from lmppl.lm.tokens.text import Text
 from lmppl.primitives import Call, CallMemory
 from lmppl.runtime.arguments import call, name_of
 from lmppl.runtime.coroutine import Coroutine, GlobalState, suspend
-from lmppl.runtime.replay import Replay, Site
+from lmppl.runtime.replay import Replay, Site, Unit
 from lmppl.runtime.sites import is_latent, latents_of
 from lmppl.runtime.waits import ChoiceWait, DrawWait, ScoreWait, Wait
 
@@ -273,6 +275,7 @@ class Particle:
     def _run(self) -> None:
         with self._recorder:
             trace = self._recorder.trace
+            COERCIONS.append(partial(Unit.coerce, self._recorder.shared))
             trace.add_node("_INPUT", name="_INPUT", type="args", args=self.args, kwargs={})
             self.returned = call(self.program, self.args)
             self._replay.check_ended()

@@ -3,7 +3,7 @@
 A fork of a particle runs the program again, since Python cannot copy a frame. It gets the recorded
 values, and every site is compared with the recorded one. An ``lm_sample`` that is called as it was
 then, within the same handlers, cannot be another site: it gets the recorded ``Text`` at once, and
-so a fork costs little more than the program's own Python.
+so a fork costs little more than the program's own Python. A factor costs no new distribution.
 """
 
 from __future__ import annotations
@@ -11,15 +11,53 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import pyro.distributions as dist
 import torch
-from pyro.distributions import Unit
+from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.subsample_messenger import _Subsample
 
 from lmppl.distributions import LMText, ToolCall
 from lmppl.lm.tokens.text import Text
-from lmppl.primitives import Call
+from lmppl.primitives import Call, keep
 
 Site = Any  # a Pyro message
+
+
+class Unit(dist.Unit):
+    """The distribution of a factor that is one number: made, checked and sampled once for all sites
+    of runs that share them. (Pyro knows factors by the name of this class.)"""
+
+    def __init__(self, log_factor: torch.Tensor) -> None:
+        super().__init__(log_factor.clone())
+        self._sample = super().sample()
+
+    def sample(self, sample_shape: Any = ()) -> torch.Tensor:
+        return super().sample(torch.Size(sample_shape)) if sample_shape else self._sample
+
+    @classmethod
+    def coerce(cls, shared: dict[Any, Any], made: Any, args: Any, kwargs: Any) -> Unit | None:
+        """A coercion of Pyro, for ``pyro.factor`` outside of all handlers but the recorder: what a
+        factor costs is mostly its distribution. None: where something else is made.
+
+        Args:
+            shared: those there are.
+            made, args, kwargs: a class of distributions and its arguments.
+        """
+        if made is not dist.Unit or len(_PYRO_STACK) != 1 or kwargs != _OF_FACTOR:
+            return None
+        (log_factor,) = args
+        if (
+            type(log_factor) is not torch.Tensor
+            or log_factor.dim()
+            or log_factor.requires_grad
+            or not log_factor.is_cpu
+        ):
+            return None
+        key = cls, log_factor.dtype, log_factor.item()
+        return shared.get(key) or keep(shared, key, cls(log_factor))
+
+
+_OF_FACTOR = {"has_rsample": None}
 
 
 class ReplayError(RuntimeError):
@@ -61,7 +99,9 @@ class Replay:
         """The recorded site, which a site of its name must be. Raises ``ReplayError`` otherwise."""
         name, fn, recorded = site["name"], site["fn"], self.left.pop(site["name"])
         before = recorded["fn"]
-        if type(fn) is Unit is type(before):  # a factor: nothing to observe but its density
+        if type(fn) is Unit and fn is before:
+            same = True
+        elif isinstance(fn, dist.Unit) and isinstance(before, dist.Unit):
             same = torch.equal(fn.log_factor, before.log_factor)
         else:
             same = _is_same_distribution(fn, site, recorded)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 
 import pyro
 import pytest
 import torch
 from pyro import poutine
+from pyro.distributions.distribution import COERCIONS
 from pyro.poutine import runtime as pyro_runtime
 from torch.utils import _device
 
@@ -18,6 +20,7 @@ def snapshot():
     """All global state that a program can change."""
     return {
         "handlers": list(pyro_runtime._PYRO_STACK),
+        "coercions": list(COERCIONS),
         "dims": list(pyro_runtime._DIM_ALLOCATOR._stack),
         "enum": dict(pyro_runtime._ENUM_ALLOCATOR.__dict__),
         "grad": torch.is_grad_enabled(),
@@ -31,11 +34,20 @@ def snapshot():
     }
 
 
+@contextlib.contextmanager
+def coercion():
+    """As Pyro's ``CollapseMessenger`` has one."""
+    COERCIONS.append(lambda *_: None)
+    yield
+    COERCIONS.pop()
+
+
 def plain(seed: int = 0) -> GlobalState:
     return GlobalState.fresh(seed, grad=True)
 
 
 CHANGES = {
+    "coercions": (coercion, lambda: len(COERCIONS), 1),
     "handlers": (lambda: poutine.trace(), lambda: len(pyro_runtime._PYRO_STACK), 1),
     "plate": (lambda: pyro.plate("p", 3), lambda: len(pyro_runtime._DIM_ALLOCATOR._stack), 1),
     "grad off": (torch.no_grad, torch.is_grad_enabled, False),

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import itertools
 import math
+import pickle
 import weakref
 
 import pyro
@@ -13,7 +14,8 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.poutine.util import prune_subsample_sites
+from pyro.distributions.distribution import COERCIONS
+from pyro.poutine.util import prune_subsample_sites, site_is_factor
 
 import lmppl
 from lmppl import LMText, ReplayError, lm_sample, primitives, require, runtime, tool
@@ -388,6 +390,48 @@ def test_a_fork_gets_the_recorded_texts_of_equal_calls_at_once(handler, monkeypa
                 )
         assert run.trace.copy().nodes["z"] is particle.sites["z"]
         prune_subsample_sites(run.trace).log_prob_sum()  # the graph has all sites
+
+
+def test_a_factor_that_is_a_number_has_one_distribution_in_all_runs():
+    total = torch.tensor(0.0)
+    weights = torch.tensor([0.5, -0.5], requires_grad=True)
+
+    def program():
+        total.zero_()
+        for i in range(3):
+            total.add_(0.25 + i)  # in place: the sites before keep their numbers
+            pyro.factor(f"number-{i}", total)
+        pyro.factor("double", torch.tensor(0.25, dtype=torch.float64))
+        pyro.factor("batch", torch.tensor([0.25, 0.5]))
+        pyro.factor("float", 0.25)
+        pyro.factor("grad", weights.sum())
+        with poutine.scale(scale=2.0):
+            pyro.factor("scaled", torch.tensor(0.25))
+        unit = dist.Unit(torch.tensor(3.0))
+        assert unit.sample((2,)).shape == (2, 0) and unit.expand((2,)).batch_shape == (2,)
+        lm_sample("z", "a", max_tokens=2)
+        pyro.factor("after", torch.tensor(0.25))
+
+    particle = Particle(program, seed=0)
+    particle.resume()
+    fork = particle.fork()
+    runtime.run_to_end([particle, fork])
+    log_probs = {name: node["log_prob_sum"].item() for name, node in fork.sites.items()}
+    assert log_probs.pop("z") < 0
+    assert log_probs == {
+        "number-0": 0.25, "number-1": 1.5, "number-2": 3.75, "double": 0.25, "batch": 0.75,
+        "float": 0.25, "grad": 0.0, "scaled": 0.5, "after": 0.25,
+    }  # fmt: skip
+    assert fork.sites["double"]["log_prob_sum"].dtype == torch.float64
+    assert all(site_is_factor(node) for name, node in fork.sites.items() if name != "z")
+    assert (
+        particle.sites["after"]["fn"] is fork.sites["after"]["fn"] is fork.sites["number-0"]["fn"]
+    )
+    assert pickle.loads(pickle.dumps(fork.sites["after"]["fn"])).log_factor == 0.25
+    assert type(fork.sites["scaled"]["fn"]) is dist.Unit
+    assert not COERCIONS, "outside of a run Pyro is as it was"
+    with pytest.raises(ValueError, match="log_factor"):
+        run(lambda: pyro.factor("f", torch.tensor(math.nan)))
 
 
 def test_what_a_call_was_given_may_change_after_it():
