@@ -29,7 +29,7 @@ import torch
 from lmppl import runtime
 from lmppl.checks import check_int
 from lmppl.exclusive import exclusive
-from lmppl.guides.guide import proposer_factory
+from lmppl.guides import proposer_factory
 from lmppl.guides.mixture import MixtureProposer, mixed
 from lmppl.posterior import Posterior
 from lmppl.report.progress import progress_bar

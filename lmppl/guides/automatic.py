@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -18,41 +18,16 @@ import torch
 from pyro.poutine.trace_struct import Trace
 from torch import nn
 
+from lmppl import runtime
 from lmppl.distributions import LMText, SiteScore, score_texts
 from lmppl.exclusive import exclusive
+from lmppl.guides import parameters, prompts
+from lmppl.guides.guide import Guide
 from lmppl.guides.heads import Head, head_for, moved, num_moves
-from lmppl.guides.parameters import (
-    adapter_config,
-    adapter_state,
-    base_state,
-    config_state,
-    load_adapter_state,
-    same_base,
-    trainable,
-)
-from lmppl.guides.prompts import (
-    OPENING,
-    Observations,
-    ProgramInput,
-    find_observations,
-    guide_prompt,
-    is_text,
-    lines,
-    number_comes_first,
-    show,
-)
+from lmppl.guides.prompts import OPENING, Observations, ProgramInput
 from lmppl.lm import LM
 from lmppl.primitives import use
-from lmppl.runtime import (
-    DrawWait,
-    Given,
-    HiddenWait,
-    Proposer,
-    ProposerFactory,
-    ScoreWait,
-    latents_of,
-    suspend,
-)
+from lmppl.runtime import Given, Proposer, ProposerFactory, latents_of, suspend
 from lmppl.runtime.arguments import Args
 from lmppl.runtime.simulation import Simulated
 
@@ -60,7 +35,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 
-class AutomaticGuide:
+class AutomaticGuide(Guide):
     """The guide that follows a program: a ``Guide``. Its arguments are those of ``LMGuide``.
 
     Attributes:
@@ -94,11 +69,8 @@ class AutomaticGuide:
 
     @exclusive()
     def adapter_for(self, name: str) -> LM:
-        """The language model from which it draws a latent text site.
-
-        A new adapter has the same first weights every time, so that a seed of ``fit`` is enough to
-        reproduce a guide.
-        """
+        """The language model that a latent text site is drawn from. It has the same first weights
+        every time, so that a seed of ``fit`` is enough to reproduce a guide."""
         key = name if self.adapter_per_site else ""
         if key not in self._adapters:
             device = self.base.device
@@ -113,7 +85,8 @@ class AutomaticGuide:
         if lm.vocabulary is self.base.vocabulary:  # its adapters have it, too
             return True
         if lm not in self._drawn_for:
-            self._drawn_for[lm] = same_base(base_state(lm), base_state(self.base))
+            states = map(parameters.base_state, (lm, self.base))
+            self._drawn_for[lm] = parameters.same_base(*states)
         return self._drawn_for[lm]
 
     @property
@@ -137,18 +110,20 @@ class AutomaticGuide:
     def observations_of(self, inputs: Sequence[ProgramInput]) -> list[Observations]:
         vocabulary = self.base.vocabulary
         with use(self.base):
-            return find_observations(inputs, vocabulary, self.condition_on, strict=self._strict)
+            return prompts.find_observations(
+                inputs, vocabulary, self.condition_on, strict=self._strict
+            )
 
     def observations_of_simulation(
         self, one: Simulated, program: Callable[..., Any]
     ) -> Observations | None:
-        if not one.is_all_observed or number_comes_first(one.sites):
+        if not one.is_all_observed or prompts.number_comes_first(one.sites):
             return None
         seen = set(one.observations)
         if self.condition_on != "all":
             seen &= set(self.condition_on)
         sites = {name: node for name, node in one.sites.items() if name in seen}
-        return show(sites, program, self.base.vocabulary, strict=self._strict)
+        return prompts.show(sites, program, self.base.vocabulary, strict=self._strict)
 
     @property
     def _strict(self) -> bool:
@@ -187,16 +162,13 @@ class AutomaticGuide:
         self._several_inputs = several_inputs
         self.sites = TrainedSites()
 
-    def find_parameters(self, args: Args) -> None:
-        """Nothing is to be found: they are made as sites are met."""
-
     def adapters(self) -> list[LM]:
         return list(self._adapters.values())
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         named: dict[str, nn.Parameter] = {}
         for i, adapter in enumerate(self._adapters.values()):
-            named |= {f"adapter-{i}.{name}": p for name, p in trainable(adapter).items()}
+            named |= {f"adapter-{i}.{name}": p for name, p in parameters.trainable(adapter).items()}
         return named | {f"heads.{name}": p for name, p in self.heads.named_parameters()}
 
     def identity(self) -> dict[str, Any]:
@@ -207,24 +179,22 @@ class AutomaticGuide:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        adapters = self.adapters()
+        adapters = [parameters.adapter_state(adapter) for adapter in self.adapters()]
+        heads = self.heads.items()
         return {
             "kind": "automatic",
-            "lora": adapter_config(adapters[0]) if adapters else config_state(self._lora),
+            "lora": adapters[0]["config"] if adapters else parameters.config_state(self._lora),
             "condition_on": self.condition_on,
             "adapted_sites": self.adapted_sites if self.adapter_per_site else None,
-            "adapters": [adapter_state(adapter) for adapter in adapters],
-            "heads": {
-                key: {"sizes": head.sizes, "tensors": head.state_dict()}
-                for key, head in self.heads.items()
-            },
+            "adapters": adapters,
+            "heads": {k: {"sizes": head.sizes, "tensors": head.state_dict()} for k, head in heads},
             "sites": self.sites.laws,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         sites = [""] if state["adapted_sites"] is None else state["adapted_sites"]
         for site, adapter in zip(sites, state["adapters"], strict=True):
-            load_adapter_state(self.adapter_for(site), adapter)
+            parameters.load_adapter_state(self.adapter_for(site), adapter)
         for key, head in state["heads"].items():
             if key not in self.heads:
                 self.heads[key] = Head(*head["sizes"])
@@ -250,41 +220,31 @@ class HeadDraw:
         return moved(self.fn, self.head(self.features))
 
 
-class AutomaticProposer:
-    """Proposes the latents of one particle.
-
-    Args:
-        guide: its language models and heads are drawn from.
-        observations: what it may see of the input.
-        temperature: of the behaviour policy, see ``Guide.proposer_factory``.
-        sites: that it was trained on, to warn of others.
+@dataclass(eq=False)
+class AutomaticProposer(Proposer):
+    """Proposes the latents of one particle, and warns of sites that are other than ``sites``.
 
     Attributes:
         draws: what was drawn, by site, so that it can be scored again with gradients.
     """
 
-    def __init__(
-        self,
-        guide: AutomaticGuide,
-        observations: Observations,
-        temperature: float = 1.0,
-        sites: TrainedSites | None = None,
-    ) -> None:
-        self._guide, self._observations = guide, observations
-        self._temperature, self._sites = temperature, sites
-        self.draws: dict[str, TextDraw | HeadDraw] = {}
+    guide: AutomaticGuide
+    observations: Observations
+    temperature: float = 1.0
+    sites: TrainedSites | None = None
+    draws: dict[str, TextDraw | HeadDraw] = field(default_factory=dict)
 
     def propose(self, site: Any, trace: Trace) -> Given | None:
-        name, is_prior = site["name"], self._temperature == math.inf
+        name, is_prior = site["name"], self.temperature == math.inf
         draw = self._draw_at(site, trace)
         if draw is None:
             return None
         if isinstance(draw, TextDraw):
             q = draw.fn
-            heat = q.temperature * self._temperature
+            heat = q.temperature * self.temperature
             behaviour = site["fn"] if is_prior else q.with_prefix_ids(q.prefix_ids, q.lm, heat)
             uniforms = torch.rand(q.num_uniforms, dtype=torch.float64, device="cpu")
-            value, log_q = suspend(DrawWait(name, behaviour, uniforms))
+            value, log_q = suspend(runtime.DrawWait(name, behaviour, uniforms))
         else:
             with torch.no_grad():
                 q_fn = draw.fn if is_prior else draw.guide_fn()
@@ -296,22 +256,20 @@ class AutomaticProposer:
     def recall(
         self, site: Any, trace: Trace, value: torch.Tensor, features: torch.Tensor | None
     ) -> None:
-        """Remember ``value`` as what was drawn at a site, if it is one that the guide draws.
-        ``features`` are what the head reads there; None: to be found out."""
+        """Remember a value as what was drawn at a site, if it is one that the guide draws;
+        ``features`` are what its head reads there, if that is known."""
         draw = self._draw_at(site, trace, value, features)
         if draw is not None:
             self.draws[site["name"]] = draw
 
     def condition(self, site: Any, trace: Trace, value: torch.Tensor) -> torch.Tensor | None:
         """See ``mixture.Conditioned``."""
-        draw = self._draw_at(site, trace, value)
-        if draw is None:
-            return None
-        self.draws[site["name"]] = draw
+        self.recall(site, trace, value, None)
+        draw = self.draws.get(site["name"])
         if isinstance(draw, TextDraw):
-            return suspend(ScoreWait(site["name"], draw.fn, value))[0]
+            return suspend(runtime.ScoreWait(site["name"], draw.fn, value))[0]
         with torch.no_grad():
-            return draw.guide_fn().log_prob(value).sum()
+            return None if draw is None else draw.guide_fn().log_prob(value).sum()
 
     def _draw_at(
         self,
@@ -321,13 +279,13 @@ class AutomaticProposer:
         features: torch.Tensor | None = None,
     ) -> TextDraw | HeadDraw | None:
         """The guide's draw of a site, and what it is from; None: it leaves the site to the model."""
-        name, fn, guide = site["name"], site["fn"], self._guide
+        name, fn, guide = site["name"], site["fn"], self.guide
         if isinstance(fn, LMText):
             if fn.batch_shape or not guide.draws_for(fn.lm):
                 return None
-            if self._sites is not None:
-                self._sites.check(name, fn)
-            prompt = guide_prompt(site, trace, self._observations, guide.told_of_cuts)
+            if self.sites is not None:
+                self.sites.check(name, fn)
+            prompt = prompts.guide_prompt(site, trace, self.observations, guide.told_of_cuts)
             q = fn.with_prefix_ids(prompt, guide.adapter_for(name), fn.temperature)
             return TextDraw(q, value)
         moves = num_moves(fn)
@@ -342,55 +300,40 @@ class AutomaticProposer:
         return HeadDraw(head, features, fn, value)
 
     def _features(self, name: str, trace: Trace) -> torch.Tensor:
-        """What a head reads: the latents before it that are no texts, the LM's state after those that
-        are."""
-        base, seen = self._guide.base, self._observations
+        """What a head reads: the numbers before it, and the LM's state after the texts."""
+        base, seen = self.guide.base, self.observations
         tokens: tuple[int, ...] = ()
         numbers: list[torch.Tensor] = []
         for node in latents_of(trace).values():
             if not isinstance(node["fn"], LMText):
                 numbers.append(node["value"].detach().float().reshape(-1))
-            elif is_text(node, base.vocabulary):
+            elif prompts.is_text(node, base.vocabulary):
                 if not tokens:
-                    tokens = guide_prompt(node, Trace(), seen, self._guide.told_of_cuts)
+                    tokens = prompts.guide_prompt(node, Trace(), seen, self.guide.told_of_cuts)
                 tokens += node["fn"].token_ids(node["value"])
         if not tokens:
             bos = base.vocabulary.bos_ids
-            tokens = (*bos, *lines(seen, base.vocabulary), *seen.get(OPENING, ()))
+            tokens = (*bos, *prompts.lines(seen, base.vocabulary), *seen.get(OPENING, ()))
         # As many features without a token to read: on another input there may be one.
         state = torch.zeros(base.hidden_size)
-        if base.context_length is not None:
-            tokens = tokens[-base.context_length :]
         if tokens:
-            state = suspend(HiddenWait(name, base, tokens)).float()
+            last = tokens[-(base.context_length or len(tokens)) :]
+            state = suspend(runtime.HiddenWait(name, base, last)).float()
         return torch.cat([*numbers, state])
 
-    def finish(self, trace: Trace) -> None:
-        """An automatic guide follows the model, so nothing can be left over."""
-
     def fork(self, streams: Proposer) -> AutomaticProposer:
-        new = AutomaticProposer(self._guide, self._observations, self._temperature, self._sites)
-        new.draws = dict(self.draws)
-        return new
+        return replace(self, draws=dict(self.draws))
 
-    def close(self) -> None:
-        """Nothing of it is suspended on its own."""
-
-
-# --- the text sites that a guide was trained on, so that its use for other ones is noticed ---------
 
 Law = dict[str, Any]
 """What is fixed of a site's distribution, apart from its prefix; in JSON's types."""
 
 
 class TrainedSites:
-    """What each text site of a program was like when its guide was trained.
+    """What each text site was like when a guide was trained, so that its use for others is noticed.
 
     A guide takes the support of the program that it is used for, so it is a valid proposal for any.
     But one that has learned texts of 4 tokens knows nothing of texts of 40.
-
-    Args:
-        laws: of each site, by its name.
     """
 
     def __init__(self, laws: Mapping[str, Law] | None = None) -> None:

@@ -8,12 +8,11 @@ from typing import Any, Literal, Protocol
 import torch
 
 from lmppl.distributions import SiteScore
-from lmppl.guides.program import ProgramGuide
 from lmppl.guides.prompts import Observations, ProgramInput
 from lmppl.lm import LM
 from lmppl.report.history import History
 from lmppl.runtime import ProposerFactory
-from lmppl.runtime.arguments import Args, check_program
+from lmppl.runtime.arguments import Args
 from lmppl.runtime.records import Recaller
 from lmppl.runtime.simulation import Simulated
 
@@ -42,13 +41,15 @@ class Guide(Protocol):
         """A proposer for a trace whose latents are known, which remembers them as its own draws."""
 
     def observations_of(self, inputs: Sequence[ProgramInput]) -> list[Observations]:
-        """What it reads of inputs, in one batch of runs."""
+        """What it reads of inputs, in one batch of runs; by default nothing."""
+        return [{} for _ in inputs]
 
     def observations_of_simulation(
         self, one: Simulated, program: Callable[..., Any]
     ) -> Observations | None:
         """What it reads of a simulated input, which ``program`` observes; None if only runs of the
         program can tell."""
+        return None
 
     def score(self, proposers: Sequence[Any], *, grad: bool = True) -> list[dict[str, SiteScore]]:
         """log q of what proposers drew, per proposer and site, with gradients if ``grad``.
@@ -59,10 +60,12 @@ class Guide(Protocol):
     def start_training(self, *, several_inputs: bool) -> None:
         """Begin to note what sites are like in training, and whether it has to tell inputs apart by
         what it reads."""
+        return
 
     def find_parameters(self, args: Args) -> None:
         """Find the parameters of a guide program by runs on an input; raises ``ValueError`` if it has
-        none."""
+        none. Those of other guides are made as sites are met."""
+        return
 
     def adapters(self) -> list[LM]:
         """The language models with trainable parameters, in the order in which it uses them."""
@@ -101,29 +104,3 @@ class TrainableGuide(Guide, Protocol):
         observations: Observations | None = None,
     ) -> None:
         """Run the guide on an input, so that all its parameters exist and are known."""
-
-
-def as_guide(guide: Any) -> Guide | None:
-    """What was given as ``guide=``: a guide as it is, a guide program as a guide; None: None.
-
-    Raises:
-        TypeError: for anything else.
-    """
-    if isinstance(guide, type):
-        raise TypeError(
-            f"guide= takes a guide, given the class {guide.__name__}: make an object of it"
-        )
-    if guide is None or hasattr(guide, "proposer_factory"):
-        return guide
-    if callable(guide):
-        check_program(guide, "guide")
-        return ProgramGuide(guide)
-    raise TypeError(
-        f"guide= takes a lmppl.LMGuide or a guide program (a callable), given {type(guide).__name__}"
-    )
-
-
-def proposer_factory(guide: Any, args: Args) -> ProposerFactory | None:
-    """What makes the proposers of what was given as ``guide=``; None: the prior draws."""
-    found = as_guide(guide)
-    return None if found is None else found.proposer_factory(args)

@@ -40,11 +40,8 @@ class Head(nn.Module):
 
 
 def head_for(heads: nn.ModuleDict, names: list[str], sizes: tuple[int, int, int]) -> Head:
-    """The head of the first of some sites, after the others; made when it is first met.
-
-    Raises:
-        ValueError: if ``sizes``, which are ``Head``'s, are not those that it was made with.
-    """
+    """The head of the first of some sites, after the others; made when it is first met. Raises
+    ``ValueError`` if ``sizes``, which are ``Head``'s, are not those that it was made with."""
     # The name of a module has no dots, and is no attribute of modules.
     escaped = [name.replace("_", "__").replace(".", "_d").replace("-", "_h") for name in names]
     key = "-".join(["head", *escaped])
@@ -52,8 +49,7 @@ def head_for(heads: nn.ModuleDict, names: list[str], sizes: tuple[int, int, int]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(len(heads))
             heads[key] = Head(*sizes)
-    head = heads[key]
-    assert isinstance(head, Head)
+    head: Any = heads[key]
     if head.sizes[:2] != sizes[:2]:
         raise ValueError(
             f"site '{names[0]}': its guide was made for {head.sizes[0]} features and {head.sizes[1]} "
@@ -69,9 +65,7 @@ _known_moves: dict[Any, int | None] = {}  # to find it takes as long as the draw
 def num_moves(fn: Any) -> int | None:
     """How many unconstrained parameters a distribution has; None where the head cannot move it."""
     kind = _kind(fn)
-    if kind is None:
-        return _num_moves(fn)
-    if kind not in _known_moves:
+    if kind is None or kind not in _known_moves:
         _known_moves[kind] = _num_moves(fn)
     return _known_moves[kind]
 
@@ -144,7 +138,6 @@ def _unconstrained(fn: Any) -> dict[str, torch.Tensor]:
         if constraint.is_discrete:
             continue  # it says what the values are, such as a number of trials
         if constraints.is_dependent(constraint):
-            # Its allowed values depend on other parameters, and so may its support (Uniform).
-            raise NotImplementedError
+            raise NotImplementedError  # on other parameters, as may the support (Uniform)
         unconstrained[name] = biject_to(constraint).inv(getattr(fn, name)).detach()
     return unconstrained

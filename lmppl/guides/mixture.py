@@ -70,7 +70,7 @@ def flip(probability: float) -> bool:
     return float(torch.rand((), dtype=torch.float64)) < probability
 
 
-class MixtureProposer:
+class MixtureProposer(Proposer):
     """Draws each latent of one particle from the guide or from the program.
 
     Args:
@@ -91,8 +91,7 @@ class MixtureProposer:
         return self._guide.draws
 
     def hold(self) -> None:
-        """Let forks keep who draws the site at which the particle is, whose text is under way. Else
-        each chooses for itself."""
+        """Let forks keep who draws the site at which the particle is, whose text is under way."""
         self._is_held = True
 
     def propose(self, site: Any, trace: Trace) -> Given | None:
@@ -101,31 +100,27 @@ class MixtureProposer:
             # made again in a copy of one that waits, the guide would be chosen too often.
             self._is_held = site["name"] in self._guide.draws
             self._takes_guide = flip(math.exp(_log_sigmoid(self._log_odds)))
-        draw = self._from_guide if self._takes_guide else self._from_program
-        given = draw(site, trace)
+        given: Given | None
+        if self._takes_guide:
+            given = self._guide.propose(site, trace)
+            if given is not None:
+                log_prior = score_value(site, given.value)
+                given = self._weighed(site, trace, given.value, log_prior, given.proposal_log_prob)
+        else:
+            self._drawn = self._drawn or draw_value(site)
+            value, log_prior = self._drawn
+            log_q = self._guide.condition(site, trace, value) if self._is_open else None
+            given = self._weighed(site, trace, value, log_prior, log_q)
         self._takes_guide, self._drawn, self._is_held = None, None, False
         return given
-
-    def _from_guide(self, site: Any, trace: Trace) -> Given | None:
-        drawn = self._guide.propose(site, trace)
-        if drawn is None:
-            return None  # the guide leaves it to the program
-        log_prior = score_value(site, drawn.value)
-        return self._weighed(site, trace, drawn.value, log_prior, drawn.proposal_log_prob)
-
-    def _from_program(self, site: Any, trace: Trace) -> Given:
-        if self._drawn is None:
-            self._drawn = draw_value(site)
-        value, log_prior = self._drawn
-        log_q = self._guide.condition(site, trace, value) if self._is_open else None
-        if log_q is None:
-            return Given(value, log_prior, log_prior.sum())
-        return self._weighed(site, trace, value, log_prior, log_q)
 
     def _weighed(
         self, site: Any, trace: Trace, value: torch.Tensor, log_prior: torch.Tensor, log_q: Any
     ) -> Given:
-        """A value with its density in the mixture, by which the odds change."""
+        """A value with its density in the mixture, by which the odds change (``log_q`` None: the guide
+        leaves the site to the program)."""
+        if log_q is None:
+            return Given(value, log_prior, log_prior.sum())
         self._check_order(site["name"], trace)
         odds, q, prior = self._log_odds, float(log_q), float(log_prior.sum())
         mixture = float(np.logaddexp(_log_sigmoid(odds) + q, _log_sigmoid(-odds) + prior))

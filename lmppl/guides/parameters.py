@@ -28,11 +28,7 @@ _RUNS = 16  # a branch may have parameters of its own
 
 
 class Trainables:
-    """The trainable parts of a program, found by running it.
-
-    Args:
-        base: the language model that guide and program share, which is never trained; None: nor is
-            anything else.
+    """The trainable parts of a program, found by running it; ``base`` is never trained.
 
     Attributes:
         adapters: language models with parameters that need a gradient, in the order of their use.
@@ -107,11 +103,11 @@ def lora_config(state: Mapping[str, Any] | None) -> LoraConfig | None:
 def adapter_state(lm: LM) -> dict[str, Any]:
     """The state of an adapter: its configuration, and its tensors by peft's names."""
     config = adapter_config(lm)
-    if config is None:
-        return {"config": None, "tensors": {name: p.detach() for name, p in trainable(lm).items()}}
-    from peft import get_peft_model_state_dict
+    tensors: dict[str, torch.Tensor] = {name: p.detach() for name, p in trainable(lm).items()}
+    if config is not None:
+        from peft import get_peft_model_state_dict
 
-    tensors = get_peft_model_state_dict(lm.model, save_embedding_layers=False)
+        tensors = get_peft_model_state_dict(lm.model, save_embedding_layers=False)
     return {"config": config, "tensors": tensors}
 
 
@@ -130,10 +126,10 @@ def load_adapter_state(lm: LM, state: Mapping[str, Any]) -> None:
             )
     if state["config"] is None:
         lm.model.load_state_dict(state["tensors"], strict=False)  # all that is trained
-        return
-    from peft import set_peft_model_state_dict
+    else:
+        from peft import set_peft_model_state_dict
 
-    set_peft_model_state_dict(lm.model, dict(state["tensors"]))
+        set_peft_model_state_dict(lm.model, dict(state["tensors"]))
 
 
 def _making(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,16 +19,16 @@ from pyro.poutine.trace_struct import Trace
 
 from lmppl import runtime
 from lmppl.distributions import LMText, SiteScore
+from lmppl.guides.guide import Guide
 from lmppl.guides.parameters import SavedParams, Trainables, adapter_state, load_adapter_state
-from lmppl.guides.prompts import Observations, ProgramInput
+from lmppl.guides.prompts import Observations
 from lmppl.lm import LM
 from lmppl.primitives import use
 from lmppl.runtime import Given, Particle, Proposer, ProposerFactory, latents_of, suspend
-from lmppl.runtime.arguments import Args, name_of
-from lmppl.runtime.simulation import Simulated
+from lmppl.runtime.arguments import Args, check_program, name_of
 
 
-class ProgramGuide:
+class ProgramGuide(Guide):
     """A guide program as a ``Guide``. What is trained are its adapters and ``pyro.param``s.
 
     Args:
@@ -43,6 +43,7 @@ class ProgramGuide:
     def __init__(self, program: Callable[..., Any], base: LM | None = None) -> None:
         self.program, self._given_program, self._base = program, program, base
         self._trainables = Trainables(base)
+        self.param_names = self._trainables.param_names
         self._saved = SavedParams()
         self._pending: Mapping[str, Any] | None = None  # loaded state of a program not run since
 
@@ -58,14 +59,6 @@ class ProgramGuide:
     def recaller(self, args: Args, observations: Observations) -> PriorProposer:
         self._restore(args)
         return PriorProposer(self.program, args)
-
-    def observations_of(self, inputs: Sequence[ProgramInput]) -> list[Observations]:
-        return [{} for _ in inputs]
-
-    def observations_of_simulation(
-        self, one: Simulated, program: Callable[..., Any]
-    ) -> Observations | None:
-        return {}
 
     def score(self, proposers: Sequence[Any], *, grad: bool = True) -> list[dict[str, SiteScore]]:
         # A trace that a hard condition ended is scored up to the first site that it has not.
@@ -94,9 +87,6 @@ class ProgramGuide:
     def name(self) -> str:
         return name_of(self._given_program)
 
-    def start_training(self, *, several_inputs: bool) -> None:
-        """It notes nothing of its sites."""
-
     def find_parameters(self, args: Args) -> None:
         self._find(args)
         if not self.named_parameters():
@@ -111,11 +101,6 @@ class ProgramGuide:
 
     def adapters(self) -> list[LM]:
         return list(self._trainables.adapters)
-
-    @property
-    def param_names(self) -> list[str]:
-        """The ``pyro.param``s that its runs have come to."""
-        return self._trainables.param_names
 
     def named_parameters(self) -> dict[str, torch.nn.Parameter]:
         return self._trainables.named_parameters()
@@ -146,8 +131,8 @@ class ProgramGuide:
             self._restore(None)  # else when it is first run
 
     def _restore(self, args: Args | None) -> None:
-        """Put parameters in that were loaded and are not yet, after runs on an input (None: it was run
-        before). Those that it does not come to wait for it."""
+        """Put in what was loaded, after runs on an input (None: it was run before). Parameters that it
+        does not come to wait for it."""
         if self._pending is None:
             return
         adapters, params = self._pending["adapters"], self._pending["params"]
@@ -167,18 +152,12 @@ class ProgramGuide:
         self._pending = None  # not before: after an error it is tried again
 
 
-class ProgramProposer:
-    """Proposes what one run of a guide program draws.
-
-    Attributes:
-        args: of the run.
-        trace: of the model's run.
-    """
+class ProgramProposer(Proposer):
+    """Proposes what one run of a guide program draws; ``trace`` is that of the model's run."""
 
     def __init__(self, run: Particle) -> None:
         self.run, self.args = run, run.args
         self.trace = Trace()
-        self._began = False
 
     @property
     def draws(self) -> dict[str, Any]:
@@ -207,7 +186,7 @@ class ProgramProposer:
             return None
         before = dict(itertools.takewhile(lambda item: item[0] != name, old.sites.items()))
         seed = int(torch.randint(2**62, ()))
-        self.run, self._began = old.rerun(before, {name: Given(value)}, seed=seed), True
+        self.run = old.rerun(before, {name: Given(value)}, seed=seed)
         old.close()
         node = self._advance_to(name)
         if node is None:
@@ -219,11 +198,8 @@ class ProgramProposer:
         """Run the guide on to a latent site, whose node is returned if it draws it, or to its end.
         What it waits for is passed to whoever runs the model."""
         run = self.run
-        if not self._began:
-            self._began = True
-            run.resume()
         while not run.finished and name not in run.trace.nodes:
-            run.resume(suspend(run.waiting))
+            run.resume(None if run.waiting is None else suspend(run.waiting))  # None: it begins
         if run.rejected_by is not None:
             raise ValueError(
                 f"the guide rejects its own draw at site '{run.rejected_by}': a guide must be a "
@@ -244,25 +220,15 @@ class ProgramProposer:
 
     def fork(self, streams: Proposer) -> ProgramProposer:
         assert isinstance(streams, ProgramProposer)
-        if not self._began:
-            fresh = Particle(self.run.program, self.run.args, seed=0, slot=streams.run.slot)
-            fresh.coroutine.global_state.take_streams(streams.run.coroutine.global_state)
-            return ProgramProposer(fresh)
-        forked = ProgramProposer(self.run.fork(streams.run))
-        forked._began = True
-        return forked
+        return ProgramProposer(self.run.fork(streams.run))
 
     def close(self) -> None:
         self.run.close()
 
 
-class PriorProposer:
-    """Leaves every latent to the model, and remembers what it drew for a guide program to score.
-
-    Attributes:
-        args: what the guide program is to be run on.
-        trace: of the model's run.
-    """
+class PriorProposer(Proposer):
+    """Leaves every latent to the model, and remembers the ``trace`` of its run for a guide program to
+    score."""
 
     def __init__(self, program: Callable[..., Any], args: Args) -> None:
         self.program, self.args = program, args
@@ -287,16 +253,9 @@ class PriorProposer:
     def fork(self, streams: Proposer) -> PriorProposer:
         return PriorProposer(self.program, self.args)
 
-    def close(self) -> None:
-        """Nothing of it is suspended on its own."""
-
 
 def _scores(run: Particle, proposer: Any) -> dict[str, SiteScore]:
-    """log q of what a proposer drew, by site, from a run of the guide on it.
-
-    Raises:
-        ValueError: if the guide draws a site that the trace has not.
-    """
+    """log q of what a proposer drew, by site, from a run of the guide on it."""
     latents, draws, model = run.latents, proposer.draws, proposer.trace.nodes
     waiting = [] if run.waiting is None else [run.waiting.name]
     extra = [name for name in [*latents, *waiting] if name not in draws]
@@ -352,3 +311,32 @@ def _text_value(name: str, model_fn: Any, guide_fn: Any, value: Any) -> Any:
             f"after token {closed[0]} of it: give both the same max_tokens and stop"
         )
     return model_fn.value(ids)
+
+
+# --- what is given as ``guide=`` -----------------------------------------------------------------
+
+
+def as_guide(guide: Any) -> Guide | None:
+    """What was given as ``guide=``: a guide as it is, a guide program as a guide; None: None.
+
+    Raises:
+        TypeError: for anything else.
+    """
+    if isinstance(guide, type):
+        raise TypeError(
+            f"guide= takes a guide, given the class {guide.__name__}: make an object of it"
+        )
+    if guide is None or hasattr(guide, "proposer_factory"):
+        return guide
+    if callable(guide):
+        check_program(guide, "guide")
+        return ProgramGuide(guide)
+    raise TypeError(
+        f"guide= takes a lmppl.LMGuide or a guide program (a callable), given {type(guide).__name__}"
+    )
+
+
+def proposer_factory(guide: Any, args: Args) -> ProposerFactory | None:
+    """What makes the proposers of what was given as ``guide=``; None: the prior draws."""
+    found = as_guide(guide)
+    return None if found is None else found.proposer_factory(args)

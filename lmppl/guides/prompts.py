@@ -1,8 +1,8 @@
 """What the automatic guide reads before it draws a latent text.
 
 Its prompt holds marks for the latents before it, with those that its prefix does not hold, the
-observations that come later in the program, a line each, and then what the model's own prefix
-holds. The prefix stands last, so that an untrained guide continues it much as the model does.
+observations that come later in the program, a line each, and then the model's own prefix. (Why:
+``docs/guides.md``, "What the automatic guide is".)
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from lmppl.runtime.sites import is_continuous, is_observation
 ProgramInput = tuple[Callable[..., Any], Args]
 """A program and its arguments. (Each simulated input has a program of its own.)"""
 
-Observations = Mapping[str, tuple[int, ...]]
+Tokens = tuple[int, ...]
+Observations = Mapping[str, Tokens]
 """Name of an observed site to the tokens that show it."""
 
 OPENING = ""
@@ -50,19 +51,14 @@ def find_observations(
     *,
     strict: bool,
 ) -> list[Observations]:
-    """The observed sites of a program on each input, by two seeded runs of it, all side by side.
+    """The observed sites on each input that a guide may see, in the tokens of a vocabulary.
 
-    A run that is rejected stops before what it would have observed, so others are made, up to 64.
-
-    Args:
-        inputs: the inputs.
-        vocabulary: in whose tokens they are to be shown.
-        condition_on: names of the sites that the guide may see, or ``"all"``.
-        strict: raise if the runs disagree; otherwise show nothing.
+    They are found by two seeded runs of an input, all side by side. A run that is rejected stops
+    before what it would have observed, so others are made, up to 64.
 
     Raises:
-        ValueError: ``strict`` and the runs observe different things, or ``condition_on`` names a
-            site that no run observes.
+        ValueError: if the runs of an input observe different things and ``strict`` (else none is
+            shown), or ``condition_on`` names a site that no run observes.
     """
     runs: list[list[runtime.Particle]] = [[] for _ in inputs]
     pending = list(range(len(inputs)))
@@ -112,7 +108,7 @@ def _observations_of(
         found = {name: node for name, node in found.items() if name in condition_on}
         differing = [name for name in differing if name in found]
     if differing:
-        if strict and not all(map(_is_prompted, particles)):
+        if strict and not all(_is_prompted(node) for p in particles for node in p.latents.values()):
             raise ValueError(
                 f"two runs of the program on one input observe site '{differing[0]}' differently, so "
                 "the automatic guide cannot tell what to read. Give each latent site a prompt, "
@@ -129,9 +125,8 @@ def _opening(particles: Sequence[runtime.Particle], vocabulary: Vocabulary) -> O
         return {}
     texts = [[n["fn"] for n in p.sites.values() if is_text(n, vocabulary)] for p in particles]
     prefixes = [fns[0].prefix_ids for fns in texts if fns]  # a rejected run may have none
-    if not prefixes:
-        return {}
-    return {OPENING: _split_bos(tuple(os.path.commonprefix(prefixes)), vocabulary)[1]}
+    common = tuple(os.path.commonprefix(prefixes))
+    return {OPENING: _split_bos(common, vocabulary)[1]} if prefixes else {}
 
 
 def number_comes_first(sites: Mapping[str, Any]) -> bool:
@@ -146,9 +141,7 @@ def is_text(node: Any, vocabulary: Vocabulary) -> bool:
     return isinstance(fn, LMText) and not fn.batch_shape and fn.lm.vocabulary.same_as(vocabulary)
 
 
-def _split_bos(
-    ids: tuple[int, ...], vocabulary: Vocabulary
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _split_bos(ids: Tokens, vocabulary: Vocabulary) -> tuple[Tokens, Tokens]:
     num = len(vocabulary.bos_ids)
     return (ids[:num], ids[num:]) if ids[:num] == vocabulary.bos_ids else ((), ids)
 
@@ -160,7 +153,7 @@ def show(
 
     Those that it cannot show are left out; if ``strict``, it is warned of them, once a program.
     """
-    shown = {name: _show(name, node, vocabulary) for name, node in found.items()}
+    shown = {name: _show(node, vocabulary) for name, node in found.items()}
     hidden = [name for name, ids in shown.items() if ids is None]
     written = inspect.unwrap(program)  # each simulated input has a program around it
     if hidden and strict and (written, hidden[0]) not in _warned:
@@ -173,38 +166,30 @@ def show(
     return {name: ids for name, ids in shown.items() if ids}
 
 
-def _is_prompted(particle: runtime.Particle) -> bool:
-    """Whether the user gave a prompt for each latent text of a run."""
-    return all(
-        node["infer"].get("guide_prompt") is not None
-        for node in particle.latents.values()
-        if isinstance(node["fn"], LMText)
-    )
+def _is_prompted(node: Any) -> bool:
+    """Whether a latent is no text, or one for which the user gave a prompt."""
+    return not isinstance(node["fn"], LMText) or node["infer"].get("guide_prompt") is not None
 
 
-def _show(name: str, node: Any, vocabulary: Vocabulary) -> tuple[int, ...] | None:
-    """The tokens of an observation: a text as it is, anything else as ``name = value``.
-
-    None where the vocabulary has not its characters.
-    """
+def _show(node: Any, vocabulary: Vocabulary) -> Tokens | None:
+    """The tokens of a site: a text as it is, less EOS, anything else as ``name = value``; None where
+    the vocabulary has not its characters."""
     fn, value = node["fn"], node["value"]
     if is_text(node, vocabulary):
         return tuple(t for t in fn.token_ids(value) if t not in vocabulary.eos_ids)
-    text = str(fn.text(value)) if isinstance(fn, LMText) else f"{name} = {value.tolist()}"
+    text = str(fn.text(value)) if isinstance(fn, LMText) else f"{node['name']} = {value.tolist()}"
     return _encode(text, vocabulary)
 
 
 @lru_cache(maxsize=256)  # a tokenizer's refusal takes milliseconds, and is not remembered there
-def _encode(text: str, vocabulary: Vocabulary) -> tuple[int, ...] | None:
+def _encode(text: str, vocabulary: Vocabulary) -> Tokens | None:
     try:
         return vocabulary.encode(text)
     except ValueError:
         return None
 
 
-def guide_prompt(
-    site: Any, trace: Trace, observations: Observations, told: set[str]
-) -> tuple[int, ...]:
+def guide_prompt(site: Any, trace: Trace, observations: Observations, told: set[str]) -> Tokens:
     """The tokens after which the automatic guide draws a latent text.
 
     Where the context has no room for all, each observation is cut to its first k tokens, with the
@@ -249,21 +234,21 @@ def guide_prompt(
                 )
         room = min(_MOST_SHOWN, room - len(below))
     bos, prefix = _split_bos(fn.prefix_ids, vocabulary)
-    return (*bos, *_marks(earlier, fn, vocabulary, room), *below, *prefix)
+    return (*bos, *_marks(earlier, fn, room), *below, *prefix)
 
 
-def lines(observations: Observations, vocabulary: Vocabulary) -> tuple[int, ...]:
+def lines(observations: Observations, vocabulary: Vocabulary) -> Tokens:
     """Observations, a line each where the vocabulary has a newline, and less ``OPENING``."""
     newline = _encode("\n", vocabulary) or ()
     shown = [ids for name, ids in observations.items() if name != OPENING]
     return tuple(token for ids in shown for token in (*ids, *newline))
 
 
-def _cut_lines(observations: Observations, vocabulary: Vocabulary, room: int) -> tuple[int, ...]:
+def _cut_lines(observations: Observations, vocabulary: Vocabulary, room: int) -> Tokens:
     """``lines`` of the first k tokens of each observation, with the largest k for which they have
     room; none if there is room for none."""
 
-    def cut(k: int) -> tuple[int, ...]:
+    def cut(k: int) -> Tokens:
         return lines({name: ids[:k] for name, ids in observations.items()}, vocabulary)
 
     longest = max((len(ids) for ids in observations.values()), default=0)
@@ -271,62 +256,50 @@ def _cut_lines(observations: Observations, vocabulary: Vocabulary, room: int) ->
     return cut(k) if k > 0 else ()
 
 
-def _marks(
-    latents: Sequence[Any], fn: LMText, vocabulary: Vocabulary, room: int
-) -> tuple[int, ...]:
+def _marks(latents: Sequence[Any], fn: LMText, room: int) -> Tokens:
     """What stands in front, for each latent that the run has drawn, in at most ``room`` tokens.
 
     A text that the prefix holds has EOS alone; if it ended by EOS, another one, with the text
-    between them where it is the end of the prefix. A text that ended by EOS leaves no mark of its
-    end in a later prefix. So the prompt of a second site can be that of the middle of the first; and
-    with ``[x, z]`` as the prefix of w, "a" then "b" is z = "ab", or z = "a" and the beginning of w,
-    or w alone. The model answers all of them alike; the posterior does not. The marks tell them
-    apart, and mean no more to the untrained model than that other documents came before.
-
-    What the prefix does not hold, the model's text does not depend on, but the posterior may: an
-    observation or a factor that follows can depend on both. It stands there as a document of its own,
-    a text as it is, a number as ``name = value``. If there is no room for all, the latest do.
+    between them where it is the end of the prefix. What the prefix does not hold stands there as a
+    document of its own, a text as it is, a number as ``name = value``; if there is no room for all,
+    the latest do.
     """
     # Room for a mark of each is kept, if there is any.
-    least = _eos(vocabulary) if room >= len(latents) else ()
+    least = _eos(fn.lm.vocabulary) if room >= len(latents) else ()
     room -= len(least) * len(latents)
-    marks: list[tuple[int, ...]] = []
+    marks: list[Tokens] = []
     for node in reversed(latents):
-        mark = _mark(node, fn, vocabulary)
+        mark = _mark(node, fn)
         room -= len(mark) - len(least)
         marks.append(mark if room >= 0 else least)
     return tuple(token for mark in reversed(marks) for token in mark)
 
 
-def _eos(vocabulary: Vocabulary) -> tuple[int, ...]:
+def _eos(vocabulary: Vocabulary) -> Tokens:
     return () if vocabulary.eos_id is None else (vocabulary.eos_id,)
 
 
-def _mark(node: Any, fn: LMText, vocabulary: Vocabulary) -> tuple[int, ...]:
+def _mark(node: Any, fn: LMText) -> Tokens:
+    vocabulary, other = fn.lm.vocabulary, node["fn"]
     eos = _eos(vocabulary)
-    other = node["fn"]
     if not isinstance(other, LMText) or other.batch_shape:
         return _as_document(_written(node, vocabulary), vocabulary)
-    ids = other.token_ids(node["value"])
-    if not other.lm.vocabulary.same_as(vocabulary):
-        text = _encode(str(other.text(node["value"])), vocabulary)
-        return _as_document(text, vocabulary) or eos
-    visible = tuple(token for token in ids if token not in vocabulary.eos_ids)
-    if visible and visible not in fn.texts_in_prefix:
-        return _as_document(visible, vocabulary)
-    if ids[-1] not in vocabulary.eos_ids:
+    visible = _show(node, vocabulary)
+    if not is_text(node, vocabulary) or (visible and visible not in fn.texts_in_prefix):
+        return _as_document(visible, vocabulary) or eos
+    if other.token_ids(node["value"])[-1] not in vocabulary.eos_ids:
         return eos
-    adjoins = visible and fn.prefix_ids[-len(visible) :] == visible
-    return (*eos, *visible, *eos) if adjoins and eos else (*eos, *eos)
+    between = visible if visible and eos and fn.prefix_ids[-len(visible) :] == visible else ()
+    return (*eos, *between, *eos)
 
 
-def _as_document(ids: tuple[int, ...] | None, vocabulary: Vocabulary) -> tuple[int, ...]:
+def _as_document(ids: Tokens | None, vocabulary: Vocabulary) -> Tokens:
     """Tokens on their own, so that they run into nothing that follows."""
     eos = _eos(vocabulary)
     return () if ids is None else (*eos, *ids, *(_encode("\n", vocabulary) or eos))
 
 
-def _written(node: Any, vocabulary: Vocabulary) -> tuple[int, ...] | None:
+def _written(node: Any, vocabulary: Vocabulary) -> Tokens | None:
     """The tokens of a latent that is no text; None where there is no way to write it.
 
     A vocabulary without digits writes whole numbers in binary, by its first two ordinary tokens.

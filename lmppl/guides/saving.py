@@ -9,8 +9,7 @@ That of a guide has its adapters beside it, as peft writes them:
 
     adapter-0/           adapter_config.json, adapter_model.safetensors
 
-A folder is written under a temporary name and renamed, so that it is there whole or not at all. What
-was damaged or edited since is refused by the name of the file.
+What was damaged or edited since is refused by the name of the file.
 """
 
 from __future__ import annotations
@@ -48,19 +47,14 @@ _LEFT_AFTER = 86400.0  # seconds without a change: whoever wrote to it was kille
 def write_state(folder: Path, kind: str, version: int, state: State) -> None:
     """Write a state into a folder that exists, with digests of all files that are there already.
 
-    Args:
-        folder: is written into.
-        kind: what it is the state of, for the names of its files.
-        version: of the format.
-        state: see ``State``.
+    The files are named by the ``kind`` of thing whose state it is; ``version`` is their format's.
 
     Raises:
         OSError: if it cannot be written.
-        TypeError, ValueError: if the state holds something else.
+        TypeError, ValueError: if it is no ``State``.
     """
-    packer = _Packer()
-    written = packer.split(state)
-    _save(packer.tensors(), folder / f"{kind}.safetensors")
+    written, tensors = _split(state)
+    _save(tensors, folder / f"{kind}.safetensors")
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     digests = {file.relative_to(folder).as_posix(): _digest_of_file(file) for file in files}
     body = json.dumps({"format": version, "files": digests, "state": written})
@@ -76,11 +70,7 @@ def _save(tensors: dict[str, torch.Tensor], file: Path, **metadata: str) -> None
 
 
 def read_state(folder: Path, kind: str, version: int, advice: str = "") -> dict[str, Any]:
-    """The state that ``write_state`` wrote.
-
-    Args:
-        folder, kind, version: see there.
-        advice: what to do about another format, for the message.
+    """The state that ``write_state`` wrote; ``advice`` is what to do about another format.
 
     Raises:
         FileNotFoundError: if there is none.
@@ -105,7 +95,16 @@ def read_state(folder: Path, kind: str, version: int, advice: str = "") -> dict[
     for name, expected in described["files"].items():
         if not (folder / name).is_file() or _digest_of_file(folder / name) != expected:
             raise _damaged(folder / name)
-    return _joined(described["state"], load_file(folder / f"{kind}.safetensors"))
+    tensors = load_file(folder / f"{kind}.safetensors")
+
+    def with_tensor(value: dict[str, Any]) -> Any:
+        if _TENSOR not in value:
+            return value
+        entry, offset, shape = value[_TENSOR]
+        size = torch.Size(shape)
+        return tensors[entry].reshape(-1)[offset : offset + size.numel()].reshape(size).clone()
+
+    return json.loads(json.dumps(described["state"]), object_hook=with_tensor)
 
 
 def _damaged(file: Path) -> ValueError:
@@ -123,57 +122,39 @@ def is_state(value: Any) -> bool:
     if isinstance(value, list):
         return all(map(is_state, value))
     if isinstance(value, dict):
-        return _TENSOR not in value and all(
-            type(k) is str and is_state(v) for k, v in value.items()
-        )
+        pairs = value.items()
+        return _TENSOR not in value and all(type(k) is str and is_state(v) for k, v in pairs)
     return type(value) in (str, int, float, bool, type(None)) or torch.is_tensor(value)
 
 
-class _Packer:
-    """Takes tensors out of a state. Small ones become a few large ones, a dtype each."""
+def _split(state: State) -> tuple[Any, dict[str, torch.Tensor]]:
+    """A state with ``{"$tensor": [entry, offset, shape]}`` in place of each tensor, and the entries:
+    the large tensors, and for each dtype the small ones, one after the other."""
+    large: dict[str, torch.Tensor] = {}
+    small: dict[str, list[torch.Tensor]] = defaultdict(list)
+    sizes = Counter[str]()
 
-    def __init__(self) -> None:
-        self._large: dict[str, torch.Tensor] = {}
-        self._small: dict[str, list[torch.Tensor]] = defaultdict(list)
-        self._sizes: dict[str, int] = Counter()
-
-    def split(self, value: Any, at: str = "state") -> Any:
-        """A state with a reference, ``{"$tensor": [entry, offset, shape]}``, for each tensor."""
-        if torch.is_tensor(value):
-            return {_TENSOR: self._reference(value.detach().cpu(), at)}
+    def split(value: Any, at: str) -> Any:
         if isinstance(value, Mapping):
             if _TENSOR in value:
                 raise ValueError(f"{at} has a key {_TENSOR!r}, which stands for tensors")
-            return {key: self.split(inner, f"{at}.{key}") for key, inner in value.items()}
+            return {key: split(inner, f"{at}.{key}") for key, inner in value.items()}
         if isinstance(value, (list, tuple)):
-            return [self.split(inner, f"{at}.{i}") for i, inner in enumerate(value)]
-        return value
-
-    def _reference(self, tensor: torch.Tensor, at: str) -> list[Any]:
+            return [split(inner, f"{at}.{i}") for i, inner in enumerate(value)]
+        if not torch.is_tensor(value):
+            return value
+        tensor, entry, offset = value.detach().cpu(), at, 0
         if tensor.numel() > _SMALL:
-            self._large[at] = tensor.contiguous()
-            return [at, 0, list(tensor.shape)]
-        entry = str(tensor.dtype).removeprefix("torch.")
-        offset = self._sizes[entry]
-        self._small[entry].append(tensor.reshape(-1))
-        self._sizes[entry] += tensor.numel()
-        return [entry, offset, list(tensor.shape)]
+            large[entry] = tensor.contiguous()
+        else:
+            entry = str(tensor.dtype).removeprefix("torch.")
+            offset = sizes[entry]
+            small[entry].append(tensor.reshape(-1))
+            sizes[entry] += tensor.numel()
+        return {_TENSOR: [entry, offset, list(tensor.shape)]}
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        return self._large | {entry: torch.cat(parts) for entry, parts in self._small.items()}
-
-
-def _joined(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
-    """A state with the tensors in place of their references."""
-    if isinstance(value, list):
-        return [_joined(inner, tensors) for inner in value]
-    if not isinstance(value, dict):
-        return value
-    if _TENSOR not in value:
-        return {key: _joined(inner, tensors) for key, inner in value.items()}
-    entry, offset, shape = value[_TENSOR]
-    size = torch.Size(shape)
-    return tensors[entry].reshape(-1)[offset : offset + size.numel()].reshape(size).clone()
+    written = split(state, "state")
+    return written, large | {entry: torch.cat(parts) for entry, parts in small.items()}
 
 
 # --- folders -------------------------------------------------------------------------------------
@@ -184,11 +165,7 @@ def replace_folder(path: Path, kind: str, write: Callable[[Path], None]) -> None
 
     Interrupted between its two renames, it leaves what was there before where ``present`` finds it.
     Of two processes that write to one path at once, one may fail; the folder is that of the other.
-
-    Args:
-        path: of the folder. A folder that holds ``{kind}.json`` is replaced, nothing else is.
-        kind: what it is.
-        write: writes it.
+    A folder that holds ``{kind}.json`` is replaced, nothing else is.
 
     Raises:
         FileExistsError: if ``path`` exists and is of no such kind.

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from lmppl import runtime
-from lmppl.guides.guide import as_guide
-from lmppl.guides.program import PriorProposer
+from lmppl.guides.guide import Guide
+from lmppl.guides.program import PriorProposer, as_guide
 from lmppl.guides.prompts import Observations
 from lmppl.runtime import Particle
+from lmppl.runtime.arguments import Args
 from lmppl.runtime.records import Record, Value, rescore
 
 
@@ -34,19 +35,20 @@ class LatentScores:
     log_q: torch.Tensor
 
 
-GivenTrace = tuple[Callable[..., Any], tuple[Any, ...], Mapping[str, Value]]
+GivenTrace = tuple[Callable[..., Any], Args, Mapping[str, Value]]
 """A program, its arguments, and a value for every latent site."""
 
 
 def score_latents(
     guide: Any,
     model: Callable[..., Any],
-    args: tuple[Any, ...],
+    args: Args,
     latents: Sequence[Mapping[str, Value]],
     *,
     what: str = "latents",
 ) -> LatentScores:
-    """Score traces of one input under a program and a guide; see ``score_traces``."""
+    """Score traces of one input under a program and what was given as ``guide=``; see
+    ``score_traces``."""
     found = as_guide(guide)
     seen = [] if found is None else found.observations_of([(model, args)]) * len(latents)
     traces = [(model, args, values) for values in latents]
@@ -54,41 +56,35 @@ def score_latents(
 
 
 def score_traces(
-    guide: Any,
+    guide: Guide | None,
     traces: Sequence[GivenTrace],
     observations: Sequence[Observations] = (),
     *,
     what: str = "latents",
 ) -> LatentScores:
-    """Score traces of any inputs together; sites use the language model of ``lmppl.use``.
+    """Score N traces of any inputs together; sites use the language model of ``lmppl.use``.
 
     Args:
-        guide: a ``Guide``, a guide program, or None: the programs' priors.
-        traces: N of them. One that a hard condition rejects is scored up to there.
+        guide: the guide; None: the programs' priors.
+        traces: one that a hard condition rejects is scored up to there.
         observations: what the guide reads of each trace's input; none without a guide.
         what: they are, for messages.
 
     Raises:
         ValueError: if they are not the latents of the program; says which and why.
     """
-    guide = as_guide(guide)
-    proposers: list[Any] = [PriorProposer(program, args) for program, args, _ in traces]
-    if guide is not None:
-        proposers = [
-            guide.recaller(args, seen)
-            for (_, args, _), seen in zip(traces, observations, strict=True)
-        ]
-    with torch.no_grad():
-        runs = [
-            rescore(
-                Record(latents), program, args, proposer, what=f"{what}[{i}]", complete=True, slot=i
-            )
-            for i, ((program, args, latents), proposer) in enumerate(
-                zip(traces, proposers, strict=True)
-            )
-        ]
-        with runtime.ending(runs):
-            runtime.run_to_draws(runs)
+    proposers: list[Any]
+    if guide is None:
+        proposers = [PriorProposer(program, args) for program, args, _ in traces]
+    else:
+        given = zip(traces, observations, strict=True)
+        proposers = [guide.recaller(args, seen) for (_, args, _), seen in given]
+    runs: list[Particle] = []
+    with torch.no_grad(), runtime.ending(runs):
+        for i, (program, args, latents) in enumerate(traces):
+            options: Any = {"what": f"{what}[{i}]", "complete": True, "slot": i}
+            runs.append(rescore(Record(latents), program, args, proposers[i], **options))
+        runtime.run_to_draws(runs)
         scores = [{} for _ in traces] if guide is None else guide.score(proposers, grad=False)
     log_prior, log_q = [], []
     for run, score in zip(runs, scores, strict=True):

@@ -51,12 +51,14 @@ class Proposer(Protocol):
 
     def finish(self, trace: Trace) -> None:
         """The program has ended; raises if a proposed value was for no site of it."""
+        return
 
     def fork(self, streams: Proposer) -> Proposer:
         """A copy at the same point of the program, with another's random streams."""
 
     def close(self) -> None:
         """End what is suspended."""
+        return
 
 
 ProposerFactory = Callable[[int, int], Proposer]
