@@ -46,7 +46,7 @@ class LM:
 
     Attributes:
         model, tokenizer: the Hugging Face objects.
-        vocabulary: the tokens: text to ids, ids to text, which of them end a text.
+        vocabulary: text to ids, ids to text, which tokens end a text.
         usage: counters of tokens sampled, scored and trained on, shared with its adapters.
         memory: what a batch may take (``lmppl.Memory``); adapters begin with their base's.
     """
@@ -65,14 +65,13 @@ class LM:
             )
         self.model: Any = model.eval()
         self.tokenizer: Any = tokenizer
-        own_name = getattr(model.config, "name_or_path", None)
-        self.name: str = name or own_name or type(model).__name__
+        self.name: str = name or getattr(model.config, "name_or_path", "") or type(model).__name__
         size = int(head.weight.shape[0])
         self.vocabulary = Vocabulary(tokenizer, _eos_ids(model, tokenizer, size), size)
         self.usage = Usage()
         self.memory = Memory()
         self._runner: Runner | None = None  # made at first use
-        self._sampler: tuple[Any, LM] | None = None  # of which version, see ``sampler``
+        self._sampler: tuple[Any, Any] = None, None  # its version, and an LM
 
     @classmethod
     @exclusive()
@@ -169,15 +168,13 @@ class LM:
         if max_tokens is None:
             raise ValueError("max_tokens is required: how long may a sample become, in tokens?")
         temperature = check_number("temperature", temperature, above=0)
-        stopping = self._stopping(stop, max_tokens)
+        stopping = Stopping(self.vocabulary, stop, max_tokens)  # type: ignore[arg-type]
         ids = self.encode(prefix)
         generator = None if seed is None else torch.Generator().manual_seed(seed)
-        uniforms = torch.rand(
-            (num_samples, int(max_tokens)), generator=generator, dtype=torch.float64, device="cpu"
-        )
+        size = num_samples, int(max_tokens)
+        uniforms = torch.rand(size, generator=generator, dtype=torch.float64, device="cpu")
         drawn = self.draw([Draw(ids, stopping, row, temperature) for row in uniforms])
-        texts = [stopping.text(d.token_ids) for d in drawn]
-        return texts, _totals(d.log_probs for d in drawn)
+        return [stopping.text(d.token_ids) for d in drawn], _totals(drawn)
 
     def log_prob(
         self,
@@ -208,14 +205,10 @@ class LM:
         if not isinstance(continuations, Iterable):
             raise TypeError(f"continuations takes a list of strings, given {continuations!r}")
         temperature = check_number("temperature", temperature, above=0)
-        stopping = self._stopping(stop, max_tokens)
+        stopping = Stopping(self.vocabulary, stop, max_tokens)  # type: ignore[arg-type]
         ids = self.encode(prefix)
         observed = [self.encode_observed(text, stopping) for text in continuations]
-        scored = self.score([Score(ids, tokens, temperature) for tokens in observed])
-        return _totals(s.log_probs for s in scored)
-
-    def _stopping(self, stop: str | Sequence[str] | None, max_tokens: int | None) -> Stopping:
-        return Stopping(self.vocabulary, stop, max_tokens)  # type: ignore[arg-type]
+        return _totals(self.score([Score(ids, tokens, temperature) for tokens in observed]))
 
     # Text to tokens.
 
@@ -298,18 +291,15 @@ class LM:
 
     @property
     def runner(self) -> Runner:
-        """The model's forward passes, which the workers of ``lmppl.lm.batches`` take."""
+        """The model's forward passes."""
         if self._runner is None:
-            decode = self.vocabulary.decode
-            self._runner = Runner(self.model, name=self.name, decode=decode)
+            self._runner = Runner(self.model, name=self.name, decode=self.vocabulary.decode)
         self._runner.memory, self._runner.usage = self.memory, self.usage
         return self._runner
 
     @exclusive()
     def draw(self, draws: Sequence[Draw]) -> list[Drawn]:
         """Draw a sequence for every request, all of them side by side."""
-        if not draws:
-            return []
         decoding = begin_draws([(self, request) for request in draws])
         while not decoding.done:
             decoding.step()
@@ -331,13 +321,12 @@ class LM:
         return scoring.hidden(self.runner, prefixes)
 
     def forget(self) -> None:
-        """Drop all that was made of the model: prompts, merged and packed weights. It is made again
-        when needed.
+        """Drop all that was made of the model: prompts, merged and packed weights.
 
         Changed weights are noticed by themselves at the next draw or score. Call this after a write
         of single numbers through ``.data``, and after a module was replaced.
         """
-        self._sampler = self._runner = None
+        self._sampler, self._runner = (None, None), None
 
     # Adapters.
 
@@ -367,12 +356,9 @@ class LM:
     def merged(self) -> LM:
         """A frozen model with this one's adapter merged into new weights; itself if it has none.
 
-        Its density differs from the adapter's by rounding to the base's dtype, so weights must use
-        the log-probabilities of the model that was drawn from.
+        Its density differs from the adapter's by rounding to the base's dtype.
         """
-        if not is_adapted(self.model):
-            return self
-        return self._with(merge(self.model))
+        return self._with(merge(self.model)) if is_adapted(self.model) else self
 
     @cached_property
     def _merges(self) -> bool:
@@ -381,21 +367,21 @@ class LM:
     @property
     def sampler(self) -> LM:
         """The model that sequences are drawn from: ``merged()`` of the adapter's present parameters,
-        which makes a decoding step faster, kept until they change. This model itself if it has no
-        adapter, or one that is no change of weights."""
+        kept until they change. This model itself if its adapter (or none) can't be merged."""
         if not self._merges:
             return self
         self.runner.refresh()
         kind = self.dtype, self.device
-        version = (kind, self.runner.generation, adapter_version(self.model))
-        if self._sampler is None or self._sampler[0] != version:
-            kept = self._sampler
-            model = kept[1] if kept is not None and kept[0][0] == kind else self.merged()
+        version = kind, self.runner.generation, adapter_version(self.model)
+        known, sampler = self._sampler
+        if known != version:
+            if sampler is None or known[0] != kind:
+                sampler = self.merged()
             # Also after the first merge, whose numbers may differ in their last bits.
-            merge_again(self.model, model.model)
-            self._sampler = version, model
-        self._sampler[1].memory = self.memory
-        return self._sampler[1]
+            merge_again(self.model, sampler.model)
+            self._sampler = version, sampler
+        sampler.memory = self.memory
+        return sampler
 
     def _with(self, model: Any) -> LM:
         """Another model with the same tokenizer, vocabulary, name, memory and counters."""
@@ -412,15 +398,13 @@ def begin_draws(draws: Sequence[tuple[LM, Draw]]) -> Decoding:
 
 def _eos_ids(model: Any, tokenizer: Any, size: int) -> set[int]:
     """Every EOS that the model, its generation settings or its tokenizer name."""
-    owners = (model.config, text_config(model), getattr(model, "generation_config", None))
-    named: list[Any] = [getattr(owner, "eos_token_id", None) for owner in owners]
-    named.append(getattr(tokenizer, "eos_token_id", None))
+    generation = getattr(model, "generation_config", None)
     ids: set[int] = set()
-    for entry in named:
+    for owner in (model.config, text_config(model), generation, tokenizer):
+        entry = getattr(owner, "eos_token_id", None)
         ids.update(() if entry is None else entry if isinstance(entry, Iterable) else (entry,))
     return {int(token) for token in ids if 0 <= token < size}  # others can never be drawn
 
 
-def _totals(log_probs: Iterable[Tensor]) -> Tensor:
-    totals = [entry.sum() for entry in log_probs]
-    return torch.stack(totals).float() if totals else torch.empty(0)
+def _totals(answers: Sequence[Drawn | Scored]) -> Tensor:
+    return torch.tensor([float(a.log_probs.sum()) for a in answers], dtype=torch.float32)

@@ -16,7 +16,7 @@ from typing import TypeVar
 import torch
 
 from lmppl.lm.network.attention import Tree
-from lmppl.lm.network.runner import Costs, Tokens, common_length, padded
+from lmppl.lm.network.runner import Tokens, common_length, padded
 
 T = TypeVar("T")
 _Keyed = tuple[Tokens, int]
@@ -50,12 +50,12 @@ class Row:
         return self.ends[-1] == len(self.tokens) and self.depths[-1] == len(self.tokens) - 1
 
 
-def pack_rows(sequences: Sequence[Tokens], costs: Costs) -> list[Row]:
-    """Rows that hold all sequences.
+def pack_rows(sequences: Sequence[Tokens], cost: Callable[[int, int], float]) -> list[Row]:
+    """Rows that hold all of the non-empty sequences, of the length at which they cost least.
 
     Args:
         sequences: non-empty.
-        costs: to choose the rows' length by.
+        cost: of a pass, by the number of its rows and their length.
     """
     order = sorted(range(len(sequences)), key=lambda i: sequences[i])
     lengths = [len(sequences[i]) for i in order]
@@ -64,7 +64,7 @@ def pack_rows(sequences: Sequence[Tokens], costs: Costs) -> list[Row]:
         shared.append(common_length(sequences[one], sequences[other]))
     caps = sorted({round(max(lengths) * factor) for factor in (1, 1.25, 1.5, 2, 3, 4, 6, 8)})
     divisions = [_divide(lengths, shared, cap) for cap in caps]
-    starts, _ = min(divisions, key=lambda division: costs.of(len(division[0]), division[1]))
+    starts, _ = min(divisions, key=lambda division: cost(len(division[0]), division[1]))
     return [
         _build(sequences, order[start:end], shared[start:end])
         for start, end in pairwise([*starts, len(order)])

@@ -200,7 +200,7 @@ def _passes(runner: Runner, sequences: list[_Sequence], *, grad: bool) -> Iterat
     for members in group_by_prefix(sequences, lambda s: s.tokens[: s.start]):
         prompt = _prompt(runner, members, grad)
         known = len(prompt.tokens)
-        rows = pack_rows([s.tokens[known:] for s in members], runner.costs(known))
+        rows = pack_rows([s.tokens[known:] for s in members], functools.partial(runner.cost, known))
         step = len(rows)
         if most is not None:
             step = max(1, most // max(len(row.tokens) for row in rows))

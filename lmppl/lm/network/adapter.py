@@ -1,14 +1,14 @@
 """Adapters: trainable copies of a language model that share its weights.
 
-peft edits a model in place, so it gets a clone of the module tree on the base's own memory. It may
-not write there: an adapter that would change the base is refused, whatever its configuration is
-called. Base and adapter can then be used in turn, and the base stays bit-exact.
+peft edits a model in place, so it gets a clone of the module tree on the base's own memory, where it
+may not write: the base stays bit-exact, and base and adapter can be used in turn.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 import sys
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -66,8 +66,7 @@ def add_adapter(model: torch.nn.Module, config: PeftConfig | None = None) -> Pef
     """A trainable adapter on a clone of ``model``.
 
     Parameters of the base are shared and frozen; those that the configuration trains (biases) are
-    copied. What peft adds is float32 whatever the base's dtype. Dropout has no effect: densities
-    must be the same when drawn and when scored.
+    copied. What peft adds is float32 whatever the base's dtype. Dropout has no effect.
 
     Raises:
         ValueError: peft refuses the configuration, or the adapter would change the base, train
@@ -92,9 +91,13 @@ def add_adapter(model: torch.nn.Module, config: PeftConfig | None = None) -> Pef
         raise ValueError(f"peft makes no adapter of {_name(config)}: {error}") from error
     if any(_memory(new) != _memory(old) for old, new in shared.items()):
         raise _changes_base(config)
-    modules = adapted_modules(adapted)
-    _share(modules, {new: old for old, new in shared.items() if not old.requires_grad})
-    trained = [p for p in adapted.parameters() if p.requires_grad]
+    # The base's very parameters in place of their frozen stand-ins: the adapter follows their fate.
+    originals = {new: old for old, new in shared.items() if not old.requires_grad}
+    for module in adapted_modules(adapted).modules():
+        for name, parameter in module._parameters.items():
+            if parameter in originals and not parameter.requires_grad:
+                module._parameters[name] = originals[parameter]
+    trained = _trained(adapted)
     for parameter in trained:
         if _memory(parameter) in memory:
             parameter.data = parameter.data.clone()
@@ -105,25 +108,16 @@ def add_adapter(model: torch.nn.Module, config: PeftConfig | None = None) -> Pef
     return adapted
 
 
-def _share(modules: torch.nn.Module, originals: dict[Parameter, Parameter]) -> None:
-    """Put the base's very parameters in place of their frozen stand-ins, so that the adapter
-    follows what is done to them later."""
-    for module in modules.modules():
-        for name, parameter in module._parameters.items():
-            if parameter in originals and not parameter.requires_grad:
-                module._parameters[name] = originals[parameter]
-
-
 def _memory(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
 class _BaseWrittenError(Exception):
-    """Something was about to be written into the base's memory."""
+    pass
 
 
 class _ReadOnly(TorchDispatchMode):
-    """Inside, nothing is written into some memory: what would do so raises."""
+    """Inside, whatever would write into some memory raises ``_BaseWrittenError``."""
 
     def __init__(self, memory: set[int]) -> None:
         super().__init__()
@@ -132,42 +126,37 @@ class _ReadOnly(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        given = dict(kwargs or {})
-        for argument, value in zip(func._schema.arguments, args, strict=False):
-            given[argument.name] = value
-        for argument in func._schema.arguments:
+        kwargs = kwargs or {}
+        arguments = func._schema.arguments
+        given = kwargs | {a.name: value for a, value in zip(arguments, args, strict=False)}
+        for argument in arguments:
             if argument.alias_info is not None and argument.alias_info.is_write:
                 written = given.get(argument.name)
                 for tensor in written if isinstance(written, (list, tuple)) else [written]:
                     if isinstance(tensor, Tensor) and _memory(tensor) in self._memory:
                         raise _BaseWrittenError
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
 
-def _changed_fields(config: PeftConfig) -> dict[str, Any]:
-    """What the configuration asks for besides its defaults."""
-    fields = {}
+def _changed_fields(config: PeftConfig) -> list[str]:
+    """What the configuration asks for besides its defaults, as ``name=value``."""
+    fields = []
     for field in dataclasses.fields(config):
         made = field.default_factory
         default = field.default if made is dataclasses.MISSING else made()
         value = getattr(config, field.name)
         if field.init and value != default and not field.name.startswith(("peft_", "task_")):
-            fields[field.name] = value
+            fields.append(f"{field.name}={value!r}")
     return fields
 
 
 def _name(config: PeftConfig) -> str:
-    fields = ", ".join(f"{name}={value!r}" for name, value in _changed_fields(config).items())
-    return f"{type(config).__name__}({fields})"
+    return f"{type(config).__name__}({', '.join(_changed_fields(config))})"
 
 
 def _changes_base(config: PeftConfig) -> ValueError:
-    fields = [
-        f"{name}={value!r}"
-        for name, value in _changed_fields(config).items()
-        if name.startswith("init_") or name.endswith("_config")
-    ]
-    what = " and ".join(fields) or _name(config)
+    pattern = re.compile("init_.*?=|[^=]*_config=")
+    what = " and ".join(filter(pattern.match, _changed_fields(config))) or _name(config)
     return ValueError(
         f"{type(config).__name__}: {what} changes the base's weights when the adapter is made, but "
         "the base is the model that the adapter's draws are weighed by, and is shared. Leave that "
@@ -175,15 +164,20 @@ def _changes_base(config: PeftConfig) -> ValueError:
     )
 
 
+def _trained(model: torch.nn.Module) -> list[Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+@torch.no_grad()
 def adapter_version(model: PeftModel) -> tuple[float, ...]:
     """A digest of the trainable parameters, by value: fused optimisers and writes to ``.data`` do
     not count a parameter's version up."""
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = _trained(model)
     if not trained:
         return ()
-    with torch.no_grad():
-        digests = [*torch._foreach_norm(trained), *(p.sum() for p in trained)]
-        return tuple(torch.stack(digests).tolist())
+    return tuple(
+        torch.stack([*torch._foreach_norm(tuple(trained)), *map(torch.sum, trained)]).tolist()
+    )
 
 
 # --- what it computes, by a twin that is far from where the adapter begins ------------------------
@@ -193,7 +187,7 @@ def _twin(model: PeftModel) -> PeftModel:
     """A copy with trained parameters of its own, some way from the present ones."""
     generator = torch.Generator().manual_seed(0)
     twins = {}
-    for old in (p for p in model.parameters() if p.requires_grad):
+    for old in _trained(model):
         noise = torch.randn(old.shape, generator=generator).to(old.device, old.dtype)
         size = max(0.2 * float(old.std(correction=0)), 0.02)
         twins[old] = Parameter(old.detach() + size * noise)
@@ -202,21 +196,17 @@ def _twin(model: PeftModel) -> PeftModel:
 
 def _probe(model: PeftModel) -> Tensor:
     """A few tokens (1, T): those that a configuration names (trained ones, triggers), and others."""
-    named = [
-        number
-        for config in model.peft_config.values()
-        for value in vars(config).values()
-        for number in (value[:8] if isinstance(value, list) else ())
-        if type(number) is int
-    ]
+    values = [value for config in model.peft_config.values() for value in vars(config).values()]
+    lists = [value[:8] for value in values if isinstance(value, list)]
+    named = [number for numbers in lists for number in numbers if type(number) is int]
     embedding = model.get_input_embeddings().weight
     return torch.tensor([[1, 2, *named, 0, 1]], device=embedding.device) % len(embedding)
 
 
 @torch.no_grad()
 def _check_logits(model: PeftModel, base: torch.nn.Module, config: PeftConfig) -> None:
-    """Raises ``ValueError`` unless the adapter changes the logits, does so in the base model's layers
-    alone, and leaves them a function of the tokens before."""
+    """Raises ``ValueError`` unless the adapter changes the logits, in the base model's layers alone,
+    and leaves them a function of the tokens before."""
     tokens = _probe(model)
     try:
         twin = _twin(model)
@@ -267,20 +257,18 @@ def _is_plain(model: PeftModel) -> bool:
         if name is None:
             return False
         known.update(id(factor) for factor in factors(layer, name)[:2])
-    return all(id(p) in known for p in model.parameters() if p.requires_grad)
+    return all(id(p) in known for p in _trained(model))
 
 
 def merge(model: PeftModel) -> Any:
     """A frozen copy of the adapted model with the adapter merged into its weights.
 
-    Out of place: only the adapted layers get new weights, each its own even where the base's are
-    tied, computed in float32 and rounded once to the base's dtype. (In place, merging and unmerging
-    a bfloat16 base changes it for good.) The density differs from the adapter's by that rounding,
-    so weights must use the log-probabilities of the model that was drawn from.
+    Only the adapted layers get new weights, each its own even where the base's are tied, computed
+    in float32 and rounded once to the base's dtype. The density differs from the adapter's by that
+    rounding, so weights must use the log-probabilities of the model that was drawn from.
     """
-    trained = [p for p in model.parameters() if p.requires_grad]
     with torch.no_grad(), torch.inference_mode(False):
-        copied = clone(model, {p: Parameter(p.detach().clone()) for p in trained})
+        copied = clone(model, {p: Parameter(p.detach().clone()) for p in _trained(model)})
         dtypes: list[tuple[torch.nn.Module, str, torch.dtype]] = []
         for layer in _tuned_layers(copied).values():
             base = layer.get_base_layer()
@@ -298,8 +286,8 @@ def merge(model: PeftModel) -> Any:
 
 
 def merge_again(model: PeftModel, into: Any) -> None:
-    """Write the present merged weights into what ``merge(model)`` has returned before. (That counts
-    their versions up, so that kept prompts are dropped.)"""
+    """Write the present merged weights into what ``merge(model)`` has returned before, which counts
+    their versions up."""
     with torch.no_grad(), torch.inference_mode(False):
         if not _is_plain(model):
             present = dict(merge(model).named_parameters())

@@ -43,7 +43,7 @@ Tokens = tuple[int, ...]
 # What a score costs beside its two products: as many FLOPs of a matrix product would take as long.
 _SOFTMAX_FLOPS = 600.0
 
-# The widest activation of a pass on a CPU: larger buffers come fresh from the system at every use.
+# Of the widest activation on a CPU: larger buffers come fresh from the system at every use.
 _CPU_ACTIVATION_BYTES = 32 << 20
 
 
@@ -59,11 +59,8 @@ def without_autocast() -> Iterator[None]:
 
 @contextmanager
 def without_grad() -> Iterator[None]:
-    """In ``no_grad``, and outside the caller's inference mode and autocast.
-
-    Not in inference mode: its tensors could not be used in a later backward pass, and caches
-    outlive the call.
-    """
+    """In ``no_grad``, and outside the caller's autocast and inference mode (a later backward pass
+    could not use the tensors of the latter, and caches outlive the call)."""
     with torch.inference_mode(False), torch.no_grad(), without_autocast():
         yield
 
@@ -96,25 +93,6 @@ class Prompt:
 NO_PROMPT = Prompt((), ())
 
 
-@dataclass(frozen=True)
-class Costs:
-    """What a pass costs, in any unit.
-
-    Attributes:
-        token: of a token, without attention.
-        score: of one token's attention to one other.
-        prefix: length of the prefix that every token sees.
-    """
-
-    token: float
-    score: float
-    prefix: int
-
-    def of(self, num_rows: int, length: int) -> float:
-        """The cost of a batch of rows."""
-        return num_rows * length * (self.token + self.score * (self.prefix + length))
-
-
 class Runner:
     """Runs one model.
 
@@ -129,9 +107,9 @@ class Runner:
         usage: where tokens are counted.
         fast: whether prefixes can be shared (found by a probe on first use).
         slow_reason: why not.
-        size: width of the logits.
-        hidden: (N, hidden): what would have entered the output layer in the last pass.
+        context_length: see the function of this name.
         output: from the states that a pass returns to logits.
+        hidden: (N, hidden), what would have entered the output layer in the last pass.
         checkpointing: whether passes with gradients keep only what enters each layer.
         generation: how often weights were found changed.
         computed_tokens: positions that went through the model, padding included.
@@ -156,11 +134,12 @@ class Runner:
 
     def _build(self) -> None:
         """Begin with the model as it is now."""
-        for found in ("fast", "matrices", "context_length"):
+        for found in ("fast", "matrices"):
             self.__dict__.pop(found, None)
         model = adapted_modules(self._given) if is_adapted(self._given) else self._given
         self._model = clone(model).eval()
         self._config = text_config(self._model)
+        self.context_length = context_length(self._model)
         self._head = OutputHead(self._model.get_output_embeddings())
         self._model.set_output_embeddings(self._head)
         self.output = OutputLayer(self._model, self._head)  # ready once ``fast`` is known
@@ -179,6 +158,7 @@ class Runner:
 
     @property
     def size(self) -> int:
+        """Width of the logits."""
         return self._head.size
 
     @property
@@ -186,18 +166,9 @@ class Runner:
         """Whether any of its parameters needs a gradient."""
         return any(p.requires_grad for p in self._parameters)
 
-    @functools.cached_property
-    def context_length(self) -> int | None:
-        """See the function of this name."""
-        return context_length(self._model)
-
     def check_request(self, prefix: int, tokens: int, name: str) -> None:
-        """Raises ``ValueError`` if the prefix has no tokens, or so many tokens of prefix and
-        continuation exceed the context.
-
-        Every way into the model asks this of every request, since positions past the context would
-        be clamped, not refused.
-        """
+        """Raises ``ValueError`` if the prefix has no tokens, or exceeds the context with so many
+        more. Every way into the model asks: positions past the context would be clamped."""
         site = f"site '{name}': " if name else ""
         if not prefix:
             raise ValueError(
@@ -264,11 +235,12 @@ class Runner:
         row = num_slots * self.cache_bytes + 6 * self.activation_bytes + 3 * logits
         return max(1, self.memory.available(self.device) // row)
 
-    def costs(self, prefix: int) -> Costs:
-        """In FLOPs, of tokens that see a prefix of so many."""
-        token = float(self.matrices.flops(1, 0)[0])
+    def cost(self, prefix: int, num_rows: int, length: int) -> float:
+        """In FLOPs, of a batch of rows that see a prefix of so many tokens."""
         heads = self._config.num_hidden_layers * self._config.num_attention_heads
-        return Costs(token, heads * (4.0 * self._head_width + _SOFTMAX_FLOPS), prefix)
+        score = heads * (4.0 * self._head_width + _SOFTMAX_FLOPS)
+        token = self.matrices.flops(1, 0)[0] + score * (prefix + length)
+        return num_rows * length * token
 
     @functools.cached_property
     @without_grad()
@@ -283,7 +255,7 @@ class Runner:
             )
         return self.slow_reason is None
 
-    # Forward passes. They end at what enters the output layer: most of its rows are never asked for.
+    # Forward passes. They end at what enters the output layer: few of its rows are asked for.
 
     def run_plain(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """States (N, hidden) at ``positions`` of the flattened right-padded ``tokens`` (B, T).
@@ -291,9 +263,7 @@ class Runner:
         The model as it is: its own attention, no cache. Differentiable.
         """
         self.count(tokens, positions)
-        with self._head.asking_for(positions):
-            out = self._model(input_ids=tokens, use_cache=False, return_dict=True)
-        return self._states(out)
+        return self._run(self._model, tokens, positions, use_cache=False)
 
     def run_cached(
         self,
@@ -310,23 +280,17 @@ class Runner:
         at = cache.positions(tokens.shape[1], tokens.device).expand(tokens.shape[0], -1)
         if self.context_length is not None:  # padding may stand behind it, nothing else does
             at = at.clamp(max=self.context_length - 1)
-        with self._head.asking_for(positions):
-            out = self._fast_model(
-                input_ids=tokens,
-                position_ids=at,
-                past_key_values=cache,
-                use_cache=True,
-                return_dict=True,
-                lmppl_cache=cache,
-            )
-        return self._states(out)
+        given = {"past_key_values": cache, "lmppl_cache": cache, "position_ids": at}
+        return self._run(self._fast_model, tokens, positions, use_cache=True, **given)
 
     def count(self, tokens: Tensor, positions: Tensor | None) -> None:
         """A pass of ``tokens`` (B, T) is made, of which ``positions`` are asked for (None: all)."""
         self.computed_tokens += tokens.numel()
         count_pass(lambda: self.matrices, tokens, positions)
 
-    def _states(self, out: Any) -> Tensor:
+    def _run(self, model: Any, tokens: Tensor, positions: Tensor | None, **given: Any) -> Tensor:
+        with self._head.asking_for(positions):
+            out = model(input_ids=tokens, return_dict=True, **given)
         states = self._head.take()
         self.hidden = states.detach()
         return out.logits if self._head.opaque else states
@@ -334,15 +298,8 @@ class Runner:
     # Prompts
 
     def shared_prompt(self, sequences: Sequence[Tokens], limit: int | None = None) -> Prompt:
-        """The keys and values of what the sequences have in common.
-
-        At least the last token of each sequence is left over, so that a forward pass of what
-        remains has the next token's logits.
-
-        Args:
-            sequences: non-empty.
-            limit: the most tokens it may have.
-        """
+        """The keys and values of what the non-empty sequences have in common, at most ``limit``
+        tokens. The last token of each is left over: a pass of the rest has the next one's logits."""
         shortest = min(len(s) for s in sequences) - 1
         limit = shortest if limit is None else min(limit, shortest)
         low, high = min(sequences), max(sequences)
@@ -391,10 +348,8 @@ class Runner:
         return Prompt(tokens, layers)
 
     def refresh(self) -> None:
-        """Drop what was made of weights that have changed since: prompts and packed products.
-
-        Every way into the model begins so. See ``WeightWatch`` for what is noticed.
-        """
+        """Drop what was made of weights that have changed since (see ``WeightWatch``): prompts and
+        packed products. Every way into the model begins so."""
         if not self._watch.changed():
             return
         self.generation += 1
@@ -453,16 +408,18 @@ class Runner:
 
     def _compare(self) -> str | None:
         """What is wrong with a pass of the fast model, or None."""
-        device = self.device
+        tensor = functools.partial(torch.tensor, device=self.device)
         prompt = self.extend_prompt(NO_PROMPT, tuple(i % self.size for i in (1, 2, 0)))
-        ids = torch.tensor([[3, 1, 4, 1, 5], [2, 7, 1, 8, 2]], device=device) % self.size
+        ids = tensor([[3, 1, 4, 1, 5], [2, 7, 1, 8, 2]]) % self.size
         # The second row is a tree: 7 and 1 follow 2; 8 and then 2 follow that 1.
-        ends = torch.tensor([[5, 5, 5, 5, 5], [5, 2, 5, 5, 5]], device=device)
-        depths = torch.tensor([[0, 1, 2, 3, 4], [0, 1, 1, 2, 3]], device=device)
+        ends = tensor([[5, 5, 5, 5, 5], [5, 2, 5, 5, 5]])
+        depths = tensor([[0, 1, 2, 3, 4], [0, 1, 1, 2, 3]])
         cache = PrefixCache([prompt.group(2)], tree=Tree(depths, ends))
         got = self.output(self.run_cached(ids, cache))[[0, 1, 2, 3, 4, 5, 6, 5, 7, 8, 9]]
         paths = ids[0], ids[1, [0, 1]], ids[1, [0, 2, 3, 4]]
-        want = torch.cat([self._plain_logits(prompt.tokens, path) for path in paths])
+        whole = [torch.cat([tensor(prompt.tokens), path]).unsqueeze(0) for path in paths]
+        with self._head.as_it_is():
+            want = torch.cat([plain_logits(self._model, tokens)[0, 3:] for tokens in whole])
         num_layers = self._config.num_hidden_layers
         if cache.calls != num_layers:
             return f"{cache.calls} of its {num_layers} layers have an attention that can be shared"
@@ -475,12 +432,6 @@ class Runner:
         exact = prompt.layers[0][0].dtype in (torch.float32, torch.float64)
         agree = logits_agree(got, want, exact=exact)
         return None if agree else "its logits are not those of the plain model"
-
-    def _plain_logits(self, prefix: Tokens, tokens: Tensor) -> Tensor:
-        """The model's own logits (T, V) of ``tokens`` after ``prefix``, float32."""
-        whole = torch.tensor([[*prefix, *tokens.tolist()]], device=self.device)
-        with self._head.as_it_is():
-            return plain_logits(self._model, whole)[0, len(prefix) :].float()
 
 
 def common_length(a: Tokens, b: Tokens, limit: int | None = None) -> int:

@@ -20,44 +20,32 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 @cache
-def byte_level_alphabet() -> dict[str, int]:
-    """GPT-2's one-to-one map from printable characters to bytes, as character to byte."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [b for b in range(256) if b not in set(printable)]
-    alphabet = {chr(b): b for b in printable}
-    alphabet.update({chr(256 + n): b for n, b in enumerate(others)})
-    return alphabet
+def _byte_level_alphabet() -> dict[str, int]:
+    """GPT-2's one-to-one map from printable characters to bytes."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    return {character: byte for byte, character in bytes_to_unicode().items()}
 
 
 def byte_level(token: str) -> bytes:
-    alphabet = byte_level_alphabet()
+    alphabet = _byte_level_alphabet()
     try:
         return bytes([alphabet[character] for character in token])
     except KeyError:  # not written in the alphabet: it stands for itself
         return token.encode("utf-8", errors="replace")
 
 
-def sentencepiece(token: str) -> bytes:
-    byte = _BYTE_TOKEN.fullmatch(token)
-    if byte:
-        return bytes([int(byte[1], 16)])
-    return token.replace("\u2581", " ").encode("utf-8", errors="replace")
-
-
 def raw_bytes(token: str) -> bytes:
     """ByT5's kind: a byte is written as the character of that number."""
-    if len(token) == 1 and ord(token) < 256:
-        return bytes([ord(token)])
-    return token.encode("utf-8", errors="replace")
+    is_byte = len(token) == 1 and ord(token) < 256
+    return bytes([ord(token)]) if is_byte else token.encode("utf-8", errors="replace")
 
 
 def rules_of(tokenizer: Any) -> Iterator[Rule]:
     """Rules that may describe ``tokenizer.decode``, the likeliest first."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:  # written in Python: nothing says how it decodes, so try
-        yield byte_level
-        yield sentencepiece
-        yield raw_bytes
+        yield from (byte_level, _replacing([("\u2581", " ")], byte_fallback=True), raw_bytes)
         return
     rule = _rule_of_decoder(component(backend.decoder))
     if rule is not None:
@@ -96,6 +84,11 @@ def _rule_of_decoder(decoder: dict[str, Any] | None) -> Rule | None:
                 pass  # of the whole text's ends, so of nothing in mid-text
             case _:
                 return None
+    return _replacing(replacements, byte_fallback)
+
+
+def _replacing(replacements: list[tuple[str, str]], byte_fallback: bool) -> Rule:
+    """SentencePiece's kind: text with marks for spaces, and bytes such as ``<0x0A>``."""
 
     def rule(token: str) -> bytes:
         byte = _BYTE_TOKEN.fullmatch(token) if byte_fallback else None

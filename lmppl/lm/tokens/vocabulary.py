@@ -34,7 +34,6 @@ class Vocabulary:
             raise ValueError(f"EOS ids {wrong} are outside the model's vocabulary of {self.size}")
         self._bytes: dict[int, bytes] = {}
         self._encode = lru_cache(maxsize=1 << 14)(self._encode_anew)
-        self._encode_start = lru_cache(maxsize=1 << 12)(self._encode_start_anew)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Vocabulary:
         return self  # immutable; a Text that is copied with it must stay of the same vocabulary
@@ -70,7 +69,7 @@ class Vocabulary:
         Raises:
             ValueError: the tokenizer cannot write ``text``, or the model lacks one of its tokens.
         """
-        return self._encode(str(text))
+        return self._encode(str(text), False)
 
     def encode_prefix(self, parts: Sequence[str | tuple[int, ...]]) -> tuple[int, ...]:
         """The tokens of a text made of ``parts``: strings to tokenise, tuples of ids to keep.
@@ -84,34 +83,13 @@ class Vocabulary:
             if not isinstance(part, str):
                 ids.extend(part)
             elif part:
-                ids.extend(self._encode(str(part)) if ids else self._encode_start(str(part)))
+                ids.extend(self._encode(str(part), not ids))
         bos = self.bos_ids
         return tuple(ids) if bos and tuple(ids[: len(bos)]) == bos else (*bos, *ids)
 
-    def _encode_anew(self, text: str) -> tuple[int, ...]:
-        if not text:
-            return ()
-        backend = self._continuing_backend
-        if backend is not None:
-            return self._checked(text, lambda: tuple(backend.encode(text, None, False, False).ids))
-        if getattr(self.tokenizer, "backend_tokenizer", None) is not None:
-            return self._checked(text, lambda: self._tokenize(text, False))
-        for front in ("\n", "\n\n", "a"):  # Python tokenizers: tokenise after something, cut it off
-            head = self._tokenize(front, False)
-            whole = self._checked(text, lambda front=front: self._tokenize(front + text, False))
-            if head and whole[: len(head)] == head and self._joins(head, whole):
-                return whole[len(head) :]
-        return self._checked(text, lambda: self._tokenize(text, False))
-
-    def _joins(self, head: tuple[int, ...], whole: tuple[int, ...]) -> bool:
-        return self._decode_by_tokenizer(whole).startswith(self._decode_by_tokenizer(head))
-
-    def _encode_start_anew(self, text: str) -> tuple[int, ...]:
-        return self._checked(text, lambda: self._tokenize(text, False))
-
-    def _checked(self, text: str, tokenize: Any) -> tuple[int, ...]:
+    def _encode_anew(self, text: str, at_start: bool) -> tuple[int, ...]:
         try:
-            ids: tuple[int, ...] = tokenize()
+            ids = self._tokenize(text, False) if at_start else self._continue(text)
         except Exception as error:
             raise ValueError(f"the tokenizer cannot encode {text!r}: {error}") from error
         if ids and max(ids) >= self.size:
@@ -126,12 +104,29 @@ class Vocabulary:
             )
         return ids
 
+    def _continue(self, text: str) -> tuple[int, ...]:
+        """The tokens of ``text`` after another text."""
+        if not text:
+            return ()
+        if self._continuing_backend is not None:
+            return tuple(self._continuing_backend.encode(text, None, False, False).ids)
+        if self._backend is None:  # written in Python: tokenise after something, and cut it off
+            for front in ("\n", "\n\n", "a"):
+                head, whole = self._tokenize(front, False), self._tokenize(front + text, False)
+                if head and whole[: len(head)] == head and self._after(head, whole) is not None:
+                    return whole[len(head) :]
+        return self._tokenize(text, False)
+
+    @property
+    def _backend(self) -> Any:
+        """The tokenizer's one in Rust, if it has one."""
+        return getattr(self.tokenizer, "backend_tokenizer", None)
+
     def _loses(self, text: str, ids: tuple[int, ...]) -> bool:
         """Whether a byte-level vocabulary lacks bytes: those it drops without a word."""
         if self._rule is not byte_level or not self._added.keys().isdisjoint(ids):
             return False  # (added tokens may take the white space beside them)
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        if backend is not None and backend.normalizer is not None:
+        if self._backend is not None and self._backend.normalizer is not None:
             return False
         return sum(len(self.token_bytes(t)) for t in ids) < len(text.encode())
 
@@ -144,7 +139,7 @@ class Vocabulary:
     @cached_property
     def _continuing_backend(self) -> Any:
         """A copy of the tokenizer's backend that adds no space in front; None if it adds none."""
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        backend = self._backend
         if backend is None:
             return None
         normalizer = component(backend.normalizer)
@@ -168,9 +163,8 @@ class Vocabulary:
             joined = b"".join(map(self.token_bytes, ids))
             return joined.decode("utf-8", errors="replace")
         ids = [int(t) for t in ids if int(t) < len(self.tokenizer)]
-        head = self._decode_by_tokenizer(self._anchor)
-        whole = self._decode_by_tokenizer((*self._anchor, *ids))
-        return whole[len(head) :] if whole.startswith(head) else self._decode_by_tokenizer(ids)
+        text = self._after(self._anchor, (*self._anchor, *ids))
+        return self._decode_by_tokenizer(ids) if text is None else text
 
     def token_bytes(self, token: int) -> bytes:
         """The UTF-8 bytes that a token adds to a text; none for ids beyond the tokenizer.
@@ -202,9 +196,8 @@ class Vocabulary:
             return self._added[token].encode()
         if rule is not None:
             return rule(written)
-        head = self._decode_by_tokenizer(self._anchor)
-        whole = self._decode_by_tokenizer((*self._anchor, token))
-        return whole[len(head) :].encode() if whole.startswith(head) else written.encode()
+        text = self._after(self._anchor, (*self._anchor, token))
+        return (written if text is None else text).encode()
 
     @cached_property
     def _rule_and_check(self) -> tuple[Rule | None, bool]:
@@ -240,6 +233,11 @@ class Vocabulary:
             if token not in self._added and text.strip() and "\ufffd" not in text:
                 return (token,)
         return ()
+
+    def _after(self, head: tuple[int, ...], whole: tuple[int, ...]) -> str | None:
+        """What ``whole`` decodes to after what ``head`` does, which it begins with; else None."""
+        begin, text = self._decode_by_tokenizer(head), self._decode_by_tokenizer(whole)
+        return text[len(begin) :] if text.startswith(begin) else None
 
     def _decode_by_tokenizer(self, ids: Iterable[int]) -> str:
         return self.tokenizer.decode(

@@ -6,9 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmppl.lm.batches.packing import batch, group_by_prefix, pack_rows
-from lmppl.lm.network.runner import Costs
 
-LINEAR = Costs(1.0, 0.0, 0)
+
+def cost(score, prefix):
+    """Of rows after a prefix, if attending to a token costs so much of reading one."""
+    return lambda num_rows, length: num_rows * length * (1 + score * (prefix + length))
+
+
+LINEAR = cost(0.0, 0)
 sequences = st.lists(st.integers(0, 2), min_size=1, max_size=30).map(tuple)
 
 
@@ -31,7 +36,7 @@ def test_groups_split_what_shares_much():
 @given(st.lists(sequences, min_size=1, max_size=12), st.sampled_from([0.0, 0.02, 1.0]))
 @settings(max_examples=150, deadline=None)
 def test_rows_hold_every_sequence_once_and_each_token_sees_its_own_past(items, score):
-    rows = pack_rows(items, Costs(1.0, score, 5))
+    rows = pack_rows(items, cost(score, 5))
     assert sorted(member for row in rows for member in row.members) == list(range(len(items)))
     tokens, tree = batch(rows, torch.device("cpu"))
     width = tokens.shape[1]
@@ -65,16 +70,16 @@ def test_what_is_shared_within_a_row_is_read_once():
 @pytest.mark.parametrize("score", [0.0, 1.0])
 def test_equal_lengths_are_never_padded(score):
     items = [(k, *range(39)) for k in range(64)]
-    rows = pack_rows(items, Costs(1.0, score, 128))
+    rows = pack_rows(items, cost(score, 128))
     assert len({len(row.tokens) for row in rows}) == 1
 
 
 def test_rows_are_short_where_attention_is_dear():
     items = [(k, *range(39)) for k in range(64)]
-    assert max(len(row.tokens) for row in pack_rows(items, Costs(1.0, 1.0, 0))) == 40
+    assert max(len(row.tokens) for row in pack_rows(items, cost(1.0, 0))) == 40
 
 
 def test_chains_need_no_mask():
-    rows = pack_rows([(1, 2, 3), (2, 3, 4)], Costs(1.0, 1e6, 0))
+    rows = pack_rows([(1, 2, 3), (2, 3, 4)], cost(1e6, 0))
     tokens, tree = batch(rows, torch.device("cpu"))
     assert tree is None and tokens.tolist() == [[1, 2, 3], [2, 3, 4]]
