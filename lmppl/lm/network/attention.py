@@ -4,11 +4,10 @@ Rows that share a prefix read one copy of its keys and values: attention to the 
 matrix product for all of them, and attention to each row's own suffix one small product a row
 (Hydragen, Juravsky et al. 2024, arXiv 2402.05099; here both score blocks meet in one softmax, so
 that soft-capping, sinks and sliding windows need no special merging). The rows of one batch may
-have several prefixes, each shared by some of them, and a row's suffix may be a tree.
+have several prefixes, and a row's suffix may be a tree.
 
-A model that was given to ``use_attention`` calls ``attend`` in every layer; the cache that it
-needs comes with the keyword ``lmppl_cache``. Nothing is registered for masks on purpose:
-transformers then builds none, and the cache makes the mask from the rows' lengths.
+A model that was given to ``use_attention`` calls ``attend`` in every layer, with the cache as the
+keyword ``lmppl_cache``. No masks are registered, so that transformers builds none: the cache does.
 """
 
 from __future__ import annotations
@@ -118,13 +117,7 @@ class PrefixCache(Cache):
         return key_states, value_states
 
     def bias(
-        self,
-        group: int,
-        rows: slice,
-        window: int | None,
-        num_tokens: int,
-        num_slots: int,
-        device: torch.device,
+        self, group: int, rows: slice, window: int | None, query: Tensor, key: Tensor
     ) -> Tensor | None:
         """What to add to a group's scores: (R or 1, 1, T, P + S) of 0 and -inf; None for zeros.
 
@@ -132,13 +125,13 @@ class PrefixCache(Cache):
             group: which one.
             rows: its rows, R.
             window: how many tokens a token sees, with itself; None for all.
-            num_tokens: T, of new tokens.
-            num_slots: S.
-            device: where to make it.
+            query: (B, H, T, D), of the new tokens.
+            key: (B, H_kv, S, D), of the suffixes.
         """
-        key = (group, window, num_tokens, num_slots)
-        if key in self._biases:
-            return self._biases[key]
+        num_tokens, num_slots, device = query.shape[2], key.shape[2], query.device
+        kind = (group, window, num_tokens, num_slots)
+        if kind in self._biases:
+            return self._biases[kind]
         prefix, starts = self.groups[group].length, self._starts
         even = self.tree is None and isinstance(starts, int)
         if even and num_tokens == 1 and (window is None or prefix + num_slots <= window):
@@ -160,7 +153,7 @@ class PrefixCache(Cache):
             before = before | (torch.arange(prefix, device=device) - prefix <= at - window)
         hidden = torch.cat([before, hidden], -1).unsqueeze(1)
         bias = torch.zeros(hidden.shape, device=device).masked_fill_(hidden, float("-inf"))
-        self._biases[key] = bias
+        self._biases[kind] = bias
         return bias
 
     # What transformers may ask of a cache besides. It sees no more than the length.
@@ -248,44 +241,44 @@ def attend(
     cache.calls += 1
     cache.windows.append(sliding_window)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    capped = softcap is not None or s_aux is not None
+    plain, num_tokens = softcap is None and s_aux is None, query.shape[2]
+    is_causal = plain and num_tokens > 1 and cache.is_causal
+    is_causal = is_causal and (sliding_window is None or num_tokens <= sliding_window)
+    # torch's fused kernel beats the products below, by measurement (docs/design.md), but for a
+    # single token a row, and for 16-bit numbers on a CPU.
+    is_fast = query.device.type != "cpu" or query.dtype == torch.float32
+    is_fused = plain and num_tokens > 1 and is_fast
     outs = []
     first = 0
     for number, group in enumerate(cache.groups):
         rows = slice(first, first + group.num_rows)
         first = rows.stop
         prefix = group.layers[module.layer_idx] if group.length else None  # type: ignore[call-overload]
-        parts = query[rows], key[rows], value[rows]
-        short = sliding_window is None or query.shape[2] <= sliding_window
-        if query.shape[2] > 1 and prefix is None and cache.is_causal and short and not capped:
-            # (Right padding can't be seen by what stands before it.)
-            outs.append(_fused(*parts, None, None, scale, is_causal=True))
+        block = _Block(query[rows], key[rows], value[rows], prefix, None, scale, softcap, s_aux)
+        if is_causal and prefix is None:  # (nothing sees the padding on its right)
+            outs.append(_fused(block, is_causal=True))
             continue
-        bias = cache.bias(number, rows, sliding_window, query.shape[2], key.shape[2], query.device)
-        if not capped and _fused_is_faster(query):
-            outs.append(_fused(*parts, prefix, bias, scale))
-        else:
-            outs.append(_in_blocks(*parts, prefix, bias, scale, softcap, s_aux))
+        block = block._replace(bias=cache.bias(number, rows, sliding_window, query, key))
+        outs.append(_fused(block) if is_fused else _in_blocks(block))
     return (outs[0] if len(outs) == 1 else torch.cat(outs)), None
 
 
-def _fused_is_faster(query: Tensor) -> bool:
-    """Whether torch's fused kernel beats the products below, by measurement (docs/design.md): not
-    for a single token a row, nor for 16-bit numbers on a CPU."""
-    return query.shape[2] > 1 and (query.device.type != "cpu" or query.dtype == torch.float32)
+class _Block(NamedTuple):
+    """Queries of some tokens of some rows, and what they attend to."""
+
+    query: Tensor  # (B, H, T, D)
+    key: Tensor  # (B, H_kv, S, D)
+    value: Tensor
+    prefix: LayerKV | None
+    bias: Tensor | None  # (B or 1, 1, T, P + S)
+    scale: float
+    softcap: float | None
+    sinks: Tensor | None
 
 
-def _fused(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    prefix: LayerKV | None,
-    bias: Tensor | None,
-    scale: float,
-    *,
-    is_causal: bool = False,
-) -> Tensor:
+def _fused(block: _Block, *, is_causal: bool = False) -> Tensor:
     """With a copy of the prefix for every row, which is small beside scores of many tokens."""
+    query, key, value, prefix, bias, scale, *_ = block
     if prefix is not None:
         rows = key.shape[0]
         key = torch.cat([prefix[0].expand(rows, -1, -1, -1), key], 2)
@@ -301,15 +294,9 @@ def _fused(
     return out.transpose(1, 2).contiguous()
 
 
-def _in_blocks(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    prefix: LayerKV | None,
-    bias: Tensor | None,
-    *options: Any,
-) -> Tensor:
+def _in_blocks(block: _Block) -> Tensor:
     """``_attend_block`` of some rows, and of some tokens if one row is too much, at a time."""
+    query, key, value, prefix, bias, *_ = block
     batch, heads, num_tokens, _ = query.shape
     size = key.shape[2] + (0 if prefix is None else prefix[0].shape[1])
     rows = max(1, _MAX_SCORES // (heads * num_tokens * size))
@@ -317,26 +304,18 @@ def _in_blocks(
     outs = []
     for part in (slice(b, b + rows) for b in range(0, batch, rows)):
         blocks = []
+        of_part = block._replace(key=key[part], value=value[part])
         for span in (slice(t, t + tokens) for t in range(0, num_tokens, tokens)):
             some = None
             if bias is not None:
                 some = (bias if len(bias) == 1 else bias[part])[:, :, span]
-            rest = key[part], value[part], prefix, some
-            blocks.append(_attend_block(query[part, :, span], *rest, *options))
+            blocks.append(_attend_block(of_part._replace(query=query[part, :, span], bias=some)))
         outs.append(blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1))
     return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
-def _attend_block(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    prefix: LayerKV | None,
-    bias: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
+def _attend_block(block: _Block) -> Tensor:
+    query, key, value, prefix, bias, scale, softcap, sinks = block
     batch, heads, num_tokens, width = query.shape
     kv_heads, rows = key.shape[1], heads // key.shape[1] * num_tokens
     query = query.reshape(batch, kv_heads, rows, width)

@@ -21,8 +21,7 @@ from lmppl.lm.tokens.vocabulary import Vocabulary
 class Stopping:
     """What closes a sequence.
 
-    With neither ``stop`` nor ``max_tokens`` nothing does, not even EOS: such a site is a prefix
-    likelihood.
+    With neither ``stop`` nor ``max_tokens`` nothing does, not even EOS: a prefix likelihood.
 
     Args:
         vocabulary: the tokens of the model.
@@ -62,10 +61,7 @@ class Stopping:
 
     @cached_property
     def closing_token(self) -> int | None:
-        """One token that closes the site from any open state, or None.
-
-        A stop string that is a single token, else EOS.
-        """
+        """One token that closes the site from any open state, a stop string or EOS; or None."""
         if not self.closes:
             return None
         if self.vocabulary.concatenates:
@@ -101,9 +97,7 @@ class Stopping:
         closed = self.scan(ids)
         vocabulary = self.vocabulary
         string = vocabulary.decode([t for t in ids if t not in vocabulary.eos_ids])
-        if closed is None:
-            return Text(string, ids, vocabulary)
-        length, reason, stop = closed
+        length, reason, stop = closed or (len(ids), None, None)
         if length < len(ids):
             raise ValueError(
                 f"{len(ids)} tokens for a sequence that closes at token {length} ({reason}): "
@@ -112,15 +106,11 @@ class Stopping:
         body = string
         if stop is not None:
             # In bytes, as it was found: a half character before it decodes to a longer U+FFFD.
-            found = _first_stop(self._bytes(ids), self._stop_bytes)
+            text = vocabulary.bytes_of(ids)
+            found = _first_stop(text, self._stop_bytes)
             assert found is not None
-            body = self._bytes(ids)[: found[0]].decode("utf-8", errors="replace")
+            body = text[: found[0]].decode("utf-8", errors="replace")
         return Text(string, ids, vocabulary, body=body, finish_reason=reason, stop=stop)
-
-    def _bytes(self, ids: Iterable[int]) -> bytes:
-        if self.vocabulary.concatenates:
-            return b"".join(map(self.vocabulary.token_bytes, ids))
-        return self.vocabulary.decode(tuple(ids)).encode()
 
     @cached_property
     def _stop_bytes(self) -> list[bytes]:
@@ -167,7 +157,7 @@ class StoppingState:
         return self.reason
 
     def copy(self) -> StoppingState:
-        """An independent copy, as a fork of the sequence needs."""
+        """An independent copy."""
         other = StoppingState(self._stopping)
         other._tail, other._ids = self._tail, list(self._ids)
         other.length, other.reason, other.stop = self.length, self.reason, self.stop
@@ -182,7 +172,7 @@ class StoppingState:
             self._tail = text[-keep:] if keep else b""
         else:
             self._ids.append(int(token))
-            text = vocabulary.decode(self._ids).encode()
+            text = vocabulary.bytes_of(self._ids)
         found = _first_stop(text, stops)
         if found is None:
             return False
@@ -232,14 +222,15 @@ def encode_observed(obs: str, stopping: Stopping, site: str = "") -> tuple[int, 
         return ids
     closed = stopping.scan(ids)
     if closed is None:
-        if vocabulary.eos_id is None:
-            raise ValueError(
-                f"{site}the observed text {str(obs)!r} does not close the site "
-                f"({_closers(stopping)}), and the model has no EOS token that could be appended. "
-                "Let it end as the site would, or leave out stop and max_tokens to score it as the "
-                "beginning of a text."
-            )
-        return (*ids, vocabulary.eos_id)
+        if vocabulary.eos_id is not None:
+            return (*ids, vocabulary.eos_id)
+        closers = {"stop": list(stopping.stop) or None, "max_tokens": stopping.max_tokens}
+        closing = ", ".join(f"{name}={value!r}" for name, value in closers.items() if value)
+        raise ValueError(
+            f"{site}the observed text {str(obs)!r} does not close the site ({closing}), and the "
+            "model has no EOS token that could be appended. Let it end as the site would, or leave "
+            "out stop and max_tokens to score it as the beginning of a text."
+        )
     length, reason, stop = closed
     if length == len(ids):
         return ids
@@ -255,10 +246,3 @@ def encode_observed(obs: str, stopping: Stopping, site: str = "") -> tuple[int, 
         f"{site}the observed text {str(obs)!r} runs past its close: {what} closes it {where}, but "
         f"{rest!r} follows. Cut the text there, or change the site's stop."
     )
-
-
-def _closers(stopping: Stopping) -> str:
-    what = [f"stop={list(stopping.stop)!r}"] if stopping.stop else []
-    if stopping.max_tokens is not None:
-        what.append(f"max_tokens={stopping.max_tokens}")
-    return ", ".join(what)

@@ -20,7 +20,7 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 @cache
-def _byte_level_alphabet() -> dict[str, int]:
+def byte_level_alphabet() -> dict[str, int]:
     """GPT-2's one-to-one map from printable characters to bytes."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -28,7 +28,7 @@ def _byte_level_alphabet() -> dict[str, int]:
 
 
 def byte_level(token: str) -> bytes:
-    alphabet = _byte_level_alphabet()
+    alphabet = byte_level_alphabet()
     try:
         return bytes([alphabet[character] for character in token])
     except KeyError:  # not written in the alphabet: it stands for itself

@@ -160,11 +160,16 @@ class Vocabulary:
         Bytes that are not (yet) a whole character become U+FFFD.
         """
         if self.concatenates:
-            joined = b"".join(map(self.token_bytes, ids))
-            return joined.decode("utf-8", errors="replace")
+            return self.bytes_of(ids).decode("utf-8", errors="replace")
         ids = [int(t) for t in ids if int(t) < len(self.tokenizer)]
         text = self._after(self._anchor, (*self._anchor, *ids))
         return self._decode_by_tokenizer(ids) if text is None else text
+
+    def bytes_of(self, ids: Iterable[int]) -> bytes:
+        """The UTF-8 bytes of the text of ``ids``, whole characters or not."""
+        if self.concatenates:
+            return b"".join(map(self.token_bytes, ids))
+        return self.decode(tuple(ids)).encode()
 
     def token_bytes(self, token: int) -> bytes:
         """The UTF-8 bytes that a token adds to a text; none for ids beyond the tokenizer.
@@ -177,14 +182,10 @@ class Vocabulary:
             known = self._bytes[token] = self._find_bytes(token, self._rule)
         return known
 
-    @property
+    @cached_property
     def concatenates(self) -> bool:
         """Whether the text of a sequence is the concatenation of its tokens' bytes."""
-        return self._rule_and_check[1]
-
-    @property
-    def _rule(self) -> Rule | None:
-        return self._rule_and_check[0]
+        return self._rule is not None or self._holds(None)
 
     def _find_bytes(self, token: int, rule: Rule | None) -> bytes:
         if token < 0:
@@ -200,12 +201,10 @@ class Vocabulary:
         return (written if text is None else text).encode()
 
     @cached_property
-    def _rule_and_check(self) -> tuple[Rule | None, bool]:
-        """The rule for token bytes, and whether ``tokenizer.decode`` obeys it."""
-        for rule in (*rules_of(self.tokenizer), None):  # None: each token decoded after another one
-            if self._holds(rule):
-                return rule, True
-        return None, False
+    def _rule(self) -> Rule | None:
+        """The rule for token bytes that ``tokenizer.decode`` obeys. None: there is none, and each
+        token is decoded after another one."""
+        return next(filter(self._holds, rules_of(self.tokenizer)), None)
 
     def _holds(self, rule: Rule | None) -> bool:
         """Compare a rule with ``tokenizer.decode`` on a sample of tokens, between two others."""
