@@ -20,7 +20,7 @@ from lmppl.checks import check_callable, check_int, check_seed, did_you_mean
 from lmppl.lm.batches.inverse_cdf import inverse_cdf
 from lmppl.report.tables import Block, Report, posterior_blocks
 from lmppl.runtime.sites import has_value, is_continuous, is_latent, key_of, value_of, values_of
-from lmppl.runtime.weights import ess
+from lmppl.runtime.weights import ess, log_mean_exp
 
 if TYPE_CHECKING:
     from lmppl.report.profiling import Profile
@@ -60,8 +60,7 @@ class Posterior(Report):
             an uncorrected guide): ``log_evidence`` is None.
 
     Attributes:
-        profile: a ``Profile``, where the time went, if ``infer`` was called with
-            ``profile=True``; else None.
+        profile: where the time went, if ``infer`` was called with ``profile=True``; else None.
 
     Raises:
         ValueError: if the lengths differ, there are no traces, or a log-weight is NaN or +inf.
@@ -104,24 +103,16 @@ class Posterior(Report):
 
     @cached_property
     def weights(self) -> torch.Tensor:
-        """Normalised weights, shape ``(K,)``, float64.
-
-        Raises:
-            ZeroEvidenceError: if all are zero.
-        """
+        """Normalised weights, shape ``(K,)``, float64. Raises as ``check_alive`` does."""
         self.check_alive()
         return torch.softmax(self.log_weights, 0)
 
     def check_alive(self) -> None:
-        """Do nothing if any sample has a positive weight.
-
-        Raises:
-            ZeroEvidenceError: if none has; it names the sites that killed them.
-        """
+        """Raise a ``ZeroEvidenceError`` that names the sites to blame if all weights are zero."""
         if self._alive:
             return
         sites = ", ".join(f"'{name}' ({count})" for name, count in self.killed.most_common())
-        by = f", by these sites (samples): {sites}" if sites else ""
+        by = f", by these sites (samples): {sites}" * bool(sites)
         raise ZeroEvidenceError(
             f"all {len(self)} samples have probability zero{by}. Draw more samples, use a proposal "
             "that meets the conditions (guide=), or see whether they can be met at all; the "
@@ -141,17 +132,13 @@ class Posterior(Report):
     @property
     def log_evidence(self) -> float | None:
         """log p(observations), nats: the logarithm of the mean weight. None: not estimated."""
-        if not self._claims_evidence:
-            return None
-        return float(torch.logsumexp(self.log_weights, 0)) - math.log(len(self))
+        return log_mean_exp(self.log_weights) if self._claims_evidence else None
 
     @property
     def log_evidence_stderr(self) -> float | None:
-        """Standard error of ``log_evidence``, nats, by the delta method.
-
-        None unless the weights are i.i.d., positive for some sample and at least two. It is
-        itself estimated from the weights: with an ESS of a few samples, don't trust it.
-        """
+        """Standard error of ``log_evidence``, nats, by the delta method; None unless the weights are
+        i.i.d., positive for some sample and at least two. It is itself estimated from the weights:
+        with an ESS of a few samples, don't trust it."""
         count = len(self)
         if not (self._claims_evidence and self.info.get("iid") and self._alive and count > 1):
             return None
@@ -192,9 +179,7 @@ class Posterior(Report):
             KeyError: if no trace has such a site.
         """
         self._check_site(name)
-        return [
-            value_of(trace.nodes[name]) if has_value(trace, name) else None for trace in self.traces
-        ]
+        return [value_of(t.nodes[name]) if has_value(t, name) else None for t in self.traces]
 
     def __contains__(self, name: object) -> bool:
         return name in self.sites
@@ -256,52 +241,33 @@ class Posterior(Report):
             self._check_site(name_or_fn)
         else:
             check_callable("name_or_fn", name_or_fn)
-        # Samples of weight zero may be incomplete.
-        return torch.stack(
-            [
-                weight * _number_of(values_of(trace), name_or_fn)
-                for trace, weight in self
-                if weight > 0
-            ]
-        ).sum(0)
+        live = [(trace, weight) for trace, weight in self if weight > 0]  # others may be incomplete
+        terms = [weight * _number_of(values_of(trace), name_or_fn) for trace, weight in live]
+        return torch.stack(terms).sum(0)
 
     def resample(self, n: int, seed: int | None = None) -> Posterior:
         """``n`` independent draws of the traces by weight, all of equal weight.
 
-        Args:
-            n: how many.
-            seed: of the draws; None uses torch's global random stream.
-
-        Returns:
-            A posterior with the same evidence. Traces are shared, not copied.
+        The evidence is the same, and traces are shared, not copied. Without a ``seed``, torch's
+        global random stream is used.
         """
         n, seed = check_int("n", n), check_seed(seed)
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         uniforms = torch.rand(n, dtype=torch.float64, generator=generator)
         picks = inverse_cdf(self.weights, uniforms).tolist()
-        log_evidence = self.log_evidence
         notes = [*self.info.get("notes", ()), f"resampled from {len(self)} samples"]
-        return self._with(
-            [self.traces[i] for i in picks],
-            torch.full((n,), 0.0 if log_evidence is None else log_evidence, dtype=torch.float64),
-            [self.returns[i] for i in picks],
-            {**self.info, "iid": False, "notes": notes},
-        )
+        traces, returns = [self.traces[i] for i in picks], [self.returns[i] for i in picks]
+        log_weights = torch.full((n,), self.log_evidence or 0.0, dtype=torch.float64)
+        return self._with(traces, log_weights, returns, {**self.info, "iid": False, "notes": notes})
 
     # --- copies -------------------------------------------------------------------------------
 
     def _with(
-        self,
-        traces: Sequence[Trace],
-        log_weights: torch.Tensor,
-        returns: Sequence[Any],
-        info: Mapping[str, Any],
+        self, traces: list[Trace], log_weights: torch.Tensor, returns: list[Any], info: Any
     ) -> Posterior:
         """Other samples by the same run."""
-        new = Posterior(
-            traces, log_weights, returns, guide=self.guide, info=info,
-            claims_evidence=self._claims_evidence,
-        )  # fmt: skip
+        common: dict[str, Any] = {"guide": self.guide, "claims_evidence": self._claims_evidence}
+        new = Posterior(traces, log_weights, returns, info=info, **common)
         new.profile = self.profile
         return new
 
@@ -310,10 +276,8 @@ class Posterior(Report):
         return self._with(self.traces, self.log_weights, self.returns, self.info)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Posterior:
-        """A posterior with values of its own. Shared are the guide, the profile and the
-        distributions (and so the language models), the programs' arguments and the functions of
-        tools.
-        """
+        """A posterior with values of its own. Shared are the guide, the profile, the distributions
+        (and so the language models), the programs' arguments and the functions of tools."""
         traces = [_copied(trace, memo) for trace in self.traces]
         returns = [_value_copied(value, memo) for value in self.returns]
         return self._with(traces, self.log_weights, returns, copy.deepcopy(self.info, memo))
@@ -347,6 +311,7 @@ class Posterior(Report):
         """
         numeric = [name for name in self.latents if self._is_numeric(name)]
         discrete = [name for name in self.latents if name not in numeric]
+        ranked = self._ranked(discrete) if self._alive and discrete else []
         costs = ("tokens_sampled", "tokens_scored", "tokens_trained", "seconds")
         return {
             "engine": self.info.get("engine"),
@@ -358,17 +323,7 @@ class Posterior(Report):
             "killed": dict(self.killed.most_common()),
             "notes": list(self.info.get("notes", ())),
             "sites": discrete,
-            "rows": [
-                {
-                    "weight": weight,
-                    "values": {
-                        name: str(value) if isinstance(value, str) else value
-                        for name, value in zip(discrete, values, strict=True)
-                        if value is not None
-                    },
-                }
-                for values, weight in (self._ranked(discrete) if self._alive and discrete else ())
-            ],
+            "rows": [{"weight": w, "values": _reached(discrete, values)} for values, w in ranked],
             "numeric": {name: self._moments(name) for name in numeric} if self._alive else {},
         }
 
@@ -390,6 +345,12 @@ class Posterior(Report):
 
     def _blocks(self) -> list[Block]:
         return posterior_blocks(self.summary())
+
+
+def _reached(names: Sequence[str], values: Sequence[Any]) -> dict[str, Any]:
+    """The values that there are, by site; plain strings for texts."""
+    plain = [str(value) if isinstance(value, str) else value for value in values]
+    return {name: value for name, value in zip(names, plain, strict=True) if value is not None}
 
 
 def _number_of(
@@ -414,18 +375,13 @@ def _number_of(
         ) from error
 
 
-_SHARED = ("fn", "args", "kwargs")  # of a trace's sites, by copies of it
-
-
 def _copied(trace: Trace, memo: dict[int, Any]) -> Trace:
     """A trace with values of its own; the copy of one that stands in several places is one, too."""
     if id(trace) not in memo:
         memo[id(trace)] = new = trace.copy()
         for name, node in trace.nodes.items():
-            new.nodes[name] = {
-                key: part if key in _SHARED else _value_copied(part, memo)
-                for key, part in node.items()
-            }
+            parts = {key: node[key] for key in node if key not in ("fn", "args", "kwargs")}
+            new.nodes[name] = node | {key: _value_copied(part, memo) for key, part in parts.items()}
     return memo[id(trace)]
 
 

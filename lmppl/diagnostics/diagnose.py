@@ -43,9 +43,7 @@ from lmppl.training.lm_guide import LMGuide
 
 __all__ = ["Diagnosis", "TextDiversity", "diagnose"]
 
-# Nats by which a trace's density may differ from the one recorded, if a half-precision model
-# scored both.
-_SAME_DENSITY = 0.5
+_SAME_DENSITY = 0.5  # nats; a half-precision model scores a trace so differently
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -179,12 +177,11 @@ def diagnose(
     _check_exact(posterior, latents)
     seeds = runtime.slot_seeds(runtime.fresh_seed(seed), 2)
 
+    common: dict[str, Any] = {"method": "importance", "num_samples": num_samples}
+
     def draws(proposal: Any, seed: int) -> Posterior:
         try:
-            return infer(
-                model, *args, method="importance", guide=proposal, num_samples=num_samples,
-                seed=seed, progress=progress,
-            )  # fmt: skip
+            return infer(model, *args, guide=proposal, seed=seed, progress=progress, **common)
         except ZeroEvidenceError as error:
             return error.posterior  # that all are dead is a finding
 
@@ -244,10 +241,9 @@ def _figures(
         log_z: estimated without the guide.
     """
     elbo, elbo_alive = estimates.mean_of(u), estimates.elbo_alive(u)
-    lower: _Estimate = float(runtime.log_mean_exp(u)), iw_stderr
-    iw_bound = lower
+    iw_bound = lower = (runtime.log_mean_exp(u), iw_stderr)
     upper: _Estimate = math.inf, iw_stderr  # no upper bound: errors are those of the lower
-    eubo: _Estimate | None = None
+    eubo: _Estimate = None, None
     if exact is not None and posterior is not None:
         lower = upper = log_z
         eubo = float(posterior.weights[posterior.weights > 0] @ exact), 0.0
@@ -260,20 +256,14 @@ def _figures(
     def divergence(low: float, high: float, bound: _Estimate) -> _Estimate:
         return estimates.less(low, high, bound[0]), estimates.combined(bound[1], bounds_stderr)
 
-    found = {
-        "elbo": elbo,
-        "elbo_alive": elbo_alive,
-        "iw_bound": iw_bound,
-        "log_z": log_z,
-        "kl_guide_posterior": divergence(low, high, elbo),
-        "kl_alive_posterior": divergence(low, high, elbo_alive),
-    }
-    above = dict.fromkeys(("eubo", "iw_upper_bound", "kl_posterior_guide"), (None, None))
-    if eubo is not None:
-        minus_eubo = -eubo[0], eubo[1]
-        above = {"eubo": eubo, "iw_upper_bound": upper}
-        above["kl_posterior_guide"] = divergence(-high, -low, minus_eubo)
-    return found | above
+    found = {"elbo": elbo, "elbo_alive": elbo_alive, "iw_bound": iw_bound, "log_z": log_z}
+    found["kl_guide_posterior"] = divergence(low, high, elbo)
+    found["kl_alive_posterior"] = divergence(low, high, elbo_alive)
+    found |= dict.fromkeys(("eubo", "iw_upper_bound", "kl_posterior_guide"), (None, None))
+    if exact is not None:
+        found |= {"eubo": eubo, "iw_upper_bound": upper}
+        found["kl_posterior_guide"] = divergence(-high, -low, (-eubo[0], eubo[1]))
+    return found
 
 
 def _notes(
@@ -296,11 +286,10 @@ def _notes(
 def _check_exact(posterior: Posterior | None, latents: Sequence[Mapping[str, Any]] | None) -> None:
     if posterior is not None and latents is not None:
         raise ValueError("give posterior= or latents=, not both: an exact posterior needs no draws")
-    if posterior is not None and not isinstance(posterior, Posterior):
-        raise TypeError(f"posterior takes a lmppl.Posterior, given {type(posterior).__name__}")
     if posterior is not None:
-        engine = posterior.info.get("engine")
-        if engine != "exact":
+        if not isinstance(posterior, Posterior):
+            raise TypeError(f"posterior takes a lmppl.Posterior, given {type(posterior).__name__}")
+        if (engine := posterior.info.get("engine")) != "exact":
             raise ValueError(
                 f"posterior= takes an exact one, infer(..., method='exact'); this is by {engine!r}. "
                 "Draws that are known to be exact go into latents=[{site: value}, ...]"
@@ -336,8 +325,7 @@ def _tail(live: torch.Tensor) -> tuple[float | None, float | None, list[str]]:
 
 def _of_draws(scores: LatentScores) -> torch.Tensor:
     """u of given latents, (K,) float64."""
-    dead = torch.nonzero(scores.log_joint == -math.inf).flatten().tolist()
-    if dead:
+    if dead := torch.nonzero(scores.log_joint == -math.inf).flatten().tolist():
         raise ValueError(
             f"latents[{dead[0]}] has probability zero under the program on this input, so it "
             "is no draw from its posterior"
@@ -347,14 +335,11 @@ def _of_draws(scores: LatentScores) -> torch.Tensor:
 
 def _of_posterior(posterior: Posterior, score: Callable[..., LatentScores]) -> torch.Tensor:
     """u of every live trace of the exact posterior, (K,) float64."""
-    live = torch.nonzero(posterior.weights > 0).flatten().tolist()
+    live = posterior.weights > 0
+    nodes = [trace.nodes.items() for trace, weight in posterior if weight > 0]
     values = [
-        {
-            name: node["value"]
-            for name, node in posterior.traces[i].nodes.items()
-            if node["type"] == "sample" and runtime.is_latent(node)
-        }
-        for i in live
+        {k: v["value"] for k, v in items if v["type"] == "sample" and runtime.is_latent(v)}
+        for items in nodes
     ]
     scores = score(values, what="the posterior's trace ")
     recorded = posterior.log_weights[live] - math.log(len(posterior))

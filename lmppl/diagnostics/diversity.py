@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from rapidfuzz.distance import Levenshtein
 from rapidfuzz.process import cdist
 
@@ -51,10 +50,8 @@ class TextDiversity:
 
 def text_diversity(samples: Posterior) -> dict[str, TextDiversity]:
     """Of every latent text site of weighted samples."""
-    top = samples.log_weights.max()
-    scaled = (
-        (samples.log_weights - top).exp() if top > -torch.inf else 0 * samples.log_weights.exp()
-    )
+    # Scaled by the largest; all are 0 if that is.
+    scaled = (samples.log_weights - samples.log_weights.max()).exp().nan_to_num(0.0)
     sites: dict[str, list[tuple[_Tokens, str, float]]] = {}
     for trace, weight in zip(samples.traces, scaled.tolist(), strict=True):
         for name in trace.nodes:
@@ -72,6 +69,7 @@ def _of_site(draws: Sequence[tuple[_Tokens, str, float]]) -> TextDiversity:
     tokens = [ids for ids, _, _ in draws]
     lengths = np.array([len(ids) for ids in tokens], dtype=float)
     weights = np.array([weight for _, _, weight in draws])
+    total = weights.sum()
     return TextDiversity(
         num_draws=len(draws),
         num_distinct=len({string for _, string, _ in draws}),
@@ -80,9 +78,7 @@ def _of_site(draws: Sequence[tuple[_Tokens, str, float]]) -> TextDiversity:
         edit_distance=edit_distance(tokens, np.ones(len(draws))),
         mean_length=float(lengths.mean()),
         weighted_edit_distance=edit_distance(tokens, weights),
-        weighted_mean_length=(
-            float(weights @ lengths / weights.sum()) if weights.sum() > 0 else None
-        ),
+        weighted_mean_length=float(weights @ lengths / total) if total > 0 else None,
     )
 
 

@@ -34,10 +34,8 @@ ENGINES: dict[str, Callable[..., EngineLike]] = {
 def register_engine(name: str, engine: Callable[..., EngineLike]) -> None:
     """Make an engine available as ``lmppl.infer(..., method=name)``.
 
-    Args:
-        name: the method's name.
-        engine: a class (or factory) whose keyword arguments are the engine's options, and whose
-            objects have ``run``, such as a subclass of ``Engine``.
+    ``engine`` is a class (or factory) whose keyword arguments are the engine's options, and whose
+    objects have ``run``, such as a subclass of ``Engine``.
 
     Raises:
         TypeError: if the name is no string, or ``engine`` makes none.

@@ -168,25 +168,20 @@ class State:
         runtime.run_to_draws(self.particles)
         increments = [particle.take_log_weight() for particle in self.particles]
         self.log_weights = self.log_weights + torch.tensor(increments, dtype=torch.float64)
+        self._has_proposed |= any(getattr(p.proposer, "draws", True) for p in self.particles)
         for particle, log_weight in zip(self.particles, self.log_weights.tolist(), strict=True):
-            if not self._has_proposed:
-                self._has_proposed = bool(getattr(particle.proposer, "draws", True))
             if log_weight == -math.inf and not particle.finished:
                 particle.close()  # nothing that it does can matter any more
-        waiting, num = sum(not p.finished for p in self.particles), len(self.particles)
-        figures: dict[str, Any] = {
-            "stage": self.stage,
-            "ess": self.ess,
-            "finished": num - waiting,
-            "of": num,
-        }
+        num, finished = len(self.particles), sum(p.finished for p in self.particles)
+        figures: dict[str, Any] = {"stage": self.stage, "ess": self.ess}
+        figures |= {"finished": finished, "of": num}
         if self.stage == 0:
             self.bar.__enter__()
         self.bar.advance(**figures)
         if self.callback is not None:
             self.callback({"engine": self.engine, **figures})
         self.stage += 1
-        return waiting > 0
+        return finished < num
 
     def draw(self) -> None:
         """Let every particle that waits at a latent site draw it, in one batched call."""
@@ -204,10 +199,10 @@ class State:
         for particle in before if is_drawing else ():
             if isinstance(particle.proposer, MixtureProposer):
                 particle.proposer.hold()
-        replaced = [(slot, a) for slot, a in enumerate(ancestors) if a != slot]
-        for slot, ancestor in replaced:
+        replaced = {slot: ancestor for slot, ancestor in enumerate(ancestors) if ancestor != slot}
+        for slot, ancestor in replaced.items():
             self.particles[slot] = before[ancestor].fork(streams=before[slot])
-        for slot, _ in replaced:
+        for slot in replaced:
             before[slot].close()
 
     @property
@@ -218,12 +213,7 @@ class State:
     # --- the end ---------------------------------------------------------------------------------
 
     def posterior(self) -> Posterior:
-        """The posterior of finished particles.
-
-        Raises:
-            ValueError: for a program without a latent site.
-            ZeroEvidenceError: if all weights are zero.
-        """
+        """The posterior of finished particles. Raises as ``Engine.run`` does."""
         weights = zip(self.particles, self.log_weights.tolist(), strict=True)
         killed = Counter(p.killed_by or "(the engine)" for p, w in weights if w == -math.inf)
         if not killed and not any(particle.latents for particle in self.particles):

@@ -40,11 +40,9 @@ def infer(
 
     Args:
         model: a Pyro program with ``lm_sample`` sites.
-        *args: the program's positional arguments. Each particle runs on its own
-            copies of the lists, dicts and sets among them.
-        method: ``"smc"``, ``"importance"``, ``"gflownet"``, ``"exact"``, a name that was
-            registered with ``lmppl.register_engine``, or an engine object such as
-            ``lmppl.SMC(ess_threshold=0.5)``.
+        *args: its positional arguments. Each particle has copies of the lists, dicts and sets.
+        method: ``"smc"``, ``"importance"``, ``"gflownet"``, ``"exact"``, a name given to
+            ``lmppl.register_engine``, or an engine object: ``lmppl.SMC(ess_threshold=0.5)``.
         lm: the language model of sites that name none.
         num_samples: how many weighted traces.
         guide: a proposal: a ``LMGuide`` or a guide program; None: the program's prior (and
@@ -55,9 +53,6 @@ def infer(
         profile: measure where the time goes; the posterior's ``.profile`` says it.
         kwargs: the program's arguments by name.
         **options: the engine's, for example ``ess_threshold`` and ``twist`` for ``"smc"``.
-
-    Returns:
-        A ``Posterior``.
 
     Raises:
         ValueError: unknown method, no language model, arguments that do not fit the program.
@@ -74,16 +69,9 @@ def infer(
         nullcontext() if lm is None else use(lm),
         profiling.profile() if profile else nullcontext() as measured,
     ):
+        common: dict[str, Any] = {"num_samples": num_samples, "guide": guide, "seed": seed}
         try:
-            posterior = engine.run(
-                model,
-                *args,
-                num_samples=num_samples,
-                guide=guide,
-                seed=seed,
-                progress=progress,
-                callback=callback,
-            )
+            posterior = engine.run(model, *args, **common, progress=progress, callback=callback)
         except ZeroEvidenceError as error:
             error.posterior.profile = measured
             raise
@@ -111,17 +99,13 @@ def prepare(
 
 def _engine(method: str | EngineLike, options: dict[str, Any]) -> EngineLike:
     """The engine object of a method and its options."""
+    takes = "method= takes a name or an engine object, given"
     if isinstance(method, type):
-        raise TypeError(
-            f"method= takes a name or an engine object, given the class {method.__name__}: make an "
-            f"object of it, {method.__name__}()"
-        )
+        name = method.__name__
+        raise TypeError(f"{takes} the class {name}: make an object of it, {name}()")
     if not isinstance(method, str):
         if not callable(getattr(method, "run", None)):
-            raise TypeError(
-                f"method= takes a name or an engine object, given {type(method).__name__}; "
-                f"names: {', '.join(ENGINES)}"
-            )
+            raise TypeError(f"{takes} {type(method).__name__}; names: {', '.join(ENGINES)}")
         if options:
             raise TypeError(
                 f"options {sorted(options)} beside an engine object: give them to the object, "
@@ -130,17 +114,12 @@ def _engine(method: str | EngineLike, options: dict[str, Any]) -> EngineLike:
         return method
     if method not in ENGINES:
         raise ValueError(f"unknown method {method!r}{did_you_mean(method, ENGINES)}")
-    engine = ENGINES[method]
-    allowed = [
-        name
-        for name, parameter in inspect.signature(engine).parameters.items()
-        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-    ]
-    for name in options:
-        if name not in allowed:
-            common = list(inspect.signature(infer).parameters)[3:-1]
-            raise TypeError(
-                f"method={method!r} has no option {name!r}{did_you_mean(name, [*allowed, *common])}. "
-                "(Keywords are the engine's; the program's go in kwargs={...}.)"
-            )
-    return engine(**options)
+    parameters = inspect.signature(ENGINES[method]).parameters.values()
+    allowed = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    for name in [name for name in options if name not in allowed]:
+        common = list(inspect.signature(infer).parameters)[3:-1]
+        raise TypeError(
+            f"method={method!r} has no option {name!r}{did_you_mean(name, [*allowed, *common])}. "
+            "(Keywords are the engine's; the program's go in kwargs={...}.)"
+        )
+    return ENGINES[method](**options)

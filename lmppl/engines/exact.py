@@ -54,30 +54,26 @@ class Exact(Engine):
         """Replace every waiting particle by one for every value of its site. Those that have ended
         stay, and stand first."""
         before = state.particles.copy()
-        ended = [i for i, particle in enumerate(before) if particle.finished]
-        supports = self._supports([_wait(p) for p in before if not p.finished], len(ended))
-        parents, particles = list(ended), [before[i] for i in ended]
-        for i, particle in enumerate(before):
-            if particle.finished:
-                continue
-            wait = _wait(particle)
+        waiting = [(i, _wait(p)) for i, p in enumerate(before) if not p.finished]
+        parents = [i for i, particle in enumerate(before) if particle.finished]
+        particles = [before[i] for i in parents]
+        supports = self._supports([wait for _, wait in waiting], len(parents))
+        for i, wait in waiting:
             for value, log_prob in supports[_key(wait)]:
-                given = {wait.name: Given(value, log_prob)}
-                particles.append(particle.fork(given=given))
+                particles.append(before[i].fork(given={wait.name: Given(value, log_prob)}))
                 parents.append(i)
-            particle.close()
+            before[i].close()
         state.particles[:] = particles
         growth = math.log(len(particles) / len(before)) if particles else 0.0
         state.log_weights = state.log_weights[parents] + growth
 
-    def _supports(self, waits: list[Choice], num_ended: int) -> dict[Any, Support]:
-        """The support of each site at which particles wait.
+    def _supports(self, waits: list[Choice], total: int) -> dict[Any, Support]:
+        """The support of each site at which particles wait, beside ``total`` that have ended.
 
         Raises:
             ValueError: if that makes more than ``max_traces`` traces.
         """
         supports: dict[Any, Support] = {}
-        total = num_ended
         for wait in waits:
             key = _key(wait)
             if key not in supports:
@@ -105,14 +101,12 @@ class Exact(Engine):
                     raise ValueError(self._too_many(wait.name))
                 pairs = [(fn.value(ids), lp) for ids, lp in sequences]
         elif getattr(fn, "has_enumerate_support", False):
-            values = fn.enumerate_support(expand=False)
             if fn.batch_shape.numel() != 1:
                 raise ValueError(
                     f"site '{wait.name}' has batch shape {tuple(fn.batch_shape)}: method='exact' "
                     "enumerates one variable a site; use a sequential plate"
                 )
-            values = fn.enumerate_support(expand=True)
-            pairs = [(value, fn.log_prob(value)) for value in values]
+            pairs = [(value, fn.log_prob(value)) for value in fn.enumerate_support(expand=True)]
         else:
             raise ValueError(
                 f"site '{wait.name}' ({type(fn).__name__}) has no finite support, so "

@@ -54,7 +54,6 @@ class GFlowNet(Engine):
             raise TypeError(
                 f"fit={self.fit!r}: it takes a dict of options of LMGuide.fit, not steps="
             )
-
         if check_prior_fraction(self.prior_fraction) and not self.correct:
             raise ValueError(
                 "correct=False gives the guide's own draws, prior_fraction= mixes others into them that "
@@ -70,9 +69,8 @@ class GFlowNet(Engine):
             state.notes.append(f"the guide's own target is tempered (temperature {target:g})")
         Importance(self.prior_fraction).sample(state)
         alive = state.log_weights > -math.inf
-        state.info["elbo"] = (
-            float(state.log_weights[alive].mean()) if bool(alive.any()) else -math.inf
-        )
+        elbo = float(state.log_weights[alive].mean())
+        state.info["elbo"] = -math.inf if math.isnan(elbo) else elbo
         if self.correct:
             state.notes.append("self-normalised by R / q")
         else:
@@ -88,15 +86,9 @@ class GFlowNet(Engine):
         """
         guide = LMGuide(state.model, lora=self.lora)
         state.notes.append(f"trained a guide for {self.steps} steps on this input (.guide)")
+        options = {"progress": state.progress, "callback": state.callback, **self.fit}
         try:
-            guide.fit(
-                [state.args],
-                steps=self.steps,
-                seed=state.seed,
-                progress=state.progress,
-                callback=state.callback,
-                **self.fit,
-            )
+            guide.fit([state.args], steps=self.steps, seed=state.seed, **options)
         except KeyboardInterrupt as interrupt:
             interrupt.guide = guide  # type: ignore[attr-defined]
             interrupt.add_note(

@@ -21,9 +21,8 @@ from lmppl.runtime import Member
 from lmppl.runtime.arguments import items_of, positional, signature_of
 from lmppl.runtime.coroutine import GlobalState
 
-# Each row more makes a batch cheaper by the row, but little so beyond some hundreds, while every
-# particle takes memory: a stack, a trace, a row of the cache. A few samples for each of very many
-# inputs would be bounded by this late, and inputs that run ahead are work lost if the loop is left.
+# Beyond some hundreds of rows a batch gains little, while every particle takes memory; and inputs
+# that run ahead are work lost if the loop is left.
 _PARTICLES = 512
 _INPUTS = 64
 
@@ -51,12 +50,10 @@ def infer_batch(
     ```
 
     Each is what ``infer`` gives on that input with the seed ``posterior.info["seed"]`` (up to
-    rounding, as the LM's batches have other shapes). But several inputs run side by side, and
-    what their particles ask of a language model at the same time is answered in one batch. Not
-    shared are the draws of SMC within a twisted site, and the enumeration of ``"exact"``.
-
-    Inputs are taken as they are needed: never more than ``at_once`` beyond the last posterior
-    that was asked for. Leaving the loop early, or closing the iterator, ends what runs.
+    rounding). What the particles of inputs that run side by side ask of a language model at the
+    same time is answered in one batch, but for the draws of SMC within a twisted site and the
+    enumeration of ``"exact"``. Inputs are taken as they are needed: never more than ``at_once``
+    beyond the last posterior that was asked for. Leaving the loop ends what runs.
 
     Args:
         model, method, lm, num_samples, progress: as of ``infer``; ``"gflownet"`` needs ``guide=``, and
@@ -102,6 +99,8 @@ def infer_batch(
     at_once = check_int("at_once", at_once)
     lm = default_lm() if lm is None else lm  # of here, wherever the posteriors are asked for
     seed = runtime.fresh_seed(seed)
+    common: dict[str, Any] = {"method": engine, "lm": lm, "num_samples": num_samples}
+    common |= {"guide": guide, "progress": False}
 
     def run(index: int, item: Any, input_seed: int) -> Posterior:
         """One input alone."""
@@ -114,13 +113,9 @@ def infer_batch(
             posterior = infer(
                 model,
                 *positional(signature, item, index),
-                method=engine,
-                lm=lm,
-                num_samples=num_samples,
-                guide=guide,
                 seed=input_seed,
-                progress=False,
                 callback=report,
+                **common,
             )
         except Exception as error:
             error.add_note(f"raised for input {index} of the batch (seed={input_seed})")

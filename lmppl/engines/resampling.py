@@ -18,22 +18,19 @@ Scheme = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
 
 def multinomial(weights: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Independent draws. ``weights``: (N,) float64, any positive scale. Returns (N,) ancestors."""
-    n = len(weights)
-    return inverse_cdf(weights, torch.rand(n, generator=generator, dtype=torch.float64))
+    return inverse_cdf(weights, _uniforms(len(weights), generator))
 
 
 def stratified(weights: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """One draw in each of N equal strata (Kitagawa, 1996)."""
     n = len(weights)
-    jitter = torch.rand(n, generator=generator, dtype=torch.float64)
-    return inverse_cdf(weights, (torch.arange(n, dtype=torch.float64) + jitter) / n)
+    return inverse_cdf(weights, (torch.arange(n) + _uniforms(n, generator)) / n)
 
 
 def systematic(weights: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """One draw shared by N equal strata (Carpenter et al., 1999)."""
     n = len(weights)
-    jitter = torch.rand(1, generator=generator, dtype=torch.float64)
-    return inverse_cdf(weights, (torch.arange(n, dtype=torch.float64) + jitter) / n)
+    return inverse_cdf(weights, (torch.arange(n) + _uniforms(1, generator)) / n)
 
 
 def residual(weights: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -45,11 +42,14 @@ def residual(weights: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     missing = n - len(certain)
     if missing <= 0:
         return certain[:n]
-    uniforms = torch.rand(missing, generator=generator, dtype=torch.float64)
     rest = expected - copies
     if float(rest.sum()) <= 0.0:  # rounding left no remainder to draw from
         rest = weights
-    return torch.cat([certain, inverse_cdf(rest, uniforms)])
+    return torch.cat([certain, inverse_cdf(rest, _uniforms(missing, generator))])
+
+
+def _uniforms(n: int, generator: torch.Generator) -> torch.Tensor:
+    return torch.rand(n, generator=generator, dtype=torch.float64)
 
 
 SCHEMES: dict[str, Scheme] = {

@@ -140,6 +140,5 @@ class SMC(Engine):
 
     def _defense(self, num: int) -> float:
         """The defended share of so many slots."""
-        if self.twist_defense is not None:
-            return self.twist_defense
-        return min(_MOST_DEFENSE, max(_DEFENSE, _DEFENDED_SLOTS / num))
+        usual = min(_MOST_DEFENSE, max(_DEFENSE, _DEFENDED_SLOTS / num))
+        return usual if self.twist_defense is None else self.twist_defense

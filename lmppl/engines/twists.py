@@ -24,16 +24,15 @@ resampling neither favours nor kills it; at the first token, its target is the p
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
 
 from lmppl.distributions import LMText, draw_request
 from lmppl.engines.base import State
-from lmppl.lm import LM, begin_draws
+from lmppl.lm import begin_draws
 from lmppl.lm.batches.decoding import Decoding
-from lmppl.lm.batches.requests import Draw, Drawn
 from lmppl.lm.tokens.text import Text
 from lmppl.runtime import DrawWait, Given, Particle, ending, is_latent, run_to_draws
 from lmppl.runtime.batching import resume
@@ -69,7 +68,7 @@ class Texts:
     Args:
         twist: judges them.
         particles: all particles.
-        members: those that wait to draw, one a slot.
+        members: those that wait to draw, M, one a slot.
         decoding: draws their texts.
 
     Attributes:
@@ -106,10 +105,9 @@ class Texts:
         values = self._twist(particles, self._decoding, slots)
         log_psi = self.log_psi.clone()
         for k, particle, value in zip(slots, particles, values, strict=True):
-            if value is not None and (math.isnan(value) or value == math.inf):
-                assert particle.waiting is not None
+            if value is not None and not value < math.inf:
                 raise ValueError(
-                    f"site '{particle.waiting.name}': twist gave log psi = {value}; it must be a "
+                    f"site '{_wait(particle).name}': twist gave log psi = {value}; it must be a "
                     "number of nats, finite wherever a completion has mass"
                 )
             self._judged[k] = lengths[k]
@@ -178,18 +176,25 @@ def draw(
         The number of resamplings.
     """
     particles, num = state.particles, len(members)
-    waits = text_waits([particles[i] for i in members])
-    decoding = begin_draws(_requests(waits.values(), state.generator))
+    waits = [_wait(particles[i]) for i in members]
+    # A slot may take over a text with a larger ``max_tokens``, on another branch of the program, so
+    # each gets as many uniforms as the longest needs.
+    longest = max(wait.fn.num_uniforms for wait in waits)
+    requests = []
+    for wait in waits:
+        missing = longest - len(wait.uniforms)
+        more = torch.rand(missing, generator=state.generator, dtype=torch.float64)
+        uniforms = torch.cat([wait.uniforms, more])
+        requests.append((wait.fn.lm, draw_request(wait.fn, uniforms, wait.name)))
+    decoding = begin_draws(requests)
     texts = Texts(twist, particles, members, decoding)
     index = torch.tensor(members)
     resamplings = 0
     while not decoding.done:
         decoding.step()
-        if decoding.done or decoding.num_steps % every:
-            continue
-        if not texts.update(state.log_weights[index]):
-            continue  # the same weights as before
         log_weights = state.log_weights[index]
+        if decoding.done or decoding.num_steps % every or not texts.update(log_weights):
+            continue
         a = shares(log_weights, texts.log_psi, defense)
         if 1.0 / float((a**2).sum()) < threshold * num:
             ancestors = ancestors_of(a)
@@ -201,15 +206,16 @@ def draw(
     for slot, program in zip(members, texts.programs, strict=True):
         programs[slot] = program
     state.select(programs, is_drawing=True)  # they replay particles that still wait at this draw
-    drawn = [particles[slot] for slot in members]
-    resume(drawn, list(map(_answer, drawn, decoding.results())))
+    members_now = [particles[slot] for slot in members]
+    texts_drawn = zip(members_now, decoding.results(), strict=True)
+    answers = [(_wait(p).fn.value(d.token_ids), d.log_probs.sum()) for p, d in texts_drawn]
+    resume(members_now, answers)
     return resamplings
 
 
-def _answer(particle: Particle, drawn: Drawn) -> tuple[torch.Tensor, torch.Tensor]:
-    """A text as its particle's wait has it, and its log-probability."""
+def _wait(particle: Particle) -> DrawWait:
     assert isinstance(particle.waiting, DrawWait)
-    return particle.waiting.fn.value(drawn.token_ids), drawn.log_probs.sum()
+    return particle.waiting
 
 
 def shares(log_weights: torch.Tensor, log_psi: torch.Tensor, defense: float) -> torch.Tensor:
@@ -235,27 +241,12 @@ def log_weights_of_copies(
     return (log_weights - (len(a) * a).log())[ancestors]
 
 
-def _requests(waits: Collection[DrawWait], generator: torch.Generator) -> list[tuple[LM, Draw]]:
-    """What to draw. A slot may take over a text with a larger ``max_tokens``, on another branch of
-    the program, so each gets as many uniforms as the longest needs."""
-    longest = max(wait.fn.num_uniforms for wait in waits)
-    requests = []
-    for wait in waits:
-        missing = longest - len(wait.uniforms)
-        more = torch.rand(missing, generator=generator, dtype=torch.float64)
-        uniforms = torch.cat([wait.uniforms, more])
-        requests.append((wait.fn.lm, draw_request(wait.fn, uniforms, wait.name)))
-    return requests
-
-
 class OfText:
     """What a function says of the text, or one of several by the site's name."""
 
     def __init__(self, twist: Twist | Mapping[str, Twist]) -> None:
-        self._twist = twist
-
-    def _of(self, name: str) -> Twist | None:
-        return self._twist.get(name) if isinstance(self._twist, Mapping) else self._twist
+        self._of: Callable[[str], Twist | None]
+        self._of = twist.get if isinstance(twist, Mapping) else lambda name: twist
 
     def takes(self, particle: Particle) -> bool:
         return particle.waiting is not None and self._of(particle.waiting.name) is not None
@@ -263,23 +254,17 @@ class OfText:
     def __call__(
         self, particles: Sequence[Particle], decoding: Decoding, slots: Sequence[int]
     ) -> list[float | None]:
-        values: list[float | None] = []
-        for particle, slot in zip(particles, slots, strict=True):
-            wait = particle.waiting
-            assert isinstance(wait, DrawWait)
+        values = []
+        for wait, slot in zip(map(_wait, particles), slots, strict=True):
             twist = self._of(wait.name)
             assert twist is not None
-            value = float(twist(wait.fn.stopping.text(decoding.token_ids[slot])))
-            values.append(None if value == -math.inf else value)  # it may still end well
-        return values
+            values.append(float(twist(wait.fn.stopping.text(decoding.token_ids[slot]))))
+        return [None if value == -math.inf else value for value in values]  # it may still end well
 
 
 class Lookahead:
-    """The likelihood of what follows, up to the next latent site, were the text closed here.
-
-    Args:
-        aside: whose random streams it uses.
-    """
+    """The likelihood of what follows, up to the next latent site, were the text closed here. It is
+    found with the random streams of ``aside``."""
 
     def __init__(self, aside: Particle) -> None:
         self._aside = aside
@@ -292,9 +277,7 @@ class Lookahead:
     ) -> list[float | None]:
         forks = []
         for particle, slot in zip(particles, slots, strict=True):
-            wait = particle.waiting
-            assert isinstance(wait, DrawWait)
-            ids = _closed(decoding, slot)
+            wait, ids = _wait(particle), _closed(decoding, slot)
             if ids is None:
                 raise ValueError(
                     f"site '{wait.name}': twist='lookahead' closes the text early, but its model "
@@ -325,12 +308,10 @@ class Flow:
     program comes to another latent site after it. A text that has itself closed with R = 0 is lost,
     unless chance (a tool, a subsample) has a say in that.
 
-    Args:
-        aside: whose random streams it uses.
     """
 
     def __init__(self, aside: Particle) -> None:
-        self._aside = aside
+        self._aside = aside  # whose random streams it uses
         self._ending: set[str] = set()  # sites after which some run came to no other latent
         self._followed: set[str] = set()  # sites after which all runs did
 
@@ -340,26 +321,20 @@ class Flow:
         if not isinstance(wait, DrawWait) or site is None:
             return False
         name, fn = site
-        return (
-            name == wait.name
-            and wait.fn is not fn
-            and isinstance(fn, LMText)
-            and wait.fn.stopping.closing_token is not None
-        )
+        is_guided = name == wait.name and wait.fn is not fn and isinstance(fn, LMText)
+        return is_guided and wait.fn.stopping.closing_token is not None
 
     def __call__(
         self, particles: Sequence[Particle], decoding: Decoding, slots: Sequence[int]
     ) -> list[float | None]:
         values: list[float | None] = [None] * len(slots)
-        sites = [particle.site for particle in particles]
-        if all(site is not None and site[0] in self._followed for site in sites):
+        sites = [particle.site for particle in particles if particle.site is not None]
+        if all(name in self._followed for name, _ in sites):
             return values
         close_log_probs = decoding.closing_log_probs()
-        at: list[int] = []
-        forks: list[Particle] = []
-        for k, (particle, slot) in enumerate(zip(particles, slots, strict=True)):
-            assert particle.site is not None
-            name, fn = particle.site
+        forks: dict[int, Particle] = {}
+        members = zip(particles, slots, sites, strict=True)
+        for k, (particle, slot, (name, fn)) in enumerate(members):
             ids = _closed(decoding, slot)
             log_q = math.fsum(decoding.log_probs[slot])
             if decoding.reasons[slot] is None:
@@ -367,30 +342,25 @@ class Flow:
             if ids is None or name in self._followed or log_q == -math.inf:
                 continue
             value = fn.value(ids)
-            if not fn.supports(value):
-                continue
-            given = Given(value, proposal_log_prob=torch.tensor(log_q, dtype=torch.float64))
-            at.append(k)
-            forks.append(particle.fork(streams=self._aside, given={name: given}))
-        names: set[str] = set()
-        with ending(forks):
-            run_to_draws(forks)
-            for k, fork in zip(at, forks, strict=True):
-                name = sites[k][0]  # type: ignore[index]
-                before = particles[k].trace.nodes
+            if fn.supports(value):
+                given = Given(value, proposal_log_prob=torch.tensor(log_q, dtype=torch.float64))
+                forks[k] = particle.fork(streams=self._aside, given={name: given})
+        with ending(list(forks.values())) as runs:
+            run_to_draws(runs)
+            for k, fork in forks.items():
+                name, before = sites[k][0], particles[k].trace.nodes
                 chance = [
                     node
                     for other, node in fork.sites.items()
                     if other != name and other not in before and not node["is_observed"]
                 ]
-                names.add(name)
                 if fork.site is not None or any(map(is_latent, chance)):
                     continue
                 self._ending.add(name)
                 weight = fork.take_log_weight()
                 is_lost = decoding.reasons[slots[k]] is not None and not chance
                 values[k] = weight if weight > -math.inf or is_lost else None
-        self._followed |= names - self._ending
+        self._followed |= {sites[k][0] for k in forks} - self._ending
         return values
 
 
