@@ -12,16 +12,9 @@ from lmppl.engines.importance import Importance
 from lmppl.engines.smc import SMC
 
 __all__ = [
-    "ENGINES",
-    "Engine",
-    "EngineLike",
-    "Exact",
-    "GFlowNet",
-    "Importance",
-    "SMC",
-    "State",
+    "ENGINES", "Engine", "EngineLike", "Exact", "GFlowNet", "Importance", "SMC", "State",
     "register_engine",
-]
+]  # fmt: skip
 
 ENGINES: dict[str, Callable[..., EngineLike]] = {
     "importance": Importance,

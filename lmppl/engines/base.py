@@ -51,13 +51,10 @@ class EngineLike(Protocol):
 
 
 class Engine(ABC):
-    """An inference algorithm: options in its fields, one program a ``run``.
-
-    Attributes:
-        name: what it is called in progress bars and ``posterior.info["engine"]``.
-    """
+    """An inference algorithm: options in its fields, one program a ``run``."""
 
     name: ClassVar[str]
+    """What it is called in progress bars and ``posterior.info["engine"]``."""
 
     @abstractmethod
     def sample(self, state: State) -> None:
@@ -93,25 +90,8 @@ class Engine(ABC):
 
 
 class State:
-    """Weighted particles of one program, in the hands of an engine.
-
-    Args:
-        engine: name of the engine.
-        model, args, num_samples, guide, seed, progress, callback: what ``Engine.run`` was given. The
-            guide may be changed before ``start``.
-
-    Attributes:
-        particles: the runs; always the same list.
-        log_weights: one for each, float64, nats: the mean of w estimates the evidence of what was
-            observed so far.
-        stage: how often they were extended.
-        proposer: what makes a particle's proposer, once they have started; None: the program.
-        generator: of the engine's own random choices.
-        iid: whether the weights are independent and identically distributed.
-        claims_evidence: whether the mean of w estimates the evidence.
-        trained: the guide that the posterior is to carry.
-        notes, info: what the posterior is to say of the run.
-    """
+    """Weighted particles of one program, in the hands of an engine whose name is ``engine``. The other
+    arguments are those of ``Engine.run``; the guide may be changed before ``start``."""
 
     def __init__(
         self,
@@ -127,14 +107,17 @@ class State:
         self.engine, self.model, self.args, self.num_samples = engine, model, args, num_samples
         self.guide, self.seed, self.progress, self.callback = guide, seed, progress, callback
         self.bar = progress_bar(engine, show=progress)
-        self.particles: list[Particle] = []
+        self.particles: list[Particle] = []  # always the same list
+        # One for each, nats: the mean of w estimates the evidence of what was observed so far.
         self.log_weights = torch.zeros(0, dtype=torch.float64)
-        self.stage = 0
+        self.stage = 0  # how often they were extended
+        # Makes a particle's proposer, once they have started; None: the program.
         self.proposer: Callable[[int, int], Proposer] | None = None
-        self.generator = torch.Generator().manual_seed(seed % 2**63)
-        self.iid, self.claims_evidence = False, True
-        self.trained: Any = None
-        self.notes: list[str] = []
+        self.generator = torch.Generator().manual_seed(seed % 2**63)  # of the engine's own choices
+        self.iid = False  # whether the weights are independent and identically distributed
+        self.claims_evidence = True  # whether the mean of w estimates the evidence
+        self.trained: Any = None  # the guide that the posterior is to carry
+        self.notes: list[str] = []  # what the posterior is to say of the run, as ``info``
         self.info: dict[str, Any] = {}
         self._began, self._usage = time.perf_counter(), own_usage()
         self._has_proposed = False
@@ -142,13 +125,9 @@ class State:
     # --- verbs -----------------------------------------------------------------------------------
 
     def start(self, num: int | None = None, *, prior_fraction: float = 0.0, **options: Any) -> None:
-        """Make particles of weight 1, and run each to its first latent site or observation.
-
-        Args:
-            num: how many; None: ``num_samples``.
-            prior_fraction: mixes so many draws of the program into a guide's.
-            options: further arguments of ``Particle``.
-        """
+        """Make ``num`` particles (None: ``num_samples``) of weight 1, and run each to its first latent
+        site or observation. ``prior_fraction`` mixes so many draws of the program into a guide's;
+        ``options`` are further arguments of ``Particle``."""
         num = self.num_samples if num is None else num
         factory = proposer_factory(self.guide, self.args)
         self.proposer = None if factory is None else mixed(factory, prior_fraction)
@@ -189,12 +168,8 @@ class State:
 
     def select(self, ancestors: Sequence[int], *, is_drawing: bool = False) -> None:
         """Let slot i go on as a copy of particle ``ancestors[i]``, with its own random streams. (Their
-        weights are the engine's business.)
-
-        Args:
-            ancestors: one for each slot.
-            is_drawing: whether the texts at which they wait are under way already.
-        """
+        weights are the engine's business.) ``is_drawing``: the texts at which they wait are under
+        way already."""
         before = list(self.particles)
         for particle in before if is_drawing else ():
             if isinstance(particle.proposer, MixtureProposer):
@@ -227,16 +202,13 @@ class State:
                 "latents of all particles were drawn from the program. A guide draws the program's "
                 "sites by their names, and an LMGuide the texts of models with its own vocabulary"
             )
-        common = {"engine": self.engine, "iid": self.iid, "killed": killed, "notes": self.notes}
-        seconds = time.perf_counter() - self._began
-        posterior = Posterior(
-            [particle.trace for particle in self.particles],
-            self.log_weights,
-            [particle.returned for particle in self.particles],
-            guide=self.trained,
-            info={**common, **asdict(own_usage() - self._usage), "seconds": seconds, **self.info},
-            claims_evidence=self.claims_evidence,
-        )
+        info = {"engine": self.engine, "iid": self.iid, "killed": killed, "notes": self.notes}
+        info |= asdict(own_usage() - self._usage)
+        info |= {"seconds": time.perf_counter() - self._began, **self.info}
+        traces = [particle.trace for particle in self.particles]
+        returns = [particle.returned for particle in self.particles]
+        common = {"guide": self.trained, "claims_evidence": self.claims_evidence}
+        posterior = Posterior(traces, self.log_weights, returns, info=info, **common)
         posterior.check_alive()
         return posterior
 

@@ -3,9 +3,9 @@
     guide  = LMGuide(model).fit([args])     unless one is given
     z_i ~ guide,  w_i = R(z_i) / q(z_i)     importance sampling with the guide
 
-For a perfectly trained guide every w_i is Z. What training left undone, the weights undo: the
-posterior is self-normalised by them, and ``mean(w)`` is an unbiased estimate of the evidence. With
-``correct=False`` the samples are the guide's own draws, equally weighted, and no evidence is claimed.
+For a perfectly trained guide every w_i is Z. Else the posterior is self-normalised by the weights, and
+``mean(w)`` is an unbiased estimate of the evidence. With ``correct=False`` the samples are the guide's
+own draws, equally weighted, and no evidence is claimed.
 """
 
 from __future__ import annotations
@@ -79,11 +79,7 @@ class GFlowNet(Engine):
             state.notes.append("raw draws of the guide, not corrected by R / q")
 
     def _train(self, state: State) -> LMGuide:
-        """A guide for this one input.
-
-        Raises:
-            KeyboardInterrupt: carries the guide so far, as ``.guide``.
-        """
+        """A guide for this one input. A ``KeyboardInterrupt`` carries what there is, as ``.guide``."""
         guide = LMGuide(state.model, lora=self.lora)
         state.notes.append(f"trained a guide for {self.steps} steps on this input (.guide)")
         options = {"progress": state.progress, "callback": state.callback, **self.fit}

@@ -61,9 +61,8 @@ def infer_batch(
         inputs: tuples (or lists) of the program's positional arguments, or dicts of its arguments
             by name: a list, a generator, the rows of a data set.
         guide: a proposal, one for all inputs.
-        seed: makes the run reproducible. Input i gets the seed
-            ``SeedSequence(seed, spawn_key=(i,))`` (numpy), so that neither ``at_once`` nor the other
-            inputs change its posterior. None: taken from torch's random stream.
+        seed: makes the run reproducible; None: taken from torch's random stream. Input i gets the
+            seed ``SeedSequence(seed, spawn_key=(i,))`` (numpy), whatever the others are.
         callback: called with a dict of figures at every stage of every input; ``"input"`` is its
             number, from 0.
         on_error: ``"raise"``: an input's exception ends the run, in its turn. ``"return"``: it is
@@ -73,9 +72,9 @@ def infer_batch(
         **options: the engine's.
 
     Yields:
-        A ``Posterior`` for each input; with ``on_error="return"`` or the ``Exception`` that the
-        input raised. ``posterior.info`` has the ``"input"``'s number and its ``"seed"``; its
-        tokens are the input's own, its ``"seconds"`` those of all that ran beside it as well.
+        A ``Posterior`` (or an ``Exception``, see ``on_error``) for each input. Its ``.info`` has the
+        ``"input"``'s number and ``"seed"``; its tokens are the input's own, its ``"seconds"`` those
+        of all that ran beside it as well.
 
     Raises:
         ValueError, TypeError: as ``infer``, when called; ``"gflownet"`` without a guide.
@@ -110,13 +109,8 @@ def infer_batch(
                 callback({"input": index, **figures})
 
         try:
-            posterior = infer(
-                model,
-                *positional(signature, item, index),
-                seed=input_seed,
-                callback=report,
-                **common,
-            )
+            args = positional(signature, item, index)
+            posterior = infer(model, *args, seed=input_seed, callback=report, **common)
         except Exception as error:
             error.add_note(f"raised for input {index} of the batch (seed={input_seed})")
             raise
@@ -141,19 +135,15 @@ def _in_order(
 ) -> Generator[Posterior | Exception, None, None]:
     """Run a member for each input, ``at_once`` side by side, and yield what comes of them."""
     window: list[Member] = []  # taken, and not yet yielded
-    broken: Exception | None = None  # raised by the iterable, in its turn
+    end: Exception | None = None  # of the inputs, raised in its turn
     with bar, runtime.ending(window):
-        ended = False
         while True:
-            while len(window) < at_once and not ended:
+            while len(window) < at_once and end is None:
                 try:
-                    index, item = next(source)
-                except StopIteration:
-                    ended = True
+                    window.append(start(*next(source)))
                 except Exception as error:
-                    ended, broken = True, error
+                    end = error
                 else:
-                    window.append(start(index, item))
                     with exclusive():
                         window[-1].go_on()
             if not window:
@@ -164,11 +154,8 @@ def _in_order(
                     runtime.advance(window)
             window.pop(0)
             bar.advance()
-            if first.error is None:
-                yield first.result
-            elif on_error == "raise":
+            if first.error is not None and on_error == "raise":
                 raise first.error
-            else:
-                yield first.error
-    if broken is not None:
-        raise broken
+            yield first.result if first.error is None else first.error
+    if end is not None and not isinstance(end, StopIteration):
+        raise end

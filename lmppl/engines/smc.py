@@ -50,11 +50,10 @@ class SMC(Engine):
             0: never, 1: at every barrier.
         resampling: ``"systematic"``, ``"stratified"``, ``"multinomial"`` or ``"residual"``.
         twist: how texts are compared within a site. None: not at all. ``"lookahead"``: by the
-            likelihood of what follows in the program, up to the next latent site, were the
-            text closed here. ``"flow"``: by what the ``guide=`` knows: R / q of the program's
-            run on the text closed here, which is the same for all texts if the guide is perfect;
-            for the last text of a program. A callable ``twist(text) -> float`` gives log psi of a
-            site's text so far; a dict gives callables by site name.
+            likelihood of what follows, up to the next latent site, were the text closed here.
+            ``"flow"``, for the last text of a program: by R / q of a run on the text closed here,
+            where q is of ``guide=``; equal for all texts if it is perfect. A callable
+            ``twist(text) -> float`` gives log psi of a text so far; a dict, callables by site.
         twist_every: texts are compared each time they have grown by so many tokens. A
             comparison by ``"lookahead"`` or ``"flow"`` scores what follows for every text.
         twist_defense: which share of the M particles within a site is resampled without regard to

@@ -14,11 +14,9 @@ A twist may mislead by tens of nats, and with eps = 0 all slots would follow it:
 unbiased on paper, and far too small in every run. The second term is a *defence* (Hesterberg, 1995): a
 share eps of the slots goes by w alone, and no copy weighs more than mean(w) / eps.
 
-For some texts a twist has no number. What is psi then? Of size 1 it must not be: psi is about the
-evidence that is still to come, e^-30 before a sentence, and a text at 1 beside such neighbours
-would take all slots. Nor may it be 0, as the text may still end well. It *keeps its share* of the
-weight of all slots: its psi grows by the factor by which the weight of the others has grown. So
-resampling neither favours nor kills it; at the first token, its target is the proposal's.
+A text of which a twist has no number *keeps its share* of the weight of all slots: its psi grows by the
+factor by which the weight of the others has grown, so that resampling neither favours nor kills it.
+(psi = 1 would take all slots from neighbours with a sentence of evidence, e^-30, still to come.)
 """
 
 from __future__ import annotations
@@ -63,18 +61,8 @@ class TwistFunction(Protocol):
 
 
 class Texts:
-    """The texts that some slots draw side by side, with log psi of each.
-
-    Args:
-        twist: judges them.
-        particles: all particles.
-        members: those that wait to draw, M, one a slot.
-        decoding: draws their texts.
-
-    Attributes:
-        programs: the particle whose program each slot carries.
-        log_psi: (M,) float64, nats.
-    """
+    """The texts that ``members``, M of the particles, draw side by side, one a slot, with log psi of
+    each, (M,) float64, nats. ``programs`` are the particles whose program each slot carries."""
 
     def __init__(
         self,
@@ -90,14 +78,11 @@ class Texts:
         self._judged = [0] * len(members)  # tokens of the text that the twist has seen
 
     def update(self, log_weights: torch.Tensor) -> bool:
-        """Judge the texts as they are now. Returns whether anything is known of any that is new.
+        """Judge the texts as they are now, of particles with these ``log_weights`` (M,) without twist.
+        Returns whether anything is known of any that is new.
 
-        A text that has closed keeps its psi until all have: its neighbours carry theirs, and
-        against them one that had laid its psi down would seem the better the less likely its end
-        is.
-
-        Args:
-            log_weights: (M,), without twist.
+        A text that has closed keeps its psi until all have, as its neighbours carry theirs: without
+        it, it would seem the better the less likely its end is.
         """
         lengths = [len(ids) for ids in self._decoding.token_ids]
         slots = [k for k, length in enumerate(lengths) if length > self._judged[k]]
@@ -164,8 +149,7 @@ def draw(
     """Draw texts token by token, resampling among them under the twisted target.
 
     Args:
-        state: particles, of which the ``members`` wait to draw a text.
-        members: M of them, one a slot.
+        members: M particles that wait to draw a text, one a slot.
         twist: judges texts.
         ancestors_of: draws M ancestors with probabilities in proportion to (M,) weights.
         threshold: resample when 1 / sum(a^2) falls below this fraction of M.
@@ -220,12 +204,7 @@ def _wait(particle: Particle) -> DrawWait:
 
 def shares(log_weights: torch.Tensor, log_psi: torch.Tensor, defense: float) -> torch.Tensor:
     """The share a of the next generation that each slot is to have, (M,) float64; it sums to 1.
-
-    Args:
-        log_weights: without twist, (M,) nats, finite.
-        log_psi: (M,) nats; ``-inf``: certain to end badly, and so without a share.
-        defense: eps, what is shared by the weights alone.
-    """
+    ``log_weights``, without twist, are finite; ``log_psi`` of ``-inf`` has no share. Both (M,) nats."""
     lost = log_psi == -math.inf
     if bool(lost.all()):
         return torch.softmax(log_weights, 0)
@@ -300,9 +279,8 @@ class Flow:
     A guide q that equals the posterior draws any complete text, also one cut short at t by the
     closing token c, with probability R / Z. So ``F_t = R(z_<=t c) / q(c | z_<=t)`` is then the
     unnormalised posterior of the prefix z_<=t: the optimal target. The proposal has paid q(z_<=t)
-    of it, which leaves ``log psi = log R(z_<=t c) - log q(z_<=t c)``, the log R / q of a
-    truncated text. R begins at this site; what was drawn before it is in the particle's weight. If
-    the text has closed, psi is its own R / q.
+    of it, which leaves ``log psi = log R(z_<=t c) - log q(z_<=t c)``. R begins at this site; what
+    was drawn before it is in the particle's weight. If the text has closed, psi is its own R / q.
 
     Nothing is known where R(z_<=t c) = 0, where c is illegal or has no probability, and where the
     program comes to another latent site after it. A text that has itself closed with R = 0 is lost,
@@ -376,9 +354,8 @@ def _closed(decoding: Decoding, slot: int) -> list[int] | None:
 def _aside(state: State) -> Particle:
     """A run that lends its random streams to runs ahead, and is never started.
 
-    What a run ahead draws at Pyro's own sites must not be what its particle draws when it gets
-    there: slots would be chosen by numbers that they have yet to draw, and the estimate be biased.
-    One stream for all, so that texts are compared under the same numbers.
+    What these draw at Pyro's own sites must not be what their particles will draw there: slots would
+    be chosen by it, and the estimate be biased. All draw the same numbers, to be comparable.
     """
     seed, proposer_seed = (int(torch.randint(2**62, (), generator=state.generator)) for _ in "12")
     slot = state.particles[0].slot

@@ -18,21 +18,7 @@ from lmppl.testing.quadrature import quadrature_nodes
 from lmppl.testing.tiny import tiny_byte_lm, tiny_lm, tiny_model, tiny_tokenizer
 
 __all__ = [
-    "Enumeration",
-    "ExactTrace",
-    "GuideReport",
-    "enumerate_program",
-    "enumerate_site",
-    "guide_log_probs",
-    "guide_report",
-    "iid_tv_floor",
-    "key",
-    "naive_log_prob",
-    "quadrature_nodes",
-    "tiny_byte_lm",
-    "tiny_lm",
-    "tiny_model",
-    "tiny_tokenizer",
-    "total_variation",
-    "trace_values",
-]
+    "Enumeration", "ExactTrace", "GuideReport", "enumerate_program", "enumerate_site",
+    "guide_log_probs", "guide_report", "iid_tv_floor", "key", "naive_log_prob", "quadrature_nodes",
+    "tiny_byte_lm", "tiny_lm", "tiny_model", "tiny_tokenizer", "total_variation", "trace_values",
+]  # fmt: skip

@@ -1,9 +1,8 @@
 """Tiny language models: real transformers models over a handful of tokens.
 
-With so few tokens every program over them can be enumerated, so that an inference result is
-compared with the exact answer. The weights are random, and large: a changed prefix moves the
-distribution of the next token far (by a total variation above 0.3 on average; the tests assert
-it), so a prefix that is lost, doubled or mixed up with another one cannot go unnoticed.
+Programs over so few tokens can be enumerated. The weights are random, and large: a changed prefix
+moves the distribution of the next token far (by a total variation above 0.3 on average; the tests
+assert it), so a prefix that is lost, doubled or mixed up with another one cannot go unnoticed.
 """
 
 from __future__ import annotations
@@ -46,15 +45,15 @@ def tiny_lm(
         bos: whether the tokenizer puts a BOS in front of a text. Like any token of a real model's
             vocabulary, it can be sampled too.
         hidden_size: a multiple of 8.
-        options: ``contrast``, ``num_layers``, ``context_length``, as of :func:`tiny_model`; and
-            ``unused_logits``, how many logits to add that belong to no token, as in models that
-            pad their vocabulary. They have probability like any other.
+        options: ``contrast``, standard deviation of the logits over tokens and prefixes (at 0 every
+            distribution is uniform); ``num_layers``, two or more (with one, a cache filled under a
+            wrong prefix would still be right); ``context_length``; and ``unused_logits``, how many
+            to add that belong to no token, as in models that pad their vocabulary.
 
     Raises:
         ValueError: no tokens, an empty token, or one given twice.
     """
     names = list(tokens)
-    _check_tokens(names)
     tokenizer = tiny_tokenizer(names, eos=eos, bos=bos)
     options |= {"seed": seed, "hidden_size": hidden_size}
     return _tiny(tokenizer, f"tiny-{''.join(names)}-{seed}", **options)
@@ -75,7 +74,6 @@ def tiny_byte_lm(
     """
     to_char = {byte: character for character, byte in byte_level_alphabet().items()}
     names = ["".join(to_char[byte] for byte in token) for token in tokens]
-    _check_tokens(names)
     tokenizer = tiny_tokenizer(names, eos=eos, bos=bos, byte_level=True)
     return _tiny(tokenizer, f"tiny-bytes-{seed}", seed=seed, **options)
 
@@ -84,6 +82,10 @@ def tiny_tokenizer(
     tokens: Sequence[str], *, eos: bool = True, bos: bool = False, byte_level: bool = False
 ) -> PreTrainedTokenizerFast:
     """The tokenizer of :func:`tiny_lm`. ``byte_level``: tokens are in GPT-2's byte alphabet."""
+    if not tokens or not all(tokens):
+        raise ValueError(f"a tiny LM needs at least one token, none of them empty: {tokens!r}")
+    if len(set(tokens) | {EOS, BOS}) != len(tokens) + 2:
+        raise ValueError(f"tokens must differ, also from {EOS!r} and {BOS!r}: {tokens!r}")
     special = [EOS] * eos + [BOS] * bos
     vocabulary = {token: i for i, token in enumerate([*tokens, *special])}
     # A word-level model has no unknown token unless it is given one: it raises instead. (BPE
@@ -122,17 +124,6 @@ def tiny_model(
     """The model of :func:`tiny_lm`: float32, on the CPU, in evaluation mode.
 
     Equal arguments give equal weights; torch's random state is neither used nor changed.
-
-    Args:
-        vocab_size: how many logits.
-        seed: of the weights.
-        contrast: standard deviation of the logits over tokens and prefixes. At 0 every
-            distribution is uniform.
-        hidden_size: a multiple of 8.
-        num_layers: keep two or more: with one layer a key or value depends on its own token only,
-            so that a cache filled under a wrong prefix would still be right.
-        context_length: in tokens.
-        eos_token_id, bos_token_id: of its configuration.
     """
     config = LlamaConfig(
         vocab_size=vocab_size,
@@ -187,10 +178,3 @@ def _tiny(
     options |= {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id}
     model = tiny_model(len(tokenizer) + unused_logits, **options)
     return LM(model, tokenizer, name=name)
-
-
-def _check_tokens(tokens: Sequence[str]) -> None:
-    if not tokens or not all(tokens):
-        raise ValueError(f"a tiny LM needs at least one token, none of them empty: {tokens!r}")
-    if len(set(tokens) | {EOS, BOS}) != len(tokens) + 2:
-        raise ValueError(f"tokens must differ, also from {EOS!r} and {BOS!r}: {tokens!r}")
