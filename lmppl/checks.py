@@ -1,4 +1,4 @@
-"""Checks of what users give, each written once. A refusal says what was given and what is allowed.
+"""Checks of what users give. A refusal says what was given and what is allowed.
 
 Numbers may be of any library (numpy's, a tensor of one element), and come back as Python's. The wrong
 type, ``bool`` among the numbers, is a ``TypeError``; what is out of range is a ``ValueError``.

@@ -1,10 +1,8 @@
 """A language model as a Pyro distribution.
 
-``LMText`` is a distribution over token sequences that continue a prefix. Its values are
-right-padded ``LongTensor``s, so that everything in Pyro that stores, stacks, replays or compares
-values works; ``LMText.text`` turns a value into the ``Text`` that a program sees.
-
-``draw_texts`` and ``score_texts`` serve many distributions at once, such as those of many particles.
+The values of ``LMText`` are right-padded ``LongTensor``s of token ids, so that everything in Pyro that
+stores, stacks, replays or compares values works; ``LMText.text`` gives the ``Text`` that a program
+sees. ``draw_texts`` and ``score_texts`` serve many distributions at once, as of many particles.
 """
 
 from __future__ import annotations
@@ -133,11 +131,9 @@ class LMText(TorchDistribution):
 
     def _with_rows(self, rows: tuple[tuple[int, ...], ...], batch_shape: Sequence[int]) -> LMText:
         new = object.__new__(type(self))
-        new.__dict__.update(self.__dict__)
-        new._rows = rows
-        TorchDistribution.__init__(
-            new, torch.Size(batch_shape), self.event_shape, validate_args=False
-        )
+        new.__dict__.update(self.__dict__, _rows=rows)
+        shapes = torch.Size(batch_shape), self.event_shape
+        TorchDistribution.__init__(new, *shapes, validate_args=False)
         return new
 
     def with_prefix_ids(self, prefix_ids: tuple[int, ...], lm: LM, temperature: float) -> LMText:
@@ -151,8 +147,7 @@ class LMText(TorchDistribution):
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> LMText:
         index = torch.arange(len(self._rows)).reshape(self.batch_shape).expand(batch_shape)
-        rows = tuple(self._rows[i] for i in index.reshape(-1).tolist())
-        return self._with_rows(rows, tuple(batch_shape))
+        return self._with_rows(tuple(self._rows[i] for i in index.flatten().tolist()), batch_shape)
 
     # --- what it is ---------------------------------------------------------------------------
 
@@ -214,11 +209,7 @@ class LMText(TorchDistribution):
         return self._texts[ids]
 
     def encode(self, obs: str) -> torch.Tensor:
-        """A string as a value of this distribution, shape ``event_shape``.
-
-        Raises:
-            ValueError: where the site could not have produced it.
-        """
+        """A string as a value, shape ``event_shape``; a ValueError if it is none of this site."""
         if self.choices is None:
             ids = self.lm.encode_observed(obs, self.stopping)
         else:
@@ -244,10 +235,10 @@ class LMText(TorchDistribution):
         if isinstance(given, str):
             return self.encode(given)
         _check_token_ids(given)
-        size, ids = self.lm.vocabulary.size, given.reshape(-1).tolist()
+        size, ids = self.lm.vocabulary.size, given.flatten().tolist()
         if given.shape != self.event_shape:
             what = f"shape {tuple(self.event_shape)}, given shape {tuple(given.shape)}"
-        elif ids and (min(ids) < PAD or max(ids) >= size):
+        elif any(not PAD <= token < size for token in ids):
             what = f"tokens below {size}, given {ids}"
         else:
             return given.long()
@@ -304,10 +295,8 @@ class LMText(TorchDistribution):
         if self.choices is None:
             raise NotImplementedError("only a site with choices= enumerates its support")
         values = torch.stack([self.value(choice) for choice in self.choices])
-        values = values.reshape((-1,) + (1,) * len(self.batch_shape) + tuple(self.event_shape))
-        if expand:
-            values = values.expand((-1,) + tuple(self.batch_shape) + tuple(self.event_shape))
-        return values
+        values = values.reshape(-1, *[1] * len(self.batch_shape), *self.event_shape)
+        return values.expand(-1, *self.batch_shape, *self.event_shape) if expand else values
 
 
 def _check_token_ids(value: Any) -> None:
@@ -321,9 +310,8 @@ def _check_token_ids(value: Any) -> None:
 def _encode_choices(stopping: Stopping, choices: Sequence[str]) -> tuple[tuple[int, ...], ...]:
     """Canonical tokens of each choice, followed by the first stop string where there is one."""
     if isinstance(choices, (str, bytes)) or not isinstance(choices, Sequence):
-        raise TypeError(
-            f"choices={choices!r}: give a list of strings, given {type(choices).__name__}"
-        )
+        given = type(choices).__name__
+        raise TypeError(f"choices={choices!r}: give a list of strings, given {given}")
     if not choices or any(not isinstance(choice, str) or not choice for choice in choices):
         raise ValueError(f"choices={list(choices)!r}: give at least one string, none of them empty")
     vocabulary = stopping.vocabulary
@@ -369,16 +357,15 @@ def draw_texts(
     uniforms: Sequence[torch.Tensor],
     names: Sequence[str] | None = None,
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Draw one value of each (unbatched) distribution.
+    """Draw one value of each (unbatched) distribution, of any models, prefixes and kinds.
 
     Args:
-        distributions: N distributions, of any models, prefixes and kinds.
-        uniforms: for each, ``(num_uniforms,)`` float64 in [0, 1).
+        uniforms: for each distribution, ``(num_uniforms,)`` float64 in [0, 1).
         names: the sites' names, for error messages; by default the distributions'.
 
     Returns:
-        N pairs: a value of shape ``event_shape``, and its log-density (0-d float32, nats) under
-        the very logits that it was drawn from.
+        Pairs: a value of shape ``event_shape``, and its log-density (0-d float32, nats) under the
+        very logits that it was drawn from.
     """
     members = list(zip(distributions, uniforms, _names(distributions, names), strict=True))
     texts = [(d.lm, draw_request(d, u, name)) for d, u, name in members if d.choices is None]
@@ -409,17 +396,15 @@ def score_texts(
     grad: bool = False,
     score_closing: bool = False,
 ) -> list[tuple[torch.Tensor, Scored | None]]:
-    """Score one value under each (unbatched) distribution.
+    """Score one value under each (unbatched) distribution; ``names`` as of ``draw_texts``.
 
     Args:
-        distributions, names: as of ``draw_texts``.
-        values: for each, a value of shape ``event_shape``.
         grad: keep the graph to the models' parameters that require a gradient.
         score_closing: also score the site's closing token at every position (``Scored``).
 
     Returns:
-        N pairs: the log-density (0-d float32, nats; ``-inf`` outside the support), and its
-        terms token by token (None for choices and outside the support).
+        Pairs: the log-density (0-d float32, nats; ``-inf`` outside the support), and its terms
+        token by token (None for choices and outside the support).
     """
     results: list[Any] = []
     texts: dict[int, tuple[LM, Score]] = {}
@@ -480,10 +465,7 @@ def _served(method: str, requests: Sequence[tuple[LM, Any]], **options: Any) -> 
 
 
 class ToolResult(torch.Tensor):
-    """Any Python object as the value of a Pyro site: a 0-d tensor that carries ``.result``.
-
-    (Pyro's ``Predictive`` stacks the values of all sites.)
-    """
+    """Any Python object as the value of a Pyro site: a 0-d tensor that carries ``.result``."""
 
     result: Any
     error: Exception | None
@@ -511,13 +493,8 @@ class ToolResult(torch.Tensor):
 
 
 class ToolCall(TorchDistribution):
-    """A call of a Python function as a site: sampling calls it, and its density is 1.
-
-    Args:
-        fn: the function; called once per particle.
-        args: its arguments.
-        on_error: ``"raise"``, or ``"reject"``: an exception gives the site probability zero.
-    """
+    """A call of a Python function as a site: sampling calls it, and its density is 1 (with
+    ``on_error="reject"``, 0 of a call that raised)."""
 
     arg_constraints: dict[str, constraints.Constraint] = {}
     has_rsample = False

@@ -2,7 +2,6 @@
 
 ``lm_sample`` (text from a language model), ``tool`` (any Python function), ``require`` (a hard
 condition), ``chat`` (a prefix by a model's chat template), and ``use`` (which model is meant).
-Each makes ordinary Pyro sites, so Pyro's handlers see and change them like any other.
 """
 
 from __future__ import annotations
@@ -167,20 +166,12 @@ def _check_name(name: Any, what: str) -> None:
 
 
 class Call(NamedTuple):
-    """How ``lm_sample`` was called at a site.
-
-    Attributes:
-        lm: the language model.
-        texts: the prefix, part by part, the observation, the choices and the stop strings; None
-            between them.
-        options: the other arguments.
-        handlers: what the handlers between the run's recorder and the call add to the site.
-    """
+    """How ``lm_sample`` was called at a site."""
 
     lm: LM | None
-    texts: tuple[str | None, ...]
-    options: tuple[Any, ...]
-    handlers: tuple[Any, ...]
+    texts: tuple[str | None, ...]  # of prefix, observation, choices and stop; None between them
+    options: tuple[Any, ...]  # the other arguments
+    handlers: tuple[Any, ...]  # what those within the run's recorder add to the site
 
     @classmethod
     def of(
@@ -193,8 +184,8 @@ class Call(NamedTuple):
         infer: Any,
         *options: Any,
     ) -> Call | None:
-        """A call with these arguments; None where handlers may give it another meaning, or where an
-        argument is of a type that may change, or that is not to be compared."""
+        """A call with these arguments; None where handlers may give it another meaning, or an argument
+        may change or is not to be compared."""
         handlers = () if len(_PYRO_STACK) == 1 else _annotations()
         parts = (prefix,) if isinstance(prefix, str) else prefix
         stops = (stop,) if stop is None or isinstance(stop, str) else stop
@@ -253,16 +244,15 @@ def _annotations() -> tuple[Any, ...] | None:
 class CallMemory:
     """Remembers the calls of ``lm_sample`` in a run, as its outermost handler.
 
-    Attributes:
-        shared: the distributions and observed values that calls have made, by ``Call.key``, and those
-            of factors. Runs of one program may share them, as most begin with the same.
+    ``shared`` holds the distributions and observed values that calls have made, by ``Call.key``, and
+    those of factors. Runs of one program may share them, as most begin with the same.
     """
 
     shared: dict[Hashable, Any]
 
     def recall(self, name: str, call: Call) -> Text | None:
-        """What the run that this one repeats got by the very same call; the site counts as visited.
-        None: the site is to be visited."""
+        """What the run that this one repeats got by the very same call; then the site counts as
+        visited. Else None."""
         raise NotImplementedError
 
     def remember(self, name: str, call: Call, text: Text) -> None:
@@ -391,18 +381,10 @@ def require(name: str, condition: Any) -> None:
 def tool(name: str, fn: Callable[..., Any], *args: Any, on_error: str = "raise") -> Any:
     """Call any Python function, once per particle; its result is a recorded site.
 
-    On replay (and so in every fork of an SMC particle) the recorded result is returned and the
-    function is not called again.
-
-    Args:
-        name: the site's name.
-        fn: the function.
-        args: its arguments.
-        on_error: ``"raise"``, or ``"reject"``: a call that raises gives the particle probability
-            zero, as a failed ``require`` does.
-
-    Returns:
-        Whatever ``fn(*args)`` returns. (None after a rejected call under Pyro's own tools.)
+    On replay (and so in every fork of an SMC particle) the recorded result of ``fn(*args)`` is
+    returned and the function is not called again. With ``on_error="reject"``, a call that raises
+    gives the particle probability zero, as a failed ``require`` does (under Pyro's own tools, whose
+    runs go on, None is returned).
     """
     _check_name(name, "a tool")
     check_choice(f"tool '{name}': on_error", on_error, ("raise", "reject"))
@@ -488,14 +470,11 @@ def _latent_within(strings: Sequence[str]) -> str | None:
         return None
     for frame in _PYRO_STACK:
         for site, node in frame.trace.nodes.items() if isinstance(frame, TraceMessenger) else ():
-            if (
-                node["type"] != "sample"
-                or node["is_observed"]
-                or node["infer"].get("was_observed")  # data in the program, drawn in a simulation
-                or not isinstance(node["fn"], LMText)
-            ):
-                continue
             fn = node["fn"]
+            # What was observed is data of the program, even where a simulation draws it.
+            is_data = node["is_observed"] or node["infer"].get("was_observed")
+            if node["type"] != "sample" or not isinstance(fn, LMText) or is_data:
+                continue
             body = fn.text(node["value"]).body.strip() if node["value"].dim() == 1 else ""
             holding = [part for part in strings if len(body) >= _SHORT and body in part]
             # What stood in the site's own prefix was there before its text was drawn.

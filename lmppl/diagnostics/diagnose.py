@@ -51,8 +51,8 @@ class Diagnosis(Report):
     """How good a guide is on one input; what ``diagnose`` returns. All in nats.
 
     A ``..._stderr`` is a standard error (of a bracket: the larger of its ends', as if ELBO and
-    bounds were independent): 0 of an exact figure, None where it is not known. They are themselves
-    estimated; with a ``pareto_k`` above its threshold, don't trust those of the importance bounds.
+    bounds were independent): 0 of an exact figure, None where it is not known. With a ``pareto_k``
+    above its threshold, don't trust those of the importance bounds.
 
     Attributes:
         guide: what was diagnosed, in words.
@@ -61,13 +61,12 @@ class Diagnosis(Report):
         killed: site to the number of draws that it ended.
         elbo: mean of u = log R - log q over the draws; ``-inf`` if any is dead.
         elbo_alive: ELBO of the guide conditioned on being alive, q(trace) / q(alive): the mean of
-            u over the live draws plus the log of their share. A lower bound of log Z; equal to
-            ``elbo`` if no draw is dead.
+            u over the live draws plus the log of their share. A lower bound of log Z.
         iw_bound: log of the mean of exp(u): a lower bound of log Z, and an estimate of it.
         eubo: mean of u over exact posterior draws, an upper bound of log Z; None without these;
             ``inf`` if the guide cannot draw one of them.
         iw_upper_bound: log of the mean of exp(u) over all draws of the guide and one exact draw,
-            averaged over the exact draws: a tighter upper bound of log Z than ``eubo``.
+            averaged over the exact draws: a tighter upper bound than ``eubo``.
         exact_source: ``"posterior"``, ``"latents"`` or None: where exact draws came from.
         log_z: a second estimate of log Z, independent of the guide; None if there is none.
         log_z_source: ``"exact"``, ``"prior"`` (importance sampling with the prior as proposal) or
@@ -201,8 +200,9 @@ def diagnose(
     z_score = estimates.z_score(*figures["iw_bound"], *log_z)
     live = samples.log_weights[samples.log_weights > -math.inf]
     pareto_k, threshold, tail_notes = _tail(live)
+    name = "the prior" if guide is None else getattr(guide, "__name__", "a program")
     return Diagnosis(
-        guide=_in_words(guide),
+        guide=repr(guide) if isinstance(guide, LMGuide) else name,
         num_samples=num_samples,
         dead_fraction=1.0 - len(live) / num_samples,
         killed=dict(samples.killed.most_common()),
@@ -237,7 +237,6 @@ def _figures(
         u: of the guide's draws, (N,) float64.
         iw_stderr: standard error of the log of their mean weight.
         exact: u of exact draws, (K,) float64: of all traces, weighted by ``posterior`` if given.
-        posterior: the exact posterior.
         log_z: estimated without the guide.
     """
     elbo, elbo_alive = estimates.mean_of(u), estimates.elbo_alive(u)
@@ -302,12 +301,6 @@ def _check_exact(posterior: Posterior | None, latents: Sequence[Mapping[str, Any
             )
         if not latents:
             raise ValueError("latents=[] holds no draw: give at least one, or leave it out")
-
-
-def _in_words(guide: Any) -> str:
-    if guide is None:
-        return "the prior"
-    return repr(guide) if isinstance(guide, LMGuide) else getattr(guide, "__name__", "a program")
 
 
 def _tail(live: torch.Tensor) -> tuple[float | None, float | None, list[str]]:

@@ -13,8 +13,7 @@ from lmppl.distributions import LMText
 from lmppl.posterior import Posterior
 from lmppl.runtime.sites import has_value, is_latent
 
-# The time of all pairs is quadratic. Draws are exchangeable, so the first thousand stand for all.
-_MAX_COMPARED = 1000
+_MAX_COMPARED = 1000  # draws, whose pairs are all compared; they are exchangeable
 
 _Tokens = tuple[int, ...]
 

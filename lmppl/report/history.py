@@ -59,11 +59,8 @@ _RED, _BLUE = ("#c8452c", "#eec2b8"), ("#1b6ca8", "#b3cde1")  # of lines and of 
 
 
 class History(Report, list[dict[str, Any]]):
-    """The figures of a training run: a list of dicts, one a step.
-
-    It equals a plain list of the same dicts, and ``json`` writes it as one. It is printed as a
-    table; a slice (``history[-100:]``) is a history too.
-    """
+    """The figures of a training run: a list of dicts, one a step, printed as a table. A slice
+    (``history[-100:]``) is a history too."""
 
     def __getitem__(self, key: Any) -> Any:
         found = super().__getitem__(key)
@@ -74,24 +71,20 @@ class History(Report, list[dict[str, Any]]):
     def column(self, name: str) -> list[float]:
         """One figure of every step; NaN at steps that lack it.
 
-        Args:
-            name: a key of the steps' dicts, or ``"samples_per_second"`` (of the step's seconds
-                without those of its evaluation).
+        ``name`` is a key of the steps' dicts, or ``"samples_per_second"`` (of the step's seconds
+        without those of its evaluation).
 
         Raises:
             ValueError: if no step has it; says which there are.
         """
-        values = [_number(_figure(figures, name)) for figures in self]
-        if self and name not in (_RATE, *self._keys()):
-            known = sorted({*self._keys(), _RATE})
-            raise ValueError(f"no step has the figure {name!r}, allowed: {', '.join(known)}")
-        return values
+        if self and name not in self._keys():
+            known = ", ".join(sorted(self._keys()))
+            raise ValueError(f"no step has the figure {name!r}, allowed: {known}")
+        return [_number(_figure(figures, name)) for figures in self]
 
     def smoothed(self, name: str, window: int) -> list[float]:
-        """Running mean of a figure over the ``window`` steps around each (fewer at the ends).
-
-        What is not finite is left out; NaN where nothing is left.
-        """
+        """Running mean of a figure over the ``window`` steps around each (fewer at the ends). What is
+        not finite is left out; NaN where nothing is left."""
         window = check_int("window", window)
         values, back = self.column(name), (window - 1) // 2
         means = []
@@ -111,8 +104,8 @@ class History(Report, list[dict[str, Any]]):
         return {name: part / total for name, part in seconds.items()} if total > 0 else {}
 
     def _keys(self) -> dict[str, None]:
-        """The figures that any step has, in their order."""
-        return dict.fromkeys(key for figures in self for key in figures)
+        """The figures that any step has, in their order, and the rate."""
+        return dict.fromkeys([*(key for figures in self for key in figures), _RATE])
 
     def _seconds(self) -> dict[str, float]:
         parts = [_parts(figures) for figures in self]
@@ -122,12 +115,9 @@ class History(Report, list[dict[str, Any]]):
     # --- table -----------------------------------------------------------------------------------
 
     def table(self, rows: int = 10) -> str:
-        """A few steps, evenly spaced, as text no wider than the terminal.
-
-        Where held-out figures (``eval_*``) are only at some steps, rows move to the nearest of
-        them. ESS and alive are shares of the samples; log Z and the ELBO are in nats. The last line
-        says where the time went.
-        """
+        """A few steps, evenly spaced (but near those with held-out figures, ``eval_*``), as text no
+        wider than the terminal. ESS and alive are shares of the samples; log Z and the ELBO are in
+        nats. The last line says where the time went."""
         return as_text(self._blocks(rows))
 
     def _blocks(self, rows: int = 10) -> list[Block]:
@@ -135,9 +125,8 @@ class History(Report, list[dict[str, Any]]):
             return ["History: no steps yet"]
         keys = self._keys()
         held_out = [name for name in keys if name.startswith(_HELD_OUT)]
-        columns: Sequence[str] = _COLUMNS
-        if "log_evidence" in keys:
-            columns = _LEARNING
+        columns = _LEARNING if "log_evidence" in keys else _COLUMNS
+        if columns is _LEARNING:
             held_out = [name for name in _LEARNING_HELD_OUT if name in keys]
         names = [name for name in columns if self._tells(name)] + held_out
         seconds, samples = self._seconds(), sum(_finite(self, "samples"))
@@ -154,15 +143,12 @@ class History(Report, list[dict[str, Any]]):
 
     def _tells(self, name: str) -> bool:
         """Whether a figure is known of any step (of a guide that draws nothing, some never are)."""
-        if name == _RATE:
-            return bool(_finite(self, name))
         there = name in self._keys()
         return there and (name == "loss" or not all(map(math.isnan, self.column(name))))
 
     def _spaced(self, rows: int) -> list[int]:
         """Which steps the table shows: the first, the last, and some between."""
-        rows = check_int("rows", rows)
-        last = len(self) - 1
+        rows, last = check_int("rows", rows), len(self) - 1
         if len(self) <= rows or rows == 1:
             return list(range(len(self)))[-rows:]
         gap = last / (rows - 1)
@@ -224,7 +210,7 @@ class History(Report, list[dict[str, Any]]):
     def _panels(self, columns: Sequence[str] | None) -> list[list[str]]:
         """The names of each panel's figures: those of which some value can be drawn."""
         if columns is None:
-            keys = {*self._keys(), _RATE}
+            keys = self._keys()
             wanted = [[name for name in names if name in keys] for names in _PANELS]
         else:
             wanted = [[name] for name in ([columns] if isinstance(columns, str) else columns)]
@@ -272,8 +258,8 @@ def _figure(figures: dict[str, Any], name: str) -> Any:
         return figures.get(name)
     # Without evaluations, which train on nothing: at their steps training would seem slow.
     seconds = sum(part for key, part in _parts(figures).items() if key != "evaluation")
-    rate = _number(figures.get("samples")) / seconds if seconds > 0 else math.nan
-    return rate if math.isfinite(rate) else None
+    samples = _number(figures.get("samples"))
+    return samples / seconds if seconds > 0 and math.isfinite(samples) else None
 
 
 def _parts(figures: dict[str, Any]) -> dict[str, float]:
@@ -286,7 +272,7 @@ def _parts(figures: dict[str, Any]) -> dict[str, float]:
 
 
 def _finite(history: History, name: str) -> list[float]:
-    there = name in (_RATE, *history._keys())
+    there = name in history._keys()
     return list(filter(math.isfinite, history.column(name))) if there else []
 
 
@@ -302,17 +288,13 @@ def _label(name: str, gap: str = " ") -> str:
 
 def _cell(name: str, figures: dict[str, Any]) -> str:
     value, base = _figure(figures, name), name.removeprefix(_HELD_OUT)
-    if value is None:
-        return ABSENT
-    if not math.isfinite(_number(value)):
-        return show(value)
+    if value is None or not math.isfinite(_number(value)):
+        return ABSENT if value is None else show(value)
     if base in _FRACTIONS:
         return percent(value)
-    if base in _NATS and abs(value) < 1e6:
-        return f"{value:.2f}"
     if base in ("length", _RATE):
         return f"{value:,.1f}"
-    return show(value)
+    return f"{value:.2f}" if base in _NATS and abs(value) < 1e6 else show(value)
 
 
 def _write(figure: Figure, path: Path) -> None:

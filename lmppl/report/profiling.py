@@ -10,9 +10,9 @@ from typing import Any
 from lmppl.lm.meter.work import KINDS, Kind, Ledger, WorkRecord, recording
 from lmppl.report.tables import Block, Report, profile_blocks
 
-# A pass with a gradient: the products forward, and as many again for the gradients of their
-# inputs. The base is frozen, so no product is needed for the gradients of its weights.
-_PASSES_OF_TRAINING = 2
+_PASSES_OF_TRAINING = (
+    2  # forward, and as much again for the gradients of inputs: the base is frozen
+)
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,7 @@ class Work:
 
     Attributes:
         kind: ``"sampled"``, ``"scored"``, ``"trained"`` or ``"read"`` (see ``Profile``).
-        tokens: that were drawn, scored or trained on; 0 for ``"read"``. Equal requests are
-            computed once and count once.
+        tokens: that were drawn, scored or trained on; 0 for ``"read"``. Equal requests count once.
         seconds: that the work took, its bookkeeping included.
         passes: forward passes through a model.
         rows: of their batches, all passes together; a row may hold several texts.
@@ -152,11 +151,9 @@ def profile() -> Iterator[Profile]:
     print(p)
     ```
 
-    Anything that runs language models can be in the block: ``infer`` (whose ``profile=True`` is a
-    use of this), ``LM.sample``, ``LMGuide.fit``, engines and training loops of your own. Blocks may
-    nest; each sees all that happens in it. While one is open, every call of a language model waits
-    for its device at its begin and end. The rates that the work is compared with are measured when
-    the block ends, in a fraction of a second that no profile counts, and remembered.
+    Blocks may nest; each sees all that happens in it. While one is open, every call of a language
+    model waits for its device at its begin and end. The rates that the work is compared with are
+    measured when the block ends, in a fraction of a second that no profile counts, and remembered.
 
     Yields:
         A ``Profile``, which has its figures when the block has ended, also by an exception.

@@ -1,8 +1,7 @@
 """Posteriors, profiles, diagnoses and training runs as tables: text for terminals, HTML for notebooks.
 
-A report is a list of blocks, lines and tables, which ``as_text`` and ``as_html`` write. What a model
-wrote is shown as Python would show the string, never interpreted: no line breaks, control characters,
-console markup or HTML of its making reach the screen.
+A report is a list of blocks, lines and tables. What a model wrote is shown as Python would show the
+string: no line breaks, control characters, console markup or HTML of its making reach the screen.
 """
 
 from __future__ import annotations
@@ -22,23 +21,17 @@ _BAR_WIDTH = 10
 ABSENT = "-"  # such as a site that a branch of the program did not reach
 
 Kind = Literal["figure", "name", "text", "bar"]
-"""What a column holds: figures (on the right), names (on the left), texts that are cut where there is
-no room, or bars, which are given as shares of the longest."""
+"""What a column holds: figures (on the right), names, texts (cut where there is no room), or bars (given
+as shares of the longest)."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table of a report.
+    """A table of a report."""
 
-    Args:
-        columns: heading and kind of each column. A line break in a heading keeps its column narrow.
-        rows: their cells.
-        gap: blanks between columns.
-    """
-
-    columns: Sequence[tuple[str, Kind]]
+    columns: Sequence[tuple[str, Kind]]  # headings; a line break in one keeps its column narrow
     rows: Sequence[Sequence[Any]]
-    gap: int = 2
+    gap: int = 2  # blanks between columns
 
     def cells(
         self, as_bar: Callable[[float], str], as_text: Callable[[str], Any]
@@ -93,8 +86,7 @@ def _rich_table(table: Table) -> Any:
         box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, table.gap, 0, 0)
     )
     for heading, kind in table.columns:
-        # Texts are cut by the cell, not by the column: rich takes width only from columns that
-        # may wrap.
+        # Texts are cut by the cell: rich takes width only from columns that may wrap.
         shown.add_column(
             Text(heading, no_wrap=True, overflow="ellipsis"),
             justify="right" if kind == "figure" else "left",
@@ -109,12 +101,12 @@ def _rich_table(table: Table) -> Any:
 
 def as_html(blocks: Sequence[Block]) -> str:
     """A report as HTML."""
-    parts = [_html_line(part) if isinstance(part, str) else _html_table(part) for part in blocks]
+    parts = [
+        _html_table(block) if isinstance(block, Table) else f"<div>{html.escape(block)}</div>"
+        for block in blocks
+        if block
+    ]
     return "".join(["<div>", *parts, "</div>"])
-
-
-def _html_line(line: str) -> str:
-    return f"<div>{html.escape(line)}</div>" if line else ""
 
 
 def _html_table(table: Table) -> str:

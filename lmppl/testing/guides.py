@@ -47,11 +47,8 @@ def guide_report(
     quadrature: int = 48,
     exact: Enumeration | None = None,
 ) -> GuideReport:
-    """Measure a guide exactly: no sampling is involved.
-
-    Every trace of the program is enumerated, and its latents are scored under the guide in the
-    teacher-forced pass that training uses. What the guide leaves to the model is drawn from the
-    model, so that is its density there.
+    """Measure a guide exactly: every trace of the program is enumerated, and its latents are scored in
+    the pass that training uses. What the guide leaves to the model has the model's density.
 
     Args:
         guide, program, args, lm: the guide, what it is for, the input and the language model.

@@ -1,8 +1,7 @@
 """A language model's densities computed the slow and obvious way.
 
-This is the reference that everything else is compared with, so it shares nothing with lmppl's own
-decoding and scoring: no cache, no padding, no batches of unequal sequences, no byte tables. Only
-the Hugging Face model and tokenizer of an ``LM`` are used.
+The reference that everything else is compared with: no cache, no padding, no batches of unequal
+sequences, no byte tables. Only the Hugging Face model and tokenizer of an ``LM`` are used.
 """
 
 from __future__ import annotations
@@ -135,9 +134,8 @@ def enumerate_site(
 ) -> dict[tuple[int, ...], float]:
     """Every value of a latent site and its log-probability (nats), by brute force.
 
-    A value ends with its first token that is an EOS or that completes a stop string, or at
-    ``max_tokens``. Which tokens those are is found by decoding every beginning of every sequence
-    with the tokenizer. The probabilities sum to 1.
+    A value ends with its first token that is an EOS or that completes a stop string (found by
+    decoding every beginning with the tokenizer), or at ``max_tokens``. They sum to 1.
     """
     stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
     return NaiveLM(lm).enumerate(tuple(prefix_ids), max_tokens, stops, temperature)

@@ -2,8 +2,7 @@
 
 Written without lmppl's runtime, engines, decoding and scoring, so that agreement with them means
 something. A program is run once for every path through its latent sites; text is enumerated and
-scored by the slow path in ``lmppl.testing.naive``; continuous sites are replaced by quadrature
-nodes. Only ``poutine``'s message protocol is used, so any Pyro program works.
+scored by ``lmppl.testing.naive``; continuous sites are replaced by quadrature nodes.
 """
 
 from __future__ import annotations
@@ -64,16 +63,12 @@ class Enumeration(tuple[ExactTrace, ...]):
         return _logsumexp([trace.log_joint for trace in self])
 
     def posterior(self, *names: str, text: bool = False) -> dict[Any, float]:
-        """Exact posterior probabilities of the values of ``names``.
+        """Exact posterior probabilities of the values of some latent sites (by default all).
 
         Args:
-            names: latent sites; none for all of them, in the order of ``latents``.
+            names: which; one gives a dict from its values, several from tuples of values.
             text: give the text of text sites instead of their tokens. Token sequences of equal
                 text are summed.
-
-        Returns:
-            A dict from values to probabilities. The key is the value where one name is given, else
-            the tuple of values (see ``key``).
 
         Raises:
             ValueError: a name that is no latent site; an evidence of zero.
@@ -139,9 +134,8 @@ def enumerate_program(
         max_traces: the most traces to try.
 
     Raises:
-        ValueError: a site that cannot be enumerated, a site name used twice, an observed text that
-            is no complete value of its site, a program that takes another path when replayed, or
-            more than ``max_traces`` traces.
+        ValueError: a site that cannot be enumerated, a name used twice, an observed text that is no
+            complete value, a program that diverges when replayed, more than ``max_traces`` traces.
     """
     search = _Search(quadrature)
     found: list[ExactTrace] = []
@@ -283,8 +277,8 @@ class _Search(Messenger):
         if fn.choices is not None:
             return self._lm_table(fn)[ids]
         naive = self._naive_lm(fn)
-        stop, max_tokens = fn.stopping.stop, fn.stopping.max_tokens
-        if max_tokens is not None and not naive.closes_first_at_end(ids, stop, max_tokens):
+        stop, most = fn.stopping.stop, fn.stopping.max_tokens
+        if most is not None and not naive.closes_first_at_end(ids, stop, most):
             raise ValueError(f"site '{name}': the observed tokens {ids} are no complete value")
         return float(naive.log_prob(fn.prefix_ids, ids, fn.temperature).sum())
 

@@ -1,8 +1,8 @@
 """Small programs whose exact posteriors are known: what every engine is tested on.
 
-Each is one feature of the language, as a program over a tiny LM with tokens ``a``, ``b``, ``.``
-and EOS. Model and arguments were chosen so that the posterior is far from the prior (a total
-variation above 0.3, asserted in the tests): an engine that ignores an observation fails.
+Each is one feature of the language, over a tiny LM with tokens ``a``, ``b``, ``.`` and EOS. The
+posterior is far from the prior (a total variation above 0.3, asserted in the tests): an engine that
+ignores an observation fails.
 """
 
 from __future__ import annotations
@@ -57,9 +57,8 @@ class Case:
 
 @functools.cache
 def _shared_lm() -> LM:
-    # With the arguments below, every case has a posterior that is far from its prior and neither
-    # needle nor haystack (prior effective sample size of 3% to 30%). Prefixes mix tokens: an
-    # attention with rotary positions and no BOS cannot count equal tokens, so no guide could.
+    # The prior's effective sample size is 3% to 30% in every case. Prefixes mix tokens: attention
+    # with rotary positions and no BOS cannot count equal tokens, so no guide could.
     return tiny_lm("ab.", seed=0)
 
 

@@ -22,10 +22,7 @@ def quadrature_nodes(distribution: Any, num_nodes: int) -> tuple[torch.Tensor, t
 
     Args:
         distribution: a scalar ``Beta``, ``Uniform``, ``Normal`` or ``Gamma`` (or ``Exponential``).
-        num_nodes: K, the number of nodes.
-
-    Returns:
-        Values and log-weights, both ``(K,)``, in float64.
+        num_nodes: K, of the values and log-weights: both ``(K,)`` float64.
 
     Raises:
         NotImplementedError: for any other distribution.
