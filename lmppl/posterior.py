@@ -1,7 +1,6 @@
 """Posterior: what every engine returns, and what people ask of it.
 
-A posterior is a list of Pyro traces with log-weights. Everything else (probabilities of texts,
-evidence, effective sample size, tables) is computed from these two.
+It is a list of Pyro traces with log-weights, of which all else is computed.
 """
 
 from __future__ import annotations
@@ -53,8 +52,7 @@ class Posterior(Report):
             - ``iid``: whether the weights are independent and identically distributed, so that
               the evidence has the textbook standard error (SMC's and enumeration's are not);
             - ``tokens_sampled``, ``tokens_scored``, ``tokens_trained``, ``seconds``: what it cost;
-            - ``killed``: a ``Counter``, name of a site to the samples to which it gave
-              probability zero;
+            - ``killed``: name of a site to the number of samples that it gave probability zero;
             - ``notes``: a list of sentences the reader must know ("the target is tempered").
         claims_evidence: False where the mean weight does not estimate the evidence (raw draws of
             an uncorrected guide): ``log_evidence`` is None.
@@ -299,15 +297,12 @@ class Posterior(Report):
     # --- summaries ----------------------------------------------------------------------------
 
     def summary(self) -> dict[str, Any]:
-        """The posterior in plain Python values, as the table shows it.
+        """The posterior in plain Python values, as the table shows it. Never raises ZeroEvidenceError.
 
         ``"rows"`` are the distinct joint values of the discrete latent sites (``"sites"``), most
         probable first: ``{"weight": 0.31, "values": {"z": " ..."}}``; a site that a sample did
         not reach is missing there. ``"numeric"`` has the mean and standard deviation of the
-        continuous ones over the samples that reach them. The other entries are ``engine``,
-        ``num_samples``, ``ess``, ``log_evidence``, ``log_evidence_stderr``, ``tokens_sampled``,
-        ``tokens_scored``, ``tokens_trained``, ``seconds``, ``killed`` and ``notes``. Never raises
-        ZeroEvidenceError.
+        continuous ones over the samples that reach them.
         """
         numeric = [name for name in self.latents if self._is_numeric(name)]
         discrete = [name for name in self.latents if name not in numeric]

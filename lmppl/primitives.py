@@ -470,10 +470,10 @@ def _latent_within(strings: Sequence[str]) -> str | None:
         return None
     for frame in _PYRO_STACK:
         for site, node in frame.trace.nodes.items() if isinstance(frame, TraceMessenger) else ():
-            fn = node["fn"]
-            # What was observed is data of the program, even where a simulation draws it.
-            is_data = node["is_observed"] or node["infer"].get("was_observed")
-            if node["type"] != "sample" or not isinstance(fn, LMText) or is_data:
+            fn = node.get("fn")
+            if not isinstance(fn, LMText) or node["is_observed"]:
+                continue
+            if node["infer"].get("was_observed"):  # data in the program, drawn in a simulation
                 continue
             body = fn.text(node["value"]).body.strip() if node["value"].dim() == 1 else ""
             holding = [part for part in strings if len(body) >= _SHORT and body in part]

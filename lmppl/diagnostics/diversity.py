@@ -26,8 +26,7 @@ class TextDiversity:
         num_draws: samples that reach the site.
         num_distinct: different strings among them.
         distinct_1: distinct tokens over all tokens of the draws (Li et al., 2016, arXiv
-            1510.03055); it falls with the number of draws, so compare at equal numbers. None if
-            there are no tokens.
+            1510.03055): lower for more draws. None if there are no tokens.
         distinct_2: the same of pairs of neighbouring tokens.
         edit_distance: mean Levenshtein distance of two draws, over the longer's length: 0 if all
             are equal, 1 if no two share a token. Of the first 1000 draws. None for one draw.

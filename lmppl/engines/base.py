@@ -21,7 +21,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Protocol, final
 
 import torch
@@ -42,12 +42,10 @@ class EngineLike(Protocol):
     """What ``infer`` takes as ``method=``: an ``Engine``, or any object that runs like one."""
 
     @property
-    def name(self) -> str:
-        """What it is called."""
+    def name(self) -> str: ...
 
     @property
-    def run(self) -> Callable[..., Posterior]:
-        """Gives the posterior of ``model(*args)``; its options are those of ``Engine.run``."""
+    def run(self) -> Callable[..., Posterior]: ...
 
 
 class Engine(ABC):
@@ -89,31 +87,29 @@ class Engine(ABC):
             return state.posterior()
 
 
+@dataclass(eq=False)
 class State:
     """Weighted particles of one program, in the hands of an engine whose name is ``engine``. The other
     arguments are those of ``Engine.run``; the guide may be changed before ``start``."""
 
-    def __init__(
-        self,
-        engine: str,
-        model: Callable[..., Any],
-        args: tuple[Any, ...],
-        num_samples: int,
-        guide: Any,
-        seed: int,
-        progress: bool | None = False,
-        callback: Callback | None = None,
-    ) -> None:
-        self.engine, self.model, self.args, self.num_samples = engine, model, args, num_samples
-        self.guide, self.seed, self.progress, self.callback = guide, seed, progress, callback
-        self.bar = progress_bar(engine, show=progress)
+    engine: str
+    model: Callable[..., Any]
+    args: tuple[Any, ...]
+    num_samples: int
+    guide: Any
+    seed: int
+    progress: bool | None = False
+    callback: Callback | None = None
+
+    def __post_init__(self) -> None:
+        self.bar = progress_bar(self.engine, show=self.progress)
         self.particles: list[Particle] = []  # always the same list
         # One for each, nats: the mean of w estimates the evidence of what was observed so far.
         self.log_weights = torch.zeros(0, dtype=torch.float64)
         self.stage = 0  # how often they were extended
         # Makes a particle's proposer, once they have started; None: the program.
         self.proposer: Callable[[int, int], Proposer] | None = None
-        self.generator = torch.Generator().manual_seed(seed % 2**63)  # of the engine's own choices
+        self.generator = torch.Generator().manual_seed(self.seed % 2**63)  # of its own choices
         self.iid = False  # whether the weights are independent and identically distributed
         self.claims_evidence = True  # whether the mean of w estimates the evidence
         self.trained: Any = None  # the guide that the posterior is to carry
@@ -121,8 +117,6 @@ class State:
         self.info: dict[str, Any] = {}
         self._began, self._usage = time.perf_counter(), own_usage()
         self._has_proposed = False
-
-    # --- verbs -----------------------------------------------------------------------------------
 
     def start(self, num: int | None = None, *, prior_fraction: float = 0.0, **options: Any) -> None:
         """Make ``num`` particles (None: ``num_samples``) of weight 1, and run each to its first latent
@@ -184,8 +178,6 @@ class State:
     def ess(self) -> float:
         """Effective sample size of the weights."""
         return runtime.ess(self.log_weights)
-
-    # --- the end ---------------------------------------------------------------------------------
 
     def posterior(self) -> Posterior:
         """The posterior of finished particles. Raises as ``Engine.run`` does."""

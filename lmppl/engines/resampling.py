@@ -1,8 +1,7 @@
 """Resampling: turn weighted particles into equally weighted ones.
 
 Each scheme returns ancestors with ``E[number of copies of i] = N * weight_i``, so estimates stay
-unbiased. They differ in variance. Weights are float64, and a particle of weight zero is never
-chosen, whatever the uniforms.
+unbiased. A particle of weight zero is never chosen, whatever the uniforms.
 """
 
 from __future__ import annotations

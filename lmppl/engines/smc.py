@@ -12,11 +12,9 @@
 (Del Moral, 2004, section 7.4). Particles meet at barriers, because comparing one that has paid for its
 observation with one that has not would favour whoever pays late.
 
-*Within* a site nothing distinguishes one partial text from another unless a twist does (twisted
-SMC; Zhao et al., 2024, arXiv 2404.17546): with psi of the text so far, particles inside the site
-are compared by w psi, defensively, and psi changes no expectation (``twists.py``). Without a twist
-and with the prior as proposal, SMC on a program with one latent site *is* importance sampling with
-resampling.
+*Within* a site only a twist distinguishes one partial text from another (twisted SMC; Zhao et al.,
+2024, arXiv 2404.17546; ``twists.py``). Without one and with the prior as proposal, SMC on a program with
+one latent site *is* importance sampling with resampling.
 """
 
 from __future__ import annotations

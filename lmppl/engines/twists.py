@@ -22,8 +22,9 @@ factor by which the weight of the others has grown, so that resampling neither f
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from dataclasses import dataclass, field
 
 import torch
 
@@ -39,43 +40,36 @@ Twist = Callable[[Text], float]
 """log psi (nats) of a site's text so far; finite wherever a completion has mass."""
 
 
-class TwistFunction(Protocol):
+class TwistFunction(ABC):
     """How well texts under way will end."""
 
     def takes(self, particle: Particle) -> bool:
         """Whether it has anything to say of the text that the particle waits to draw."""
+        return True
 
+    @abstractmethod
     def __call__(
         self, particles: Sequence[Particle], decoding: Decoding, slots: Sequence[int]
     ) -> list[float | None]:
-        """log psi (nats) of the texts of some slots.
-
-        Args:
-            particles: for each of the slots, one that waits to draw its text.
-            decoding: holds the texts so far; some may have closed.
-            slots: which texts are wanted.
-
-        Returns:
-            A number for each; None: nothing is known of it; ``-inf``: it is certain to end badly.
-        """
+        """log psi (nats) of the texts so far of some slots; some may have closed. None: nothing is
+        known of it; ``-inf``: it is certain to end badly. ``particles`` wait to draw these texts."""
 
 
+@dataclass(eq=False)
 class Texts:
     """The texts that ``members``, M of the particles, draw side by side, one a slot, with log psi of
     each, (M,) float64, nats. ``programs`` are the particles whose program each slot carries."""
 
-    def __init__(
-        self,
-        twist: TwistFunction,
-        particles: Sequence[Particle],
-        members: Sequence[int],
-        decoding: Decoding,
-    ) -> None:
-        self._twist, self._particles, self._decoding = twist, particles, decoding
-        self.programs = list(members)
-        self.log_psi = torch.zeros(len(members), dtype=torch.float64)
-        self._known = torch.zeros(len(members), dtype=torch.bool)  # whether psi is of the twist
-        self._judged = [0] * len(members)  # tokens of the text that the twist has seen
+    twist: TwistFunction
+    particles: Sequence[Particle]
+    members: Sequence[int]
+    decoding: Decoding
+
+    def __post_init__(self) -> None:
+        num, self.programs = len(self.members), list(self.members)
+        self.log_psi = torch.zeros(num, dtype=torch.float64)
+        self._known = torch.zeros(num, dtype=torch.bool)  # whether psi is of the twist
+        self._judged = [0] * num  # tokens of the text that the twist has seen
 
     def update(self, log_weights: torch.Tensor) -> bool:
         """Judge the texts as they are now, of particles with these ``log_weights`` (M,) without twist.
@@ -84,10 +78,10 @@ class Texts:
         A text that has closed keeps its psi until all have, as its neighbours carry theirs: without
         it, it would seem the better the less likely its end is.
         """
-        lengths = [len(ids) for ids in self._decoding.token_ids]
+        lengths = [len(ids) for ids in self.decoding.token_ids]
         slots = [k for k, length in enumerate(lengths) if length > self._judged[k]]
-        particles = [self._particles[self.programs[k]] for k in slots]
-        values = self._twist(particles, self._decoding, slots)
+        particles = [self.particles[self.programs[k]] for k in slots]
+        values = self.twist(particles, self.decoding, slots)
         log_psi = self.log_psi.clone()
         for k, particle, value in zip(slots, particles, values, strict=True):
             if value is not None and not value < math.inf:
@@ -118,12 +112,9 @@ def twist_function_of(
     twist: str | Twist | Mapping[str, Twist] | None, state: State
 ) -> TwistFunction | None:
     """The twist of one barrier."""
-    if twist is None:
-        return None
     if not isinstance(twist, str):
-        return OfText(twist)
-    aside = _aside(state)
-    return Lookahead(aside) if twist == "lookahead" else Flow(aside)
+        return None if twist is None else OfText(twist)
+    return Lookahead(_aside(state)) if twist == "lookahead" else Flow(_aside(state))
 
 
 def text_waits(particles: Sequence[Particle]) -> dict[int, DrawWait]:
@@ -152,9 +143,7 @@ def draw(
         members: M particles that wait to draw a text, one a slot.
         twist: judges texts.
         ancestors_of: draws M ancestors with probabilities in proportion to (M,) weights.
-        threshold: resample when 1 / sum(a^2) falls below this fraction of M.
-        every: compare the texts each time they have grown by so many tokens.
-        defense: eps.
+        threshold, every, defense: as of ``SMC``, where ``threshold`` is of 1 / sum(a^2).
 
     Returns:
         The number of resamplings.
@@ -220,7 +209,7 @@ def log_weights_of_copies(
     return (log_weights - (len(a) * a).log())[ancestors]
 
 
-class OfText:
+class OfText(TwistFunction):
     """What a function says of the text, or one of several by the site's name."""
 
     def __init__(self, twist: Twist | Mapping[str, Twist]) -> None:
@@ -241,15 +230,11 @@ class OfText:
         return [None if value == -math.inf else value for value in values]  # it may still end well
 
 
-class Lookahead:
-    """The likelihood of what follows, up to the next latent site, were the text closed here. It is
-    found with the random streams of ``aside``."""
+@dataclass(eq=False)
+class Lookahead(TwistFunction):
+    """The likelihood of what follows, up to the next latent site, were the text closed here."""
 
-    def __init__(self, aside: Particle) -> None:
-        self._aside = aside
-
-    def takes(self, particle: Particle) -> bool:
-        return True
+    aside: Particle  # whose random streams it uses
 
     def __call__(
         self, particles: Sequence[Particle], decoding: Decoding, slots: Sequence[int]
@@ -266,14 +251,15 @@ class Lookahead:
             # Its own density is the proposal's business, so it is given as 1 here.
             one = torch.zeros(())
             given = Given(wait.fn.value(ids), log_prob=one, proposal_log_prob=one)
-            forks.append(particle.fork(streams=self._aside, given={wait.name: given}))
+            forks.append(particle.fork(streams=self.aside, given={wait.name: given}))
         with ending(forks):
             run_to_draws(forks)
             weights = [fork.take_log_weight() for fork in forks]
         return [None if weight == -math.inf else weight for weight in weights]
 
 
-class Flow:
+@dataclass(eq=False)
+class Flow(TwistFunction):
     """The flow of a guide over the prefixes of its texts (Hu et al., 2024, arXiv 2310.04363).
 
     A guide q that equals the posterior draws any complete text, also one cut short at t by the
@@ -288,10 +274,9 @@ class Flow:
 
     """
 
-    def __init__(self, aside: Particle) -> None:
-        self._aside = aside  # whose random streams it uses
-        self._ending: set[str] = set()  # sites after which some run came to no other latent
-        self._followed: set[str] = set()  # sites after which all runs did
+    aside: Particle  # whose random streams it uses
+    _ending: set[str] = field(default_factory=set)  # sites after which some run met no other latent
+    _followed: set[str] = field(default_factory=set)  # sites after which all runs did
 
     def takes(self, particle: Particle) -> bool:
         """Not what is left to the model; nor a draw of a guide program that is at another site."""
@@ -322,7 +307,7 @@ class Flow:
             value = fn.value(ids)
             if fn.supports(value):
                 given = Given(value, proposal_log_prob=torch.tensor(log_q, dtype=torch.float64))
-                forks[k] = particle.fork(streams=self._aside, given={name: given})
+                forks[k] = particle.fork(streams=self.aside, given={name: given})
         with ending(list(forks.values())) as runs:
             run_to_draws(runs)
             for k, fork in forks.items():

@@ -66,8 +66,6 @@ class History(Report, list[dict[str, Any]]):
         found = super().__getitem__(key)
         return History(found) if isinstance(key, slice) else found
 
-    # --- figures ---------------------------------------------------------------------------------
-
     def column(self, name: str) -> list[float]:
         """One figure of every step; NaN at steps that lack it.
 
@@ -111,8 +109,6 @@ class History(Report, list[dict[str, Any]]):
         parts = [_parts(figures) for figures in self]
         names = dict.fromkeys(name for seconds in parts for name in seconds)
         return {name: sum(seconds.get(name, 0.0) for seconds in parts) for name in names}
-
-    # --- table -----------------------------------------------------------------------------------
 
     def table(self, rows: int = 10) -> str:
         """A few steps, evenly spaced (but near those with held-out figures, ``eval_*``), as text no
@@ -158,8 +154,6 @@ class History(Report, list[dict[str, Any]]):
             near = min(held_out, key=lambda i: abs(i - place), default=-last)
             chosen.add(near if abs(near - place) <= gap / 2 else round(place))
         return sorted(chosen)
-
-    # --- plots -----------------------------------------------------------------------------------
 
     def plot(
         self, path: str | os.PathLike[str] | None = None, columns: Sequence[str] | None = None

@@ -23,12 +23,10 @@ def iid_tv_floor(probs: Iterable[float] | Mapping[Hashable, float], n: float) ->
     """
     n = max(1, math.floor(n))
     values = probs.values() if isinstance(probs, Mapping) else probs
-    return 0.5 / n * math.fsum(_mean_absolute_deviation(n, p) for p in values)
-
-
-def _mean_absolute_deviation(n: int, p: float) -> float:
-    if p <= 0 or p >= 1:
-        return 0.0
-    v = math.floor(n * p) + 1
-    log_choose = math.lgamma(n + 1) - math.lgamma(v + 1) - math.lgamma(n - v + 1)
-    return 2 * v * math.exp(log_choose + v * math.log(p) + (n - v + 1) * math.log1p(-p))
+    deviations = []
+    for p in (p for p in values if 0 < p < 1):
+        v = math.floor(n * p) + 1
+        log_choose = math.lgamma(n + 1) - math.lgamma(v + 1) - math.lgamma(n - v + 1)
+        log_density = log_choose + v * math.log(p) + (n - v + 1) * math.log1p(-p)
+        deviations.append(2 * v * math.exp(log_density))
+    return 0.5 / n * math.fsum(deviations)

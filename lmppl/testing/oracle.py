@@ -131,7 +131,6 @@ def enumerate_program(
             deterministic, tools included (a tool is called again for every path).
         lm: the model of sites that name none.
         quadrature: number of nodes for every continuous site; None refuses such sites.
-        max_traces: the most traces to try.
 
     Raises:
         ValueError: a site that cannot be enumerated, a name used twice, an observed text that is no
@@ -140,12 +139,11 @@ def enumerate_program(
     search = _Search(quadrature)
     found: list[ExactTrace] = []
     with use(lm) if lm is not None else contextlib.nullcontext(), torch.no_grad():
-        while True:
-            if len(found) == max_traces:
-                raise ValueError(f"the program has more than max_traces={max_traces} traces")
+        while len(found) < max_traces:
             found.append(search.run(program, args, kwargs))
             if not search.advance():
-                return Enumeration(tuple(found))
+                return Enumeration(found)
+    raise ValueError(f"the program has more than max_traces={max_traces} traces")
 
 
 class _Option(NamedTuple):
@@ -236,8 +234,6 @@ class _Search(Messenger):
         self._trace.log_joint += float(_scaled(log_prob.double(), msg))
         if self._trace.log_joint == -math.inf:
             raise _ZeroProbability
-
-    # --- supports ---------------------------------------------------------------------------
 
     def _options(self, name: str, fn: Any) -> list[_Option]:
         if isinstance(fn, LMText):
