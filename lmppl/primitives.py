@@ -421,8 +421,7 @@ def chat(
     site = _latent_within(list(strings_of([message["content"] for message in messages])))
     if site is not None:
         _warn_once(
-            "chat",
-            site,
+            ("chat", site),
             f"chat(): a message holds the text of site '{site}' as a plain str (an f-string or a "
             "str method makes one), which is tokenised anew, maybe into other tokens than were "
             "drawn. Give the text itself, or join it with +: 'content': before + z + after.",
@@ -443,24 +442,27 @@ def _warn_of_retokenisation(name: str, prefix: str | Sequence[str]) -> None:
     plain = [part for part in parts if not isinstance(part, Text)]
     if plain and parts[-1] is plain[-1] and plain[-1].endswith(" "):
         _warn_once(
-            "space",
-            name,
+            ("space", name),
             f"site '{name}': its prefix ends in a space. Most tokenizers attach a space to the "
             "word that follows, so the model has hardly seen such a prefix: end it before the space.",
         )
-    if ("text", name) not in _warned and (site := _latent_within(plain)):
+    if ("text", name) in _warned:
+        return
+    joined = [part for text in parts if isinstance(text, Text) for part in text.parts]
+    plain += [part for part in joined if isinstance(part, str)]
+    site = _latent_within(plain)
+    if site is not None and ("chat", site) not in _warned:
         _warn_once(
-            "text",
-            name,
+            ("text", name),
             f"site '{name}': its prefix holds the text of site '{site}' as a plain str (an "
             "f-string or a str method makes one), which is tokenised anew, maybe into other "
             "tokens than were drawn. Pass a list, [before, z, after], to keep its tokens.",
         )
 
 
-def _warn_once(kind: str, name: str, message: str, stacklevel: int = 4) -> None:
-    if (kind, name) not in _warned:
-        _warned.add((kind, name))
+def _warn_once(key: tuple[str, str], message: str, stacklevel: int = 4) -> None:
+    if key not in _warned:
+        _warned.add(key)
         warnings.warn(message, stacklevel=stacklevel)
 
 

@@ -470,6 +470,8 @@ def test_a_latent_pasted_into_a_string_warns_once_per_site():
         _warned.clear()
         trace_of(run, lambda z: ["a", z, "."])  # tokens are kept
         trace_of(run, lambda z: "a" + z)
+    with pytest.warns(UserWarning, match=message):
+        trace_of(run, lambda z: z + f"a{z}.")  # its second half is not
 
 
 def test_a_latent_pasted_into_a_message_warns_once_per_site(chat_lm):
