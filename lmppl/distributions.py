@@ -61,15 +61,13 @@ class _TokenSequence(constraints.Constraint):
 class LMText(TorchDistribution):
     """Distribution of the text with which a language model continues a prefix.
 
+    With ``max_tokens`` (and ``stop``) it ranges over sequences that close at the first token that is
+    an EOS or completes a stop string, at the latest at ``max_tokens``, with density
+    ``prod_k p(t_k | prefix, t_<k)``, which sums to one. With ``choices`` it is a categorical over
+    whole strings, ``softmax(log p(tokens) / temperature)``.
+
     Args:
-        lm: the language model.
-        prefix: a ``str``, a ``Text`` or a list of them.
-        max_tokens: it ranges over sequences that close at the first token that is an EOS or that
-            completes a stop string, at the latest at so many tokens, with density
-            ``prod_k p(t_k | prefix, t_<k)``. It sums to one.
-        stop: a stop string or several; the one that closes belongs to the value.
-        choices: a categorical over these strings, ``softmax(log p(tokens) / temperature)``.
-        temperature: every next-token distribution is renormalised as ``p ** (1 / temperature)``.
+        lm, prefix, max_tokens, stop, choices, temperature: as of ``lm_sample``.
         num_tokens: exactly that many tokens, nothing closes: the probability that the continuation
             *begins so* (what an observed site without ``stop`` and ``max_tokens`` scores).
 

@@ -26,11 +26,8 @@ if TYPE_CHECKING:
 
 
 class ZeroEvidenceError(RuntimeError):
-    """No sample has a positive weight: an estimate of zero for the evidence.
-
-    Attributes:
-        posterior: the dead samples: their traces say how far each one came.
-    """
+    """No sample has a positive weight: an estimate of zero for the evidence. The traces of
+    ``.posterior`` say how far each sample came."""
 
     def __init__(self, message: str, posterior: Posterior) -> None:
         super().__init__(message)
@@ -169,13 +166,8 @@ class Posterior(Report):
         return any(map(is_continuous, self._nodes(name)))
 
     def __getitem__(self, name: str) -> list[Any]:
-        """The values of a site, one a trace: a ``Text``, a tool's result or a tensor.
-
-        None where a trace lacks the site, since its branch of the program does not reach it.
-
-        Raises:
-            KeyError: if no trace has such a site.
-        """
+        """The values of a site, one a trace: a ``Text``, a tool's result or a tensor; None where the
+        branch of the program does not reach it. KeyError if no trace has such a site."""
         self._check_site(name)
         return [value_of(t.nodes[name]) if has_value(t, name) else None for t in self.traces]
 
@@ -216,19 +208,14 @@ class Posterior(Report):
         return sorted(totals.items(), key=lambda item: -item[1])
 
     def best(self, name: str) -> Any:
-        """The most probable value of a site (None only if no live sample reaches it).
-
-        Raises as ``probs`` does.
-        """
+        """The most probable value of a site (None only if no live sample reaches it). Raises as
+        ``probs`` does."""
         return next((value for value in self.probs(name) if value is not None), None)
 
     def mean(self, name_or_fn: str | Callable[[dict[str, Any]], Any]) -> torch.Tensor:
-        """Posterior expectation, float64.
-
-        Args:
-            name_or_fn: the name of a numeric site, or a function from the values of one trace (a
-                dict, name of the site to value) to a number, a bool or a tensor:
-                ``posterior.mean(lambda v: v["z"].endswith("."))`` is a probability.
+        """Posterior expectation, float64, of a numeric site, or of a function from the values of one
+        trace (a dict by site) to a number, a bool or a tensor:
+        ``posterior.mean(lambda v: v["z"].endswith("."))`` is a probability.
 
         Raises:
             KeyError: if no trace has such a site.
@@ -244,11 +231,8 @@ class Posterior(Report):
         return torch.stack(terms).sum(0)
 
     def resample(self, n: int, seed: int | None = None) -> Posterior:
-        """``n`` independent draws of the traces by weight, all of equal weight.
-
-        The evidence is the same, and traces are shared, not copied. Without a ``seed``, torch's
-        global random stream is used.
-        """
+        """``n`` independent draws of the traces by weight, all of equal weight; of torch's global
+        random stream, if there is no ``seed``. The evidence is the same, and traces are shared."""
         n, seed = check_int("n", n), check_seed(seed)
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         uniforms = torch.rand(n, dtype=torch.float64, generator=generator)

@@ -305,8 +305,7 @@ def lm_sample(
         The text. In the trace its value is a right-padded tensor of token ids.
 
     Raises:
-        ValueError: for a latent without ``max_tokens`` or ``choices``, an impossible observation
-            and other arguments that define no distribution; the message names the site.
+        ValueError: for an impossible observation and arguments that define no distribution.
     """
     _check_name(name, "a site")
     memory: Any = _PYRO_STACK[0] if _PYRO_STACK else None
@@ -402,15 +401,14 @@ def chat(
 ) -> Text:
     """A prefix by the model's chat template.
 
+    A BOS token that the template writes is not added twice.
+
     Args:
         messages: ``[{"role": ..., "content": ...}, ...]``. A content is a string or what else the
             template takes, such as ``[{"type": "text", "text": z}]``. A ``Text`` in it keeps its
             tokens.
         lm: whose template; by default that of ``lmppl.infer`` or ``lmppl.use``.
         add_generation_prompt: end with the header of an assistant's turn.
-
-    Returns:
-        A ``Text`` for ``prefix=``. A BOS token that the template writes is not added twice.
 
     Raises:
         TypeError: for what is no list of messages.

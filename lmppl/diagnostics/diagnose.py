@@ -76,9 +76,8 @@ class Diagnosis(Report):
         kl_alive_posterior: the same of the guide conditioned on being alive.
         kl_posterior_guide: bracket of KL(p || q); None without exact draws.
         ess_fraction: Kish's effective sample size of the weights over ``num_samples``.
-        pareto_k: shape of the weights' upper tail, over live draws (Vehtari et al., 2024, arXiv
-            1507.02646); above 0.5 the weights have no variance, above 1 no mean. None if it cannot
-            be fitted (``notes`` say why).
+        pareto_k: shape of the weights' upper tail (Vehtari et al., 2024, arXiv 1507.02646); above
+            0.5 the weights have no variance, above 1 no mean. None: no fit (``notes`` say why).
         pareto_k_threshold: min(1 - 1 / log10(live draws), 0.7), above which it is bad.
         texts: diversity of the texts drawn, by latent site.
         notes: what to beware of.
@@ -150,23 +149,17 @@ def diagnose(
     print(lmppl.diagnose(infill, x, y, guide=guide, lm=lm, posterior=exact))
     ```
 
-    Draws alone bound KL(guide || posterior) only from below, and they cannot show what a guide
-    never draws. Exact posterior draws (``posterior=`` or ``latents=``) bound it from above, and
-    KL(posterior || guide) from both sides.
+    Draws alone bound KL(guide || posterior) only from below. Exact posterior draws (``posterior=`` or
+    ``latents=``) bound it from above, and KL(posterior || guide) from both sides.
 
     Args:
-        model: the program.
-        *args: its positional arguments.
-        guide: a ``LMGuide``, a guide program, or None: the program's prior.
-        lm: the language model of sites that name none.
+        model, *args, guide, lm, seed, progress: as of ``infer``.
         num_samples: draws of the guide (and as many of the prior, without ``posterior``).
         posterior: of ``infer(model, *args, method="exact")``: log Z and all that is under the
             posterior are then exact.
         latents: exact posterior draws, each a dict from every latent site to its text or tensor,
             say those that the observation was simulated with. A ``str`` stands for its canonical
             tokens; a ``Text`` keeps its own.
-        seed: makes the run reproducible; None: taken from torch's random stream.
-        progress: show a progress bar; None: on a terminal.
 
     Raises:
         ValueError: ``num_samples`` below 2; a posterior that is not exact or of another program or
@@ -175,7 +168,6 @@ def diagnose(
     num_samples = check_int("num_samples", num_samples, least=2)
     _check_exact(posterior, latents)
     seeds = runtime.slot_seeds(runtime.fresh_seed(seed), 2)
-
     common: dict[str, Any] = {"method": "importance", "num_samples": num_samples}
 
     def draws(proposal: Any, seed: int) -> Posterior:

@@ -31,9 +31,8 @@ class TextDiversity:
         edit_distance: mean Levenshtein distance of two draws, over the longer's length: 0 if all
             are equal, 1 if no two share a token. Of the first 1000 draws. None for one draw.
         mean_length: tokens.
-        weighted_edit_distance: ``edit_distance`` under the importance weights, so an estimate of
-            the posterior's; None if one sample has all the weight.
-        weighted_mean_length: tokens, under the importance weights; None if all are zero.
+        weighted_edit_distance, weighted_mean_length: under the importance weights, so estimates of
+            the posterior's; None if one sample has all the weight, or all weights are zero.
     """
 
     num_draws: int

@@ -8,8 +8,7 @@
         select      slot i goes on as a copy of particle ancestors[i]
     posterior of the particles and their weights
 
-An engine is a frozen dataclass: its fields are the options, ``sample`` is the algorithm. The verbs are
-named after those of GenJAX's ``inference.smc``; options apart from state is BlackJAX's way.
+An engine is a frozen dataclass: its fields are the options, ``sample`` is the algorithm.
 """
 
 from __future__ import annotations
@@ -69,10 +68,8 @@ class Engine(ABC):
         progress: bool | None = None,
         callback: Callback | None = None,
     ) -> Posterior:
-        """The posterior of ``model(*args)``, whose sites use the language model of ``lmppl.use``.
-
-        Args:
-            model, *args, num_samples, guide, seed, progress, callback: as of ``infer``.
+        """The posterior of ``model(*args)``, whose sites use the language model of ``lmppl.use``. Other
+        arguments are those of ``infer``.
 
         Raises:
             ValueError: for a program without a latent site.

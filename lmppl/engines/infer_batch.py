@@ -78,8 +78,7 @@ def infer_batch(
 
     Raises:
         ValueError, TypeError: as ``infer``, when called; ``"gflownet"`` without a guide.
-        Exception: what an input raises (``on_error="raise"``): ``TypeError`` if it does not fit the
-            program, ``ZeroEvidenceError``, or whatever the program raises.
+        Exception: what an input raises (``on_error="raise"``), or the iterable.
     """
     if "profile" in options:
         raise TypeError("infer_batch has no profile=: put the loop in `with lmppl.profile() as p:`")
@@ -93,34 +92,31 @@ def infer_batch(
     source = enumerate(items_of(inputs))
     signature = signature_of(model)
     check_choice("on_error", on_error, ("raise", "return"))
-    if at_once is None:
-        at_once = max(1, min(_INPUTS, _PARTICLES // num_samples))
-    at_once = check_int("at_once", at_once)
+    usual = max(1, min(_INPUTS, _PARTICLES // num_samples))
+    at_once = usual if at_once is None else check_int("at_once", at_once)
     lm = default_lm() if lm is None else lm  # of here, wherever the posteriors are asked for
     seed = runtime.fresh_seed(seed)
     common: dict[str, Any] = {"method": engine, "lm": lm, "num_samples": num_samples}
     common |= {"guide": guide, "progress": False}
 
-    def run(index: int, item: Any, input_seed: int) -> Posterior:
-        """One input alone."""
+    def start(index: int, item: Any) -> Member:
+        input_seed = runtime.nth_seed(seed, index)
 
         def report(figures: dict[str, Any]) -> None:
             if callback is not None:
                 callback({"input": index, **figures})
 
-        try:
-            args = positional(signature, item, index)
-            posterior = infer(model, *args, seed=input_seed, callback=report, **common)
-        except Exception as error:
-            error.add_note(f"raised for input {index} of the batch (seed={input_seed})")
-            raise
-        posterior.info.update(input=index, seed=input_seed)
-        return posterior
+        def run() -> Posterior:
+            try:
+                args = positional(signature, item, index)
+                posterior = infer(model, *args, seed=input_seed, callback=report, **common)
+            except Exception as error:
+                error.add_note(f"raised for input {index} of the batch (seed={input_seed})")
+                raise
+            posterior.info.update(input=index, seed=input_seed)
+            return posterior
 
-    def start(index: int, item: Any) -> Member:
-        input_seed = runtime.nth_seed(seed, index)
-        global_state = GlobalState.fresh(input_seed, grad=torch.is_grad_enabled())
-        return Member(lambda: run(index, item, input_seed), global_state)
+        return Member(run, GlobalState.fresh(input_seed, grad=torch.is_grad_enabled()))
 
     bar = progress_bar(f"{engine.name}, inputs", operator.length_hint(inputs) or None, progress)
     return _in_order(source, start, at_once, on_error, bar)

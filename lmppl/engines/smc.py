@@ -118,7 +118,7 @@ class SMC(Engine):
         """Every waiting particle draws its site: texts of which the twist knows something token by
         token, the others at once."""
         twist = twists.twist_function_of(self.twist, state)
-        waits = {} if twist is None else twists.text_waits(state.particles)
+        waits = twists.text_waits(state.particles)
         twisted = [i for i in waits if twist is not None and twist.takes(state.particles[i])]
         others = [state.particles[i] for i in set(range(len(state.particles))) - set(twisted)]
         # Twisted ones first: a fork of one still waits at its draw, which the others then have behind

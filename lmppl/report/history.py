@@ -158,15 +158,13 @@ class History(Report, list[dict[str, Any]]):
     def plot(
         self, path: str | os.PathLike[str] | None = None, columns: Sequence[str] | None = None
     ) -> Figure:
-        """Draw the run: points are steps, lines their running means, rings held-out figures.
+        """Draw the run: points are steps, lines their running means, rings held-out figures. The
+        matplotlib ``Figure`` is shown by notebooks; pyplot does not know it.
 
         Args:
             path: also write it to this file; its ending says the format (none: PNG). The file is
                 there either whole or not at all.
             columns: what to draw instead of the usual, a panel each; see ``column``.
-
-        Returns:
-            The matplotlib ``Figure``. Notebooks show it; pyplot does not know it.
 
         Raises:
             ImportError: if matplotlib is not installed.

@@ -27,10 +27,8 @@ class progress_bar:
             bar.advance(loss=loss)
     ```
 
-    Args:
-        description: what is being done; plain text.
-        total: how many steps there are; None if that is not known.
-        show: True, False, or None: if stderr is a terminal. A bar within another's work is hidden.
+    ``total`` steps (None: not known) are to be done. ``show=None``: if stderr is a terminal. A bar
+    within the work of another one is not shown.
     """
 
     def __init__(self, description: str, total: int | None = None, show: bool | None = None):

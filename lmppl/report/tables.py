@@ -141,8 +141,7 @@ def _html_bar(share: float) -> str:
 def show(value: Any, *, quote: bool = True) -> str:
     """One printable line that stands for a value."""
     if isinstance(value, str):
-        # As repr writes it: escapes for what is not printable, quotes that show the blanks.
-        text = repr(str(value))
+        text = repr(str(value))  # escapes for what is not printable, quotes that show the blanks
         return text if quote else text[1:-1]
     if isinstance(value, torch.Tensor):
         value = value.tolist()
@@ -163,16 +162,16 @@ def printable(text: str) -> str:
     return "".join(character if character.isprintable() else " " for character in text)
 
 
-def percent(weight: float) -> str:
-    return f"{100 * weight:.1f}%"
+def percent(share: float) -> str:
+    return f"{share:.1%}"
 
 
 def duration(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds >= 10 else f"{seconds:.3f} s"
 
 
-def _number(value: float | None, digits: int) -> str:
-    return ABSENT if value is None else f"{value:.{digits}f}"
+def _number(value: float | None, spec: str) -> str:
+    return ABSENT if value is None else format(value, spec)
 
 
 def _notes(summary: Mapping[str, Any]) -> list[str]:
@@ -220,8 +219,7 @@ def _run(summary: Mapping[str, Any]) -> list[str]:
 def _beside_the_rows(summary: Mapping[str, Any]) -> list[str]:
     """What the rows leave out: further rows, numeric sites, dead samples."""
     lines = []
-    rest = summary["rows"][MAX_ROWS:]
-    if rest:
+    if rest := summary["rows"][MAX_ROWS:]:
         share = percent(sum(row["weight"] for row in rest))
         lines.append(f"and {len(rest):,} more, together {share}")
     for name, moments in summary["numeric"].items():
@@ -245,14 +243,12 @@ def profile_blocks(summary: Mapping[str, Any]) -> list[Block]:
     rows = [
         [
             work["kind"],
-            f"{work['tokens']:,}" if work["tokens"] else ABSENT,
-            f"{work['positions']:,}",
-            f"{work['passes']:,}",
-            _number(work["mean_batch"], 1),
+            *(_number(work[name] or None, ",") for name in ("tokens", "positions", "passes")),
+            _number(work["mean_batch"], ".1f"),
             duration(work["seconds"]),
             percent(work["seconds"] / total),
-            ABSENT if work["tokens_per_second"] is None else f"{work['tokens_per_second']:,.0f}",
-            ABSENT if work["roofline"] is None else percent(work["roofline"]),
+            _number(work["tokens_per_second"], ",.0f"),
+            _number(work["roofline"], ".1%"),
         ]
         for work in summary["works"]
     ]
@@ -284,8 +280,12 @@ def _bounds(summary: Mapping[str, Any]) -> list[list[str]]:
 
     def row(label: str, key: str) -> list[str]:
         value, stderr = summary[key], summary[key + "_stderr"]
-        error = ABSENT if stderr is None else "exact" if stderr == 0 else f"{stderr:.2g}"
-        return [label, _bracket(value) if isinstance(value, tuple) else _number(value, 3), error]
+        lower, upper = (
+            _number(v, ".3f") for v in (value if isinstance(value, tuple) else 2 * [value])
+        )
+        bracket = f">= {lower}" if upper == "inf" else f"{lower} to {upper}"
+        error = "exact" if stderr == 0 else _number(stderr, ".2g")
+        return [label, lower if lower == upper else bracket, error]
 
     dead = summary["dead_fraction"] > 0
     is_exact, has_exact = summary["log_z_source"] == "exact", summary["eubo"] is not None
@@ -312,30 +312,22 @@ def _weights(summary: Mapping[str, Any]) -> list[list[str]]:
     rows.append(["effective sample size", percent(summary["ess_fraction"]), ""])
     if summary["pareto_k"] is not None:
         good = f"good below {summary['pareto_k_threshold']:.2f}"
-        rows.append(["Pareto k", _number(summary["pareto_k"], 2), good])
+        rows.append(["Pareto k", _number(summary["pareto_k"], ".2f"), good])
     return rows
 
 
-def _bracket(bracket: tuple[float, float]) -> str:
-    """One number where the ends agree."""
-    lower, upper = (_number(end, 3) for end in bracket)
-    several = f">= {lower}" if upper == "inf" else f"{lower} to {upper}"
-    return lower if lower == upper else several
-
-
 _DIVERSITY = {
-    "dist-1": ("distinct_1", 2), "dist-2": ("distinct_2", 2), "edits": ("edit_distance", 2),
-    "edits|w": ("weighted_edit_distance", 2), "tokens": ("mean_length", 1),
-    "tokens|w": ("weighted_mean_length", 1),
+    "draws": ("num_draws", ","), "distinct": ("num_distinct", ","),
+    "dist-1": ("distinct_1", ".2f"), "dist-2": ("distinct_2", ".2f"),
+    "edits": ("edit_distance", ".2f"), "edits|w": ("weighted_edit_distance", ".2f"),
+    "tokens": ("mean_length", ".1f"), "tokens|w": ("weighted_mean_length", ".1f"),
 }  # fmt: skip
 
 
 def _diversity(texts: Mapping[str, Mapping[str, Any]]) -> Table:
     """A row a site."""
     rows = [
-        [plain(name), f"{text['num_draws']:,}", f"{text['num_distinct']:,}"]
-        + [_number(text[key], digits) for key, digits in _DIVERSITY.values()]
+        [plain(name), *(_number(text[key], spec) for key, spec in _DIVERSITY.values())]
         for name, text in texts.items()
     ]
-    figures = ("draws", "distinct", *_DIVERSITY)
-    return Table([("site", "name"), *((name, "figure") for name in figures)], rows)
+    return Table([("site", "name"), *((name, "figure") for name in _DIVERSITY)], rows)

@@ -22,8 +22,7 @@ class GuideReport:
     """A guide against the exact posterior of a program on one input.
 
     Attributes:
-        tv: total variation between the guide and the posterior, over whole traces; mass that the
-            guide gives to traces of probability zero counts.
+        tv: total variation between the guide and the posterior, over whole traces, dead ones too.
         gap: ``log Z - E_q[log R - log q]``, nats, of the guide renormalised to live traces: its
             Kullback-Leibler divergence from the posterior. Infinite if no mass is alive.
         dead_mass: mass that the guide gives to traces of probability zero.
@@ -50,13 +49,8 @@ def guide_report(
     """Measure a guide exactly: every trace of the program is enumerated, and its latents are scored in
     the pass that training uses. What the guide leaves to the model has the model's density.
 
-    Args:
-        guide, program, args, lm: the guide, what it is for, the input and the language model.
-        quadrature: number of nodes for every continuous latent.
-        exact: all traces, if they are known already.
-
-    Raises:
-        ValueError: for a program that cannot be enumerated (see ``enumerate_program``).
+    ``quadrature`` is the number of nodes for every continuous latent; ``exact`` are all traces, if they
+    are known already. Raises as ``enumerate_program`` does.
     """
     exact = exact or enumerate_program(program, *args, lm=lm, quadrature=quadrature)
     live = [trace for trace in exact if trace.log_joint > -math.inf]
@@ -82,13 +76,8 @@ def guide_log_probs(
     traces: Sequence[ExactTrace],
     lm: LM,
 ) -> torch.Tensor:
-    """log q of whole traces, (N,) float64, nats; of a quadrature node, the log of its mass.
-
-    Args:
-        guide, program, args, lm: as of ``guide_report``.
-        traces: of ``enumerate_program``. Dead traces are scored up to where they end, which is
-            their mass under an automatic guide.
-    """
+    """log q of whole traces, (N,) float64, nats; of a quadrature node, the log of its mass. Dead
+    traces are scored up to where they end, which is their mass under an automatic guide."""
     with use(lm):
         scores = score_latents(guide, program, tuple(args), [trace.data for trace in traces])
     # Of a quadrature node, the prior's weight over its density there; else nothing.

@@ -34,8 +34,7 @@ class ExactTrace:
         texts: latent text site to its visible text (without EOS).
         data: latent site to value as Pyro's trace holds it, for ``poutine.condition(data=...)``.
         log_joint: log of the joint density at ``values`` and the observations, nats; ``-inf`` for
-            a path that a ``require``, a factor or an observation rules out. Of continuous sites it
-            holds the quadrature weight, so that it sums to the evidence.
+            a path that is ruled out. Of continuous sites it holds the quadrature weight.
         log_prior: log-probability of drawing ``values`` by running the program forward (no
             observations, factors, scales). Of a path that is ruled out, up to where it was.
         returns: what the program returned; None for a path that is ruled out.
@@ -73,8 +72,7 @@ class Enumeration(tuple[ExactTrace, ...]):
         Raises:
             ValueError: a name that is no latent site; an evidence of zero.
         """
-        log_evidence = self.log_evidence
-        if log_evidence == -math.inf:
+        if (log_evidence := self.log_evidence) == -math.inf:
             raise ValueError("no trace has positive density, so there is no posterior")
         return self._table(names, text, [t.log_joint - log_evidence for t in self])
 
@@ -327,7 +325,4 @@ def _as_tuple(value: Any) -> Any:
 
 
 def _logsumexp(terms: Sequence[float]) -> float:
-    top = max(terms, default=-math.inf)
-    if top == -math.inf:
-        return -math.inf
-    return top + math.log(math.fsum(math.exp(term - top) for term in terms))
+    return float(torch.tensor(terms, dtype=torch.float64).logsumexp(0))
