@@ -11,17 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmppl.checks import check_int
-from lmppl.report.tables import (
-    ABSENT,
-    Block,
-    Report,
-    Table,
-    as_text,
-    duration,
-    percent,
-    plain,
-    show,
-)
+from lmppl.report.tables import Block, Report, Table, as_text, duration, percent, plain, show
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,26 +23,15 @@ _COLUMNS = ("step", "loss", "log_z", "elbo", "ess", "alive", "length", _RATE)
 _LEARNING = ("step", "log_evidence", "model_ess", "loss", "elbo", "ess", "length")
 _LEARNING_HELD_OUT = ("eval_log_z", "eval_ess")
 _LABELS = {
-    "log_evidence": "log evidence",
-    "model_loss": "model loss",
-    "model_ess": "model ESS",
-    "log_z": "log Z",
-    "elbo": "ELBO",
-    "eubo": "EUBO",
-    "ess": "ESS",
-    _RATE: "samples/s",
-}
+    "log_evidence": "log evidence", "model_loss": "model loss", "model_ess": "model ESS",
+    "log_z": "log Z", "elbo": "ELBO", "eubo": "EUBO", "ess": "ESS", _RATE: "samples/s",
+}  # fmt: skip
 _HELD_OUT = "eval_"
-
 _PANELS = (
-    ("log_evidence",),
-    ("model_ess",),
-    ("loss",),
+    ("log_evidence",), ("model_ess",), ("loss",),
     ("log_z", "elbo", "eval_log_z", "eval_elbo", "eval_eubo"),
-    ("ess", "eval_ess"),
-    ("length",),
-    (_RATE,),
-)
+    ("ess", "eval_ess"), ("length",), (_RATE,),
+)  # fmt: skip
 _FRACTIONS = ("ess", "alive", "model_ess")
 _NATS = ("log_z", "elbo", "eubo", "log_evidence")
 _RED, _BLUE = ("#c8452c", "#eec2b8"), ("#1b6ca8", "#b3cde1")  # of lines and of points
@@ -280,8 +259,8 @@ def _label(name: str, gap: str = " ") -> str:
 
 def _cell(name: str, figures: dict[str, Any]) -> str:
     value, base = _figure(figures, name), name.removeprefix(_HELD_OUT)
-    if value is None or not math.isfinite(_number(value)):
-        return ABSENT if value is None else show(value)
+    if not math.isfinite(_number(value)):
+        return show(value)
     if base in _FRACTIONS:
         return percent(value)
     if base in ("length", _RATE):

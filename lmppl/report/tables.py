@@ -145,8 +145,8 @@ def show(value: Any, *, quote: bool = True) -> str:
         return text if quote else text[1:-1]
     if isinstance(value, torch.Tensor):
         value = value.tolist()
-    if isinstance(value, float):
-        return f"{value:.4g}"
+    if value is None or isinstance(value, float):
+        return _number(value, ".4g")
     if isinstance(value, (list, tuple)):
         shown = [show(part) for part in value[:4]] + ["..."] * (len(value) > 4)
         return f"[{', '.join(shown)}]"
@@ -184,11 +184,10 @@ def _notes(summary: Mapping[str, Any]) -> list[str]:
 def posterior_blocks(summary: Mapping[str, Any]) -> list[Block]:
     """What ``Posterior.summary()`` says."""
     rows, sites = summary["rows"], summary["sites"]
-    shown = [
-        [percent(row["weight"]), row["weight"] / rows[0]["weight"]]
-        + [ABSENT if (value := row["values"].get(name)) is None else show(value) for name in sites]
-        for row in rows[:MAX_ROWS]
-    ]
+    shown = []
+    for row in rows[:MAX_ROWS]:
+        weight, values = row["weight"], [show(row["values"].get(name)) for name in sites]
+        shown.append([percent(weight), weight / rows[0]["weight"], *values])
     texts: list[tuple[str, Kind]] = [(plain(name), "text") for name in sites]
     table = Table([("weight", "figure"), ("", "bar"), *texts], shown)
     return [*_run(summary), *[table] * bool(rows), *_beside_the_rows(summary), *_notes(summary)]

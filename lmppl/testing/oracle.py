@@ -8,6 +8,7 @@ scored by ``lmppl.testing.naive``; continuous sites are replaced by quadrature n
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -150,14 +151,6 @@ class _Option(NamedTuple):
     node: bool = False
 
 
-@dataclass
-class _Branching:
-    """A latent site on the current path: what it may yet be, the present option first."""
-
-    name: str
-    options: list[_Option]
-
-
 class _ZeroProbability(BaseException):
     """Ends a run that has probability zero."""
 
@@ -168,8 +161,9 @@ class _Search(Messenger):
     def __init__(self, quadrature: int | None) -> None:
         super().__init__()
         self._num_nodes = quadrature
-        self._path: list[_Branching] = []
-        self._naive: dict[LM, NaiveLM] = {}
+        # Latent sites on the current path: what each may yet be, the present option first.
+        self._path: list[tuple[str, list[_Option]]] = []
+        self._naive = functools.cache(NaiveLM)
 
     def run(self, program: Callable[..., Any], args: Any, kwargs: Any) -> ExactTrace:
         self._depth, self._seen, self._trace = 0, set[str](), ExactTrace()
@@ -180,14 +174,15 @@ class _Search(Messenger):
             self._trace.log_joint = -math.inf
         else:
             if self._depth < len(self._path):
-                self._diverged(self._path[self._depth].name, "the end of the program")
+                self._diverged(self._path[self._depth][0], "the end of the program")
         return self._trace
 
     def advance(self) -> bool:
         """Move to the next path; False if there is none."""
         while self._path:
-            self._path[-1].options.pop(0)
-            if self._path[-1].options:
+            _, options = self._path[-1]
+            options.pop(0)
+            if options:
                 return True
             self._path.pop()
         return False
@@ -204,17 +199,16 @@ class _Search(Messenger):
         if msg["is_observed"] or msg["value"] is not None or not _is_random(fn):
             return
         if self._depth == len(self._path):
-            self._path.append(_Branching(name, self._options(name, fn)))
-        branching = self._path[self._depth]
-        if branching.name != name:
-            self._diverged(branching.name, f"site '{name}'")
+            self._path.append((name, self._options(name, fn)))
+        expected, (option, *_) = self._path[self._depth]
+        if expected != name:
+            self._diverged(expected, f"site '{name}'")
         self._depth += 1
-        option = branching.options[0]
         msg["value"] = trace.data[name] = option.value
         msg["done"] = True
         trace.values[name] = _plain(fn, option.value)
         if isinstance(fn, LMText):
-            trace.texts[name] = self._naive_lm(fn).text(trace.values[name])
+            trace.texts[name] = self._naive(fn.lm).text(trace.values[name])
         trace.log_prior += option.log_prob
         log_prob = torch.tensor(option.log_prob, dtype=torch.float64)
         # A node's weight holds dx as well, to which scale and mask do not apply.
@@ -257,7 +251,7 @@ class _Search(Messenger):
         return [option for option in options if option.log_prob > -math.inf]
 
     def _lm_table(self, fn: LMText) -> dict[tuple[int, ...], float]:
-        naive = self._naive_lm(fn)
+        naive = self._naive(fn.lm)
         if fn.choices is not None:
             sums = {ids: float(naive.log_prob(fn.prefix_ids, ids).sum()) for ids in fn.choices}
             total = _logsumexp([log_prob / fn.temperature for log_prob in sums.values()])
@@ -270,16 +264,11 @@ class _Search(Messenger):
         ids = _token_ids(value)
         if fn.choices is not None:
             return self._lm_table(fn)[ids]
-        naive = self._naive_lm(fn)
+        naive = self._naive(fn.lm)
         stop, most = fn.stopping.stop, fn.stopping.max_tokens
         if most is not None and not naive.closes_first_at_end(ids, stop, most):
             raise ValueError(f"site '{name}': the observed tokens {ids} are no complete value")
         return float(naive.log_prob(fn.prefix_ids, ids, fn.temperature).sum())
-
-    def _naive_lm(self, fn: LMText) -> NaiveLM:
-        if fn.lm not in self._naive:
-            self._naive[fn.lm] = NaiveLM(fn.lm)
-        return self._naive[fn.lm]
 
     def _diverged(self, expected: str, got: str) -> None:
         raise ValueError(
