@@ -175,14 +175,7 @@ class Call(NamedTuple):
 
     @classmethod
     def of(
-        cls,
-        lm: LM | None,
-        prefix: Any,
-        obs: Any,
-        choices: Any,
-        stop: Any,
-        infer: Any,
-        *options: Any,
+        cls, lm: Any, prefix: Any, obs: Any, choices: Any, stop: Any, infer: Any, *options: Any
     ) -> Call | None:
         """A call with these arguments; None where handlers may give it another meaning, or an argument
         may change or is not to be compared."""
@@ -199,9 +192,8 @@ class Call(NamedTuple):
             return None
         if infer:
             options = (*options, *infer, *infer.values())
-        for option in options:
-            if option is not None and not isinstance(option, (int, float, str)):
-                return None
+        if not all(option is None or isinstance(option, (int, float, str)) for option in options):
+            return None
         texts = (*parts, None, obs, None, *(choices or ()), None, *stops)
         return cls._make((lm, texts, (choices is None, *options), handlers))
 
