@@ -6,10 +6,10 @@
     all runs go on side by side to their ends
     the best traces are kept in the input's buffer, for replay
 
-A policy is an object that starts runs, and has the traces when they have ended. ``Drawn`` draws
-from the guide, at its own or another temperature, or from the program (the prior); ``Recalled`` has
-latents that are known: kept in the buffer, drawn ahead, or given by the user. A trace that is still
-remembered as it was drawn is not run again.
+A policy is an object that starts runs. ``Drawn`` draws from the guide, at its own or another
+temperature, or from the program (the prior); ``Recalled`` has latents that are known: kept in the
+buffer, drawn ahead, or given by the user. A trace that is still remembered as it was drawn is not run
+again.
 """
 
 from __future__ import annotations
@@ -64,9 +64,6 @@ class Drawn:
             program, args, self.num, seed=self.seed, proposer=proposer, score_closing=True
         )
 
-    def samples(self, particles: Sequence[Particle]) -> list[Sample]:
-        return [Sample.of(particle, self.origin) for particle in particles]
-
 
 @dataclass(frozen=True)
 class Recalled:
@@ -74,13 +71,13 @@ class Recalled:
 
     origin: Origin
     records: Sequence[Record]
-    remembered: Sequence[Sample | None]  # those of them that need not be run again
-    seeds: Sequence[int]  # of what is drawn beside them, one a record
+    seed: int  # of what is drawn beside them
     complete: bool = False  # whether a latent that a record has not is an error
 
     def start(self, guide: Guide, input_: Input) -> list[Particle]:
         assert input_.observations is not None
         kind = "demonstration" if self.origin == "given" else "stored trace"
+        seeds = runtime.slot_seeds(self.seed, len(self.records))
         return [
             rescore(
                 record,
@@ -89,18 +86,10 @@ class Recalled:
                 guide.recaller(input_.args, input_.observations),
                 what=f"a {kind} of input {input_.index}",
                 complete=self.complete,
-                seed=self.seeds[slot],
+                seed=seeds[slot],
                 slot=slot,
             )
             for slot, record in enumerate(self.records)
-            if self.remembered[slot] is None
-        ]
-
-    def samples(self, particles: Sequence[Particle]) -> list[Sample]:
-        runs = iter(particles)
-        return [
-            replace(sample, origin=self.origin) if sample else Sample.of(next(runs), self.origin)
-            for sample in self.remembered
         ]
 
 
@@ -141,25 +130,29 @@ class Behaviour:
         heat = math.exp(low + (high - low) * float(torch.rand((), generator=self._generator)))
         seeds = runtime.slot_seeds(runtime.nth_seed(self._seed, number), 4 * len(inputs))
         observe(self._guide, inputs)
-        runs: list[tuple[Input, Drawn | Recalled, list[Particle]]] = []
+        runs: list[tuple[int, Drawn | Recalled, list[Particle]]] = []
+        known: list[list[Sample]] = []
         with runtime.ending([]) as started:
             for k, input_ in enumerate(inputs):
                 input_.visits += 1
                 input_seeds = (*seeds[3 * k : 3 * k + 3], seeds[3 * len(inputs) + k])
-                for policy in self._policies(input_, share, heat, input_seeds):
+                policies, remembered = self._policies(input_, share, heat, input_seeds)
+                known.append(remembered)
+                for policy in policies:
                     particles = policy.start(self._guide, input_)
                     started += particles
-                    runs.append((input_, policy, particles))
+                    runs.append((k, policy, particles))
             runtime.run_to_end(started)
-        samples: dict[int, list[Sample]] = {id(input_): [] for input_ in inputs}
-        for input_, policy, particles in runs:
-            samples[id(input_)] += self._keep(input_, policy, policy.samples(particles))
-        return list(samples.values())
+        drawn: list[list[Sample]] = [[] for _ in inputs]
+        for k, policy, particles in runs:
+            drawn[k] += self._keep(inputs[k], policy, particles)
+        return [new + old for new, old in zip(drawn, known, strict=True)]
 
     def _policies(
         self, input_: Input, share: int, heat: float, seeds: Sequence[int]
-    ) -> list[Drawn | Recalled]:
-        """What draws ``share`` traces of an input, and the traces to be kept for later steps."""
+    ) -> tuple[list[Drawn | Recalled], list[Sample]]:
+        """What draws ``share`` traces of an input, and the traces to be kept for later steps; and the
+        traces that are remembered."""
         options, loss = self._options, self._loss
         given = self._given(input_, share)
         by_program = round(share * options.prior_fraction)
@@ -177,26 +170,24 @@ class Behaviour:
             ahead, stocked = (self._stocked_steps - 1) * prior, []
         else:
             ahead, stocked = 0, [input_.stock.pop() for _ in range(prior)]
-        recalled: dict[Origin, list[Record]] = {
-            "given": given, "replay": replayed, "prior": stocked
-        }  # fmt: skip
-        recalled_seeds = iter(runtime.slot_seeds(seeds[3], sum(map(len, recalled.values()))))
-        return [
+        policies: list[Drawn | Recalled] = [
             Drawn("guide", drawn, 1.0, seeds[0]),
             Drawn("tempered", tempered, heat, seeds[1]),
             Drawn("prior", prior - len(stocked) + ahead, math.inf, seeds[2], ahead),
-            *(
-                Recalled(
-                    origin,
-                    records,
-                    [self._remembered.get(id(record)) for record in records],
-                    [next(recalled_seeds) for _ in records],
-                    # What the guide draws itself is nothing to imitate.
-                    complete=origin == "given" and loss.draws == "given",
-                )
-                for origin, records in recalled.items()
-            ),
         ]
+        remembered = []
+        recalled: dict[Origin, list[Record]] = {
+            "given": given, "replay": replayed, "prior": stocked
+        }  # fmt: skip
+        recalled_seeds = runtime.slot_seeds(seeds[3], len(recalled))
+        for seed, (origin, records) in zip(recalled_seeds, recalled.items(), strict=True):
+            known = [self._remembered.get(id(record)) for record in records]
+            remembered += [replace(sample, origin=origin) for sample in known if sample]
+            rest = [record for record, sample in zip(records, known, strict=True) if not sample]
+            # What the guide draws itself is nothing to imitate.
+            complete = origin == "given" and loss.draws == "given"
+            policies.append(Recalled(origin, rest, seed, complete))
+        return policies, remembered
 
     def _given(self, input_: Input, share: int) -> list[Record]:
         """Latents that the user gave: always for losses on them; else once each, to seed the
@@ -210,15 +201,17 @@ class Behaviour:
         picks = torch.randperm(len(given), generator=self._generator)[:most].tolist()
         return [given[k] for k in sorted(picks)]
 
-    def _keep(self, input_: Input, policy: Drawn | Recalled, samples: list[Sample]) -> list[Sample]:
+    def _keep(
+        self, input_: Input, policy: Drawn | Recalled, particles: Sequence[Particle]
+    ) -> list[Sample]:
         """Keep what later steps may use of a policy's traces. Returns those that are for this one."""
+        samples = [Sample.of(particle, policy.origin) for particle in particles]
         dead = [sample.log_r == -math.inf for sample in samples]
         input_.alive |= not all(dead)
         input_.rejects |= any(dead)
         keeps = self._loss.draws == "mixture"
         if isinstance(policy, Recalled):
-            known = zip(policy.records, policy.remembered, samples, strict=True)
-            for record, sample in [(record, new) for record, old, new in known if old is None]:
+            for record, sample in zip(policy.records, samples, strict=True):
                 if policy.origin == "given":
                     _check_given(input_, sample)
                     input_.given[input_.given.index(record)] = self._remember(sample)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -31,16 +31,13 @@ def _put_back(copies: Mapping[str, torch.Tensor], parameters: Parameters) -> Non
 
 
 class _Callback:
-    """Its state is what is in the attributes named in ``kept``."""
-
-    kept: ClassVar[tuple[str, ...]]
+    """Its state is what is in its public attributes."""
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.kept}
+        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for name in self.kept:
-            setattr(self, name, state[name])
+        vars(self).update(state)
 
 
 class DivergenceGuard(_Callback):
@@ -50,8 +47,6 @@ class DivergenceGuard(_Callback):
     where the figure, called ``name`` in messages, has fallen, the best parameters are tried on the
     same inputs first.
     """
-
-    kept = "first", "best", "snapshot", "recent"
 
     def __init__(self, name: str = "ELBO") -> None:
         self._name = name
@@ -100,21 +95,19 @@ def _fell(figure: float, to: float) -> bool:
 class EarlyStopping(_Callback):
     """Stops a run after ``patience`` evaluations on held-out inputs without a new best; None: never."""
 
-    kept = "best", "best_step", "waited", "snapshot"
-
     def __init__(self, patience: int | None) -> None:
-        self.patience = None if patience is None else check_int("patience", patience)
+        self._patience = None if patience is None else check_int("patience", patience)
         self.best, self.best_step, self.waited = -math.inf, -1, 0
         self.snapshot: dict[str, torch.Tensor] = {}
 
     @property
     def over(self) -> bool:
         """Whether the run is to end, or has ended so before it was resumed."""
-        return self.patience is not None and self.waited >= self.patience
+        return self._patience is not None and self.waited >= self._patience
 
     def should_stop(self, number: int, figure: float, parameters: Parameters) -> bool:
         """Take note of an evaluation."""
-        if self.patience is None:
+        if self._patience is None:
             return False
         self.waited += 1
         if figure > self.best:

@@ -104,19 +104,13 @@ class LMGuide:
     start_training: Any = property(attrgetter("inner.start_training"))
     find_parameters: Any = property(attrgetter("inner.find_parameters"))
     identity: Any = property(attrgetter("inner.identity"))
+    adapters: Any = property(attrgetter("inner.adapters"))
+    named_parameters: Any = property(attrgetter("inner.named_parameters"))
     adapted_sites: Any = property(attrgetter("inner.adapted_sites"))
     param_names: Any = property(attrgetter("inner.param_names"))
 
-    def adapters(self) -> list[LM]:
-        """The language models with trainable parameters, in the order in which it uses them."""
-        return self.inner.adapters()
-
-    def named_parameters(self) -> dict[str, nn.Parameter]:
-        """The trainable parameters by name (of a guide program: those that it has used so far)."""
-        return self.inner.named_parameters()
-
     def parameters(self) -> list[nn.Parameter]:
-        """The trainable parameters, in the order of ``named_parameters()``."""
+        """The trainable parameters (of a guide program: those that it has used so far)."""
         return list(self.named_parameters().values())
 
     def observations(
@@ -136,8 +130,8 @@ class LMGuide:
         model: Callable[..., Any] | None = None,
         observations: Observations | None = None,
     ) -> None:
-        """Run the guide on an input, as of ``observations``, so that all its parameters exist. What
-        it reads is found out, if ``observations`` is None."""
+        """Run the guide on an input, so that all its parameters exist; ``observations``: what it
+        reads there, if that is known."""
         with use(self.base):
             self.find_parameters(args)
             if observations is None:
@@ -181,9 +175,8 @@ class LMGuide:
         self.tempered_target = state["tempered_target"]
 
     def save(self, path: str | Path) -> None:
-        """Write the guide to a folder: a standard peft adapter, heads and a description.
-
-        The folder appears whole or not at all.
+        """Write the guide to a folder, which appears whole or not at all: a standard peft adapter,
+        heads and a description.
 
         Raises:
             FileExistsError: if ``path`` exists and is no guide. (A guide is replaced.)

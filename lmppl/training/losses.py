@@ -32,22 +32,18 @@ class Loss(ABC):
         name: by which ``fit(loss=...)`` finds it.
         draws: ``"mixture"``: traces of any behaviour policy; ``"guide"``: the guide's own draws
             only; ``"given"``: latents that the user gave or that were simulated, and no draws.
-        truncations, needs_truncations: whether it uses truncations of the traces, and needs them.
-        takes_simulated: whether a loss on the guide's draws learns from simulated latents as well.
-        learns_log_z: whether the log evidence of each input is learned beside the guide.
-        defended: whether a loss on the guide's draws takes draws of the program as well, for the
-            term of dead traces, on inputs that have any.
-        updates: of the optimiser on the same draws.
     """
 
     name: ClassVar[str]
     draws: ClassVar[Literal["mixture", "guide", "given"]]
-    truncations: ClassVar[bool] = False
-    needs_truncations: ClassVar[bool] = False
+    truncations: ClassVar[bool] = False  # whether it uses truncations of the traces
+    needs_truncations: ClassVar[bool] = False  # whether it is nothing without them
+    learns_log_z: ClassVar[bool] = False  # whether it needs the log evidence of each input
+    # Of a loss on the guide's own draws: whether it learns from simulated latents as well, and, to
+    # unlearn dead traces on inputs that have any, from draws of the program.
     takes_simulated: ClassVar[bool] = False
-    learns_log_z: ClassVar[bool] = False
     defended: ClassVar[bool] = False
-    updates: int = 1
+    updates: int = 1  # of the optimiser on the same draws
 
     @abstractmethod
     def of(self, batch: Batch, *, moved: float = 1.0) -> torch.Tensor:

@@ -62,8 +62,7 @@ class _Mixture:
             records, log_shares = zip(*self._kept.values(), strict=True)
             shares = [math.exp(log_share) for log_share in log_shares]
             chosen = random.Random(of_buffer).choices(records, shares, k=self._of_buffer)
-            seeds = runtime.slot_seeds(of_buffer, self._of_buffer)
-            policies.append(Recalled("replay", chosen, [None] * self._of_buffer, seeds))
+            policies.append(Recalled("replay", chosen, of_buffer))
         return [run for policy in policies for run in policy.start(guide, self.input)]
 
     def log_weight(self, sample: Sample, scores: Mapping[str, SiteScore]) -> float:

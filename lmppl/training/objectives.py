@@ -44,8 +44,7 @@ def vargrad(log_r: torch.Tensor, log_q: torch.Tensor, huber: float = torch.inf) 
     if int(live.sum()) < 2:
         return log_q.sum() * 0.0
     u = log_r[live] - log_q[live]
-    centre = _centre(u.detach(), huber)
-    distance = (u - centre).abs()
+    distance = (u - _centre(u.detach(), huber)).abs()
     excess = (distance - huber).clamp_min(0.0)  # d^2 - (d - h)^2 = 2 h d - h^2
     return (distance**2 - excess**2).sum() / (len(u) - 1)
 
@@ -64,9 +63,7 @@ def _centre(u: torch.Tensor, huber: float) -> torch.Tensor:
 def tb(log_r: torch.Tensor, log_q: torch.Tensor, log_z: torch.Tensor) -> torch.Tensor:
     """Trajectory balance with a learned log Z (Malkin et al., 2022, arXiv 2201.13259).
 
-    Args:
-        log_r, log_q: (N,).
-        log_z: 0-d, the learned log evidence of the input, with gradient.
+    ``log_z`` is 0-d, the learned log evidence of the input, with gradient.
     """
     live = log_r > -torch.inf
     if not bool(live.any()):
@@ -108,9 +105,7 @@ def subtb(
     u = log_r[live] - log_q[live]
     if lam == 1.0:
         return 2.0 * u.var()
-    if positions is None:
-        positions = torch.arange(len(log_r), device=u.device)
-    at = positions.to(u)[live]
+    at = (torch.arange(len(log_r)) if positions is None else positions).to(u)[live]
     i, j = torch.triu_indices(len(u), len(u), offset=1, device=u.device)
     # In logs, as powers of a small lam underflow where truncations are far apart.
     weight = torch.softmax((at[j] - at[i]).abs() * math.log(lam), dim=0)
@@ -130,8 +125,8 @@ def alive(
 
     Args:
         log_r, log_q: (N,), N >= 2.
-        log_drawn: (N,), log-density of the mixture that drew the samples, all of them (the balance
-            heuristic of Veach & Guibas, 1995). None: they are samples of q.
+        log_drawn: (N,), log-density of the mixture that drew all samples (the balance heuristic of
+            Veach & Guibas, 1995). None: they are samples of q.
     """
     live = (log_r > -torch.inf).to(log_q.dtype)
     log_weights = log_q.detach() * 0.0 if log_drawn is None else log_q.detach() - log_drawn
@@ -153,15 +148,12 @@ def elbo(log_r: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
     Where q gives mass to traces with R = 0 the ELBO is ``-inf``. They stay out, and the gradient
     is that of ``-E_qA[log R - log qA]`` times the probability of at least two live samples, where
     ``qA`` is q renormalised to live traces. Their mass is left to ``alive``.
-
-    Args:
-        log_r, log_q: (N,), N >= 2, of samples drawn from q itself.
     """
     live = log_r > -torch.inf
     if int(live.sum()) < 2:
         return log_q.sum() * 0.0
     u = (log_r - log_q)[live].detach()
-    # u_i - mean of the others = (u_i - mean of all) n / (n - 1), and the estimate is a mean over n.
+    # u_i less the mean of the others is (u_i - mean of all) n / (n - 1); the estimate is a mean over n.
     return -((u - u.mean()) * log_q[live]).sum() / (len(u) - 1)
 
 

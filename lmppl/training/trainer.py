@@ -119,7 +119,6 @@ class Trainer:
         return int(min(options.inputs_per_step, options.batch_size // 2, few))
 
     def _draw(self, inputs: Sequence[Input], number: int) -> list[list[Sample]]:
-        """The traces of each input."""
         samples = self._behaviour.draw(inputs, number)
         for input_, of_input in zip(inputs, samples, strict=True):
             self._lookalikes.look(input_, of_input)
@@ -169,7 +168,7 @@ class Trainer:
     def _losses(
         self, inputs: Sequence[Input], batches: Sequence[Batch], number: int
     ) -> list[torch.Tensor]:
-        """Of each input of the step that has a trace to learn from."""
+        """Of each input that has a trace to learn from."""
         beta = self.options.inverse_temperature(number, self.steps)
         losses = []
         for input_, batch in zip(inputs, batches, strict=True):
