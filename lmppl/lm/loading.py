@@ -9,14 +9,9 @@ import torch
 
 from lmppl.checks import nearest
 from lmppl.lm import embedded
-from lmppl.lm.gguf import load_folder, load_gguf, load_pretrained
+from lmppl.lm.gguf import is_gguf, load_local, load_pretrained
 
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
 
 def load(
@@ -28,22 +23,31 @@ def load(
     """A frozen model and its tokenizer; see ``LM.from_pretrained``."""
     if not isinstance(name_or_path, (str, Path)):
         raise TypeError(f"name_or_path={name_or_path!r}: it must be a name or a path")
-    _refuse(hf_kwargs)
+    if "trust_remote_code" in hf_kwargs:
+        raise ValueError(
+            "trust_remote_code is not supported: lmppl does not run code that comes with a model. "
+            "Load such a model yourself and wrap it with LM(model, tokenizer)."
+        )
+    if "torch_dtype" in hf_kwargs:
+        raise ValueError("torch_dtype is called dtype here: LM.from_pretrained(..., dtype=...)")
     device = choose_device(device)
     dtype = choose_dtype(dtype, device)
     name = str(name_or_path)
-    path = Path(name).expanduser()
-    if name.lower() == embedded.ALIAS:
-        model, tokenizer = load_folder(embedded.model_dir(), dtype, **hf_kwargs)
-    elif name.endswith(".gguf"):
-        model, tokenizer = load_gguf(path, dtype, **hf_kwargs)
-    elif path.is_dir():
-        model, tokenizer = load_folder(path, dtype, **hf_kwargs)
+    is_embedded = name.lower() == embedded.ALIAS
+    path = embedded.model_dir() if is_embedded else Path(name).expanduser()
+    if is_gguf(path) or path.is_dir():
+        model, tokenizer = load_local(path, dtype, **hf_kwargs)
     else:
         try:  # a download may take long: let it show
             model, tokenizer = load_pretrained(name, dtype, progress=True, **hf_kwargs)
         except OSError as error:  # the hub's own errors are OSErrors too
-            raise OSError(_not_found(name, error)) from error
+            last = name.lower().rsplit("/", 1)[-1]
+            hint = nearest(last, [embedded.ALIAS], cutoff=0.5) or "."
+            raise OSError(
+                f"{name!r} is neither the embedded model {embedded.ALIAS!r}, nor a local directory, "
+                f"nor a .gguf file, and the Hugging Face hub did not give it{hint} The hub said: "
+                f"{error}"
+            ) from error
     if "device_map" not in hf_kwargs:
         model.to(device)
     model.requires_grad_(False)
@@ -89,22 +93,3 @@ def _fast_bfloat16(device: torch.device) -> bool:
         checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
         return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
     return False
-
-
-def _not_found(name: str, error: Exception) -> str:
-    last = name.lower().rsplit("/", 1)[-1]
-    hint = nearest(last, [embedded.ALIAS], cutoff=0.5) or "."
-    return (
-        f"{name!r} is neither the embedded model {embedded.ALIAS!r}, nor a local directory, nor a "
-        f".gguf file, and the Hugging Face hub did not give it{hint} The hub said: {error}"
-    )
-
-
-def _refuse(hf_kwargs: dict[str, Any]) -> None:
-    if "trust_remote_code" in hf_kwargs:
-        raise ValueError(
-            "trust_remote_code is not supported: lmppl does not run code that comes with a model. "
-            "Load such a model yourself and wrap it with LM(model, tokenizer)."
-        )
-    if "torch_dtype" in hf_kwargs:
-        raise ValueError("torch_dtype is called dtype here: LM.from_pretrained(..., dtype=...)")

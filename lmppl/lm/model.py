@@ -366,8 +366,9 @@ class LM:
 
     @property
     def sampler(self) -> LM:
-        """The model that sequences are drawn from: ``merged()`` of the adapter's present parameters,
-        kept until they change. This model itself if its adapter (or none) can't be merged."""
+        """The model that sequences are drawn from: ``merged()`` of the adapter's present
+        parameters, kept until they change. This model itself if its adapter (or none) can't be
+        merged."""
         if not self._merges:
             return self
         self.runner.refresh()

@@ -27,11 +27,8 @@ class Decoding:
             decoding.select(ancestors)      # if particles are resampled here
         drawn = decoding.results()
 
-    Every slot's tokens are a function of its own uniforms: token k is drawn with ``uniforms[k]``,
-    whichever sequence the slot holds by then. Sequences leave the batch as they close.
-
-    Args:
-        draws: the model's runner and the request of each slot. Models may differ.
+    Token k of a slot is drawn with the slot's own ``uniforms[k]``, whichever sequence it holds by
+    then. Sequences leave the batch as they close. Models may differ from slot to slot.
 
     Attributes:
         token_ids: the tokens of each slot.
@@ -40,8 +37,8 @@ class Decoding:
         num_steps: steps made.
 
     Raises:
-        ValueError: a draw that does not fit the model's context, with fewer uniforms than that, with a
-            temperature that is not positive, or with an empty prefix.
+        ValueError: a draw with an empty prefix, that does not fit the model's context, with too few
+            uniforms, or with a temperature that is not positive.
     """
 
     @timed("sampled")
@@ -89,8 +86,8 @@ class Decoding:
         """Draw one token for every open sequence.
 
         Raises:
-            ValueError: the model's logits define no distribution, or a slot that took over a
-                longer sequence has no uniform left; the message names the site.
+            ValueError: the logits define no distribution, or a slot that took over a longer sequence
+                has no uniform left; the message names the site.
         """
         for batch in self._batches:
             slots = batch.slots
@@ -118,13 +115,8 @@ class Decoding:
     @without_grad()
     def closing_log_probs(self) -> list[float]:
         """The log-probability (nats) that the next token of each open sequence is its closing
-        token; ``-inf`` where it has none, NaN of a sequence that has closed.
-
-        It costs the next step nothing, which needs the same passes through the model.
-
-        Raises:
-            ValueError: the model's logits define no distribution; the message names the site.
-        """
+        token; ``-inf`` where it has none, NaN of a sequence that has closed. The next step needs
+        the same passes through the model, and gets them for nothing. Raises as ``step`` does."""
         found = [math.nan] * len(self)
         for batch in self._batches:
             batch.advance(self.token_ids)
@@ -141,11 +133,7 @@ class Decoding:
     @timed("sampled")
     def select(self, ancestors: Sequence[int]) -> None:
         """Slot i becomes a copy of slot ``ancestors[i]``, and keeps its own uniforms.
-
-        Raises:
-            IndexError: an ancestor that is no slot.
-            ValueError: not one ancestor a slot.
-        """
+        ``IndexError``: an ancestor that is no slot; ``ValueError``: not one ancestor a slot."""
         ancestors = [int(a) for a in ancestors]
         if len(ancestors) != len(self):
             raise ValueError(f"{len(ancestors)} ancestors for {len(self)} slots")
@@ -161,11 +149,7 @@ class Decoding:
         self._batches = [batch for batch in self._batches if batch.slots]
 
     def results(self) -> list[Drawn]:
-        """The sequences, all of them closed.
-
-        Raises:
-            RuntimeError: one of them is open.
-        """
+        """The sequences, all of them closed; ``RuntimeError`` if one is open."""
         drawn = []
         for slot, reason in enumerate(self.reasons):
             if reason is None:

@@ -16,13 +16,11 @@ from lmppl.lm.tokens.stopping import Stopping, StoppingState
 def enumerate_sequences(
     runner: Runner, prefix: tuple[int, ...], stopping: Stopping, temperature: float, *, limit: int
 ) -> list[tuple[tuple[int, ...], Tensor]] | None:
-    """Every closed sequence of positive probability with its log-density (0-d float32, nats).
-
-    Breadth first, one batched pass a token. Returns None if there are more than ``limit``.
+    """Every closed sequence of positive probability with its log-density (0-d float32, nats), found
+    breadth first, a pass a token; None if there are more than ``limit``.
 
     Raises:
-        ValueError: the longest sequence does not fit the model's context; the model's logits define
-            no distribution.
+        ValueError: the context is too short, or the logits define no distribution.
     """
     runner.check_request(len(prefix), stopping.max_tokens or 0, "")
     complete: list[tuple[tuple[int, ...], Tensor]] = []

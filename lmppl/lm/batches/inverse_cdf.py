@@ -81,11 +81,8 @@ def tempered(logits: Tensor, temperature: float | Sequence[float] | Tensor) -> T
 
 
 def _first_above(cdf: Tensor, target: Tensor) -> Tensor:
-    """The first index whose value exceeds ``target``: its own mass is positive.
-
-    Rounding can push a target to the top of ``cdf``, where no index would be left: it is taken
-    just below.
-    """
+    """The first index whose value exceeds ``target``: its own mass is positive. A target that
+    rounding has pushed to the top of ``cdf``, where no index would be left, is taken just below."""
     top = cdf[:, -1:]
     target = torch.minimum(target, torch.nextafter(top, torch.zeros_like(top)))
     return torch.searchsorted(cdf, target, right=True).clamp_(max=cdf.shape[-1] - 1)

@@ -51,12 +51,8 @@ class Row:
 
 
 def pack_rows(sequences: Sequence[Tokens], cost: Callable[[int, int], float]) -> list[Row]:
-    """Rows that hold all of the non-empty sequences, of the length at which they cost least.
-
-    Args:
-        sequences: non-empty.
-        cost: of a pass, by the number of its rows and their length.
-    """
+    """Rows that hold all of the non-empty sequences, of the length at which they cost least, where
+    ``cost`` is that of a pass by the number of its rows and their length."""
     order = sorted(range(len(sequences)), key=lambda i: sequences[i])
     lengths = [len(sequences[i]) for i in order]
     shared = [0]
@@ -72,8 +68,8 @@ def pack_rows(sequences: Sequence[Tokens], cost: Callable[[int, int], float]) ->
 
 
 def _divide(lengths: Sequence[int], shared: Sequence[int], cap: int) -> tuple[list[int], int]:
-    """Where rows begin if each takes sequences until it would be longer than ``cap``, and the length
-    of the longest row."""
+    """Where rows begin if each takes sequences until it would be longer than ``cap``, and the
+    length of the longest row."""
     starts: list[int] = []
     size = longest = 0
     for at, (length, common) in enumerate(zip(lengths, shared, strict=True)):
@@ -108,12 +104,8 @@ def _build(sequences: Sequence[Tokens], members: Sequence[int], shared: Sequence
 
 
 def group_by_prefix(items: Sequence[T], shared_of: Callable[[T], Tokens]) -> list[list[T]]:
-    """Groups to be read together, each of which shares what is worth reading once.
-
-    Args:
-        items: what is read.
-        shared_of: the tokens of an item that it may share with others.
-    """
+    """Groups to be read together, each of which shares what is worth reading once. ``shared_of`` an
+    item are the tokens that it may share."""
     keyed = sorted(((shared_of(item), n) for n, item in enumerate(items)), key=lambda k: k[0])
     groups, rest = _split(keyed, 0, 0)
     return [[items[n] for _, n in group] for group in (*groups, rest) if group]

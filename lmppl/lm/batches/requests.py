@@ -1,7 +1,6 @@
 """What a program asks of a language model: draw a sequence, or score one.
 
-Requests are plain data about token ids. A caller gathers as many as it can, since the model
-serves a batch for little more than the price of one.
+Requests are plain data. A model serves many of them for little more than the price of one.
 """
 
 from __future__ import annotations
@@ -16,11 +15,8 @@ from lmppl.lm.tokens.text import FinishReason
 
 @dataclass(frozen=True, eq=False)
 class Draw:
-    """Draw one sequence that continues ``prefix`` until ``stopping`` closes it.
-
-    A draw is a deterministic function of its uniforms: token k is the inverse of the k-th
-    conditional distribution function at ``uniforms[k]``.
-    """
+    """Draw one sequence that continues ``prefix`` until ``stopping`` closes it: token k is the
+    inverse of the k-th conditional distribution function at ``uniforms[k]``."""
 
     prefix: tuple[int, ...]
     stopping: Stopping

@@ -32,13 +32,8 @@ class Rows(ABC):
 
     @staticmethod
     def start(runner: Runner, prefixes: Sequence[Tokens], max_new: int) -> Rows:
-        """Read the prefixes: what they share once, and then each distinct remainder once.
-
-        Args:
-            runner: of the model.
-            prefixes: one a row, none of them empty.
-            max_new: how many tokens a row will get at most.
-        """
+        """Read the prefixes, one a row, none empty: what they share once, then each distinct rest
+        once. A row will get at most ``max_new`` tokens."""
         runner.refresh()
         kind = CachedRows if runner.fast else PlainRows
         return kind(runner, prefixes, max_new)
@@ -51,15 +46,8 @@ class Rows(ABC):
 
     @without_grad()
     def draw(self, uniforms: Tensor, temperatures: Sequence[float]) -> tuple[Tensor, Tensor]:
-        """The next token of each row (B,), and its log-probability (B,) float32, in nats.
-
-        Logits are made for some rows at a time, so that memory does not grow with B. See
-        ``inverse_cdf.invert`` for what is returned where they define no distribution.
-
-        Args:
-            uniforms: (B,) float64 in [0, 1).
-            temperatures: B of them.
-        """
+        """The next token of each row (B,), and its log-probability (B,) float32, in nats, as
+        ``inverse_cdf.invert`` gives them for ``uniforms`` (B,)."""
         parts = [
             invert(logits, uniforms[part], temperatures[part]) for part, logits in self._parts()
         ]

@@ -1,8 +1,7 @@
 """Scoring: log-probabilities of given continuations, batched.
 
 Requests that share a prefix read it once, whether all of them do or only some; equal ones are
-scored once; only the positions that are asked for go through the output layer. Passes are as large
-as the machine likes, and no larger.
+scored once; only the positions that are asked for go through the output layer.
 """
 
 from __future__ import annotations

@@ -34,18 +34,16 @@ class Product(NamedTuple):
 class Matrices:
     """The matrices that a model's forward pass multiplies by.
 
-    Embeddings are looked up, not multiplied by. Expert matrices (of a mixture, of which a token
-    meets a few) are left out, as are those of attention, which depend on the context's length.
+    Embeddings are looked up, not multiplied by. Left out are expert matrices (of a mixture, of
+    which a token meets a few) and those of attention, which depend on the context's length.
 
     Args:
         model: a causal language model.
-        output_layer: of it.
-        packed: gives the products that the model has laid out for this machine: outside the output
-            layer, and in it.
+        output_layer: of it, which only some positions go through.
+        packed: gives the products laid out for this machine: outside the output layer, and in it.
 
     Attributes:
-        body: outside the output layer.
-        output: of the output layer, which only some positions go through.
+        body, output: the matrices outside the output layer, and in it.
         key: equal for models of the same shapes, dtypes and device.
     """
 
@@ -67,15 +65,9 @@ class Matrices:
         return 2 * self._num[0] * positions, 2 * self._num[1] * outputs
 
     def seconds(self, positions: int, outputs: int, passes: int) -> float | None:
-        """What the products of so many forward passes take at the rate of ``gemm_rate``.
-
-        None if the model has no such matrices.
-
-        Args:
-            positions: in all passes together.
-            outputs: of them, those that go through the output layer.
-            passes: among which the positions are divided evenly.
-        """
+        """What the products of so many forward passes take at the rate of ``gemm_rate``; None if
+        there are none. ``positions``, and of them the ``outputs`` that go through the output layer,
+        are those of all ``passes`` together."""
         parts = zip((self.body, self.output), (positions, outputs), self._packed(), strict=True)
         total = 0.0
         for flops, part in zip(self.flops(positions, outputs), parts, strict=True):
@@ -105,9 +97,8 @@ _rates: dict[tuple[Any, ...], float] = {}
 def gemm_rate(matrices: Sequence[Tensor], rows: float, packed: Sequence[Product] = ()) -> float:
     """FLOP/s of ``F.linear`` on matrices, one after another, as a forward pass meets them.
 
-    Measured when it is first asked for, in less than 0.1 s, and remembered by device, dtype, shapes,
-    number of threads and rows. Launching the products one by one is not counted on CUDA, where a
-    graph can do without.
+    Measured when it is first asked for, in less than 0.1 s, and remembered. Launching the products
+    one by one is not counted on CUDA, where a graph can do without.
 
     Args:
         matrices: not empty. Only those of the most common device and dtype are measured: an

@@ -37,14 +37,14 @@ _NOTHING = nullcontext()
 
 @dataclass
 class PassCounts:
-    """Forward passes of one kind of work through models of one shape.
+    """Forward passes of one kind of work through models of one shape, of one of which are
+    ``matrices``.
 
     Attributes:
         passes: how many.
         rows: of their batches, summed.
         positions: rows times length, summed: padding included.
         outputs: positions that went through the output layer.
-        matrices: of one of the models.
     """
 
     matrices: Matrices
@@ -88,7 +88,7 @@ class WorkRecord:
 
 
 class _Regions(threading.local):
-    """What one thread is doing: the kinds of its open regions, the innermost last, and since when."""
+    """What one thread is doing: the kinds of its open regions, the innermost last, since when."""
 
     def __init__(self) -> None:
         self.kinds: list[Kind] = []
@@ -202,7 +202,8 @@ def timed(kind: Kind) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 def count_pass(matrices: Callable[[], Matrices], tokens: Tensor, outputs: Tensor | None) -> None:
     """A forward pass of (B, T) ``tokens``, of which the positions ``outputs`` (None: all) go
-    through the output layer. ``matrices`` of the model are only asked for while somebody records."""
+    through the output layer. ``matrices`` of the model are only asked for while somebody
+    records."""
     if _ledger is not None:
         _ledger.count(matrices(), tokens, tokens.numel() if outputs is None else outputs.numel())
 
@@ -217,11 +218,8 @@ def watch_backward(outputs: Iterable[Tensor]) -> None:
 
 @contextmanager
 def recording() -> Iterator[tuple[Ledger, WorkRecord]]:
-    """Record what all language models of the process do in the block.
-
-    Yields:
-        The ledger, and a record that is filled when the block ends, however it ends.
-    """
+    """Record what all language models of the process do in the block. Yields the ledger, and a
+    record that is filled when the block ends, however it ends."""
     global _ledger
     record = WorkRecord()
     with _recordings:  # one ledger for all who record at the same time

@@ -1,7 +1,7 @@
 """Adapters: trainable copies of a language model that share its weights.
 
-peft edits a model in place, so it gets a clone of the module tree on the base's own memory, where it
-may not write: the base stays bit-exact, and base and adapter can be used in turn.
+peft edits a model in place, so it gets a clone of the module tree on the base's own memory, where
+it may not write: the base stays bit-exact, and base and adapter can be used in turn.
 """
 
 from __future__ import annotations
@@ -33,11 +33,8 @@ def is_adapted(model: Any) -> bool:
 
 
 def adapted_modules(model: PeftModel) -> Any:
-    """The base model's modules, with those of the adapter in their place.
-
-    Raises:
-        ValueError: the adapter is more than that (prompt learning).
-    """
+    """The base model's modules, with those of the adapter in their place. ``ValueError``: the
+    adapter is more than that (prompt learning)."""
     for config in model.peft_config.values():
         if config.is_prompt_learning:
             raise ValueError(
@@ -195,7 +192,7 @@ def _twin(model: PeftModel) -> PeftModel:
 
 
 def _probe(model: PeftModel) -> Tensor:
-    """A few tokens (1, T): those that a configuration names (trained ones, triggers), and others."""
+    """A few tokens (1, T), among them those that a configuration names (trained ones, triggers)."""
     values = [value for config in model.peft_config.values() for value in vars(config).values()]
     lists = [value[:8] for value in values if isinstance(value, list)]
     named = [number for numbers in lists for number in numbers if type(number) is int]
@@ -205,8 +202,8 @@ def _probe(model: PeftModel) -> Tensor:
 
 @torch.no_grad()
 def _check_logits(model: PeftModel, base: torch.nn.Module, config: PeftConfig) -> None:
-    """Raises ``ValueError`` unless the adapter changes the logits, in the base model's layers alone,
-    and leaves them a function of the tokens before."""
+    """Raises ``ValueError`` unless the adapter changes the logits, in the base model's layers
+    alone, and leaves them a function of the tokens before."""
     tokens = _probe(model)
     try:
         twin = _twin(model)

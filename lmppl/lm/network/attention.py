@@ -122,11 +122,9 @@ class PrefixCache(Cache):
         """What to add to a group's scores: (R or 1, 1, T, P + S) of 0 and -inf; None for zeros.
 
         Args:
-            group: which one.
-            rows: its rows, R.
+            group, rows: which one, and its R rows.
             window: how many tokens a token sees, with itself; None for all.
-            query: (B, H, T, D), of the new tokens.
-            key: (B, H_kv, S, D), of the suffixes.
+            query, key: (B, H, T, D) of the new tokens, (B, H_kv, S, D) of the suffixes.
         """
         num_tokens, num_slots, device = query.shape[2], key.shape[2], query.device
         kind = (group, window, num_tokens, num_slots)
@@ -171,12 +169,8 @@ class PrefixCache(Cache):
 
 
 class BufferedCache(PrefixCache):
-    """A ``PrefixCache`` whose suffixes grow in preallocated buffers, one token a row at a time.
-
-    Args:
-        groups: the prefixes, in the order of their rows.
-        buffers: per layer, keys and values (B, H_kv, capacity, D).
-    """
+    """A ``PrefixCache`` whose suffixes grow in preallocated buffers, one token a row at a time. The
+    buffers are keys and values per layer, (B, H_kv, capacity, D)."""
 
     def __init__(self, groups: Sequence[Group], buffers: list[LayerKV]) -> None:
         super().__init__(groups)

@@ -1,9 +1,8 @@
 """A decoding step whose shapes never change, so that CUDA can record it once and replay it.
 
-Launching the kernels of a small model one by one takes longer than running them: a CUDA graph
-launches all of a step at once. It reads and writes fixed memory, and nothing in it may wait for the
-device, so positions are tensors there, all slots of the buffers are looked at, and the mask hides
-those that are not filled.
+A CUDA graph launches all kernels of a step at once. It reads and writes fixed memory, and nothing
+in it may wait for the device, so positions are tensors there, all slots of the buffers are looked
+at, and the mask hides those that are not filled.
 """
 
 from __future__ import annotations
@@ -20,13 +19,8 @@ from lmppl.lm.network.runner import Runner
 
 
 class StaticStep:
-    """Appends one token to each row of a cache, again and again.
-
-    Args:
-        runner: of the model.
-        cache: of the rows; its buffers and groups must stay as they are.
-        lengths: slots that each row has filled.
-    """
+    """Appends one token to each row of ``cache``, whose buffers and groups must stay as they are,
+    again and again. The rows have filled ``lengths`` slots."""
 
     def __init__(self, runner: Runner, cache: BufferedCache, lengths: Sequence[int]) -> None:
         self._runner, self._cache = runner, cache

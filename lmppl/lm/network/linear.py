@@ -1,12 +1,9 @@
 """Frozen linear layers, laid out for the CPU's matrix kernels and fused where they read one input.
 
 A matrix product with few rows spends much of its time on bringing the weights into the layout that
-the kernel wants. Frozen weights can be brought into it once: oneDNN's packed products, which
-torch's own compiler uses for frozen models, ran 1.25 times as fast at 64 rows in bfloat16 and 1.9
-times in float32 (docs/performance.md). Layers that are given the very same tensor (queries, keys
-and values; gate and up) become one product.
-
-The packed weights are a second copy. They are made for a clone of the model, never for the user's.
+the kernel wants. Frozen weights are brought into it once, by oneDNN (measured in
+docs/performance.md). Layers that are given the very same tensor (queries, keys and values; gate and
+up) become one product. The packed weights are a second copy, made for a clone of the model.
 """
 
 from __future__ import annotations
@@ -59,12 +56,8 @@ def packable_layers(model: nn.Module) -> dict[str, Any]:
 
 
 def input_groups(model: nn.Module, run: Callable[[], Any]) -> list[list[str]]:
-    """Names of packable layers, in groups that read the same input one after another.
-
-    Args:
-        model: of the layers.
-        run: makes one forward pass. A layer that it calls more than once is a group by itself.
-    """
+    """Names of packable layers, in groups that read the same input one after another in the forward
+    pass that ``run`` makes. A layer that is called more than once is a group by itself."""
     calls: list[tuple[str, Tensor]] = []  # the tensors, so that ids stay unique
     with ExitStack() as hooks:
         for name, layer in packable_layers(model).items():
@@ -81,12 +74,8 @@ def input_groups(model: nn.Module, run: Callable[[], Any]) -> list[list[str]]:
 
 
 def pack(model: nn.Module, groups: Sequence[Sequence[str]]) -> None:
-    """Replace linear layers of ``model`` by packed ones, those of a group by one product.
-
-    Args:
-        model: a clone that nobody else uses; its parameters stay as they are.
-        groups: names of layers, as ``input_groups`` gives them.
-    """
+    """Replace linear layers of ``model``, a clone that nobody else uses, by packed ones: those of
+    each of the groups that ``input_groups`` gives by one product."""
     layers = packable_layers(model)
     for names in groups:
         product = PackedProduct([layers[name] for name in names])
@@ -148,7 +137,8 @@ class PackedProduct:
 
 
 class PackedLinear(nn.Module):
-    """Stands for a frozen linear ``layer``, and computes its product by a packed copy of its weights.
+    """Stands for a frozen linear ``layer``, and computes its product by a packed copy of its
+    weights.
 
     The packed copy is made at first use. Whoever knows that the layer's parameters have changed
     tells the product to forget it.

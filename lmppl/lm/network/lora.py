@@ -1,8 +1,8 @@
 """LoRA layers as one operation: y = x W' + b + s (x A') B', with a backward pass of its own.
 
-peft computes the low-rank part with some twenty small operations a layer, most of them over the
-whole output, in float32. Here it is added to the frozen product in place, in the model's dtype
-(as under autocast), and so are the gradients of the adapter's parameters, which stay float32.
+peft computes the low-rank part with some twenty small operations a layer, in float32. Here it is
+added to the frozen product in place, in the model's dtype (as under autocast), and so are the
+gradients of the adapter's parameters, which stay float32.
 """
 
 from __future__ import annotations
@@ -51,11 +51,7 @@ def fuse(model: nn.Module) -> None:
 
 
 class FusedLora(nn.Module):
-    """A plain LoRA layer in one operation. Its parameters are those of the layer.
-
-    Attributes:
-        layer: the layer that it stands for.
-    """
+    """Stands for a plain LoRA ``layer``, and computes it in one operation."""
 
     def __init__(self, layer: Any, adapter: str) -> None:
         super().__init__()

@@ -21,8 +21,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from lmppl.lm.network.linear import PackedLinear, PackedProduct, can_pack, packable_layers
 from lmppl.lm.network.modules import clone, plain_logits
 
-# Logits (float32) that are held at a time. On a CPU, buffers of this size are used again and again,
-# where larger ones come fresh from the system at every use, which costs more than the softmax.
+# Logits (float32) that are held at a time. On a CPU, buffers of this size are used again, where
+# larger ones come fresh from the system at every use, which costs more than the softmax.
 _CPU_CHUNK_BYTES = 16 << 20
 _CHUNK_BYTES = 512 << 20
 
@@ -54,8 +54,7 @@ class OutputHead(nn.Module):
         return int(self.weight.shape[0])
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """(B, T, hidden) to (0, V), so that what the model does with logits costs nothing; to the
-        (N, V) that are asked for if they can't be had later."""
+        """(B, T, hidden) to (0, V), which costs nothing; if opaque, to the (N, V) asked for."""
         if self._transparent:
             return self.layer(hidden)
         # As a contiguous matrix: with three dimensions, and weights that need no gradient, a
@@ -101,16 +100,9 @@ class _HandOn(nn.Module):
 class OutputLayer:
     """From states to logits, with whatever a model does to its logits (scaling, soft-capping).
 
-    A pass ends with states, and this makes logits of those that are wanted, when they are wanted.
-    Where that does not give what the model itself gives (``check``), the output layer is *opaque*:
-    a pass ends with the logits, and they stand for the states.
-
-    Args:
-        model: a causal LM of transformers whose output layer is ``head``; not changed.
-        head: its stand-in.
-
-    Attributes:
-        packed: what logits are computed by, if it is packed.
+    A pass ends with states, of which logits are made when they are wanted. Where that does not give
+    what the model itself gives (``check``), the layer is *opaque*: a pass ends with the logits, and
+    they stand for the states. ``packed`` is what logits are computed by, if it is packed.
     """
 
     def __init__(self, model: Any, head: OutputHead) -> None:

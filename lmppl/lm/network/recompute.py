@@ -18,9 +18,8 @@ from torch.utils.checkpoint import checkpoint
 class Checkpointing:
     """A switch of the layers that it has wrapped: ``with checkpointing(True):``
 
-    When it is on, passes with gradients keep only what enters each layer, and compute the rest anew
-    in the backward pass (Chen et al. 2016, arXiv 1604.06174). Layers must not write to a cache
-    meanwhile: they are run twice.
+    Passes with gradients then keep only what enters each layer, and compute the rest anew in the
+    backward pass (Chen et al. 2016, arXiv 1604.06174). Layers must not write to a cache meanwhile.
     """
 
     def __init__(self) -> None:

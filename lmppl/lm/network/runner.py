@@ -299,7 +299,8 @@ class Runner:
 
     def shared_prompt(self, sequences: Sequence[Tokens], limit: int | None = None) -> Prompt:
         """The keys and values of what the non-empty sequences have in common, at most ``limit``
-        tokens. The last token of each is left over: a pass of the rest has the next one's logits."""
+        tokens. The last token of each is left over: a pass of the rest has the next one's
+        logits."""
         shortest = min(len(s) for s in sequences) - 1
         limit = shortest if limit is None else min(limit, shortest)
         low, high = min(sequences), max(sequences)

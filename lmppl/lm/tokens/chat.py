@@ -17,14 +17,12 @@ def apply_chat_template(
     *,
     add_generation_prompt: bool = True,
 ) -> Text:
-    """The messages in the model's chat format, as a text in which every ``Text`` keeps its tokens.
-
-    A ``Text`` may stand anywhere in a message: as its content, or in a part of it.
+    """The messages in the model's chat format, as a text in which every ``Text`` keeps its tokens,
+    wherever in a message it stands.
 
     Raises:
         TypeError: what is no list of messages.
-        ValueError: the tokenizer has no chat template, a message lacks a key, or the template
-            refuses the messages.
+        ValueError: no chat template, a message that lacks a key, or that the template refuses.
     """
     _check_messages(messages)
     tokenizer = vocabulary.tokenizer
@@ -87,7 +85,7 @@ def strings_of(value: Any) -> Iterator[str]:
 
 
 def _without_texts(value: Any, texts: list[Text], mark: str) -> Any:
-    """A copy of nested lists and dicts with a mark for every ``Text``, which is put into ``texts``."""
+    """A copy of nested lists and dicts with a mark for every ``Text``, which goes to ``texts``."""
     if isinstance(value, Text):
         texts.append(value)
         return f"{mark}{len(texts) - 1}{mark}"

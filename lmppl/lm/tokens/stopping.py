@@ -88,11 +88,8 @@ class Stopping:
         return None
 
     def text(self, ids: Iterable[int]) -> Text:
-        """The value of a site whose tokens are ``ids``, open or closed by the last of them.
-
-        Raises:
-            ValueError: ``ids`` go on after they closed.
-        """
+        """The value of a site whose tokens are ``ids``, open or closed by the last of them;
+        ``ValueError`` if they go on after they closed."""
         ids = tuple(int(t) for t in ids)
         closed = self.scan(ids)
         vocabulary = self.vocabulary
@@ -122,8 +119,7 @@ class StoppingState:
 
     Attributes:
         length: tokens pushed.
-        reason: what closed it; None while it is open.
-        stop: the stop string that closed it, if one did.
+        reason, stop: what closed it, and which stop string if one did; None while it is open.
     """
 
     __slots__ = ("_stopping", "_ids", "_tail", "length", "reason", "stop")
@@ -137,11 +133,8 @@ class StoppingState:
         self.stop: str | None = None
 
     def push(self, token: int) -> FinishReason | None:
-        """Add a token. Returns why the sequence closed at it, or None while it is open.
-
-        Raises:
-            ValueError: the sequence is closed already.
-        """
+        """Add a token. Returns why the sequence closed at it, or None while it is open;
+        ``ValueError`` if it is closed already."""
         if self.reason is not None:
             raise ValueError(f"the sequence has closed ({self.reason}) at token {self.length}")
         stopping = self._stopping

@@ -1,9 +1,9 @@
 """What bytes each token adds to a text.
 
-A stop string may end in the middle of a token, and a character may begin in one token and end in
-the next, so text is assembled and searched in UTF-8 bytes. How a token's written form becomes
-bytes depends on the tokenizer's decoder: the rules of the common families are written out here,
-and whoever uses one checks it against the tokenizer's own ``decode`` first.
+A stop string may end within a token, and a character may begin in one token and end in the next, so
+text is assembled and searched in UTF-8 bytes. How a token's written form becomes bytes depends on
+the tokenizer's decoder. Here are the rules of the common families; whoever uses one checks it
+against the tokenizer's own ``decode`` first.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Vocabulary: all that a program needs to know of a tokenizer.
 
-Tokenizers are made for whole texts: they put a BOS in front, some add a space, some strip one when
-decoding. A probabilistic program needs the tokens of a text that *continues* another, and the text
-of tokens from the middle of one. That is what this class gives.
+Tokenizers are made for whole texts: some put a BOS in front, add a space or strip one. A program
+needs the tokens of a text that *continues* another, and the text of tokens from the middle of one.
 """
 
 from __future__ import annotations
@@ -65,19 +64,13 @@ class Vocabulary:
 
     def encode(self, text: str) -> tuple[int, ...]:
         """The canonical tokens of ``text`` where it continues a text: no BOS, no added space.
-
-        Raises:
-            ValueError: the tokenizer cannot write ``text``, or the model lacks one of its tokens.
-        """
+        ``ValueError``: the tokenizer cannot write it, or the model lacks one of its tokens."""
         return self._encode(str(text), False)
 
     def encode_prefix(self, parts: Sequence[str | tuple[int, ...]]) -> tuple[int, ...]:
-        """The tokens of a text made of ``parts``: strings to tokenise, tuples of ids to keep.
-
-        BOS stands once, at the front, unless the first part brings its own (as a chat template
-        does). A string at the very front is tokenised as the tokenizer starts a text (some add a
-        space there), every later one as a continuation.
-        """
+        """The tokens of a text made of ``parts``: strings to tokenise, tuples of ids to keep. A
+        string at the very front is tokenised as the tokenizer starts a text, every later one as a
+        continuation. BOS stands once, at the front, unless the first part brings its own."""
         ids: list[int] = []
         for part in parts:
             if not isinstance(part, str):
