@@ -404,24 +404,22 @@ def score_texts(
         Pairs: the log-density (0-d float32, nats; ``-inf`` outside the support), and its terms
         token by token (None for choices and outside the support).
     """
-    results: list[Any] = []
+    results: list[Any] = [None] * len(distributions)
     texts: dict[int, tuple[LM, Score]] = {}
     chosen: dict[int, tuple[LMText, str]] = {}
     members = zip(distributions, values, _names(distributions, names), strict=True)
     for i, (d, value, name) in enumerate(members):
-        results.append((torch.tensor(-math.inf), None))
         if not d.supports(value):
-            continue
-        ids = d.token_ids(value)
-        if d.choices is not None:
+            results[i] = (torch.tensor(-math.inf), None)
+        elif d.choices is not None:
             chosen[i] = d, name
-        elif not ids:
+        elif not (ids := d.token_ids(value)):
             results[i] = (torch.tensor(0.0), None)  # an empty prefix likelihood
         else:
             c = d.stopping.closing_token if score_closing else None
             texts[i] = d.lm, Score(d.prefix_ids, ids, d.temperature, c, name)
     for i, terms in zip(texts, _served("score", list(texts.values()), grad=grad), strict=True):
-        results[i] = (terms.log_probs.sum(), terms)
+        results[i] = (terms.log_prob, terms)
     fns, sites = [d for d, _ in chosen.values()], [name for _, name in chosen.values()]
     for i, d, table in zip(chosen, fns, choice_log_probs(fns, sites, grad=grad), strict=True):
         assert d.choices is not None
@@ -441,7 +439,7 @@ def choice_log_probs(
     scored = _served("score", requests, grad=grad)
     tables = []
     for d in distributions:
-        log_probs = torch.stack([next(scored).log_probs.sum() for _ in d.choices or ()])
+        log_probs = torch.stack([next(scored).log_prob for _ in d.choices or ()])
         tables.append(torch.log_softmax(log_probs / d.temperature, -1))
     return tables
 

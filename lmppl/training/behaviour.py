@@ -222,9 +222,10 @@ class Behaviour:
             return samples
         now = policy.num - policy.ahead
         input_.stock += [self._remember(sample) for sample in samples[now:]]
-        # The best first: then the others are mostly refused at a glance.
         for sample in sorted(samples, key=lambda sample: -sample.log_r) if keeps else ():
-            if sample.log_r > input_.buffer.least and input_.buffer.add(sample.record):
+            if not sample.log_r > input_.buffer.least:
+                break  # the others are no better
+            if sample.discrete_key not in input_.buffer and input_.buffer.add(sample.record):
                 self._remember(sample)
         return samples[:now]
 

@@ -21,7 +21,7 @@ from rapidfuzz.process import cdist
 from lmppl import runtime
 from lmppl.distributions import LMText, SiteScore, ToolCall
 from lmppl.runtime import Given, Particle, is_latent
-from lmppl.runtime.records import Record, ReplayProposer, record_of
+from lmppl.runtime.records import Record, ReplayProposer, discrete_key, is_count, record_of
 
 Origin = Literal["guide", "tempered", "prior", "replay", "given"]
 """Where latents come from: drawn from the guide itself; from the guide at another temperature; from the
@@ -50,6 +50,13 @@ class Sample:
     def record(self) -> Record:
         """What is kept of it."""
         return record_of(self.particle, self.proposer.draws)
+
+    @property
+    def discrete_key(self) -> tuple[Any, ...]:
+        """That of its record."""
+        latents = {name: self.sites[name] for name in self.log_priors}
+        counts = [name for name, node in latents.items() if is_count(node)]
+        return discrete_key({name: node["value"] for name, node in latents.items()}, counts)
 
     @cached_property
     def sites(self) -> dict[str, Any]:
@@ -214,6 +221,9 @@ class ReplayBuffer:
 
     def __len__(self) -> int:
         return len(self._records)
+
+    def __contains__(self, discrete_key: tuple[Any, ...]) -> bool:
+        return discrete_key in self._records
 
     @property
     def records(self) -> list[Record]:

@@ -150,13 +150,14 @@ class Decoding:
 
     def results(self) -> list[Drawn]:
         """The sequences, all of them closed; ``RuntimeError`` if one is open."""
+        flat = torch.tensor(list(itertools.chain(*self.log_probs)), dtype=torch.float32)
+        log_probs = flat.split([len(ids) for ids in self.token_ids])
         drawn = []
         for slot, reason in enumerate(self.reasons):
             if reason is None:
                 name = self._draws[slot][1].name
                 raise RuntimeError(f"site {name!r}: its sequence in slot {slot} is still open")
-            log_probs = torch.tensor(self.log_probs[slot], dtype=torch.float32)
-            drawn.append(Drawn(tuple(self.token_ids[slot]), log_probs, reason))
+            drawn.append(Drawn(tuple(self.token_ids[slot]), log_probs[slot], reason))
         return drawn
 
     def _uniform(self, slot: int) -> float:

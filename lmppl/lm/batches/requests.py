@@ -6,6 +6,7 @@ Requests are plain data. A model serves many of them for little more than the pr
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from torch import Tensor
 
@@ -60,3 +61,8 @@ class Scored:
 
     log_probs: Tensor  # (n,) float32: log p(t_k | prefix, t_<k)
     closing_log_probs: Tensor | None = None  # (n,) float32: log p(c | prefix, t_<k)
+
+    @cached_property
+    def log_prob(self) -> Tensor:
+        """Their sum, 0-d. (Equal requests share it.)"""
+        return self.log_probs.sum()

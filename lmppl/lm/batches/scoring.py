@@ -160,9 +160,11 @@ def _score(
         else:
             both = run()
         requests = [request for request, _ in one_pass.requests()]
-        parts = (both if grad else both.cpu()).split([len(r.continuation) for r in requests], 1)
+        both = both if grad else both.cpu()
+        parts = both.split([len(r.continuation) for r in requests], 1)
+        invalid = not grad and bool(torch.isnan(both).any())
         for request, (log_probs, closing) in zip(requests, parts, strict=True):
-            if not grad and bool(torch.isnan(log_probs).any()):
+            if invalid and bool(torch.isnan(log_probs).any()):
                 raise no_distribution(f"site {request.name!r}: the model's logits")
             found[request] = Scored(log_probs, None if request.closing_token is None else closing)
 
