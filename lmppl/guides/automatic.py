@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -24,7 +24,7 @@ from lmppl.exclusive import exclusive
 from lmppl.guides import parameters, prompts
 from lmppl.guides.guide import Guide
 from lmppl.guides.heads import Head, head_for, moved, num_moves
-from lmppl.guides.prompts import OPENING, Observations, ProgramInput
+from lmppl.guides.prompts import OPENING, Observations, ProgramInput, SiteNames
 from lmppl.lm import LM
 from lmppl.primitives import use
 from lmppl.runtime import Given, Proposer, ProposerFactory, latents_of, suspend
@@ -51,7 +51,7 @@ class AutomaticGuide(Guide):
         self,
         model: Callable[..., Any],
         base: LM,
-        condition_on: Literal["all"] | Collection[str] = "all",
+        condition_on: SiteNames = "all",
         lora: LoraConfig | None = None,
         adapter_per_site: bool = False,
     ) -> None:
@@ -222,11 +222,8 @@ class HeadDraw:
 
 @dataclass(eq=False)
 class AutomaticProposer(Proposer):
-    """Proposes the latents of one particle, and warns of sites that are other than ``sites``.
-
-    Attributes:
-        draws: what was drawn, by site, so that it can be scored again with gradients.
-    """
+    """Proposes the latents of one particle, and warns of sites that are other than ``sites``. What it
+    drew is in ``draws``, by site, so that it can be scored again with gradients."""
 
     guide: AutomaticGuide
     observations: Observations
@@ -253,9 +250,7 @@ class AutomaticProposer(Proposer):
         self.draws[name] = replace(draw, value=value)
         return Given(value, proposal_log_prob=log_q)
 
-    def recall(
-        self, site: Any, trace: Trace, value: torch.Tensor, features: torch.Tensor | None
-    ) -> None:
+    def recall(self, site: Any, trace: Trace, value: torch.Tensor, features: Any) -> None:
         """Remember a value as what was drawn at a site, if it is one that the guide draws;
         ``features`` are what its head reads there, if that is known."""
         draw = self._draw_at(site, trace, value, features)
@@ -263,7 +258,7 @@ class AutomaticProposer(Proposer):
             self.draws[site["name"]] = draw
 
     def condition(self, site: Any, trace: Trace, value: torch.Tensor) -> torch.Tensor | None:
-        """See ``mixture.Conditioned``."""
+        """See ``MixtureProposer``."""
         self.recall(site, trace, value, None)
         draw = self.draws.get(site["name"])
         if isinstance(draw, TextDraw):
@@ -272,11 +267,7 @@ class AutomaticProposer(Proposer):
             return None if draw is None else draw.guide_fn().log_prob(value).sum()
 
     def _draw_at(
-        self,
-        site: Any,
-        trace: Trace,
-        value: torch.Tensor | None = None,
-        features: torch.Tensor | None = None,
+        self, site: Any, trace: Trace, value: Any = None, features: Any = None
     ) -> TextDraw | HeadDraw | None:
         """The guide's draw of a site, and what it is from; None: it leaves the site to the model."""
         name, fn, guide = site["name"], site["fn"], self.guide
@@ -325,8 +316,7 @@ class AutomaticProposer(Proposer):
         return replace(self, draws=dict(self.draws))
 
 
-Law = dict[str, Any]
-"""What is fixed of a site's distribution, apart from its prefix; in JSON's types."""
+Law = dict[str, Any]  # what is fixed of a site's distribution, apart from its prefix: JSON's types
 
 
 class TrainedSites:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 
 from lmppl.distributions import SiteScore
-from lmppl.guides.prompts import Observations, ProgramInput
+from lmppl.guides.prompts import Observations, ProgramInput, SiteNames
 from lmppl.lm import LM
 from lmppl.report.history import History
 from lmppl.runtime import ProposerFactory
@@ -47,15 +47,12 @@ class Guide(Protocol):
     def observations_of_simulation(
         self, one: Simulated, program: Callable[..., Any]
     ) -> Observations | None:
-        """What it reads of a simulated input, which ``program`` observes; None if only runs of the
-        program can tell."""
+        """What it reads of a simulated input, which ``program`` observes; None: only runs can tell."""
         return None
 
     def score(self, proposers: Sequence[Any], *, grad: bool = True) -> list[dict[str, SiteScore]]:
-        """log q of what proposers drew, per proposer and site, with gradients if ``grad``.
-
-        One teacher-forced pass over finished samples; never through the decoding loop.
-        """
+        """log q of what proposers drew, per proposer and site, with gradients if ``grad``, by one
+        teacher-forced pass over finished samples."""
 
     def start_training(self, *, several_inputs: bool) -> None:
         """Begin to note what sites are like in training, and whether it has to tell inputs apart by
@@ -94,8 +91,7 @@ class TrainableGuide(Guide, Protocol):
     tempered_target: float | None
 
     @property
-    def condition_on(self) -> Literal["all"] | Collection[str]:
-        """Names of the observed sites that it may see, or ``"all"``."""
+    def condition_on(self) -> SiteNames: ...
 
     def prepare(
         self,

@@ -7,6 +7,7 @@ starts at zero, so that an untrained guide is the prior.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -66,7 +67,13 @@ def num_moves(fn: Any) -> int | None:
     """How many unconstrained parameters a distribution has; None where the head cannot move it."""
     kind = _kind(fn)
     if kind is None or kind not in _known_moves:
-        _known_moves[kind] = _num_moves(fn)
+        base, _known_moves[kind] = _base(fn)[0], None
+        with suppress(NotImplementedError, AttributeError, TypeError, ValueError):
+            num = sum(value.numel() for value in _unconstrained(base).values())
+            # Some families are not made from their arg_constraints alone; of some (Uniform) the
+            # parameters are the ends of the support.
+            if num and _same(base.support, moved(base, torch.ones(num)).support):
+                _known_moves[kind] = num
     return _known_moves[kind]
 
 
@@ -82,18 +89,6 @@ def _kind(fn: Any) -> tuple[Any, ...] | None:
             return None
         kind.append((name, value))
     return tuple(kind)
-
-
-def _num_moves(fn: Any) -> int | None:
-    try:
-        base = _base(fn)[0]
-        num = sum(value.numel() for value in _unconstrained(base).values())
-        # Some families are not made from their arg_constraints alone; of some (Uniform) the
-        # parameters are the ends of the support.
-        same = _same(base.support, moved(base, torch.ones(num)).support)
-        return num if num and same else None
-    except (NotImplementedError, AttributeError, TypeError, ValueError):
-        return None
 
 
 def _same(one: Any, two: Any) -> bool:

@@ -13,9 +13,10 @@ likelihood / eps (defensive importance sampling; Hesterberg, 1995).
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,18 +25,6 @@ from pyro.poutine.trace_struct import Trace
 from lmppl.checks import check_number
 from lmppl.runtime import Given, Proposer, ProposerFactory
 from lmppl.runtime.particle import draw_value, score_value
-
-
-class Conditioned(Proposer, Protocol):
-    """A proposer that can be told what to have drawn."""
-
-    @property
-    def draws(self) -> Mapping[str, Any]:
-        """What it drew, by site, in its own order."""
-
-    def condition(self, site: Any, trace: Trace, value: torch.Tensor) -> torch.Tensor | None:
-        """Go on as if it had drawn ``value`` at a site. Returns log q of it, given what was drawn
-        before (0-d, nats); None if the guide leaves the site to the program."""
 
 
 def check_prior_fraction(prior_fraction: Any) -> float:
@@ -54,7 +43,7 @@ def mixed(factory: ProposerFactory, prior_fraction: float) -> ProposerFactory:
     odds = math.log1p(-prior_fraction) if prior_fraction < 1.0 else -math.inf
 
     def make(slot: int, seed: int) -> Proposer:
-        guide: Any = factory(slot, seed)
+        guide = factory(slot, seed)
         if not hasattr(guide, "condition"):
             raise TypeError(
                 "prior_fraction= needs a guide that can score what the program draws, an LMGuide or a "
@@ -74,11 +63,14 @@ class MixtureProposer(Proposer):
     """Draws each latent of one particle from the guide or from the program.
 
     Args:
-        guide: the guide's proposer.
+        guide: the guide's proposer. It has ``draws``, by site in its own order, and
+            ``condition(site, trace, value)``, which goes on as if it had drawn the value of a latent
+            site and returns log q of that, given what was drawn before (0-d, nats); None if the guide
+            leaves the site to the program.
         log_odds: of the guide having drawn the latents so far, against the program, nats.
     """
 
-    def __init__(self, guide: Conditioned, log_odds: float) -> None:
+    def __init__(self, guide: Any, log_odds: float) -> None:
         self._guide, self._log_odds = guide, log_odds
         # Of the site at which the particle is: who draws it, and what the program has drawn.
         self._takes_guide: bool | None = None
@@ -121,7 +113,13 @@ class MixtureProposer(Proposer):
         leaves the site to the program)."""
         if log_q is None:
             return Given(value, log_prior, log_prior.sum())
-        self._check_order(site["name"], trace)
+        for other in itertools.takewhile(lambda other: other != site["name"], self._guide.draws):
+            if other not in trace.nodes:
+                raise ValueError(
+                    f"the guide draws site '{other}' before '{site['name']}', the program after it. "
+                    "With prior_fraction a guide must draw in the program's order: its density of "
+                    f"'{site['name']}' alone is not known otherwise"
+                )
         odds, q, prior = self._log_odds, float(log_q), float(log_prior.sum())
         mixture = float(np.logaddexp(_log_sigmoid(odds) + q, _log_sigmoid(-odds) + prior))
         self._log_odds = odds + (q - prior)
@@ -134,25 +132,13 @@ class MixtureProposer(Proposer):
         """Whether the guide can have drawn what there is."""
         return self._log_odds > -math.inf
 
-    def _check_order(self, name: str, trace: Trace) -> None:
-        for other in self._guide.draws:
-            if other == name:
-                return
-            if other not in trace.nodes:
-                raise ValueError(
-                    f"the guide draws site '{other}' before '{name}', the program after it. With "
-                    "prior_fraction a guide must draw in the program's order: its density of "
-                    f"'{name}' alone is not known otherwise"
-                )
-
     def finish(self, trace: Trace) -> None:
         if self._is_open:
             self._guide.finish(trace)
 
     def fork(self, streams: Proposer) -> MixtureProposer:
         assert isinstance(streams, MixtureProposer)
-        guide: Any = self._guide.fork(streams._guide)
-        new = MixtureProposer(guide, self._log_odds)
+        new = MixtureProposer(self._guide.fork(streams._guide), self._log_odds)
         if self._is_held:
             new._takes_guide, new._drawn, new._is_held = self._takes_guide, self._drawn, True
         return new

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import pyro
@@ -18,6 +19,7 @@ from pyro.poutine.messenger import Messenger
 from lmppl import runtime
 from lmppl.distributions import LMText
 from lmppl.lm import LM
+from lmppl.primitives import use
 from lmppl.runtime import Particle
 from lmppl.runtime.arguments import Args
 
@@ -41,10 +43,11 @@ class Trainables:
         self.param_names: list[str] = []
 
     def find(self, program: Callable[..., Any], args: Args) -> None:
-        """Add what some runs of the program use."""
-        runs = runtime.start(program, args, _RUNS, seed=0)
-        with runtime.ending(runs):
-            runtime.run_to_end(runs)
+        """Add what some runs of the program use, whose sites that name no model use ``base``."""
+        with nullcontext() if self._base is None else use(self._base):
+            runs = runtime.start(program, args, _RUNS, seed=0)
+            with runtime.ending(runs):
+                runtime.run_to_end(runs)
         self.add(runs)
 
     def add(self, runs: Iterable[Particle]) -> None:
@@ -178,11 +181,8 @@ def same_base(one: Mapping[str, Any], two: Mapping[str, Any]) -> bool:
 
 
 class SavedParams(Messenger):
-    """Values for parameters to which a program comes late: on another input, on a rare branch.
-
-    Attributes:
-        waiting: unconstrained values, by name.
-    """
+    """Values for parameters to which a program comes late: on another input, on a rare branch. They
+    are ``waiting``, unconstrained and by name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -208,9 +208,7 @@ class SavedParams(Messenger):
         """Put values into those of the parameters that exist; raises ``ValueError`` if one has
         another shape."""
         store = pyro.get_param_store()
-        for name in names:
-            if name not in self.waiting or name not in store:
-                continue
+        for name in self.waiting.keys() & names & store.keys():
             value, parameter = self.waiting[name], store._params[name]
             if value.shape != parameter.shape:
                 raise ValueError(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import pyro
@@ -23,7 +22,6 @@ from lmppl.guides.guide import Guide
 from lmppl.guides.parameters import SavedParams, Trainables, adapter_state, load_adapter_state
 from lmppl.guides.prompts import Observations
 from lmppl.lm import LM
-from lmppl.primitives import use
 from lmppl.runtime import Given, Particle, Proposer, ProposerFactory, latents_of, suspend
 from lmppl.runtime.arguments import Args, check_program, name_of
 
@@ -41,7 +39,7 @@ class ProgramGuide(Guide):
     adapted_sites: list[str] = []
 
     def __init__(self, program: Callable[..., Any], base: LM | None = None) -> None:
-        self.program, self._given_program, self._base = program, program, base
+        self.program = self._given_program = program
         self._trainables = Trainables(base)
         self.param_names = self._trainables.param_names
         self._saved = SavedParams()
@@ -62,18 +60,11 @@ class ProgramGuide(Guide):
 
     def score(self, proposers: Sequence[Any], *, grad: bool = True) -> list[dict[str, SiteScore]]:
         # A trace that a hard condition ended is scored up to the first site that it has not.
-        runs = [
-            Particle(
-                self.program,
-                proposer.args,
-                seed=slot,
-                given={name: Given(node["value"]) for name, node in proposer.draws.items()},
-                score_closing=True,
-                grad=grad,
-                slot=slot,
-            )
-            for slot, proposer in enumerate(proposers)
-        ]
+        runs = []
+        for slot, proposer in enumerate(proposers):
+            given = {name: Given(node["value"]) for name, node in proposer.draws.items()}
+            options: Any = {"score_closing": True, "grad": grad, "slot": slot}
+            runs.append(Particle(self.program, proposer.args, seed=slot, given=given, **options))
         with runtime.ending(runs):
             runtime.resume(runs)
             runtime.run_to_draws(runs, grad=grad)
@@ -88,16 +79,12 @@ class ProgramGuide(Guide):
         return name_of(self._given_program)
 
     def find_parameters(self, args: Args) -> None:
-        self._find(args)
+        self._trainables.find(self.program, args)
         if not self.named_parameters():
             raise ValueError(
                 "the guide program has nothing to train: draw its texts from an adapter, "
                 "lm_sample(..., lm=q) with q = lm.adapter(), or use pyro.param"
             )
-
-    def _find(self, args: Args) -> None:
-        with nullcontext() if self._base is None else use(self._base):
-            self._trainables.find(self.program, args)
 
     def adapters(self) -> list[LM]:
         return list(self._trainables.adapters)
@@ -138,7 +125,7 @@ class ProgramGuide(Guide):
         adapters, params = self._pending["adapters"], self._pending["params"]
         self._saved.waiting = dict(params)
         if args is not None:
-            self._find(args)
+            self._trainables.find(self.program, args)
         known = not params or bool(set(self.param_names) & set(params))
         if len(self.adapters()) != len(adapters) or not known:
             raise ValueError(
@@ -180,7 +167,7 @@ class ProgramProposer(Proposer):
         return Given(value, proposal_log_prob=node["unscaled_log_prob"].sum())
 
     def condition(self, site: Any, trace: Trace, value: torch.Tensor) -> torch.Tensor | None:
-        """See ``mixture.Conditioned``. The guide is run again up to there."""
+        """See ``MixtureProposer``. The guide is run again up to there."""
         name, old = site["name"], self.run
         if old.finished and name not in old.latents:
             return None
@@ -242,9 +229,7 @@ class PriorProposer(Proposer):
     def propose(self, site: Any, trace: Trace) -> None:
         self.trace = trace
 
-    def recall(
-        self, site: Any, trace: Trace, value: torch.Tensor, features: torch.Tensor | None
-    ) -> None:
+    def recall(self, site: Any, trace: Trace, value: torch.Tensor, features: Any) -> None:
         self.propose(site, trace)  # the rest is read off the trace
 
     def finish(self, trace: Trace) -> None:
@@ -281,14 +266,13 @@ def _scores(run: Particle, proposer: Any) -> dict[str, SiteScore]:
 
 def _check_alike(name: str, model_fn: Any, guide_fn: Any) -> None:
     """Raise ``ValueError`` unless both draw texts of one tokenizer, or neither draws a text."""
-    if not isinstance(model_fn, LMText) and not isinstance(guide_fn, LMText):
-        return
-    if not isinstance(model_fn, LMText) or not isinstance(guide_fn, LMText):
+    texts = [isinstance(fn, LMText) for fn in (model_fn, guide_fn)]
+    if any(texts) and not all(texts):
         raise ValueError(
             f"site '{name}': the guide draws from {type(guide_fn).__name__}, the model from "
             f"{type(model_fn).__name__}: only one of them is a text"
         )
-    if not model_fn.lm.vocabulary.same_as(guide_fn.lm.vocabulary):
+    if all(texts) and not model_fn.lm.vocabulary.same_as(guide_fn.lm.vocabulary):
         raise ValueError(
             f"site '{name}': the guide's model {guide_fn.lm.name!r} has another tokenizer than "
             f"{model_fn.lm.name!r}: a guide must draw the tokens that the model scores"

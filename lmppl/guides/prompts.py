@@ -22,12 +22,15 @@ from pyro.poutine.trace_struct import Trace
 from lmppl import runtime
 from lmppl.distributions import LMText
 from lmppl.lm.tokens.vocabulary import Vocabulary
-from lmppl.runtime import is_latent, latents_of
+from lmppl.runtime import Particle, is_latent, latents_of
 from lmppl.runtime.arguments import Args
 from lmppl.runtime.sites import is_continuous, is_observation
 
 ProgramInput = tuple[Callable[..., Any], Args]
 """A program and its arguments. (Each simulated input has a program of its own.)"""
+
+SiteNames = Literal["all"] | Collection[str]
+"""Names of the observed sites that a guide may see, or ``"all"``."""
 
 Tokens = tuple[int, ...]
 Observations = Mapping[str, Tokens]
@@ -45,11 +48,7 @@ _warned: set[tuple[Any, str]] = set()
 
 
 def find_observations(
-    inputs: Sequence[ProgramInput],
-    vocabulary: Vocabulary,
-    condition_on: Literal["all"] | Collection[str],
-    *,
-    strict: bool,
+    inputs: Sequence[ProgramInput], vocabulary: Vocabulary, condition_on: SiteNames, *, strict: bool
 ) -> list[Observations]:
     """The observed sites on each input that a guide may see, in the tokens of a vocabulary.
 
@@ -60,7 +59,7 @@ def find_observations(
         ValueError: if the runs of an input observe different things and ``strict`` (else none is
             shown), or ``condition_on`` names a site that no run observes.
     """
-    runs: list[list[runtime.Particle]] = [[] for _ in inputs]
+    runs: list[list[Particle]] = [[] for _ in inputs]
     pending = list(range(len(inputs)))
     with runtime.ending([]) as particles:
         for number, num in enumerate(_ROUNDS):
@@ -69,24 +68,17 @@ def find_observations(
                 runs[i] += runtime.start(program, args, num, seed=number)
                 particles += runs[i][-num:]
             runtime.run_to_end(particles)
-            pending = [i for i in pending if not _ended(runs[i])]
+            pending = [i for i in pending if all(run.rejected_by is not None for run in runs[i])]
             if not pending:
                 break
     return [_observations_of(of_input, vocabulary, condition_on, strict) for of_input in runs]
 
 
-def _ended(particles: Sequence[runtime.Particle]) -> list[runtime.Particle]:
-    return [particle for particle in particles if particle.rejected_by is None]
-
-
 def _observations_of(
-    particles: Sequence[runtime.Particle],
-    vocabulary: Vocabulary,
-    condition_on: Literal["all"] | Collection[str],
-    strict: bool,
+    particles: Sequence[Particle], vocabulary: Vocabulary, condition_on: SiteNames, strict: bool
 ) -> Observations:
     found: dict[str, Any] = {}
-    ended = _ended(particles)[:2]
+    ended = [particle for particle in particles if particle.rejected_by is None][:2]
     particles = ended if len(ended) == 2 else particles
     differing: list[str] = []
     for particle in particles:
@@ -108,7 +100,8 @@ def _observations_of(
         found = {name: node for name, node in found.items() if name in condition_on}
         differing = [name for name in differing if name in found]
     if differing:
-        if strict and not all(_is_prompted(node) for p in particles for node in p.latents.values()):
+        texts = [n for p in particles for n in p.latents.values() if isinstance(n["fn"], LMText)]
+        if strict and any(node["infer"].get("guide_prompt") is None for node in texts):
             raise ValueError(
                 f"two runs of the program on one input observe site '{differing[0]}' differently, so "
                 "the automatic guide cannot tell what to read. Give each latent site a prompt, "
@@ -119,7 +112,7 @@ def _observations_of(
     return {**_opening(particles, vocabulary), **shown}
 
 
-def _opening(particles: Sequence[runtime.Particle], vocabulary: Vocabulary) -> Observations:
+def _opening(particles: Sequence[Particle], vocabulary: Vocabulary) -> Observations:
     """What the first texts of some runs have in common, where a head has no text to read."""
     if not number_comes_first(particles[0].sites):
         return {}
@@ -149,10 +142,8 @@ def _split_bos(ids: Tokens, vocabulary: Vocabulary) -> tuple[Tokens, Tokens]:
 def show(
     found: Mapping[str, Any], program: Callable[..., Any], vocabulary: Vocabulary, *, strict: bool
 ) -> Observations:
-    """Observed sites of a program in the tokens of a vocabulary.
-
-    Those that it cannot show are left out; if ``strict``, it is warned of them, once a program.
-    """
+    """Observed sites of a program in the tokens of a vocabulary. Those that it cannot show are left
+    out; if ``strict``, it is warned of them, once a program."""
     shown = {name: _show(node, vocabulary) for name, node in found.items()}
     hidden = [name for name, ids in shown.items() if ids is None]
     written = inspect.unwrap(program)  # each simulated input has a program around it
@@ -164,11 +155,6 @@ def show(
             stacklevel=2,
         )
     return {name: ids for name, ids in shown.items() if ids}
-
-
-def _is_prompted(node: Any) -> bool:
-    """Whether a latent is no text, or one for which the user gave a prompt."""
-    return not isinstance(node["fn"], LMText) or node["infer"].get("guide_prompt") is not None
 
 
 def _show(node: Any, vocabulary: Vocabulary) -> Tokens | None:
@@ -300,10 +286,8 @@ def _as_document(ids: Tokens | None, vocabulary: Vocabulary) -> Tokens:
 
 
 def _written(node: Any, vocabulary: Vocabulary) -> Tokens | None:
-    """The tokens of a latent that is no text; None where there is no way to write it.
-
-    A vocabulary without digits writes whole numbers in binary, by its first two ordinary tokens.
-    """
+    """The tokens of a latent that is no text; None where there is no way to write it. A vocabulary
+    without digits writes whole numbers in binary, by its first two ordinary tokens."""
     value = node["value"]
     if value.numel() > _MOST_NUMBERS:
         return None

@@ -92,9 +92,5 @@ def score_traces(
         log_prior.append(math.fsum(terms.values()))
         terms |= {name: float(log_prob) for name, (log_prob, _) in score.items()}
         log_q.append(math.fsum(terms.values()))
-    return LatentScores(
-        runs,
-        torch.tensor([run.log_joint for run in runs], dtype=torch.float64),
-        torch.tensor(log_prior, dtype=torch.float64),
-        torch.tensor(log_q, dtype=torch.float64),
-    )
+    densities = [run.log_joint for run in runs], log_prior, log_q
+    return LatentScores(runs, *(torch.tensor(found, dtype=torch.float64) for found in densities))
