@@ -89,7 +89,7 @@ def batches_of(
     Args:
         samples, truncations: of each input; of any of them.
         scores: of each sample, one input after the other.
-        old_log_q: of each input, (N,), of the guide that drew them; None: of this one.
+        old_log_q: of each input, see ``Batch``; None: that of these scores.
 
     Raises:
         ValueError: if the guide draws no latent of a live trace, or cannot draw one of them.
@@ -147,8 +147,8 @@ def _log_q_of_traces(samples: Sequence[Sample], scores: Sequence[Scores]) -> tor
 def _log_q_of_cuts(
     cuts: Sequence[tuple[int, Truncation]], scores: Sequence[Scores], log_q: torch.Tensor
 ) -> torch.Tensor:
-    """(M,) log q of truncated traces, nats, from the scores and log q of the complete ones; ``cuts``
-    has the number of each complete trace, and a truncation of it."""
+    """(M,) log q of truncations, nats, each with the number of its complete trace in ``scores`` and
+    ``log_q``."""
     if not cuts:
         return log_q[:0]
     texts = {site: k for k, site in enumerate(dict.fromkeys((i, cut.name) for i, cut in cuts))}

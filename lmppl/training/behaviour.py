@@ -94,14 +94,8 @@ class Recalled:
 
 
 class Behaviour:
-    """Draws the traces of each step.
-
-    Args:
-        guide, options: of the training.
-        visits: about how often each input is used.
-        seed: of what is drawn.
-        generator: of the other random choices.
-    """
+    """Draws the traces of each step, from ``seed``, with other random choices from ``generator``;
+    ``visits``: about how often each input is used."""
 
     def __init__(
         self, guide: Guide, options: FitOptions, visits: int, seed: int, generator: torch.Generator
@@ -151,8 +145,7 @@ class Behaviour:
     def _policies(
         self, input_: Input, share: int, heat: float, seeds: Sequence[int]
     ) -> tuple[list[Drawn | Recalled], list[Sample]]:
-        """What draws ``share`` traces of an input, and the traces to be kept for later steps; and the
-        traces that are remembered."""
+        """What draws ``share`` traces of an input, and some for later steps; and those remembered."""
         options, loss = self._options, self._loss
         given = self._given(input_, share)
         by_program = round(share * options.prior_fraction)
@@ -175,12 +168,11 @@ class Behaviour:
             Drawn("tempered", tempered, heat, seeds[1]),
             Drawn("prior", prior - len(stocked) + ahead, math.inf, seeds[2], ahead),
         ]
-        remembered = []
-        recalled: dict[Origin, list[Record]] = {
-            "given": given, "replay": replayed, "prior": stocked
-        }  # fmt: skip
-        recalled_seeds = runtime.slot_seeds(seeds[3], len(recalled))
-        for seed, (origin, records) in zip(recalled_seeds, recalled.items(), strict=True):
+        remembered: list[Sample] = []
+        origins: tuple[Origin, ...] = ("given", "replay", "prior")
+        for origin, records, seed in zip(
+            origins, (given, replayed, stocked), runtime.slot_seeds(seeds[3], 3), strict=True
+        ):
             known = [self._remembered.get(id(record)) for record in records]
             remembered += [replace(sample, origin=origin) for sample in known if sample]
             rest = [record for record, sample in zip(records, known, strict=True) if not sample]
@@ -190,8 +182,7 @@ class Behaviour:
         return policies, remembered
 
     def _given(self, input_: Input, share: int) -> list[Record]:
-        """Latents that the user gave: always for losses on them; else once each, to seed the
-        buffer."""
+        """Latents that the user gave: always for losses on them; else once, to seed the buffer."""
         loss, given = self._loss, input_.given
         most = share if loss.draws == "given" else max(1, share // 2)
         if loss.draws == "mixture":

@@ -197,9 +197,8 @@ class LMGuide:
 
         Args:
             path: the folder.
-            model: the program that it was trained for.
+            model, program: the program that it was trained for, and its guide program, if it has one.
             lm: the language model that it was trained on, in any dtype.
-            program: the guide program, if it has one.
 
         Raises:
             FileNotFoundError: if there is no guide.

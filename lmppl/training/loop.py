@@ -144,11 +144,8 @@ class Run:
 def read_options(
     function: Callable[..., Any], steps: int, options: Mapping[str, Any]
 ) -> tuple[Run, FitOptions]:
-    """What ``function`` was given as ``**options``: of the run, and of the guide's training.
-
-    Raises:
-        TypeError, ValueError: for one that is unknown, of another type or out of range.
-    """
+    """What ``function`` was given as ``**options``: of the run, and of the guide's training. Raises
+    ``TypeError`` or ``ValueError`` for one that is unknown, of another type or out of range."""
     of_run = [option.name for option in fields(Run) if option.name != "steps"]
     of_guide = {name: value for name, value in options.items() if name not in of_run}
     keywords = inspect.getfullargspec(function).kwonlyargs
@@ -157,12 +154,8 @@ def read_options(
 
 
 def train(learner: Learner, run: Run, **config: Any) -> None:
-    """Take the steps of a run; ``config``: what else trackers are told of it.
-
-    Raises:
-        ValueError: for the checkpoint of another run, or if no trace of any input was ever alive.
-        FloatingPointError: if a loss is not finite, or training diverges.
-    """
+    """Take the steps of a run; ``config``: what else trackers are told of it. Raises what ``fit``
+    says of a run's steps."""
     trainer, checkpoints = learner.trainer, run.checkpoints
     watched, evaluated, name = learner.watched
     guard, stopping = DivergenceGuard(name), EarlyStopping(run.patience)

@@ -29,12 +29,11 @@ class Loss(ABC):
     """What a guide is trained by.
 
     Attributes:
-        name: by which ``fit(loss=...)`` finds it.
         draws: ``"mixture"``: traces of any behaviour policy; ``"guide"``: the guide's own draws
             only; ``"given"``: latents that the user gave or that were simulated, and no draws.
     """
 
-    name: ClassVar[str]
+    name: ClassVar[str]  # by which fit(loss=...) finds it
     draws: ClassVar[Literal["mixture", "guide", "given"]]
     truncations: ClassVar[bool] = False  # whether it uses truncations of the traces
     needs_truncations: ClassVar[bool] = False  # whether it is nothing without them
@@ -58,9 +57,8 @@ class Loss(ABC):
 
 @dataclass(frozen=True)
 class VarGrad(Loss):
-    """Variance of log R - log q over the samples of one input, whoever drew them.
-
-    Richter et al. (2020, arXiv 2010.10436).
+    """Variance of log R - log q over the samples of one input, whoever drew them (Richter et al.,
+    2020, arXiv 2010.10436).
 
     Args:
         huber: beyond this distance from log Z (nats) a trace counts by its distance, not its
@@ -128,14 +126,8 @@ class SubTB(Loss):
 
 @dataclass(frozen=True)
 class _Annealed(Loss):
-    """A loss on the guide's own draws, whose target moves from the program's prior to the posterior.
-
-    A loss that sees nothing else never finds a mode again that the first, noisy steps have lost.
-
-    Args:
-        annealing: where the target begins between prior (0) and posterior (1): at
-            ``prior * (R / prior) ** annealing``. 1: it is R throughout.
-    """
+    """A loss on the guide's own draws, whose target moves from the program's prior to the posterior: a
+    loss that sees nothing else never finds a mode again that the first, noisy steps have lost."""
 
     annealing: float = 0.25
     draws = "guide"
@@ -161,7 +153,8 @@ class ELBO(_Annealed):
 
     Args:
         annealing: the target moves from the program's prior to the posterior over the first half
-            of the steps, and begins at ``prior * (R / prior) ** annealing``; in (0, 1].
+            of the steps, and begins at ``prior * (R / prior) ** annealing``; in (0, 1]. 1: it is R
+            throughout.
     """
 
     name = "elbo"
@@ -247,12 +240,8 @@ LOSSES: dict[str, type[Loss]] = {
 
 
 def loss_of(loss: str | Loss, options: Mapping[str, Any]) -> Loss:
-    """A loss, from its name and its own options, or as it is.
-
-    Raises:
-        TypeError: for what is neither, or for options that it has not.
-        ValueError: for an unknown name, or an option out of range.
-    """
+    """A loss, from its name and its own options, or as it is. Raises ``TypeError`` for what is
+    neither, or for options that it has not, ``ValueError`` for an unknown name or a bad option."""
     if isinstance(loss, type) and issubclass(loss, Loss):
         raise TypeError(f"loss={loss.__name__}: give an object, {loss.__name__}()")
     if isinstance(loss, Loss):

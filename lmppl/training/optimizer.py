@@ -10,9 +10,9 @@ import torch
 
 from lmppl.training.options import FitOptions
 
+# Learning rates of parameters whose names begin so, in units of the others': heads are small and new
+# networks; a learned log Z is far from its start and has few gradients.
 _RATES = {"heads": 4.0, "log_z": 25.0}
-"""Learning rates of parameters whose names begin so, in units of the others': heads are small and new
-networks; a learned log Z is far from its start and has few gradients."""
 
 
 class Optimizer:

@@ -78,8 +78,7 @@ class Sample:
         return math.fsum(self.log_priors.values())
 
     def log_left(self, scores: Mapping[str, Any]) -> float:
-        """log-density (nats) of the latents that a guide, whose scores these are, has not: they are
-        drawn from the model, so their density in q is the model's."""
+        """log-density (nats) of the latents that a guide with these scores leaves to the model."""
         return math.fsum(log_p for name, log_p in self.log_priors.items() if name not in scores)
 
     def log_q(self, scores: Mapping[str, SiteScore]) -> float:
@@ -114,12 +113,11 @@ class Truncation:
 def truncate(
     samples: Sequence[Sample], *, token_budget: int, generator: torch.Generator
 ) -> list[Truncation]:
-    """Rewards of a random few legal truncations of the samples.
+    """Rewards of a random few legal truncations of the samples, for ``token_budget`` tokens; those that
+    need no language model (nothing is observed after the text) are free, and all of them are taken.
 
     Everything after the cut is run again on the truncated value: factors, tools, branches and
-    observations. A truncation after which the program comes to another latent is not legal, and dead
-    traces have none. The rewards may cost ``token_budget`` tokens; those that need no language model
-    (nothing is observed after the text) are free, and all of them are taken.
+    observations. A truncation after which the program comes to another latent is not legal.
     """
     texts = [_CutText(sample, name) for sample in samples if (name := _last_text(sample))]
     cuts = [(text, length) for text in texts for length in range(text.full_length)]
@@ -179,10 +177,10 @@ class _CutText:
         self._closing = self._fn.stopping.closing_token
         self.is_closed = self._ids[-1] == self._closing  # that token does not count
         self.full_length = len(self._ids) - self.is_closed
-        names = list(sample.sites)
-        at = names.index(name)
-        self._before = {other: sample.sites[other] for other in names[:at]}
-        self.cost = sum(_num_tokens(sample.sites[other]) for other in names[at + 1 :])
+        sites = list(sample.sites.items())
+        at = list(sample.sites).index(name)
+        self._before = dict(sites[:at])
+        self.cost = sum(_num_tokens(node) for _, node in sites[at + 1 :])
         # A simulated input is a program of its own; a tool may answer differently each time.
         key: list[Any] = [id(sample.particle.program), id(sample.particle.args)]
         for other, node in self._before.items():

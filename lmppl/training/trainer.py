@@ -37,17 +37,8 @@ _FEWEST_TRUNCATIONS = 0.05
 
 
 class Trainer:
-    """The state of one run of a guide's training.
-
-    Args:
-        guide, source, options: what is trained, on which inputs, and how.
-        steps: how many there will be, for the schedules.
-        seed: of what it draws.
-        generator: of its other random choices; that of the source, so that one state is kept.
-
-    Attributes:
-        inputs: of the last step.
-    """
+    """The state of one run of a guide's training. Draws come from ``seed``, other random choices from
+    ``generator``, which is that of the source, so that one state is kept."""
 
     def __init__(
         self,
@@ -72,7 +63,7 @@ class Trainer:
                 torch.manual_seed(0)
                 self.log_z = LogZ(guide.base.hidden_size, source.num_inputs)
         self._adopt()
-        self.inputs: list[Input] = []
+        self.inputs: list[Input] = []  # of the last step
         self._dead: set[int] = set()  # inputs all of whose traces were dead
         self._any_alive = False
         self._traces_cut = [0, 0]  # in the steps of trial: traces, and truncations of them
@@ -206,7 +197,9 @@ class Trainer:
         """Sites that were met for the first time have parameters that are to be trained."""
         for lm in self.guide.adapters():
             lm.memory = self.options.memory(lm.memory)
-        self._optimizer.adopt(self.named_parameters())
+        log_z = {} if self.log_z is None else dict(self.log_z.named_parameters())
+        named = {f"log_z.{name}": parameter for name, parameter in log_z.items()}
+        self._optimizer.adopt(named | self.guide.named_parameters())
 
     def report_dead(self) -> None:
         """Say which inputs had no trace of positive probability; ``ValueError`` if none had one."""
@@ -255,11 +248,6 @@ class Trainer:
         self._behaviour.forget()
         for lm in (self.guide.base, *self.guide.adapters()):
             lm.forget()
-
-    def named_parameters(self) -> dict[str, torch.nn.Parameter]:
-        """All that the optimiser moves."""
-        log_z = {} if self.log_z is None else dict(self.log_z.named_parameters())
-        return {f"log_z.{n}": p for n, p in log_z.items()} | self.guide.named_parameters()
 
 
 def mean(values: Sequence[float]) -> float:
