@@ -3,7 +3,10 @@ from __future__ import annotations
 import subprocess
 import sys
 
-LATE = ["peft", "rich", "gguf", "accelerate", "matplotlib", "transformers.modeling_utils"]
+LATE = [
+    "peft", "rich", "gguf", "accelerate", "matplotlib", "rapidfuzz",
+    "transformers.modeling_outputs", "transformers.modeling_utils",
+]  # fmt: skip
 
 
 def test_what_is_heavy_is_imported_when_it_is_used():

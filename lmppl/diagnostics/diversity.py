@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from rapidfuzz.distance import Levenshtein
-from rapidfuzz.process import cdist
 
 from lmppl.distributions import LMText
 from lmppl.posterior import Posterior
@@ -90,6 +88,9 @@ def edit_distance(texts: Sequence[_Tokens], weights: np.ndarray) -> float | None
 
     None if no such pair has a positive weight.
     """
+    from rapidfuzz.distance import Levenshtein
+    from rapidfuzz.process import cdist
+
     texts, weights = texts[:_MAX_COMPARED], weights[:_MAX_COMPARED]
     if weights.sum() == 0:
         return None

@@ -15,8 +15,6 @@ from functools import cached_property
 from typing import Any, Literal
 
 import torch
-from rapidfuzz.distance import Levenshtein
-from rapidfuzz.process import cdist
 
 from lmppl import runtime
 from lmppl.distributions import LMText, SiteScore, ToolCall
@@ -265,6 +263,9 @@ class ReplayBuffer:
 
     def _near(self, trace: Record) -> list[tuple[Any, ...]]:
         """The keys of the near duplicates of a trace."""
+        from rapidfuzz.distance import Levenshtein
+        from rapidfuzz.process import cdist
+
         size = len(trace.tokens)
         if not self._fraction or not size:
             return []

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from lmppl.lm.network.linear import PackedLinear, PackedProduct, can_pack, packable_layers
 from lmppl.lm.network.modules import clone, plain_logits
@@ -93,7 +92,9 @@ class OutputHead(nn.Module):
 class _HandOn(nn.Module):
     """Stands for all of a model below its output layer: its states are those that it is given."""
 
-    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> BaseModelOutputWithPast:
+    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> Any:
+        from transformers.modeling_outputs import BaseModelOutputWithPast
+
         return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
 
 
