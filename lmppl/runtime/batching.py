@@ -80,7 +80,7 @@ def resume(particles: Sequence[Particle], answers: Sequence[Any] | None = None) 
         particles: the runs.
         answers: to what each waits for; None: they begin.
     """
-    outer = GlobalState.suspend()
+    outer = GlobalState()
     try:
         for i, particle in enumerate(particles):
             particle.resume(None if answers is None else answers[i], restore=False)

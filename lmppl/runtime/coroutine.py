@@ -10,6 +10,7 @@ every switch, so that no program sees another's.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from contextvars import copy_context
 from typing import Any
 
@@ -25,13 +26,10 @@ from lmppl.exclusive import Stack
 
 
 class GlobalState:
-    """The global state that belongs to one run, taken off when it is suspended.
+    """The present global state, taken off a run that is suspended, to be put back by ``install``.
 
-    A switch takes and installs one, and there are some for every site, so what is rarely set is
-    compared before it is set.
-
-    Args:
-        seed: of its random streams, which begin when it is first installed; None: the present ones.
+    There are some switches for every site, so what is rarely set is compared before it is set. With a
+    ``seed`` the random streams begin with it, when the state is first installed.
     """
 
     __slots__ = (
@@ -49,22 +47,13 @@ class GlobalState:
         self._modes = _modes()
         self._device = _device.CURRENT_DEVICE
         self._guard: Any = None
-        # States of torch's default generators, or the seed that they begin with.
-        self._rng: torch.Tensor | int = default_generator.get_state() if seed is None else seed
-        self._cuda_rng: list[torch.Tensor] | int | None = None
-        if torch.cuda.is_initialized():
-            states = [stream.get_state() for stream in torch.cuda.default_generators]
-            self._cuda_rng = states if seed is None else seed
-
-    @classmethod
-    def suspend(cls) -> GlobalState:
-        """Take the present state, to be put back by ``install``."""
-        self = cls()
-        if torch.is_inference_mode_enabled():
+        if seed is None and torch.is_inference_mode_enabled():
             # Such a guard sets the mode when made and restores it when deleted, so it can be held
             # open across a switch.
             self._guard = torch._C._InferenceMode(False)
-        return self
+        self._rng = default_generator.get_state() if seed is None else seed
+        streams = torch.cuda.default_generators if torch.cuda.is_initialized() else ()
+        self._cuda_rng = [stream.get_state() if seed is None else seed for stream in streams]
 
     @classmethod
     def fresh(cls, seed: int, *, grad: bool = False) -> GlobalState:
@@ -100,14 +89,12 @@ class GlobalState:
                 _push_mode(mode)
         _device.CURRENT_DEVICE = self._device
         _set_stream(default_generator, self._rng)
-        if self._cuda_rng is not None:
-            streams = torch.cuda.default_generators
-            states = self._cuda_rng
-            for i, stream in enumerate(streams):
-                _set_stream(stream, states if isinstance(states, int) else states[i])
+        for stream, state in zip(torch.cuda.default_generators, self._cuda_rng, strict=False):
+            _set_stream(stream, state)
 
 
 def _set_stream(generator: torch.Generator, state: torch.Tensor | int) -> None:
+    """Let a generator go on from a state, or begin with a seed."""
     if isinstance(state, int):
         generator.manual_seed(state)
     else:
@@ -140,11 +127,10 @@ class Coroutine:
 
     Args:
         fn: the function.
-        global_state: the global state that it begins in.
+        global_state: that it begins in; as an attribute, that of the run while it is suspended.
         stack: the class of what it runs on.
 
     Attributes:
-        global_state: its global state, while it does not run.
         finished: whether it returned or raised.
         result: what it returned.
     """
@@ -155,7 +141,7 @@ class Coroutine:
         self.global_state = global_state
         self.finished = False
         self.result: Any = None
-        self._greenlet = stack(fn)
+        self._greenlet = stack(lambda _: fn())
         self._greenlet.gr_context = copy_context()
 
     def resume(self, answer: Any = None, *, restore: bool = True) -> Any:
@@ -168,13 +154,7 @@ class Coroutine:
             restore: whether to put the present global state back afterwards. (Who resumes many
                 takes it off once before them, and puts it back after the last.)
         """
-        if self._started:
-            return self._switch(lambda: self._greenlet.switch(answer), restore)
-        return self._switch(self._greenlet.switch, restore)
-
-    @property
-    def _started(self) -> bool:
-        return bool(self._greenlet)
+        return self._switch(self._greenlet.switch, answer, restore)
 
     def close(self) -> None:
         """End it: its ``with`` and ``finally`` blocks run now, in its own state.
@@ -182,29 +162,25 @@ class Coroutine:
         Raises:
             RuntimeError: if it swallows the exception that ends it.
         """
-        if self.finished:
-            return
-        if not self._started:
+        if not self._greenlet:  # it has not begun, or has ended
             self.finished = True
             return
-        try:
-            self._switch(lambda: self._greenlet.throw(Abandoned()))
-        except Abandoned:
-            return
+        with suppress(Abandoned):
+            self._switch(self._greenlet.throw, Abandoned())
         if not self.finished:
             raise RuntimeError(
                 "an abandoned program went on to another site: it must not catch BaseException "
                 "around a site (catch Exception instead)"
             )
 
-    def _switch(self, go: Callable[[], Any], restore: bool = True) -> Any:
-        outer = GlobalState.suspend() if restore else None
+    def _switch(self, go: Callable[[Any], Any], given: Any, restore: bool = True) -> Any:
+        outer = GlobalState() if restore else None
         self._greenlet.parent = getcurrent()
         self.global_state.install()
         try:
-            value = go()
+            value = go(given)
         finally:
-            self.global_state = GlobalState.suspend()
+            self.global_state = GlobalState()
             self.finished = self._greenlet.dead
             if outer is not None:
                 outer.install()

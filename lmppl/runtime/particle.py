@@ -127,7 +127,8 @@ class Particle:
         self._enumerate, self._score_closing, self._grad = enumerate_latents, score_closing, grad
         self._site = ""
         self._at: tuple[str, Any] | None = None  # the site that it is at, and its distribution
-        self._recorder = _Recorder(self, self._replay.calls, {} if shared is None else shared)
+        self.calls = self._replay.calls
+        self._recorder = _Recorder(self, {} if shared is None else shared)
         self.coroutine = Coroutine(self._run, GlobalState.fresh(seed, grad=grad))
 
     # --- life ----------------------------------------------------------------------------------
@@ -139,10 +140,6 @@ class Particle:
             if name not in trace._pred:
                 trace._pred[name], trace._succ[name] = set(), set()
         return trace
-
-    @property
-    def calls(self) -> dict[str, tuple[Call, Text]]:
-        return self._recorder.calls
 
     @property
     def finished(self) -> bool:
@@ -235,10 +232,8 @@ class Particle:
         streams stay those of the slot, which may need them for a later fork."""
         new = copy(self)
         new._uncounted = list(self._uncounted)
-        new.slot, new.proposer = streams.slot, streams.proposer
-        new.coroutine = copy(self.coroutine)
-        new.coroutine.global_state = copy(self.coroutine.global_state)
-        new.coroutine.global_state.take_streams(streams.coroutine.global_state)
+        new.slot, new.proposer, new.coroutine = streams.slot, streams.proposer, copy(self.coroutine)
+        new.coroutine.global_state = streams.coroutine.global_state
         return new
 
     # --- what it found -------------------------------------------------------------------------
@@ -267,10 +262,10 @@ class Particle:
     @property
     def killed_by(self) -> str | None:
         """The first site of probability zero, or None."""
-        for name, node in self.sites.items():
-            if float(node["log_prob_sum"]) == -math.inf:
-                return name
-        return None
+        sites = self.sites.items()
+        return next(
+            (name for name, node in sites if float(node["log_prob_sum"]) == -math.inf), None
+        )
 
     # --- inside the coroutine ------------------------------------------------------------------
 
@@ -373,20 +368,16 @@ class Particle:
         where = f"at or after site '{self._site}'" if self._site else "before its first site"
         program = f"{name_of(self.program)}({', '.join(map(_repr.repr, self.args))})"
         note = f"raised in particle {self.slot} of {program}, {where}"
-        texts = []
+        shown = []
         for name, node in self.sites.items():
-            value = node["value"]
-            if _is_lm_site(node["fn"]):
-                fn = node["fn"]
-                text = (
-                    fn.text(value)
-                    if fn.supports(value)
-                    else fn.lm.vocabulary.decode(fn.token_ids(value))
-                )
-                texts.append(f"{name}={str(text)!r}")
+            fn, value = node["fn"], node["value"]
+            if _is_lm_site(fn):
+                is_text = fn.supports(value)
+                text = fn.text(value) if is_text else fn.lm.vocabulary.decode(fn.token_ids(value))
+                shown.append(f"{name}={str(text)!r}")
             elif is_latent(node):
-                texts.append(f"{name}={value.tolist() if torch.is_tensor(value) else value!r}")
-        error.add_note(note + (f"; so far: {', '.join(texts)}" if texts else ""))
+                shown.append(f"{name}={value.tolist() if torch.is_tensor(value) else value!r}")
+        error.add_note(note + (f"; so far: {', '.join(shown)}" if shown else ""))
 
 
 _repr = reprlib.Repr()
@@ -396,12 +387,9 @@ _repr.maxstring = _repr.maxother = 60
 class _Recorder(TraceMessenger, CallMemory):
     """The outermost handler of a particle: it sees a site after all handlers of the program."""
 
-    def __init__(
-        self, particle: Particle, calls: dict[str, tuple[Call, Text]], shared: dict[Any, Any]
-    ) -> None:
+    def __init__(self, particle: Particle, shared: dict[Any, Any]) -> None:
         super().__init__()
         self._particle: Any = particle
-        self.calls = calls
         self.shared = shared
 
     def release(self) -> None:
@@ -438,7 +426,7 @@ class _Recorder(TraceMessenger, CallMemory):
         return text
 
     def remember(self, name: str, call: Call, text: Text) -> None:
-        self.calls[name] = call, text
+        self._particle.calls[name] = call, text
 
 
 _FOUND = (
@@ -481,7 +469,7 @@ def site_log_weight(node: Site) -> float:
 def _check_weightable(site: Site, trace: Trace) -> None:
     """Latents whose density Pyro would drop or reweight have no importance weight."""
     name, mask = site["name"], site["mask"]
-    if mask is not None and mask is not True and not (torch.is_tensor(mask) and bool(mask.all())):
+    if mask is not None and not bool(torch.as_tensor(mask).all()):
         raise ValueError(
             f"site '{name}' is latent and masked out (poutine.mask): its density is not part of the "
             "joint, so no weight can account for it. Leave it out of the program instead."
