@@ -47,11 +47,6 @@ class Batch:
             log_prior=self.log_prior[rows],
         )
 
-    @property
-    def alive(self) -> bool:
-        """Whether any trace has a positive probability."""
-        return bool((self.log_r[: self.num] > -math.inf).any())
-
     def tempered(self, beta: float, log_z: torch.Tensor | None = None) -> Batch:
         """The same with the reward ``R ** beta``, and a learned log evidence."""
         log_r = torch.where(self.log_r == -math.inf, -math.inf, self.log_r * beta)
@@ -73,8 +68,7 @@ class Batch:
         }
 
 
-Scores = Mapping[str, SiteScore]
-"""What a guide says of a trace, by site."""
+Scores = Mapping[str, SiteScore]  # what a guide says of a trace, by site
 
 
 def batches_of(

@@ -120,8 +120,8 @@ class Behaviour:
     def draw(self, inputs: Sequence[Input], number: int) -> list[list[Sample]]:
         """Complete traces of each input of step ``number``."""
         share = self._options.batch_size // len(inputs)
-        low, high = (math.log(t) for t in TEMPERATURES)
-        heat = math.exp(low + (high - low) * float(torch.rand((), generator=self._generator)))
+        low, high = TEMPERATURES
+        heat = low * (high / low) ** float(torch.rand((), generator=self._generator))
         seeds = runtime.slot_seeds(runtime.nth_seed(self._seed, number), 4 * len(inputs))
         observe(self._guide, inputs)
         runs: list[tuple[int, Drawn | Recalled, list[Particle]]] = []

@@ -187,7 +187,9 @@ def train(learner: Learner, run: Run, **config: Any) -> None:
             held_out = run.evaluate(trainer.guide, number)
             figures = {"step": len(history), **figures, **held_out}
             history.append(figures)
-            bar.advance(**_shown(figures, learner.shown))
+            (rate,) = History([figures]).column("samples_per_second")
+            shown = {name: figures[name] for name in learner.shown if math.isfinite(figures[name])}
+            bar.advance(1, **shown, **{"samples/s": rate})
             log(figures)
             if run.callback is not None:
                 run.callback(figures)
@@ -211,9 +213,3 @@ def _judged(held_out: Mapping[str, float], learner: Learner) -> float:
     evidence alone may be better."""
     figure = learner.judged[0]
     return -math.inf if figure == "eval_log_z" and held_out.get("eval_dead") else held_out[figure]
-
-
-def _shown(figures: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    (rate,) = History([dict(figures)]).column("samples_per_second")
-    shown = {name: figures[name] for name in names if math.isfinite(figures[name])}
-    return {**shown, "samples/s": rate}

@@ -168,7 +168,7 @@ class Trainer:
                 if input_.features is None:
                     input_.features = prompt_state(self.guide.base, batch.samples)
                 log_z = self.log_z(input_.features, input_.index)
-            if batch.alive:
+            if any(sample.log_r > -math.inf for sample in batch.samples):
                 tempered = batch.tempered(beta, log_z)
                 losses.append(self.options.loss.of(tempered, moved=moved(number, self.steps)))
         return losses
