@@ -114,9 +114,8 @@ class LMText(TorchDistribution):
         parts = [part for text in strings if isinstance(text, Text) for part in text.parts]
         self.texts_in_prefix = frozenset(part for part in parts if isinstance(part, tuple))
         self._texts: dict[tuple[int, ...], Text] = {}  # of values, as runs ask for equal ones
-        width = max(
-            map(len, self.choices or ()), default=self.stopping.max_tokens or num_tokens or 0
-        )
+        most = self.stopping.max_tokens or num_tokens or 0
+        width = max(map(len, self.choices or ()), default=most)
         super().__init__(torch.Size(()), torch.Size((width,)), validate_args=False)
 
     @classmethod
@@ -147,8 +146,6 @@ class LMText(TorchDistribution):
         index = torch.arange(len(self._rows)).reshape(self.batch_shape).expand(batch_shape)
         return self._with_rows(tuple(self._rows[i] for i in index.flatten().tolist()), batch_shape)
 
-    # --- what it is ---------------------------------------------------------------------------
-
     @property
     def prefix_ids(self) -> tuple[int, ...]:
         """The tokens of the prefix (of an unbatched distribution)."""
@@ -166,21 +163,17 @@ class LMText(TorchDistribution):
 
     def same_as(self, other: Any) -> bool:
         """Whether ``other`` is the same distribution: prefix tokens, support, temperature, model."""
-        return (
-            isinstance(other, LMText) and self.lm is other.lm and self._identity == other._identity
-        )
+        return isinstance(other, LMText) and self._identity == other._identity
 
     @property
     def _identity(self) -> tuple[Any, ...]:
         stop, max_tokens = self.stopping.stop, self.stopping.max_tokens
-        shapes = self.batch_shape, self.event_shape
-        return self._rows, *shapes, self.choices, stop, max_tokens, self.temperature
+        rows = self._rows, self.batch_shape, self.event_shape
+        return self.lm, rows, self.choices, stop, max_tokens, self.temperature
 
     def __repr__(self) -> str:
         prefix = self.lm.vocabulary.decode(self._rows[0][-24:])
         return f"LMText({self.lm.name}, ...{prefix!r}, event_shape={tuple(self.event_shape)})"
-
-    # --- tokens, values and texts -------------------------------------------------------------
 
     @property
     def num_uniforms(self) -> int:
@@ -217,10 +210,8 @@ class LMText(TorchDistribution):
             if ids not in self.choices:
                 allowed = [self.lm.vocabulary.decode(choice) for choice in self.choices]
                 raise ValueError(f"{str(obs)!r} is none of the choices {allowed}")
-        if len(ids) > self.event_shape[0]:
-            raise ValueError(
-                f"{str(obs)!r} has {len(ids)} tokens, the site holds {self.event_shape[0]}"
-            )
+        if len(ids) > (most := self.event_shape[0]):
+            raise ValueError(f"{str(obs)!r} has {len(ids)} tokens, the site holds {most}")
         return self.value(ids)
 
     def as_value(self, given: Any) -> torch.Tensor:
@@ -258,8 +249,6 @@ class LMText(TorchDistribution):
         closed = self.stopping.scan(ids)
         return closed is not None and closed[0] == len(ids)
 
-    # --- the distribution ---------------------------------------------------------------------
-
     @exclusive()
     def sample(self, sample_shape: Sequence[int] = ()) -> torch.Tensor:
         """Shape ``sample_shape + batch_shape + (max_tokens,)``; uses torch's random stream."""
@@ -271,17 +260,13 @@ class LMText(TorchDistribution):
         return torch.stack(values).reshape(shape + self.event_shape)
 
     def log_prob(self, value: torch.Tensor) -> torch.Tensor:
-        """Log-density in nats, shape ``value.shape[:-1]`` broadcast with ``batch_shape``.
-
-        ``-inf`` for a value that the site could not have produced. Differentiable with respect to
-        the parameters of ``lm`` that require a gradient.
-        """
+        """Log-density in nats, shape ``value.shape[:-1]`` broadcast with ``batch_shape``; ``-inf`` for
+        a value that the site could not have produced. Differentiable with respect to the parameters
+        of ``lm`` that require a gradient."""
         _check_token_ids(value)
         if value.shape[-1:] != self.event_shape:
-            raise ValueError(
-                f"a value of this site has event shape {tuple(self.event_shape)}, "
-                f"given shape {tuple(value.shape)}"
-            )
+            shapes = f"{tuple(self.event_shape)}, given shape {tuple(value.shape)}"
+            raise ValueError(f"a value of this site has event shape {shapes}")
         shape = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
         values = value.expand(shape + self.event_shape).reshape(-1, self.event_shape[0])
         members = [self._with_rows((row,), ()) for row in self.expand(shape)._rows]
@@ -494,6 +479,7 @@ class ToolCall(TorchDistribution):
 
     arg_constraints: dict[str, constraints.Constraint] = {}
     has_rsample = False
+    support = constraints.real  # type: ignore[assignment]
 
     def __init__(self, fn: Callable[..., Any], args: tuple[Any, ...], on_error: str) -> None:
         self.fn, self.call_args, self.on_error = fn, args, on_error
@@ -501,10 +487,6 @@ class ToolCall(TorchDistribution):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ToolCall:
         return self  # its function may be anything
-
-    @property
-    def support(self) -> constraints.Constraint:
-        return constraints.real
 
     def sample(self, sample_shape: Sequence[int] = ()) -> torch.Tensor:
         try:

@@ -1,9 +1,8 @@
 """One run at a time: threads of a process take turns.
 
 Pyro's stack of handlers, torch's random stream and the caches of a language model belong to the
-process. So whatever runs a program or a language model holds a lock while it does. The lock is
-re-entrant, since a program may call ``lmppl.infer`` itself; and what runs on a stack of its own,
-suspended and resumed, does not take it: whoever resumes it has it.
+process. So whatever runs a program or a language model holds a lock, a re-entrant one. What runs on a
+stack of its own, suspended and resumed, does not take it: whoever resumes it has it.
 """
 
 from __future__ import annotations

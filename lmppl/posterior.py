@@ -26,8 +26,7 @@ if TYPE_CHECKING:
 
 
 class ZeroEvidenceError(RuntimeError):
-    """No sample has a positive weight: an estimate of zero for the evidence. The traces of
-    ``.posterior`` say how far each sample came."""
+    """No sample has a positive weight. The traces of ``.posterior`` say how far each one came."""
 
     def __init__(self, message: str, posterior: Posterior) -> None:
         super().__init__(message)
@@ -73,10 +72,9 @@ class Posterior(Report):
     ) -> None:
         log_weights = torch.as_tensor(log_weights).detach().to("cpu", torch.float64).clone()
         if log_weights.shape != (len(traces),) or len(returns) != len(traces):
-            raise ValueError(
-                f"a posterior of {len(traces)} traces needs as many log-weights and returns, given "
-                f"log_weights of shape {tuple(log_weights.shape)} and {len(returns)} returns"
-            )
+            given = f"log_weights of shape {tuple(log_weights.shape)} and {len(returns)} returns"
+            needs = f"a posterior of {len(traces)} traces needs as many log-weights and returns"
+            raise ValueError(f"{needs}, given {given}")
         if not traces:
             raise ValueError("a posterior needs at least one trace")
         bad = torch.nonzero(log_weights.isnan() | (log_weights == math.inf)).flatten().tolist()
@@ -93,8 +91,6 @@ class Posterior(Report):
         self.info: dict[str, Any] = dict(info or {})
         self.profile: Profile | None = None
         self._claims_evidence = claims_evidence
-
-    # --- weights ------------------------------------------------------------------------------
 
     @cached_property
     def weights(self) -> torch.Tensor:
@@ -145,8 +141,6 @@ class Posterior(Report):
         """Kish's effective sample size, 1 / sum(weights^2): at most K, 0 if all are dead."""
         return ess(self.log_weights)
 
-    # --- values -------------------------------------------------------------------------------
-
     @cached_property
     def sites(self) -> list[str]:
         """Names of all sites with a value, in the order in which the programs reached them."""
@@ -181,8 +175,8 @@ class Posterior(Report):
     def probs(self, name: str) -> dict[Any, float]:
         """Posterior probability of each value of a site, the largest first; they sum to 1.
 
-        Texts that are equal as strings count as one, whatever their tokens. Tensors stand as
-        numbers or nested tuples. None stands for "not reached".
+        Texts that are equal as strings count as one. Tensors stand as numbers or nested tuples, None
+        for "not reached".
 
         Raises:
             KeyError: if no trace has such a site.
@@ -242,8 +236,6 @@ class Posterior(Report):
         log_weights = torch.full((n,), self.log_evidence or 0.0, dtype=torch.float64)
         return self._with(traces, log_weights, returns, {**self.info, "iid": False, "notes": notes})
 
-    # --- copies -------------------------------------------------------------------------------
-
     def _with(
         self, traces: list[Trace], log_weights: torch.Tensor, returns: list[Any], info: Any
     ) -> Posterior:
@@ -277,8 +269,6 @@ class Posterior(Report):
     def __iter__(self) -> Iterator[tuple[Trace, float]]:
         """Pairs of a trace and its normalised weight."""
         return iter(zip(self.traces, self.weights.tolist(), strict=True))
-
-    # --- summaries ----------------------------------------------------------------------------
 
     def summary(self) -> dict[str, Any]:
         """The posterior in plain Python values, as the table shows it. Never raises ZeroEvidenceError.
@@ -341,10 +331,8 @@ def _number_of(
     elif name_or_fn in values:
         value, where = values[name_or_fn], f"site '{name_or_fn}'"
     else:
-        raise ValueError(
-            f"site '{name_or_fn}' is not reached in every sample; give a function of a sample's "
-            "values that says what counts there"
-        )
+        missing = f"site '{name_or_fn}' is not reached in every sample"
+        raise ValueError(f"{missing}; give a function of its values that says what counts there")
     try:
         return torch.as_tensor(value).detach().to("cpu", torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:

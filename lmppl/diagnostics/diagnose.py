@@ -69,8 +69,7 @@ class Diagnosis(Report):
             averaged over the exact draws: a tighter upper bound than ``eubo``.
         exact_source: ``"posterior"``, ``"latents"`` or None: where exact draws came from.
         log_z: a second estimate of log Z, independent of the guide; None if there is none.
-        log_z_source: ``"exact"``, ``"prior"`` (importance sampling with the prior as proposal) or
-            None.
+        log_z_source: ``"exact"``, ``"prior"`` (importance sampling from the prior) or None.
         z_score: ``iw_bound`` less ``log_z`` in standard errors (and 0.001 nats for rounding).
         kl_guide_posterior: bracket of KL(q || p); infinite if a draw is dead.
         kl_alive_posterior: the same of the guide conditioned on being alive.
@@ -118,13 +117,10 @@ class Diagnosis(Report):
 
     def summary(self) -> dict[str, Any]:
         """All figures in plain Python values, as the table shows them."""
-        figures = {
-            field.name: getattr(self, field.name)
-            for field in dataclasses.fields(self)
-            if field.name not in ("samples", "texts", "notes")
-        }
         texts = {name: dataclasses.asdict(text) for name, text in self.texts.items()}
-        return {**figures, "texts": texts, "notes": list(self.notes)}
+        summary = vars(self) | {"texts": texts, "notes": list(self.notes)}
+        del summary["samples"]
+        return summary
 
     def _blocks(self) -> list[Block]:
         return diagnosis_blocks(self.summary())
@@ -266,10 +262,8 @@ def _notes(
     if eubo is not None and source != "exact" and error is not None and iw_bound - eubo > 3 * error:
         yield "EUBO is below log Z: are the latents exact posterior draws?"
     if z_score is not None and abs(z_score) > 3:
-        yield (
-            f"the guide's estimate of log Z and that of the {source} disagree by "
-            f"{abs(z_score):.1f} standard errors"
-        )
+        by = f"{abs(z_score):.1f} standard errors"
+        yield f"the guide's estimate of log Z and that of the {source} disagree by {by}"
     if source == "prior" and figures["log_z"][0] == -math.inf:
         yield "every draw of the prior is dead, so it estimates no log Z"
 
@@ -288,9 +282,8 @@ def _check_exact(posterior: Posterior | None, latents: Sequence[Mapping[str, Any
     if latents is not None:
         is_list = isinstance(latents, Sequence)
         if not is_list or not all(isinstance(draw, Mapping) for draw in latents):
-            raise TypeError(
-                f"latents takes a list of dicts, [{{site: text or tensor}}, ...], given {latents!r}"
-            )
+            takes = "latents takes a list of dicts, [{site: text or tensor}, ...]"
+            raise TypeError(f"{takes}, given {latents!r}")
         if not latents:
             raise ValueError("latents=[] holds no draw: give at least one, or leave it out")
 

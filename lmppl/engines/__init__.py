@@ -17,10 +17,7 @@ __all__ = [
 ]  # fmt: skip
 
 ENGINES: dict[str, Callable[..., EngineLike]] = {
-    "importance": Importance,
-    "smc": SMC,
-    "gflownet": GFlowNet,
-    "exact": Exact,
+    engine.name: engine for engine in (Importance, SMC, GFlowNet, Exact)
 }
 
 

@@ -52,10 +52,7 @@ def _uniforms(n: int, generator: torch.Generator) -> torch.Tensor:
 
 
 SCHEMES: dict[str, Scheme] = {
-    "multinomial": multinomial,
-    "stratified": stratified,
-    "systematic": systematic,
-    "residual": residual,
+    scheme.__name__: scheme for scheme in (multinomial, stratified, systematic, residual)
 }
 
 

@@ -121,8 +121,7 @@ class SMC(Engine):
         waits = twists.text_waits(state.particles)
         twisted = [i for i in waits if twist is not None and twist.takes(state.particles[i])]
         others = [state.particles[i] for i in set(range(len(state.particles))) - set(twisted)]
-        # Twisted ones first: a fork of one still waits at its draw, which the others then have behind
-        # them.
+        # Twisted ones first, as their forks still wait at this draw.
         if twist is not None and twisted:
             state.info["resamplings"] += twists.draw(
                 state,

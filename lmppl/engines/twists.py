@@ -312,11 +312,8 @@ class Flow(TwistFunction):
             run_to_draws(runs)
             for k, fork in forks.items():
                 name, before = sites[k][0], particles[k].trace.nodes
-                chance = [
-                    node
-                    for other, node in fork.sites.items()
-                    if other != name and other not in before and not node["is_observed"]
-                ]
+                new = [fork.sites[other] for other in fork.sites.keys() - {name, *before}]
+                chance = [node for node in new if not node["is_observed"]]
                 if fork.site is not None or any(map(is_latent, chance)):
                     continue
                 self._ending.add(name)

@@ -64,18 +64,14 @@ class History(Report, list[dict[str, Any]]):
         not finite is left out; NaN where nothing is left."""
         window = check_int("window", window)
         values, back = self.column(name), (window - 1) // 2
-        means = []
-        for i in range(len(values)):
-            near = [v for v in values[max(0, i - back) : i - back + window] if math.isfinite(v)]
-            means.append(statistics.fmean(near) if near else math.nan)
-        return means
+        windows = [values[max(0, i - back) : i - back + window] for i in range(len(values))]
+        finite = [list(filter(math.isfinite, near)) for near in windows]
+        return [statistics.fmean(near) if near else math.nan for near in finite]
 
     def time_split(self) -> dict[str, float]:
-        """Where the time went: the share of each part, ``seconds_*``, of all steps' seconds.
-
-        The parts are ``"sampling"``, ``"truncations"`` (their rewards), ``"gradient"`` and, if
-        there was one, ``"evaluation"``. Empty if no time was measured.
-        """
+        """The share of each part, ``seconds_*``, of all steps' seconds: ``"sampling"``,
+        ``"truncations"`` (their rewards), ``"gradient"`` and, if there was one, ``"evaluation"``.
+        Empty if no time was measured."""
         seconds = self._seconds()
         total = sum(seconds.values())
         return {name: part / total for name, part in seconds.items()} if total > 0 else {}

@@ -25,8 +25,7 @@ class Work:
         seconds: that the work took, its bookkeeping included.
         passes: forward passes through a model.
         rows: of their batches, all passes together; a row may hold several texts.
-        positions: computed in the forward passes, with prompts and padding (and the probe of a
-            model that is met for the first time).
+        positions: computed in the forward passes, with prompts, padding and a new model's probe.
         outputs: positions that went through the output layer.
         flops: of the matrix products with the models' weights, not attention's own: 2 a parameter
             and position (of the output layer: and position that goes through it), and twice that

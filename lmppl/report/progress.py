@@ -73,14 +73,11 @@ class progress_bar:
         """Some steps are done. ``figures`` (name to number) are shown behind the bar."""
         if self._bar is None:
             return
-        changes: dict[str, Any] = {"figures": _figures(figures)} if figures else {}
+        shown = {k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in figures.items()}
+        line = printable("  ".join(f"{name} {value}" for name, value in shown.items()))
+        changes: dict[str, Any] = {"figures": line} if figures else {}
         self._bar.update(self._task, advance=steps, **changes)
         now = time.monotonic()
         if now - self._refreshed > _REFRESH_SECONDS:
             self._bar.refresh()
             self._refreshed = now
-
-
-def _figures(figures: dict[str, Any]) -> str:
-    shown = {k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in figures.items()}
-    return printable("  ".join(f"{name} {value}" for name, value in shown.items()))

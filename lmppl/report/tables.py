@@ -48,11 +48,10 @@ Block = str | Table
 
 
 class Report:
-    """An object that is shown as a report: by ``print``, and in notebooks."""
+    """An object that is shown as a report, of ``_blocks``: by ``print``, and in notebooks."""
 
     @abstractmethod
-    def _blocks(self) -> Sequence[Block]:
-        """Its lines and tables."""
+    def _blocks(self) -> Sequence[Block]: ...
 
     def __repr__(self) -> str:
         return as_text(self._blocks())
@@ -82,9 +81,8 @@ def _rich_table(table: Table) -> Any:
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    shown = RichTable(
-        box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, table.gap, 0, 0)
-    )
+    gap = (0, table.gap, 0, 0)
+    shown = RichTable(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=gap)
     for heading, kind in table.columns:
         # Texts are cut by the cell: rich takes width only from columns that may wrap.
         shown.add_column(

@@ -21,20 +21,16 @@ from lmppl.training.lm_guide import LMGuide
 class GuideReport:
     """A guide against the exact posterior of a program on one input.
 
-    Attributes:
-        tv: total variation between the guide and the posterior, over whole traces, dead ones too.
-        gap: ``log Z - E_q[log R - log q]``, nats, of the guide renormalised to live traces: its
-            Kullback-Leibler divergence from the posterior. Infinite if no mass is alive.
-        dead_mass: mass that the guide gives to traces of probability zero.
-        log_evidence: log Z, nats.
-        num_traces: live traces (of a continuous site, its quadrature nodes are counted).
+    ``tv`` is the total variation between them, over whole traces, dead ones too. ``gap``, nats, is
+    ``log Z - E_q[log R - log q]`` of the guide renormalised to live traces: its Kullback-Leibler
+    divergence from the posterior; infinite if no mass is alive.
     """
 
     tv: float
     gap: float
-    dead_mass: float
-    log_evidence: float
-    num_traces: int
+    dead_mass: float  # that the guide gives to traces of probability zero
+    log_evidence: float  # log Z, nats
+    num_traces: int  # live ones (of a continuous site, its quadrature nodes are counted)
 
 
 def guide_report(

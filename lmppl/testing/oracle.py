@@ -1,7 +1,6 @@
 """The exact answer: every trace of a program, found by exhaustive replay.
 
-Written without lmppl's runtime, engines, decoding and scoring, so that agreement with them means
-something. A program is run once for every path through its latent sites; text is enumerated and
+Written without lmppl's runtime, engines, decoding and scoring, so that agreement means something. A program is run once for every path through its latent sites; text is enumerated and
 scored by ``lmppl.testing.naive``; continuous sites are replaced by quadrature nodes.
 """
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import pyro
 import pyro.distributions as dist
@@ -26,26 +26,17 @@ from lmppl.testing.tiny import tiny_lm
 
 @dataclass(frozen=True)
 class Case:
-    """A program with arguments, a model, and so an exact posterior.
+    """A program with arguments, a model, and so an exact posterior."""
 
-    Attributes:
-        name: of the feature it shows.
-        program, args: an lmppl program whose LM sites name no model, and its positional arguments.
-        text_latents, other_latents: the latent sites of all branches, those of texts apart.
-        quadrature: number of nodes of every continuous latent; None where there is none.
-    """
-
-    name: str
-    program: Callable[..., Any]
+    name: str  # of the feature it shows
+    program: Callable[..., Any]  # its LM sites name no model
     args: tuple[Any, ...]
-    text_latents: tuple[str, ...] = ("z",)
+    text_latents: tuple[str, ...] = ("z",)  # of all branches
     other_latents: tuple[str, ...] = ()
-    quadrature: int | None = None
-
-    @property
-    def lm(self) -> LM:
-        """The model, one for all cases."""
-        return _shared_lm()
+    quadrature: int | None = None  # nodes of every continuous latent
+    # The prior's effective sample size is 3% to 30% in every case. Prefixes mix tokens: attention
+    # with rotary positions and no BOS cannot count equal tokens, so no guide could.
+    lm: ClassVar[LM] = tiny_lm("ab.", seed=0)
 
     def enumerate(self) -> Enumeration:
         """All traces. Computed once."""
@@ -53,13 +44,6 @@ class Case:
 
     def __str__(self) -> str:
         return self.name
-
-
-@functools.cache
-def _shared_lm() -> LM:
-    # The prior's effective sample size is 3% to 30% in every case. Prefixes mix tokens: attention
-    # with rotary positions and no BOS cannot count equal tokens, so no guide could.
-    return tiny_lm("ab.", seed=0)
 
 
 @functools.cache

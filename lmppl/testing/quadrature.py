@@ -20,19 +20,16 @@ def quadrature_nodes(distribution: Any, num_nodes: int) -> tuple[torch.Tensor, t
     By Golub and Welsch (Mathematics of Computation 23, 1969): eigenvalues, and squared first
     components of eigenvectors, of the recurrence of the polynomials orthogonal under the density.
 
-    Args:
-        distribution: a scalar ``Beta``, ``Uniform``, ``Normal`` or ``Gamma`` (or ``Exponential``).
-        num_nodes: K, of the values and log-weights: both ``(K,)`` float64.
+    Both are ``(num_nodes,)`` float64. The distribution is a scalar ``Beta``, ``Uniform``, ``Normal``,
+    ``Gamma`` or ``Exponential``.
 
     Raises:
         NotImplementedError: for any other distribution.
         ValueError: for one with a batch.
     """
     if distribution.batch_shape or distribution.event_shape:
-        raise ValueError(
-            f"quadrature takes scalar distributions, given batch_shape "
-            f"{tuple(distribution.batch_shape)}, event_shape {tuple(distribution.event_shape)}"
-        )
+        shapes = f"{tuple(distribution.batch_shape)}, event_shape {tuple(distribution.event_shape)}"
+        raise ValueError(f"quadrature takes scalar distributions, given batch_shape {shapes}")
     k = np.arange(num_nodes, dtype=np.float64)
     match distribution:
         case dist.Beta():

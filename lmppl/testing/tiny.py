@@ -26,8 +26,6 @@ def tiny_lm(
     tokens: str | Sequence[str] = "ab.",
     *,
     seed: int = 0,
-    eos: bool = True,
-    bos: bool = False,
     hidden_size: int = 64,
     **options: Any,
 ) -> LM:
@@ -35,38 +33,30 @@ def tiny_lm(
 
     Ids are positions in ``tokens``; then come EOS (``"<eos>"``) and BOS (``"<bos>"``), as far as
     they are wanted. Decoding concatenates. Encoding takes the longest token that fits, from left
-    to right, and **raises** on a character that no token holds: there is no unknown token that
-    could silently stand for it.
+    to right, and **raises** on a character that no token holds.
 
     Args:
         tokens: the ordinary tokens: the characters of a string, or strings of any length.
         seed: of the weights.
-        eos: whether the vocabulary has an end-of-sequence token.
-        bos: whether the tokenizer puts a BOS in front of a text. Like any token of a real model's
-            vocabulary, it can be sampled too.
         hidden_size: a multiple of 8.
-        options: ``contrast``, standard deviation of the logits over tokens and prefixes (at 0 every
-            distribution is uniform); ``num_layers``, two or more (with one, a cache filled under a
-            wrong prefix would still be right); ``context_length``; and ``unused_logits``, how many
-            to add that belong to no token, as in models that pad their vocabulary.
+        options: ``eos=True``, whether there is an EOS; ``bos=False``, whether the tokenizer puts a
+            BOS in front of a text (like any token, it can be sampled too); ``contrast=2.0``,
+            standard deviation of the logits over tokens and prefixes (at 0 every distribution is
+            uniform); ``num_layers=2`` (with one, a cache filled under a wrong prefix would still be
+            right); ``context_length=256``; and ``unused_logits=0``, how many to add that belong to
+            no token, as in models that pad their vocabulary.
 
     Raises:
         ValueError: no tokens, an empty token, or one given twice.
     """
-    names = list(tokens)
-    tokenizer = tiny_tokenizer(names, eos=eos, bos=bos)
     options |= {"seed": seed, "hidden_size": hidden_size}
-    return _tiny(tokenizer, f"tiny-{''.join(names)}-{seed}", **options)
+    return _tiny(list(tokens), f"tiny-{''.join(tokens)}-{seed}", **options)
 
 
-def tiny_byte_lm(
-    tokens: Sequence[bytes] = (b"a", b".", b"\xc3", b"\xa9", b"\xa8", b".\xc3"),
-    *,
-    seed: int = 0,
-    eos: bool = True,
-    bos: bool = False,
-    **options: Any,
-) -> LM:
+_BYTES = (b"a", b".", b"\xc3", b"\xa9", b"\xa8", b".\xc3")
+
+
+def tiny_byte_lm(tokens: Sequence[bytes] = _BYTES, *, seed: int = 0, **options: Any) -> LM:
     """A tiny LM with a byte-level tokenizer, whose tokens may split a unicode character.
 
     By default it writes ``a``, ``.``, and the two bytes each of ``"é"`` and ``"è"``; one token
@@ -74,8 +64,7 @@ def tiny_byte_lm(
     """
     to_char = {byte: character for character, byte in byte_level_alphabet().items()}
     names = ["".join(to_char[byte] for byte in token) for token in tokens]
-    tokenizer = tiny_tokenizer(names, eos=eos, bos=bos, byte_level=True)
-    return _tiny(tokenizer, f"tiny-bytes-{seed}", seed=seed, **options)
+    return _tiny(names, f"tiny-bytes-{seed}", byte_level=True, seed=seed, **options)
 
 
 def tiny_tokenizer(
@@ -88,8 +77,7 @@ def tiny_tokenizer(
         raise ValueError(f"tokens must differ, also from {EOS!r} and {BOS!r}: {tokens!r}")
     special = [EOS] * eos + [BOS] * bos
     vocabulary = {token: i for i, token in enumerate([*tokens, *special])}
-    # A word-level model has no unknown token unless it is given one: it raises instead. (BPE
-    # would drop unknown characters without a word.)
+    # A word-level model raises on unknown characters. (BPE would drop them without a word.)
     backend = Tokenizer(models.WordLevel(vocabulary))
     longest_first = sorted(tokens, key=len, reverse=True)
     split: Any = pre_tokenizers.Split(Regex("|".join(map(re.escape, longest_first))), "isolated")
@@ -173,8 +161,16 @@ def _calibrate(model: LlamaForCausalLM, contrast: float, generator: torch.Genera
 
 
 def _tiny(
-    tokenizer: PreTrainedTokenizerFast, name: str, *, unused_logits: int = 0, **options: Any
+    tokens: Sequence[str],
+    name: str,
+    *,
+    eos: bool = True,
+    bos: bool = False,
+    byte_level: bool = False,
+    unused_logits: int = 0,
+    **options: Any,
 ) -> LM:
+    tokenizer = tiny_tokenizer(tokens, eos=eos, bos=bos, byte_level=byte_level)
     options |= {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id}
     model = tiny_model(len(tokenizer) + unused_logits, **options)
     return LM(model, tokenizer, name=name)
