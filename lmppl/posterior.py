@@ -202,8 +202,7 @@ class Posterior(Report):
         return sorted(totals.items(), key=lambda item: -item[1])
 
     def best(self, name: str) -> Any:
-        """The most probable value of a site (None only if no live sample reaches it). Raises as
-        ``probs`` does."""
+        """The most probable value of a site, None if no live sample has one. Raises as ``probs``."""
         return next((value for value in self.probs(name) if value is not None), None)
 
     def mean(self, name_or_fn: str | Callable[[dict[str, Any]], Any]) -> torch.Tensor:

@@ -243,8 +243,7 @@ class CallMemory:
     shared: dict[Hashable, Any]
 
     def recall(self, name: str, call: Call) -> Text | None:
-        """What the run that this one repeats got by the very same call; then the site counts as
-        visited. Else None."""
+        """What the run that this one repeats got by the same call, the site now visited; or None."""
         raise NotImplementedError
 
     def remember(self, name: str, call: Call, text: Text) -> None:
@@ -281,8 +280,7 @@ def lm_sample(
         name: the site's name, unique in a run of the program.
         prefix: what the model continues: a ``str``, a ``Text`` or a list of them. A ``Text``
             keeps its tokens; each ``str`` is tokenised on its own.
-        max_tokens: the largest number of tokens, the closing one included. A latent site needs
-            it, or ``choices``.
+        max_tokens: the most tokens, the closing one included. A latent needs it, or ``choices``.
         stop: a stop string or several. The value closes with the token that completes one.
         choices: whole strings; the site is a categorical over them.
         temperature: renormalises every next-token distribution (with ``choices``, the categorical).
@@ -396,8 +394,7 @@ def chat(
 
     Args:
         messages: ``[{"role": ..., "content": ...}, ...]``. A content is a string or what else the
-            template takes, such as ``[{"type": "text", "text": z}]``. A ``Text`` in it keeps its
-            tokens.
+            template takes, as ``[{"type": "text", "text": z}]``. ``Text``s in it keep their tokens.
         lm: whose template; by default that of ``lmppl.infer`` or ``lmppl.use``.
         add_generation_prompt: end with the header of an assistant's turn.
 

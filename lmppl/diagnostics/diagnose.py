@@ -151,8 +151,7 @@ def diagnose(
     Args:
         model, *args, guide, lm, seed, progress: as of ``infer``.
         num_samples: draws of the guide (and as many of the prior, without ``posterior``).
-        posterior: of ``infer(model, *args, method="exact")``: log Z and all that is under the
-            posterior are then exact.
+        posterior: of ``infer(model, *args, method="exact")``: makes log Z and EUBO exact.
         latents: exact posterior draws, each a dict from every latent site to its text or tensor,
             say those that the observation was simulated with. A ``str`` stands for its canonical
             tokens; a ``Text`` keeps its own.

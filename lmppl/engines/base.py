@@ -158,9 +158,8 @@ class State:
         runtime.serve_draws(self.particles)
 
     def select(self, ancestors: Sequence[int], *, is_drawing: bool = False) -> None:
-        """Let slot i go on as a copy of particle ``ancestors[i]``, with its own random streams. (Their
-        weights are the engine's business.) ``is_drawing``: the texts at which they wait are under
-        way already."""
+        """Let slot i go on as a copy of particle ``ancestors[i]``, with its own random streams; weights
+        stay. ``is_drawing``: the texts at which they wait are under way already."""
         before = list(self.particles)
         for particle in before if is_drawing else ():
             if isinstance(particle.proposer, MixtureProposer):

@@ -51,8 +51,7 @@ class Exact(Engine):
             self._branch(state)
 
     def _branch(self, state: State) -> None:
-        """Replace every waiting particle by one for every value of its site. Those that have ended
-        stay, and stand first."""
+        """Replace every waiting particle by one for each value of its site, after those that ended."""
         before = state.particles.copy()
         waiting = [(i, _wait(p)) for i, p in enumerate(before) if not p.finished]
         parents = [i for i, particle in enumerate(before) if particle.finished]

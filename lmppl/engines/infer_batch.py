@@ -56,15 +56,13 @@ def infer_batch(
     beyond the last posterior that was asked for. Leaving the loop ends what runs.
 
     Args:
-        model, method, lm, num_samples, progress, **options: as of ``infer``; progress is shown in
-            inputs.
+        model, method, lm, num_samples, progress (in inputs), **options: as of ``infer``.
         inputs: tuples (or lists) of the program's positional arguments, or dicts of its arguments
             by name: a list, a generator, the rows of a data set.
         guide: a proposal, one for all inputs; ``"gflownet"`` needs one.
         seed: makes the run reproducible; None: taken from torch's random stream. Input i gets the
             seed ``SeedSequence(seed, spawn_key=(i,))`` (numpy), whatever the others are.
-        callback: called with a dict of figures at every stage of every input; ``"input"`` is its
-            number, from 0.
+        callback: called with a dict of figures at every stage of every input, the ``"input"``.
         on_error: ``"raise"``: an input's exception ends the run, in its turn. ``"return"``: it is
             yielded in place of the input's posterior. It has a note that names the input.
         at_once: how many inputs run side by side; None: as many as make 512 particles, at most 64.

@@ -1,7 +1,6 @@
 """Progress bars that are there when somebody watches.
 
-A bar is written to stderr, on a terminal only, and is wiped away when the work ends: results and
-logs never contain one.
+A bar is written to stderr and wiped away when the work ends: results and logs never contain one.
 """
 
 from __future__ import annotations

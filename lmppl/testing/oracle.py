@@ -1,7 +1,8 @@
 """The exact answer: every trace of a program, found by exhaustive replay.
 
-Written without lmppl's runtime, engines, decoding and scoring, so that agreement means something. A program is run once for every path through its latent sites; text is enumerated and
-scored by ``lmppl.testing.naive``; continuous sites are replaced by quadrature nodes.
+Written without lmppl's runtime, engines, decoding and scoring, so that agreement means something. A
+program is run once for every path through its latent sites; text is enumerated and scored by
+``lmppl.testing.naive``; continuous sites are replaced by quadrature nodes.
 """
 
 from __future__ import annotations
@@ -66,8 +67,7 @@ class Enumeration(tuple[ExactTrace, ...]):
 
         Args:
             names: which; one gives a dict from its values, several from tuples of values.
-            text: give the text of text sites instead of their tokens. Token sequences of equal
-                text are summed.
+            text: give the text of text sites instead of their tokens, summed where equal.
 
         Raises:
             ValueError: a name that is no latent site; an evidence of zero.
