@@ -46,15 +46,14 @@ def check_lm(what: str, lm: Any) -> LM:
 class _TokenSequence(constraints.Constraint):
     """Right-padded token sequences that the site could have produced."""
 
-    is_discrete = True
-    event_dim = 1
+    is_discrete, event_dim = True, 1
 
-    def __init__(self, distribution: LMText) -> None:
-        self._distribution = distribution
+    def __init__(self, supports: Callable[[torch.Tensor], bool]) -> None:
+        self._supports = supports
         super().__init__()
 
     def check(self, value: torch.Tensor) -> torch.Tensor:
-        rows = map(self._distribution.supports, value.reshape(-1, value.shape[-1]))
+        rows = map(self._supports, value.reshape(-1, value.shape[-1]))
         return torch.tensor(list(rows)).reshape(value.shape[:-1])
 
 
@@ -159,7 +158,7 @@ class LMText(TorchDistribution):
 
     @property
     def support(self) -> constraints.Constraint:
-        return _TokenSequence(self)
+        return _TokenSequence(self.supports)
 
     def same_as(self, other: Any) -> bool:
         """Whether ``other`` is the same distribution: prefix tokens, support, temperature, model."""

@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from lmppl.lm.meter.work import KINDS, Kind, Ledger, WorkRecord, recording
+from lmppl.lm.meter.work import KINDS, Kind, WorkRecord, recording
 from lmppl.report.tables import Block, Report, profile_blocks
 
 _PASSES_OF_TRAINING = (
@@ -88,11 +88,6 @@ class Profile(Report):
     read: Work
     seconds: float
 
-    def _fill(self, record: WorkRecord, ledger: Ledger) -> None:
-        with ledger.pause():  # of whoever profiles what is around this one
-            vars(self).update({kind: _work(kind, record) for kind in KINDS})
-        self.seconds = record.seconds
-
     def __getattr__(self, name: str) -> Any:  # of what is not there yet
         if name in Profile.__annotations__:
             raise RuntimeError("a profile has its figures when its with block has ended")
@@ -164,7 +159,9 @@ def profile() -> Iterator[Profile]:
             yield result
     finally:
         if ledger is not None:
-            result._fill(record, ledger)
+            with ledger.pause():  # of whoever profiles what is around this one
+                vars(result).update({kind: _work(kind, record) for kind in KINDS})
+            result.seconds = record.seconds
 
 
 def _work(kind: Kind, record: WorkRecord) -> Work:

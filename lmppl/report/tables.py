@@ -127,10 +127,8 @@ def bar(share: float) -> str:
 
 
 def _html_bar(share: float) -> str:
-    return (
-        '<div style="width:6em;text-align:left"><div style="background:#6a8fc5;'
-        f'height:0.8em;width:{100 * share:.0f}%"></div></div>'
-    )
+    style = f"background:#6a8fc5;height:0.8em;width:{100 * share:.0f}%"
+    return f'<div style="width:6em;text-align:left"><div style="{style}"></div></div>'
 
 
 # --- values --------------------------------------------------------------------------------------

@@ -15,11 +15,8 @@ def iid_tv_floor(probs: Iterable[float] | Mapping[Hashable, float], n: float) ->
     """Expected total variation between ``probs`` and the frequencies of n independent draws.
 
     Exact, by De Moivre's formula for the mean absolute deviation of a binomial: with
-    ``v = floor(n p) + 1`` it is ``2 v C(n, v) p^v (1 - p)^(n - v + 1)``.
-
-    Args:
-        probs: the distribution; a dict's values.
-        n: number of draws, at least 1; an effective sample size is rounded down.
+    ``v = floor(n p) + 1`` it is ``2 v C(n, v) p^v (1 - p)^(n - v + 1)``. An ``n`` that is an effective
+    sample size is rounded down, to at least 1.
     """
     n = max(1, math.floor(n))
     values = probs.values() if isinstance(probs, Mapping) else probs
