@@ -173,10 +173,8 @@ class Posterior(Report):
             raise KeyError(f"no trace has a site {name!r}{did_you_mean(name, self.sites, 'Sites')}")
 
     def probs(self, name: str) -> dict[Any, float]:
-        """Posterior probability of each value of a site, the largest first; they sum to 1.
-
-        Texts that are equal as strings count as one. Tensors stand as numbers or nested tuples, None
-        for "not reached".
+        """Posterior probability of each value of a site, the largest first; they sum to 1. Texts that
+        are equal as strings count as one; tensors are numbers or nested tuples; None: not reached.
 
         Raises:
             KeyError: if no trace has such a site.

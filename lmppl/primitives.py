@@ -23,7 +23,7 @@ from pyro.poutine.runtime import _PYRO_STACK, am_i_wrapped, apply_stack
 from pyro.poutine.scale_messenger import ScaleMessenger
 from pyro.poutine.trace_messenger import TraceMessenger
 
-from lmppl.checks import check_callable, check_choice
+from lmppl.checks import check_choice
 from lmppl.distributions import LMText, ToolCall, ToolResult, check_lm
 from lmppl.lm import LM
 from lmppl.lm.tokens.chat import strings_of
@@ -377,7 +377,8 @@ def tool(name: str, fn: Callable[..., Any], *args: Any, on_error: str = "raise")
     """
     _check_name(name, "a tool")
     check_choice(f"tool '{name}': on_error", on_error, ("raise", "reject"))
-    check_callable(f"tool '{name}': fn", fn)
+    if not callable(fn):
+        raise TypeError(f"tool '{name}': fn must be callable, given {type(fn).__name__}")
     value = _site(name, ToolCall(fn, args, on_error), None, {"hard": True})
     return value.result if isinstance(value, ToolResult) else value
 
