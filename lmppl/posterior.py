@@ -319,9 +319,7 @@ def _reached(names: Sequence[str], values: Sequence[Any]) -> dict[str, Any]:
     return {name: value for name, value in zip(names, plain, strict=True) if value is not None}
 
 
-def _number_of(
-    values: dict[str, Any], name_or_fn: str | Callable[[dict[str, Any]], Any]
-) -> torch.Tensor:
+def _number_of(values: dict[str, Any], name_or_fn: str | Callable[..., Any]) -> torch.Tensor:
     """A site's value, or what a function says of a sample's values, as float64 on the CPU."""
     if not isinstance(name_or_fn, str):
         value, where = name_or_fn(values), "the function"

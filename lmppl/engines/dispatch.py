@@ -81,11 +81,7 @@ def infer(
 
 
 def prepare(
-    model: Callable[..., Any],
-    method: str | EngineLike,
-    lm: LM | None,
-    callback: Callable[[dict[str, Any]], None] | None,
-    options: dict[str, Any],
+    model: Any, method: str | EngineLike, lm: LM | None, callback: Any, options: dict[str, Any]
 ) -> EngineLike:
     """The engine of a call; raises for what is wrong with it whatever the program's arguments."""
     engine = _engine(method, options)

@@ -39,6 +39,8 @@ from lmppl.runtime.batching import resume
 Twist = Callable[[Text], float]
 """log psi (nats) of a site's text so far; finite wherever a completion has mass."""
 
+LogPsi = list[float | None]
+
 
 class TwistFunction(ABC):
     """How well texts under way will end."""
@@ -48,9 +50,7 @@ class TwistFunction(ABC):
         return True
 
     @abstractmethod
-    def __call__(
-        self, particles: Sequence[Particle], decoding: Decoding, slots: Sequence[int]
-    ) -> list[float | None]:
+    def __call__(self, particles: list[Particle], decoding: Decoding, slots: list[int]) -> LogPsi:
         """log psi (nats) of the texts so far of some slots; some may have closed. None: nothing is
         known of it; ``-inf``: it is certain to end badly. ``particles`` wait to draw these texts."""
 
@@ -175,14 +175,12 @@ def draw(
             texts.select(ancestors.tolist())
             state.log_weights[index] = log_weights_of_copies(log_weights, a, ancestors)
             resamplings += 1
-    programs = list(range(len(particles)))
-    for slot, program in zip(members, texts.programs, strict=True):
-        programs[slot] = program
-    state.select(programs, is_drawing=True)  # they replay particles that still wait at this draw
-    members_now = [particles[slot] for slot in members]
-    texts_drawn = zip(members_now, decoding.results(), strict=True)
-    answers = [(_wait(p).fn.value(d.token_ids), d.log_probs.sum()) for p, d in texts_drawn]
-    resume(members_now, answers)
+    taken = dict(zip(members, texts.programs, strict=True))
+    # Copies replay particles that still wait at this draw.
+    state.select([taken.get(slot, slot) for slot in range(len(particles))], is_drawing=True)
+    drawing = [particles[slot] for slot in members]
+    drawn = zip(drawing, decoding.results(), strict=True)
+    resume(drawing, [(_wait(p).fn.value(d.token_ids), d.log_probs.sum()) for p, d in drawn])
     return resamplings
 
 
@@ -219,9 +217,7 @@ class OfText(TwistFunction):
     def takes(self, particle: Particle) -> bool:
         return particle.waiting is not None and self._of(particle.waiting.name) is not None
 
-    def __call__(
-        self, particles: Sequence[Particle], decoding: Decoding, slots: Sequence[int]
-    ) -> list[float | None]:
+    def __call__(self, particles: list[Particle], decoding: Decoding, slots: list[int]) -> LogPsi:
         values = []
         for wait, slot in zip(map(_wait, particles), slots, strict=True):
             twist = self._of(wait.name)
@@ -236,9 +232,7 @@ class Lookahead(TwistFunction):
 
     aside: Particle  # whose random streams it uses
 
-    def __call__(
-        self, particles: Sequence[Particle], decoding: Decoding, slots: Sequence[int]
-    ) -> list[float | None]:
+    def __call__(self, particles: list[Particle], decoding: Decoding, slots: list[int]) -> LogPsi:
         forks = []
         for particle, slot in zip(particles, slots, strict=True):
             wait, ids = _wait(particle), _closed(decoding, slot)
@@ -287,10 +281,8 @@ class Flow(TwistFunction):
         is_guided = name == wait.name and wait.fn is not fn and isinstance(fn, LMText)
         return is_guided and wait.fn.stopping.closing_token is not None
 
-    def __call__(
-        self, particles: Sequence[Particle], decoding: Decoding, slots: Sequence[int]
-    ) -> list[float | None]:
-        values: list[float | None] = [None] * len(slots)
+    def __call__(self, particles: list[Particle], decoding: Decoding, slots: list[int]) -> LogPsi:
+        values: LogPsi = [None] * len(slots)
         sites = [particle.site for particle in particles if particle.site is not None]
         if all(name in self._followed for name, _ in sites):
             return values

@@ -15,6 +15,8 @@ import torch
 
 from lmppl.lm import LM
 
+Ids = tuple[int, ...]
+
 
 class NaiveLM:
     """Next-token distributions by plain float32 forwards, remembered by the *whole* token prefix.
@@ -29,15 +31,15 @@ class NaiveLM:
             model = copy.deepcopy(model).float()
         self.model = model
         self.eos_ids = _eos_ids(model, lm.tokenizer)
-        self._rows: dict[tuple[int, ...], torch.Tensor] = {}
+        self._rows: dict[Ids, torch.Tensor] = {}
 
-    def next_log_probs(self, prefix: tuple[int, ...], temperature: float = 1.0) -> torch.Tensor:
+    def next_log_probs(self, prefix: Ids, temperature: float = 1.0) -> torch.Tensor:
         """Log-probabilities of the token after ``prefix``, ``(V,)`` float64, nats."""
         self._forward([prefix])
         return torch.log_softmax(self._rows[prefix] / temperature, -1)
 
     def log_prob(
-        self, prefix: tuple[int, ...], tokens: Sequence[int], temperature: float = 1.0
+        self, prefix: Ids, tokens: Sequence[int], temperature: float = 1.0
     ) -> torch.Tensor:
         """Log-probability of each of ``tokens`` after ``prefix``, ``(n,)`` float64, nats."""
         ids = (*prefix, *tokens)
@@ -71,16 +73,12 @@ class NaiveLM:
         return not any(closed[:-1]) and (closed[-1] or len(tokens) == max_tokens)
 
     def enumerate(
-        self,
-        prefix: tuple[int, ...],
-        max_tokens: int,
-        stop: Sequence[str] | None,
-        temperature: float,
-    ) -> dict[tuple[int, ...], float]:
+        self, prefix: Ids, max_tokens: int, stop: Sequence[str] | None, temperature: float
+    ) -> dict[Ids, float]:
         """All complete values and their log-probabilities. With ``stop=None`` nothing closes, and a
         value has ``max_tokens`` tokens."""
-        complete: dict[tuple[int, ...], float] = {}
-        open_: dict[tuple[int, ...], float] = {(): 0.0}
+        complete: dict[Ids, float] = {}
+        open_: dict[Ids, float] = {(): 0.0}
         for _ in range(max_tokens):
             self._forward([(*prefix, *tokens) for tokens in open_])
             longer = {
@@ -95,14 +93,14 @@ class NaiveLM:
             open_ = {tokens: longer[tokens] for tokens in longer if tokens not in closed}
         return complete | open_
 
-    def _forward(self, prefixes: Iterable[tuple[int, ...]]) -> None:
+    def _forward(self, prefixes: Iterable[Ids]) -> None:
         """Fill ``_rows`` for prefixes of one length, each read in full from its first token."""
         missing = [prefix for prefix in dict.fromkeys(prefixes) if prefix not in self._rows]
         for start in range(0, len(missing), 1024):
             chunk = missing[start : start + 1024]
             self._rows.update(zip(chunk, self._logits(chunk)[:, -1], strict=True))
 
-    def _logits(self, sequences: Sequence[tuple[int, ...]]) -> torch.Tensor:
+    def _logits(self, sequences: Sequence[Ids]) -> torch.Tensor:
         """One plain forward over B sequences of T tokens each, ``(B, T, V)`` float64."""
         if not sequences[0]:
             raise ValueError("an empty prefix: the model needs a token (a BOS) to start from")
@@ -131,7 +129,7 @@ def enumerate_site(
     max_tokens: int,
     stop: str | Sequence[str] | None = None,
     temperature: float = 1.0,
-) -> dict[tuple[int, ...], float]:
+) -> dict[Ids, float]:
     """Every value of a latent site and its log-probability (nats), by brute force.
 
     A value ends with its first token that is an EOS or that completes a stop string (found by

@@ -50,7 +50,7 @@ def tiny_lm(
         ValueError: no tokens, an empty token, or one given twice.
     """
     options |= {"seed": seed, "hidden_size": hidden_size}
-    return _tiny(list(tokens), f"tiny-{''.join(tokens)}-{seed}", **options)
+    return _tiny(list(tokens), f"tiny-{''.join(tokens)}-{seed}", options)
 
 
 _BYTES = (b"a", b".", b"\xc3", b"\xa9", b"\xa8", b".\xc3")
@@ -64,7 +64,7 @@ def tiny_byte_lm(tokens: Sequence[bytes] = _BYTES, *, seed: int = 0, **options: 
     """
     to_char = {byte: character for character, byte in byte_level_alphabet().items()}
     names = ["".join(to_char[byte] for byte in token) for token in tokens]
-    return _tiny(names, f"tiny-bytes-{seed}", byte_level=True, seed=seed, **options)
+    return _tiny(names, f"tiny-bytes-{seed}", {"byte_level": True, "seed": seed, **options})
 
 
 def tiny_tokenizer(
@@ -160,17 +160,9 @@ def _calibrate(model: LlamaForCausalLM, contrast: float, generator: torch.Genera
         head *= contrast / (hidden @ head.T).std()
 
 
-def _tiny(
-    tokens: Sequence[str],
-    name: str,
-    *,
-    eos: bool = True,
-    bos: bool = False,
-    byte_level: bool = False,
-    unused_logits: int = 0,
-    **options: Any,
-) -> LM:
-    tokenizer = tiny_tokenizer(tokens, eos=eos, bos=bos, byte_level=byte_level)
+def _tiny(tokens: Sequence[str], name: str, options: dict[str, Any]) -> LM:
+    special = {key: options.pop(key) for key in ("eos", "bos", "byte_level") if key in options}
+    tokenizer = tiny_tokenizer(tokens, **special)
     options |= {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id}
-    model = tiny_model(len(tokenizer) + unused_logits, **options)
+    model = tiny_model(len(tokenizer) + options.pop("unused_logits", 0), **options)
     return LM(model, tokenizer, name=name)
