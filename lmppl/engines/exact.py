@@ -19,7 +19,7 @@ import torch
 from lmppl.checks import check_int
 from lmppl.distributions import choice_log_probs
 from lmppl.engines.base import Engine, State
-from lmppl.lm.batches.enumeration import enumerate_sequences
+from lmppl.lm.batches.decoding import enumerate_sequences
 from lmppl.runtime import ChoiceWait, DrawWait, Given, Particle
 
 Support = list[tuple[torch.Tensor, torch.Tensor]]

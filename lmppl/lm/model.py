@@ -16,15 +16,8 @@ from lmppl.lm.batches import scoring
 from lmppl.lm.batches.decoding import Decoding
 from lmppl.lm.batches.requests import Draw, Drawn, Score, Scored
 from lmppl.lm.loading import load
-from lmppl.lm.meter.usage import Usage
-from lmppl.lm.network.adapter import (
-    adapter_version,
-    add_adapter,
-    can_merge,
-    is_adapted,
-    merge,
-    merge_again,
-)
+from lmppl.lm.meter.work import Usage
+from lmppl.lm.network import adapter as adapters
 from lmppl.lm.network.memory import Memory
 from lmppl.lm.network.modules import context_length, text_config
 from lmppl.lm.network.runner import Runner
@@ -102,8 +95,6 @@ class LM:
     def __repr__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         return f"LM({self.name!r}, {dtype} on {self.device})"
-
-    # What it is.
 
     @property
     def device(self) -> torch.device:
@@ -256,10 +247,8 @@ class LM:
         return ids
 
     def encode_observed(self, obs: str, stopping: Stopping, *, name: str = "") -> tuple[int, ...]:
-        """The tokens that are scored when ``obs`` is observed at a site.
-
-        A ``str`` is scored as its canonical tokens, a ``Text`` as its own. If something closes the
-        site and ``obs`` does not, EOS is appended.
+        """The tokens that are scored when ``obs`` is observed at a site: those of a ``Text``, or the
+        canonical ones of a ``str``. If something closes the site and ``obs`` does not, EOS is appended.
 
         Raises:
             ValueError: the site could not have produced ``obs``; says where and why.
@@ -272,10 +261,8 @@ class LM:
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
     ) -> Text:
-        """Messages (``{"role": ..., "content": ...}``) as a prefix, by the model's chat template.
-
-        Contents that are ``Text``s keep their tokens.
-        """
+        """Messages (``{"role": ..., "content": ...}``) as a prefix, by the model's chat template, in
+        which ``Text``s keep their tokens."""
         return apply_chat_template(
             self.vocabulary, messages, add_generation_prompt=add_generation_prompt
         )
@@ -307,12 +294,8 @@ class LM:
 
     @exclusive()
     def score(self, scores: Sequence[Score], *, grad: bool = False) -> list[Scored]:
-        """Score the tokens of every request.
-
-        Args:
-            scores: the requests; equal ones are computed once.
-            grad: keep the graph, for the parameters of an adapter.
-        """
+        """Score the tokens of every request (equal ones once). ``grad``: keep the graph, for the
+        parameters of an adapter."""
         return scoring.score(self.runner, scores, grad=grad)
 
     @exclusive()
@@ -327,8 +310,6 @@ class LM:
         of single numbers through ``.data``, and after a module was replaced.
         """
         self._sampler, self._runner = (None, None), None
-
-    # Adapters.
 
     @exclusive()
     def adapter(self, config: Any = None) -> LM:
@@ -346,23 +327,23 @@ class LM:
             raise TypeError(
                 f"lora takes a peft.LoraConfig, given {type(config).__name__} ({config!r})"
             )
-        if is_adapted(self.model):
+        if adapters.is_adapted(self.model):
             raise TypeError(
                 f"{self.name!r} has an adapter already: make the second adapter from the base "
                 "language model, or from lm.merged()"
             )
-        return self._with(add_adapter(self.model, config))
+        return self._with(adapters.add_adapter(self.model, config))
 
     def merged(self) -> LM:
         """A frozen model with this one's adapter merged into new weights; itself if it has none.
 
         Its density differs from the adapter's by rounding to the base's dtype.
         """
-        return self._with(merge(self.model)) if is_adapted(self.model) else self
+        return self._with(adapters.merge(self.model)) if adapters.is_adapted(self.model) else self
 
     @cached_property
     def _merges(self) -> bool:
-        return is_adapted(self.model) and can_merge(self.model)
+        return adapters.is_adapted(self.model) and adapters.can_merge(self.model)
 
     @property
     def sampler(self) -> LM:
@@ -373,13 +354,13 @@ class LM:
             return self
         self.runner.refresh()
         kind = self.dtype, self.device
-        version = kind, self.runner.generation, adapter_version(self.model)
+        version = kind, self.runner.generation, adapters.adapter_version(self.model)
         known, sampler = self._sampler
         if known != version:
             if sampler is None or known[0] != kind:
                 sampler = self.merged()
             # Also after the first merge, whose numbers may differ in their last bits.
-            merge_again(self.model, sampler.model)
+            adapters.merge_again(self.model, sampler.model)
             self._sampler = version, sampler
         sampler.memory = self.memory
         return sampler

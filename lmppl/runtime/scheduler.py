@@ -22,7 +22,7 @@ from typing import Any
 from greenlet import getcurrent
 
 from lmppl.exclusive import Stack
-from lmppl.lm.meter.usage import Usage, total_usage
+from lmppl.lm.meter.work import Usage, total_usage
 from lmppl.runtime.coroutine import Coroutine, GlobalState, suspend
 from lmppl.runtime.waits import DrawWait, HiddenWait, ModelWait, ScoredTokens, ScoreWait
 

@@ -12,7 +12,7 @@ from pyro import poutine
 
 import lmppl
 from lmppl import lm_sample, runtime
-from lmppl.lm.meter.usage import total_usage
+from lmppl.lm.meter.work import total_usage
 from lmppl.primitives import _warned
 from lmppl.runtime import Member, Particle, advance, own_usage
 from lmppl.runtime.coroutine import GlobalState

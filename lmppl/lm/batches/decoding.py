@@ -1,4 +1,4 @@
-"""Decoding: many sites' sequences drawn side by side, one token a step."""
+"""Decoding: sequences drawn side by side, one token a step; or all sequences of a site."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from lmppl.lm.batches.requests import Draw, Drawn, no_distribution
 from lmppl.lm.batches.rows import Rows
-from lmppl.lm.meter.work import timed
+from lmppl.lm.meter.work import region
 from lmppl.lm.network.runner import Runner, without_grad
-from lmppl.lm.tokens.stopping import StoppingState
+from lmppl.lm.tokens.stopping import Stopping, StoppingState
 from lmppl.lm.tokens.text import FinishReason
 
 
@@ -41,7 +42,7 @@ class Decoding:
             uniforms, or with a temperature that is not positive.
     """
 
-    @timed("sampled")
+    @region("sampled")
     def __init__(self, draws: Sequence[tuple[Runner, Draw]]) -> None:
         self._draws = list(draws)
         for runner, draw in self._draws:
@@ -80,7 +81,7 @@ class Decoding:
         """What the slot's sequence is drawn from; its uniforms are the ancestor's."""
         return self._draws[slot]
 
-    @timed("sampled")
+    @region("sampled")
     @without_grad()
     def step(self) -> None:
         """Draw one token for every open sequence.
@@ -111,7 +112,7 @@ class Decoding:
         self._batches = [batch for batch in self._batches if batch.slots]
         self.num_steps += 1
 
-    @timed("sampled")
+    @region("sampled")
     @without_grad()
     def closing_log_probs(self) -> list[float]:
         """The log-probability (nats) that the next token of each open sequence is its closing
@@ -130,7 +131,7 @@ class Decoding:
                 found[slot] = -math.inf if token is None else log_prob
         return found
 
-    @timed("sampled")
+    @region("sampled")
     def select(self, ancestors: Sequence[int]) -> None:
         """Slot i becomes a copy of slot ``ancestors[i]``, and keeps its own uniforms.
         ``IndexError``: an ancestor that is no slot; ``ValueError``: not one ancestor a slot."""
@@ -246,3 +247,37 @@ def _check(draw: Draw) -> None:
         )
     if not draw.temperature > 0 or math.isinf(draw.temperature):
         raise ValueError(where + f"temperature={draw.temperature}: it must be positive and finite")
+
+
+@region("read")
+def enumerate_sequences(
+    runner: Runner, prefix: tuple[int, ...], stopping: Stopping, temperature: float, *, limit: int
+) -> list[tuple[tuple[int, ...], Tensor]] | None:
+    """Every closed sequence of positive probability with its log-density (0-d float32, nats), found
+    breadth first, a pass a token; None if there are more than ``limit``.
+
+    Raises:
+        ValueError: the context is too short, or the logits define no distribution.
+    """
+    runner.check_request(len(prefix), stopping.max_tokens or 0, "")
+    complete: list[tuple[tuple[int, ...], Tensor]] = []
+    nothing: tuple[int, ...] = ()
+    level = [(nothing, torch.zeros(()), stopping.start())]
+    while level:
+        rows = Rows.start(runner, [prefix + ids for ids, _, _ in level], 1)
+        log_probs = torch.log_softmax(rows.logits.float() / temperature, -1).cpu()  # (B, V)
+        following = []
+        for (ids, log_prob, state), row in zip(level, log_probs, strict=True):
+            if bool(row.isnan().any()):
+                raise no_distribution(f"the model's logits after {runner.decode(ids)!r}")
+            for token in torch.nonzero(row > -torch.inf).flatten().tolist():
+                after = state.copy()
+                longer, total = (*ids, token), log_prob + row[token]
+                if after.push(token) is not None:
+                    complete.append((longer, total))
+                else:
+                    following.append((longer, total, after))
+                if len(complete) + len(following) > limit:
+                    return None
+        level = following
+    return complete

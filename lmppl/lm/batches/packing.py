@@ -44,11 +44,6 @@ class Row:
     slots: list[list[int]]
     members: list[int]
 
-    @property
-    def is_chain(self) -> bool:
-        """Whether each token follows the one before it."""
-        return self.ends[-1] == len(self.tokens) and self.depths[-1] == len(self.tokens) - 1
-
 
 def pack_rows(sequences: Sequence[Tokens], cost: Callable[[int, int], float]) -> list[Row]:
     """Rows that hold all of the non-empty sequences, of the length at which they cost least, where
@@ -137,7 +132,7 @@ def batch(rows: Sequence[Row], device: torch.device) -> tuple[torch.Tensor, Tree
     """The rows' tokens (B, T), padded on the right with token 0, and how they follow each other
     (None: one after another)."""
     tokens = padded([row.tokens for row in rows], device)
-    if all(row.is_chain for row in rows):
+    if all(row.depths[-1] == len(row.tokens) - 1 for row in rows):  # a chain, with no branch
         return tokens, None
     # Padding sees itself, so that its softmax is one, and nothing sees it.
     width = tokens.shape[1]

@@ -117,12 +117,11 @@ class CachedRows(Rows):
         self._set_places([row for rows in members for row in rows])
         self._lengths = [len(rest[i]) for i in at]  # filled slots, of each place
         self._most = width + max_new
+        self._step: StaticStep | None = None  # on the present buffers and groups
         self._buffers: list[LayerKV] = cache.suffix
         self._gather(at, min(self._most, width + _FIRST_CAPACITY))
         self._keep(states.index_select(0, torch.tensor(at, device=device)))
         self._cache = BufferedCache(self._groups(), self._buffers)
-        self._step: StaticStep | None = None
-        self._renewed = False  # whether the buffers are others than those of the step
 
     def _set_places(self, rows: list[int]) -> None:
         """``rows``: the row at each place; -1: none."""
@@ -194,12 +193,10 @@ class CachedRows(Rows):
         self._lengths = [self._lengths[place] for place in places]
         self._set_places(rows)
         if not same:
-            self._cache.groups = self._groups()
+            self._cache.groups, self._step = self._groups(), None
             self._cache.prepare(self._runner.device)
         if self._step is not None:
-            # A recorded step knows which groups there are, and the memory that it reads.
-            self._step = self._step.moved(self._lengths) if same and not self._renewed else None
-        self._renewed = False
+            self._step.move(self._lengths)
 
     def _move(self, places: list[int]) -> None:
         """The keys and values at place i become those of place ``places[i]``."""
@@ -216,7 +213,7 @@ class CachedRows(Rows):
         if len(places) < len(self._rows):
             n = len(places)
             self._buffers[:] = [(k[:n], v[:n]) for k, v in self._buffers]
-            self._renewed = True
+            self._step = None
 
     def _gather(self, places: list[int], capacity: int) -> None:
         """The same in new buffers, with room for so many slots: (B, H_kv, capacity, D)."""
@@ -229,7 +226,7 @@ class CachedRows(Rows):
             new[:, :, :filled] = old[:, :, :filled].index_select(0, index)
             return new
 
-        self._capacity, self._renewed = capacity, True
+        self._capacity, self._step = capacity, None
         self._buffers[:] = [(copied(k), copied(v)) for k, v in self._buffers]
 
 

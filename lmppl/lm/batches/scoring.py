@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lmppl.lm.batches.packing import WORTH_A_PROMPT, Row, batch, group_by_prefix, pack_rows
 from lmppl.lm.batches.requests import Score, Scored, no_distribution
-from lmppl.lm.meter.work import Kind, region, timed, watch_backward
+from lmppl.lm.meter.work import Kind, region, watch_backward
 from lmppl.lm.network.attention import PrefixCache
 from lmppl.lm.network.runner import (
     NO_PROMPT,
@@ -122,7 +122,7 @@ def score(runner: Runner, requests: Sequence[Score], *, grad: bool = False) -> l
     return [found[request] for request in requests]
 
 
-@timed("read")
+@region("read")
 @without_grad()
 def hidden(runner: Runner, prefixes: Sequence[Tokens]) -> Tensor:
     """The last token's hidden state after each prefix, as it enters the output layer.

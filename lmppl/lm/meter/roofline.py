@@ -7,7 +7,7 @@ import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -40,7 +40,8 @@ class Matrices:
     Args:
         model: a causal language model.
         output_layer: of it, which only some positions go through.
-        packed: gives the products laid out for this machine: outside the output layer, and in it.
+        packed: gives what has a ``product`` laid out for this machine: outside the output layer,
+            and in it.
 
     Attributes:
         body, output: the matrices outside the output layer, and in it.
@@ -51,11 +52,11 @@ class Matrices:
         self,
         model: torch.nn.Module,
         output_layer: torch.nn.Module,
-        packed: Callable[[], Sequence[Sequence[Product]]] = lambda: ((), ()),
+        packed: Callable[[], Sequence[Sequence[Any]]] = lambda: ((), ()),
     ) -> None:
-        self.output = list(_matrices_of(output_layer.modules()))
+        self.output = _matrices_of(output_layer.modules())
         outputs = {id(module) for module in output_layer.modules()}
-        self.body = list(_matrices_of(m for m in model.modules() if id(m) not in outputs))
+        self.body = _matrices_of(m for m in model.modules() if id(m) not in outputs)
         self.key = tuple((m.device, m.dtype, m.shape) for m in [*self.body, *self.output])
         self._packed = packed
         self._num = (sum(m.numel() for m in self.body), sum(m.numel() for m in self.output))
@@ -73,19 +74,15 @@ class Matrices:
         for flops, part in zip(self.flops(positions, outputs), parts, strict=True):
             if flops:
                 matrices, rows, packed = part
-                total += flops / gemm_rate(matrices, rows / passes, packed)
+                products = [layers.product for layers in packed]
+                total += flops / gemm_rate(matrices, rows / passes, products)
         return total or None
 
 
-def _matrices_of(modules: Iterable[torch.nn.Module]) -> Iterator[Tensor]:
-    seen = set()
-    for module in modules:
-        if isinstance(module, torch.nn.Embedding):
-            continue
-        for parameter in module.parameters(recurse=False):
-            if parameter.dim() == 2 and parameter.is_floating_point() and id(parameter) not in seen:
-                seen.add(id(parameter))
-                yield parameter
+def _matrices_of(modules: Iterable[torch.nn.Module]) -> list[Tensor]:
+    multiplying = (m for m in modules if not isinstance(m, torch.nn.Embedding))
+    parameters = dict.fromkeys(p for m in multiplying for p in m.parameters(recurse=False))
+    return [p for p in parameters if p.dim() == 2 and p.is_floating_point()]
 
 
 # The thread's own time, in which other programs have no part. (Windows counts it in long ticks.)

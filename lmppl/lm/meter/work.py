@@ -1,28 +1,23 @@
 """What the language models of this process do, and how long it takes: recorded while somebody asks.
 
 A *region* is a stretch of work of one kind; regions do not overlap, as an inner one stops the clock
-of the outer. While nobody records, a region or a pass costs next to nothing. (How many tokens were
-drawn and scored is counted always, by ``usage``.)
+of the outer. While nobody records, a region or a pass costs next to nothing. How many tokens
+were drawn and scored is counted always.
 """
 
 from __future__ import annotations
 
-import functools
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
-from typing import Any, Literal, ParamSpec, TypeVar
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lmppl.lm.meter.roofline import Matrices, wait_for
-from lmppl.lm.meter.usage import Usage, total_usage
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 Kind = Literal["sampled", "scored", "trained", "read"]
 """Kinds of work: drawing; scoring; scoring with a gradient, and the backward pass; reading the next
@@ -32,7 +27,42 @@ KINDS: tuple[Kind, ...] = ("sampled", "scored", "trained", "read")
 
 _ledger: Ledger | None = None  # there while somebody records
 _recordings = threading.Lock()
-_NOTHING = nullcontext()
+
+
+@dataclass
+class Usage:
+    """Tokens that went through a model and its adapters. Set the numbers to 0 to count anew.
+
+    Attributes:
+        tokens_sampled: drawn.
+        tokens_scored: scored without a gradient.
+        tokens_trained: scored with a gradient to parameters that are trained.
+    """
+
+    tokens_sampled: int = 0
+    tokens_scored: int = 0
+    tokens_trained: int = 0
+
+    def count(self, *, sampled: int = 0, scored: int = 0, trained: int = 0) -> None:
+        for usage in (self, _total):
+            usage.tokens_sampled += sampled
+            usage.tokens_scored += scored
+            usage.tokens_trained += trained
+
+    def __sub__(self, other: Usage) -> Usage:
+        return Usage(
+            self.tokens_sampled - other.tokens_sampled,
+            self.tokens_scored - other.tokens_scored,
+            self.tokens_trained - other.tokens_trained,
+        )
+
+
+_total = Usage()  # over all models, for reports of a whole run
+
+
+def total_usage() -> Usage:
+    """Tokens of all models together since the process began."""
+    return replace(_total)
 
 
 @dataclass
@@ -150,9 +180,8 @@ class Ledger:
         """All that was done since the ledger was opened."""
         now = self.now()
         with self._lock:
-            return WorkRecord(
-                now - self._paused, total_usage(), dict(self._kinds), dict(self._passes)
-            )
+            kinds, passes = dict(self._kinds), dict(self._passes)
+        return WorkRecord(now - self._paused, total_usage(), kinds, passes)
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -181,29 +210,19 @@ class Ledger:
             self._kinds["trained"] += seconds
 
 
-def region(kind: Kind) -> AbstractContextManager[None]:
-    """``with region("scored"):`` what is done in the block is work of that kind."""
-    return _NOTHING if _ledger is None else _ledger.region(kind)
-
-
-def timed(kind: Kind) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """A decorator: all that the function does is work of that kind."""
-
-    def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        @functools.wraps(function)
-        def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-            with region(kind):
-                return function(*args, **kwargs)
-
-        return wrapped
-
-    return decorate
+@contextmanager
+def region(kind: Kind) -> Iterator[None]:
+    """What is done in the block, or in a function that it decorates, is work of that kind."""
+    if _ledger is None:
+        yield
+    else:
+        with _ledger.region(kind):
+            yield
 
 
 def count_pass(matrices: Callable[[], Matrices], tokens: Tensor, outputs: Tensor | None) -> None:
     """A forward pass of (B, T) ``tokens``, of which the positions ``outputs`` (None: all) go
-    through the output layer. ``matrices`` of the model are only asked for while somebody
-    records."""
+    through the output layer."""
     if _ledger is not None:
         _ledger.count(matrices(), tokens, tokens.numel() if outputs is None else outputs.numel())
 

@@ -177,9 +177,6 @@ def adapter_version(model: PeftModel) -> tuple[float, ...]:
     )
 
 
-# --- what it computes, by a twin that is far from where the adapter begins ------------------------
-
-
 def _twin(model: PeftModel) -> PeftModel:
     """A copy with trained parameters of its own, some way from the present ones."""
     generator = torch.Generator().manual_seed(0)
@@ -234,9 +231,6 @@ def can_merge(model: PeftModel) -> bool:
     except Exception:  # peft says in many ways that it can't merge
         return False
     return logits_agree(got, plain_logits(twin, tokens), exact=got.dtype == torch.float32)
-
-
-# --- merged weights --------------------------------------------------------------------------------
 
 
 def _tuned_layers(model: Any) -> dict[str, Any]:

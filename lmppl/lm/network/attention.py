@@ -154,18 +154,12 @@ class PrefixCache(Cache):
         self._biases[kind] = bias
         return bias
 
-    # What transformers may ask of a cache besides. It sees no more than the length.
+    # What transformers may ask of a cache besides.
+    is_compileable = False
+    is_sliding = ()
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.groups[0].length + (self._starts if isinstance(self._starts, int) else 0)
-
-    @property
-    def is_compileable(self) -> bool:
-        return False
-
-    @property
-    def is_sliding(self) -> list[bool]:
-        return []
 
 
 class BufferedCache(PrefixCache):

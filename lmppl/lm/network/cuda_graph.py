@@ -44,10 +44,9 @@ class StaticStep:
         assert self._states is not None
         return self._states
 
-    def moved(self, lengths: Sequence[int]) -> StaticStep:
-        """The same step when other rows, of these lengths, stand in the same buffers."""
+    def move(self, lengths: Sequence[int]) -> None:
+        """Other rows, of these lengths, stand in the same buffers."""
         self._starts.copy_(torch.tensor(list(lengths)))
-        return self
 
     def _compute(self) -> Tensor:
         self._cache.begin_at(self._starts, self._capacity)

@@ -35,9 +35,8 @@ def can_pack(model: nn.Module) -> bool:
         return False
     if not all(hasattr(ops, name) for name in ("_linear_pointwise", "_reorder_linear_weight")):
         return False
-    weights = [layer.weight for layer in packable_layers(model).values()]
-    size = sum(weight.numel() * weight.element_size() for weight in weights)
-    return bool(weights) and size <= _MAX_PACKED_BYTES
+    size = sum(layer.weight.nbytes for layer in packable_layers(model).values())
+    return 0 < size <= _MAX_PACKED_BYTES
 
 
 def packable_layers(model: nn.Module) -> dict[str, Any]:

@@ -19,15 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmppl.lm.meter.roofline import Matrices, Product
-from lmppl.lm.meter.usage import Usage
-from lmppl.lm.meter.work import count_pass
+from lmppl.lm.meter.roofline import Matrices
+from lmppl.lm.meter.work import Usage, count_pass
 from lmppl.lm.network.adapter import adapted_modules, is_adapted
 from lmppl.lm.network.attention import Group, LayerKV, PrefixCache, Tree, use_attention
 from lmppl.lm.network.linear import PackedProduct, can_pack, input_groups, pack, packed_products
 from lmppl.lm.network.lora import fuse
 from lmppl.lm.network.memory import Memory
 from lmppl.lm.network.modules import (
+    Checkpointing,
     WeightWatch,
     clone,
     context_length,
@@ -36,7 +36,6 @@ from lmppl.lm.network.modules import (
     text_config,
 )
 from lmppl.lm.network.output import OutputHead, OutputLayer
-from lmppl.lm.network.recompute import Checkpointing
 
 Tokens = tuple[int, ...]
 
@@ -78,7 +77,7 @@ class Prompt:
 
     @functools.cached_property
     def num_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for layer in self.layers for t in layer)
+        return sum(t.nbytes for layer in self.layers for t in layer)
 
     def head(self, length: int) -> Prompt:
         """The first ``length`` tokens."""
@@ -98,15 +97,12 @@ class Runner:
 
     Args:
         model: a causal LM of transformers, or a ``PeftModel`` on one.
-        name: of the model, for messages.
-        decode: from tokens to text, for messages.
+        name, decode: of the model, and from tokens to text, for messages.
         max_prompt_bytes: bound on the memory of remembered prompts.
 
     Attributes:
-        memory: what a batch may take.
-        usage: where tokens are counted.
-        fast: whether prefixes can be shared (found by a probe on first use).
-        slow_reason: why not.
+        memory, usage: what a batch may take; where tokens are counted.
+        fast, slow_reason: whether prefixes can be shared (found by a probe on first use); why not.
         context_length: see the function of this name.
         output: from the states that a pass returns to logits.
         hidden: (N, hidden), what would have entered the output layer in the last pass.
@@ -182,16 +178,10 @@ class Runner:
                 f"{self.name!r}, {limit} tokens. Shorten the prefix or lower max_tokens."
             )
 
-    # What a pass costs.
-
     @functools.cached_property
     def matrices(self) -> Matrices:
         """What a forward pass multiplies by."""
-
-        def packed() -> list[list[Product]]:
-            return [[p.product for p in products] for products in self._packed()]
-
-        return Matrices(self._model, self._head, packed)
+        return Matrices(self._model, self._head, self._packed)
 
     def _packed(self) -> tuple[list[PackedProduct], list[PackedProduct]]:
         """What it multiplies by instead where it can: outside the output layer, and in it."""
@@ -295,8 +285,6 @@ class Runner:
         self.hidden = states.detach()
         return out.logits if self._head.opaque else states
 
-    # Prompts
-
     def shared_prompt(self, sequences: Sequence[Tokens], limit: int | None = None) -> Prompt:
         """The keys and values of what the non-empty sequences have in common, at most ``limit``
         tokens. The last token of each is left over: a pass of the rest has the next one's
@@ -365,8 +353,6 @@ class Runner:
         self._prompts.clear()
         for product in itertools.chain(*self._packed()):
             product.forget()
-
-    # The probe
 
     def _probe(self) -> str | None:
         """Try the shared-prefix path. Returns what is wrong with it, or None."""

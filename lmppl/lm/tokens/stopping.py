@@ -195,9 +195,6 @@ def _as_stop(stop: object) -> tuple[str, ...]:
     return tuple(dict.fromkeys(str(string) for string in strings))
 
 
-# --- observed text: the tokens that are scored, or why the site could not have produced it ---------
-
-
 def encode_observed(obs: str, stopping: Stopping, site: str = "") -> tuple[int, ...]:
     """See :meth:`lmppl.lm.LM.encode_observed`; ``site`` begins every message."""
     if not isinstance(obs, str):

@@ -1,8 +1,7 @@
 """Text: a string that remembers the tokens it was made of.
 
 A language model defines a density over *token sequences*, not over strings: ``"ab"`` may be one
-token or two. A value drawn from a model therefore carries its tokens with it, and keeps them
-when it becomes part of a later prefix.
+token or two. So a value drawn from a model keeps its tokens, also within a later prefix.
 """
 
 from __future__ import annotations
@@ -66,12 +65,11 @@ class Text(str):
             object.__setattr__(self, name, value)
         return self
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: Any = None) -> None:
         # Particles and traces share texts.
-        raise AttributeError(f"a Text is immutable: its {name!r} cannot be set")
+        raise AttributeError(f"a Text is immutable: its {name!r} cannot be changed")
 
-    def __delattr__(self, name: str) -> None:
-        raise AttributeError(f"a Text is immutable: its {name!r} cannot be deleted")
+    __delattr__ = __setattr__
 
     @property
     def token_ids(self) -> tuple[int, ...]:

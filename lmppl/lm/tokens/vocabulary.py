@@ -31,6 +31,7 @@ class Vocabulary:
         wrong = [t for t in sorted(self.eos_ids) if not 0 <= t < self.size]
         if wrong:
             raise ValueError(f"EOS ids {wrong} are outside the model's vocabulary of {self.size}")
+        self._backend: Any = getattr(tokenizer, "backend_tokenizer", None)  # in Rust, if it is
         self._bytes: dict[int, bytes] = {}
         self._encode = lru_cache(maxsize=1 << 14)(self._encode_anew)
 
@@ -59,8 +60,6 @@ class Vocabulary:
                     if full[start : start + len(bare)] == bare:
                         return full[:start]
         return ()
-
-    # Text to tokens.
 
     def encode(self, text: str) -> tuple[int, ...]:
         """The canonical tokens of ``text`` where it continues a text: no BOS, no added space.
@@ -110,11 +109,6 @@ class Vocabulary:
                     return whole[len(head) :]
         return self._tokenize(text, False)
 
-    @property
-    def _backend(self) -> Any:
-        """The tokenizer's one in Rust, if it has one."""
-        return getattr(self.tokenizer, "backend_tokenizer", None)
-
     def _loses(self, text: str, ids: tuple[int, ...]) -> bool:
         """Whether a byte-level vocabulary lacks bytes: those it drops without a word."""
         if self._rule is not byte_level or not self._added.keys().isdisjoint(ids):
@@ -144,8 +138,6 @@ class Vocabulary:
         description["normalizer"], description["pre_tokenizer"] = without
         description["truncation"] = description["padding"] = None
         return type(backend).from_str(json.dumps(description))
-
-    # Tokens to text.
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ``ids`` in the middle of a text: special tokens kept, nothing cleaned up.
@@ -251,8 +243,6 @@ class Vocabulary:
     @cached_property
     def special_ids(self) -> frozenset[int]:
         return frozenset(self.tokenizer.all_special_ids)
-
-    # Identity.
 
     @cached_property
     def fingerprint(self) -> str:

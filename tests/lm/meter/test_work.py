@@ -9,7 +9,7 @@ import torch
 
 from lmppl.lm.batches.requests import Score
 from lmppl.lm.meter import work
-from lmppl.lm.meter.work import recording, region, timed
+from lmppl.lm.meter.work import recording, region
 from lmppl.testing.tiny import tiny_lm
 
 LM = tiny_lm("ab.", seed=0)
@@ -78,7 +78,7 @@ def test_recordings_nest_and_overlap(clock):
 
 
 def test_exceptions_leave_the_clocks_as_they_should_be(clock):
-    @timed("scored")
+    @region("scored")
     def fail():
         clock.work(4)
         raise KeyError
