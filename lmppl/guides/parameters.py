@@ -30,12 +30,8 @@ _RUNS = 16  # a branch may have parameters of its own
 
 
 class Trainables:
-    """The trainable parts of a program, found by running it; ``base`` is never trained.
-
-    Attributes:
-        adapters: language models with parameters that need a gradient, in the order of their use.
-        param_names: of ``pyro.param``s.
-    """
+    """The trainable parts of a program, found by running it: language models with parameters that
+    need a gradient, but for ``base``, in the order of their use; ``pyro.param``s, by name."""
 
     def __init__(self, base: LM | None) -> None:
         self._base = base
@@ -175,9 +171,6 @@ def same_base(one: Mapping[str, Any], two: Mapping[str, Any]) -> bool:
     # it; float16 has no numbers between multiples of 2**-24.
     rtol, atol = (0.0, 0.0) if one["dtypes"] == two["dtypes"] else (2.0**-7, 2.0**-24)
     return torch.allclose(one["sample"], two["sample"], rtol=rtol, atol=atol, equal_nan=True)
-
-
-# --- saved values of ``pyro.param``s -------------------------------------------------------------
 
 
 class SavedParams(Messenger):

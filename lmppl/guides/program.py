@@ -40,6 +40,7 @@ class ProgramGuide(Guide):
 
     def __init__(self, program: Callable[..., Any], base: LM | None = None) -> None:
         self.program = self._given_program = program
+        self.name = name_of(program)
         self._trainables = Trainables(base)
         self.param_names = self._trainables.param_names
         self._saved = SavedParams()
@@ -73,10 +74,6 @@ class ProgramGuide(Guide):
             return [_scores(run, proposer) for run, proposer in zip(runs, proposers, strict=True)]
 
     # --- parameters and state --------------------------------------------------------------------
-
-    @property
-    def name(self) -> str:
-        return name_of(self._given_program)
 
     def find_parameters(self, args: Args) -> None:
         self._trainables.find(self.program, args)
@@ -297,15 +294,9 @@ def _text_value(name: str, model_fn: Any, guide_fn: Any, value: Any) -> Any:
     return model_fn.value(ids)
 
 
-# --- what is given as ``guide=`` -----------------------------------------------------------------
-
-
 def as_guide(guide: Any) -> Guide | None:
-    """What was given as ``guide=``: a guide as it is, a guide program as a guide; None: None.
-
-    Raises:
-        TypeError: for anything else.
-    """
+    """What was given as ``guide=``: a guide as it is, a guide program as a guide; None: None. Raises
+    ``TypeError`` for anything else."""
     if isinstance(guide, type):
         raise TypeError(
             f"guide= takes a guide, given the class {guide.__name__}: make an object of it"
