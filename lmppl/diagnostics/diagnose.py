@@ -313,11 +313,8 @@ def _of_draws(scores: LatentScores) -> torch.Tensor:
 def _of_posterior(posterior: Posterior, score: Callable[..., LatentScores]) -> torch.Tensor:
     """u of every live trace of the exact posterior, (K,) float64."""
     live = posterior.weights > 0
-    nodes = [trace.nodes.items() for trace, weight in posterior if weight > 0]
-    values = [
-        {k: v["value"] for k, v in items if v["type"] == "sample" and runtime.is_latent(v)}
-        for items in nodes
-    ]
+    latents = [runtime.latents_of(trace) for trace, weight in posterior if weight > 0]
+    values = [{name: node["value"] for name, node in nodes.items()} for nodes in latents]
     scores = score(values, what="the posterior's trace ")
     recorded = posterior.log_weights[live] - math.log(len(posterior))
     if bool(((scores.log_joint - recorded).abs() > _SAME_DENSITY).any()):
