@@ -24,13 +24,12 @@ from pyro.poutine.subsample_messenger import _Subsample
 from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.poutine.trace_struct import Trace
 
-from lmppl.distributions import LMText
 from lmppl.lm.tokens.text import Text
 from lmppl.primitives import Call, CallMemory
 from lmppl.runtime.arguments import call, name_of
 from lmppl.runtime.coroutine import Coroutine, GlobalState, suspend
 from lmppl.runtime.replay import Replay, Site, Unit
-from lmppl.runtime.sites import is_latent, latents_of
+from lmppl.runtime.sites import is_latent, is_text, latents_of
 from lmppl.runtime.waits import ChoiceWait, DrawWait, ScoreWait, Wait
 
 
@@ -334,7 +333,7 @@ class Particle:
             site["value"] = given.value
             site["proposal_log_prob"] = given.proposal_log_prob
             log_prob = given.log_prob if given.log_prob is not None else self._score(site)
-        elif self._enumerate and not _is_lm_site(fn):
+        elif self._enumerate and not is_text(fn):
             site["value"], log_prob = suspend(ChoiceWait(name, fn))
             site["proposal_log_prob"] = None
         else:
@@ -348,7 +347,7 @@ class Particle:
         if site["name"] in self._known:
             log_prob, site["scored"] = self._known[site["name"]]
             return log_prob
-        if not _is_lm_site(fn):
+        if not is_text(fn):
             return fn.log_prob(value, *site["args"], **site["kwargs"])
         score_closing = self._score_closing and not site["is_observed"]
         log_prob, scored = suspend(ScoreWait(site["name"], fn, value, score_closing))
@@ -371,9 +370,9 @@ class Particle:
         shown = []
         for name, node in self.sites.items():
             fn, value = node["fn"], node["value"]
-            if _is_lm_site(fn):
-                is_text = fn.supports(value)
-                text = fn.text(value) if is_text else fn.lm.vocabulary.decode(fn.token_ids(value))
+            if is_text(fn):
+                possible = fn.supports(value)
+                text = fn.text(value) if possible else fn.lm.vocabulary.decode(fn.token_ids(value))
                 shown.append(f"{name}={str(text)!r}")
             elif is_latent(node):
                 shown.append(f"{name}={value.tolist() if torch.is_tensor(value) else value!r}")
@@ -438,7 +437,7 @@ def draw_value(site: Site) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw a latent site, inside a particle's run, from its own distribution: a value and its
     log-density (unscaled, nats, of the distribution's batch shape)."""
     name, fn = site["name"], site["fn"]
-    if _is_lm_site(fn):
+    if is_text(fn):
         uniforms = torch.rand(fn.num_uniforms, dtype=torch.float64, device="cpu")
         return suspend(DrawWait(name, fn, uniforms))
     value = fn(*site["args"], **site["kwargs"])
@@ -447,14 +446,9 @@ def draw_value(site: Site) -> tuple[torch.Tensor, torch.Tensor]:
 
 def score_value(site: Site, value: torch.Tensor) -> torch.Tensor:
     """The log-density of a value of a latent site under its own distribution, in the same way."""
-    if _is_lm_site(site["fn"]):
+    if is_text(site["fn"]):
         return suspend(ScoreWait(site["name"], site["fn"], value))[0]
     return site["fn"].log_prob(value, *site["args"], **site["kwargs"])
-
-
-def _is_lm_site(fn: Any) -> bool:
-    """Whether the runtime serves the site (a batched ``LMText`` serves itself)."""
-    return isinstance(fn, LMText) and not fn.batch_shape
 
 
 def site_log_weight(node: Site) -> float:

@@ -9,7 +9,7 @@ changed) are.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
@@ -21,7 +21,7 @@ from lmppl.distributions import LMText, ToolCall
 from lmppl.lm.batches.requests import Scored
 from lmppl.runtime import Given, Particle, Proposer
 from lmppl.runtime.simulation import Simulated
-from lmppl.runtime.sites import is_continuous, latents_of
+from lmppl.runtime.sites import is_continuous, is_text, latents_of
 
 Value = torch.Tensor | str | float
 """What a user may give for a latent site: a text (kept as its tokens) or numbers."""
@@ -29,25 +29,16 @@ Value = torch.Tensor | str | float
 
 @dataclass(frozen=True, eq=False)
 class Record:
-    """The latents of one trace.
+    """The latents of one trace, and what is known of it by site."""
 
-    Attributes:
-        values: latent site to its value.
-        tools: tool site to its result.
-        known: language-model site to its log-probability (0-d, unscaled, nats) and its terms.
-        features: site to what the guide's head read there.
-        log_r: log R, untempered, nats; NaN if it is not known.
-        tokens: the tokens of all latent texts, one after the other.
-        counts: the latents that are no texts and have discrete values, by name. (A Bernoulli's are
-            floating-point, so their type does not tell.)
-    """
-
-    values: Mapping[str, Value]
-    tools: Mapping[str, Any] = field(default_factory=dict)
+    values: Mapping[str, Value]  # of latents
+    tools: Mapping[str, Any] = field(default_factory=dict)  # their results
+    # Of language-model sites: log-probability (0-d, unscaled, nats) and its terms.
     known: Mapping[str, tuple[torch.Tensor, Scored | None]] = field(default_factory=dict)
-    features: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    log_r: float = math.nan
-    tokens: tuple[int, ...] = ()
+    features: Mapping[str, torch.Tensor] = field(default_factory=dict)  # what the guide's head read
+    log_r: float = math.nan  # log R, untempered, nats; NaN if it is not known
+    tokens: tuple[int, ...] = ()  # of all latent texts, one after the other
+    # The latents that are no texts and have discrete values. (A Bernoulli's are floating-point.)
     counts: frozenset[str] = frozenset()
 
     @cached_property
@@ -79,23 +70,15 @@ class Record:
 
 def discrete_key(values: Mapping[str, Value], counts: Collection[str]) -> tuple[Any, ...]:
     """The ``discrete_key`` of the record of some latents; ``counts``: see there."""
-    tensors = {name: torch.as_tensor(value) for name, value in values.items()}
-    discrete = {
-        name: tensor
-        for name, tensor in tensors.items()
-        if name in counts or not tensor.is_floating_point()
-    }
-    shown = (discrete or tensors).items()
-    return tuple((name, *tensor.reshape(-1).tolist()) for name, tensor in shown)
+    tensors = [(name, torch.as_tensor(value)) for name, value in values.items()]
+    discrete = [
+        (n, tensor) for n, tensor in tensors if n in counts or not tensor.is_floating_point()
+    ]
+    return tuple((name, *tensor.reshape(-1).tolist()) for name, tensor in discrete or tensors)
 
 
 def record_of(particle: Particle, draws: Mapping[str, Any]) -> Record:
-    """The record of a finished run.
-
-    Args:
-        particle: the run.
-        draws: what its proposer drew, by site.
-    """
+    """The record of a finished run, whose proposer drew ``draws``, by site."""
     sites, latents = particle.sites, particle.latents
     return Record(
         values={name: node["value"] for name, node in latents.items()},
@@ -103,23 +86,18 @@ def record_of(particle: Particle, draws: Mapping[str, Any]) -> Record:
         known={
             name: (_compact(node["unscaled_log_prob"]), _compact_terms(node.get("scored")))
             for name, node in sites.items()
-            if _is_text(node)
+            if is_text(node["fn"])
         },
         features={name: draw.features for name, draw in draws.items() if hasattr(draw, "features")},
         log_r=particle.log_joint,
-        tokens=tokens_of(latents.values()),
+        tokens=tuple(
+            token
+            for node in latents.values()
+            if is_text(node["fn"])
+            for token in node["fn"].token_ids(node["value"])
+        ),
         counts=frozenset(name for name, node in latents.items() if is_count(node)),
     )
-
-
-def _is_text(node: Any) -> bool:
-    return isinstance(node["fn"], LMText) and not node["fn"].batch_shape
-
-
-def tokens_of(sites: Iterable[Any]) -> tuple[int, ...]:
-    """The tokens of the texts among some sites, one after the other."""
-    texts = [node for node in sites if _is_text(node)]
-    return tuple(token for node in texts for token in node["fn"].token_ids(node["value"]))
 
 
 def is_count(node: Any) -> bool:
@@ -130,15 +108,13 @@ def is_count(node: Any) -> bool:
 def record_of_simulation(simulated: Simulated, *, latents_known: bool) -> Record:
     """The record of the latents that were simulated together with observations.
 
-    Args:
-        simulated: the latents, with the observations.
-        latents_known: whether to keep the log-probabilities of the latents. A draw has no terms
-            for the truncations of its text; without them it is scored anew, and then has.
+    Their log-probabilities are kept if ``latents_known``. A draw has no terms for the truncations of
+    its text; without its log-probability it is scored anew, and then has.
     """
     known = {
         name: (_compact(node["unscaled_log_prob"]), None)
         for name, node in simulated.sites.items()
-        if _is_text(node) and (latents_known or name in simulated.observations)
+        if is_text(node["fn"]) and (latents_known or name in simulated.observations)
     }
     return Record(values=simulated.latents, tools=_tools(simulated.sites), known=known)
 
@@ -173,14 +149,8 @@ class Recaller(Proposer, Protocol):
 
 
 class ReplayProposer:
-    """Proposes the values of a record, and lets another proposer remember them as its own draws.
-
-    Args:
-        inner: the other proposer.
-        record: holds the values.
-        what: the record is, for messages.
-        complete: whether a latent site without a value is an error; else ``inner`` draws it.
-    """
+    """Proposes the values of a record, and lets another proposer, ``inner``, remember them as its own
+    draws. The other arguments are those of ``rescore``."""
 
     def __init__(self, inner: Recaller, record: Record, what: str, *, complete: bool) -> None:
         self.inner, self._record = inner, record
@@ -251,19 +221,15 @@ def rescore(
     seed: int = 0,
     slot: int = 0,
 ) -> Particle:
-    """A run of the program on the latents of a record, at its first wait.
-
-    It needs no language model if all is known.
+    """A run of ``program(*args)`` on the latents of a record, at its first wait. It needs no language
+    model if all is known.
 
     Args:
         record: the latents.
-        program: the program.
-        args: its positional arguments.
         proposer: whose draws they are to be.
         what: the record is, for messages.
         complete: whether it must have all latents; else ``proposer`` draws the others.
-        seed: of what is drawn.
-        slot: number of the run, for messages.
+        program, args, seed, slot: as of ``Particle``.
 
     Raises:
         ValueError: if a site cannot have its value, or there is no such site; says which.

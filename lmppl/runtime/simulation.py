@@ -36,21 +36,13 @@ from lmppl.runtime.sites import is_observation, value_of
 
 @dataclass(frozen=True, eq=False)
 class Simulated:
-    """One forward run of a program.
+    """One forward run of a program: its latents are an exact draw of the posterior given the
+    observations (and the results of the tools)."""
 
-    Attributes:
-        observations: site to simulated observation: a ``Text``, which keeps the drawn tokens, or
-            a tensor.
-        latents: site to value, as Pyro's trace holds it: an exact draw of the posterior given
-            ``observations`` (and the results of the tools).
-        log_joint: log p(latents, observations), nats.
-        sites: the random sites and tools of the run, as Pyro's trace holds them.
-    """
-
-    observations: dict[str, torch.Tensor | Text]
-    latents: dict[str, torch.Tensor]
-    log_joint: float
-    sites: Mapping[str, Any] = field(repr=False)
+    observations: dict[str, torch.Tensor | Text]  # by site; a ``Text`` keeps the drawn tokens
+    latents: dict[str, torch.Tensor]  # by site
+    log_joint: float  # log p(latents, observations), nats
+    sites: Mapping[str, Any] = field(repr=False)  # random ones and tools, as in Pyro's trace
 
     @property
     def is_all_observed(self) -> bool:
@@ -71,7 +63,6 @@ class Simulated:
                 another length without ``stop`` and ``max_tokens``. Such a model has no posterior
                 given these observations, since what it observes depends on its latents.
         """
-
         observations = self.observations  # alone: an input keeps its program, not the whole run
 
         @functools.wraps(model, updated=())
@@ -124,17 +115,10 @@ def simulate(
 class SimulationStream(Iterator[tuple[tuple[Any, ...], Simulated]]):
     """Endless pairs of an input's arguments and a simulation of the program on them.
 
-    It goes round the inputs, each time in another random order, and simulates ``block`` pairs
-    together. A block is a function of the seed and its number alone, so a stream that skips what
-    another has given goes on bit by bit (on the same machine) as that one.
-
-    Args:
-        model: a Pyro program.
-        inputs: tuples of its positional arguments.
-        seed: of everything that is drawn; None: taken from torch's random stream.
-        observed: see ``simulate``.
-        block: how many pairs share their language-model calls.
-        max_attempts: see ``simulate``.
+    It goes round the ``inputs`` (tuples of arguments), each time in another random order, and
+    simulates ``block`` pairs together. A block is a function of the seed and its number alone, so a
+    stream that skips what another has given goes on bit by bit (on the same machine) as that one. The
+    other arguments are those of ``simulate``.
     """
 
     def __init__(
@@ -210,7 +194,7 @@ def _simulate_each(
 ) -> list[Simulated]:
     """One run for each input, all side by side; those that are rejected are drawn again."""
     max_attempts = check_int("max_attempts", max_attempts)
-    program = _forward(model)
+    program = _Unobserve()(model)
     found: list[Simulated | None] = [None] * len(inputs)
     pending = list(range(len(inputs)))
     attempts, rejections = 0, Counter[str]()
@@ -246,15 +230,6 @@ def _simulate_each(
     return [run for run in found if run is not None]
 
 
-def _forward(model: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(model, updated=())
-    def forward(*args: Any) -> Any:
-        with _Unobserve():
-            return model(*args)
-
-    return forward
-
-
 def _read(particle: Particle, observed: tuple[str, ...]) -> Simulated:
     sites = particle.sites
     for name in observed:
@@ -288,7 +263,7 @@ class _Unobserve(Messenger):
         msg["infer"]["was_observed"] = True
         if isinstance(msg["fn"], TorchDistributionMixin):
             msg["fn"] = _as_wide(msg["fn"], msg["value"])
-        if _is_shown(msg):
+        if bool(_shown(msg).all()):
             # The recorder draws it like a latent one: text together with that of other runs.
             msg["value"], msg["is_observed"] = None, False
             return
@@ -345,16 +320,12 @@ _SAME = (
 
 def _is_simulated(msg: Any) -> bool:
     """Whether a site is an observation that is part of the joint, at least some of it."""
-    return is_observation(msg) and bool(torch.as_tensor(_mask(msg)).any())
+    return is_observation(msg) and bool(_shown(msg).any())
 
 
-def _is_shown(msg: Any) -> bool:
-    """Whether nothing of a site is masked out."""
-    return bool(torch.as_tensor(_mask(msg)).all())
-
-
-def _mask(msg: Any) -> Any:
-    return True if msg["mask"] is None else msg["mask"]
+def _shown(msg: Any) -> torch.Tensor:
+    """What of a site is not masked out."""
+    return torch.as_tensor(True if msg["mask"] is None else msg["mask"])
 
 
 def _as_wide(fn: Any, value: Any) -> Any:
@@ -368,29 +339,28 @@ def _check_drawn_from_its_density(msg: Any) -> None:
     """Forward simulation must draw a site from what it contributes to the joint."""
     name, fn, hard = msg["name"], msg["fn"], msg["infer"].get("hard")
     if site_is_factor(msg) and not hard:
-        raise ValueError(
-            f"site '{name}' is a factor, which simulated draws would ignore: they would not come "
-            "from the posterior. Give data to train on instead of simulating it (a hard condition "
-            "can be a lmppl.require)"
+        raise _ignored(
+            name, "is a factor", f"{_GIVE_DATA} (a hard condition can be a lmppl.require)"
         )
     if hard or not (is_latent(msg) or _is_simulated(msg)):
         return
     if not bool((torch.as_tensor(msg["scale"]) == 1).all()):
-        raise ValueError(
-            f"site '{name}' is scaled by {msg['scale']} (poutine.scale, or a subsampled plate), which "
-            "simulated draws would ignore: they would not come from the posterior. Give data to "
-            "train on instead of simulating it"
-        )
+        what = f"is scaled by {msg['scale']} (poutine.scale, or a subsampled plate)"
+        raise _ignored(name, what)
     while fn is not None:
         if isinstance(fn, dist.MaskedDistribution):
-            raise ValueError(
-                f"site '{name}' has a distribution with a mask of its own (.mask(...)), which "
-                "simulated draws would ignore. Mask the observation with pyro.poutine.mask"
-            )
+            what = "has a distribution with a mask of its own (.mask(...))"
+            raise _ignored(name, what, "Mask the observation with pyro.poutine.mask")
         if isinstance(fn, dist.Delta) and bool((fn.log_density != 0).any()):
-            raise ValueError(
-                f"site '{name}' is a Delta with a log_density, a factor, which simulated draws would "
-                "ignore: they would not come from the posterior. Give data to train on instead of "
-                "simulating it"
-            )
+            raise _ignored(name, "is a Delta with a log_density, a factor")
         fn = getattr(fn, "base_dist", None)
+
+
+_GIVE_DATA = "Give data to train on instead of simulating it"
+
+
+def _ignored(name: str, what: str, instead: str = _GIVE_DATA) -> ValueError:
+    return ValueError(
+        f"site '{name}' {what}, which simulated draws would ignore: they would not come from the "
+        f"posterior. {instead}"
+    )

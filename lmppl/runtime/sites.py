@@ -10,7 +10,7 @@ from pyro.poutine import Trace
 from pyro.poutine.subsample_messenger import _Subsample
 from pyro.poutine.util import site_is_factor, site_is_subsample
 
-from lmppl.distributions import ToolCall, ToolResult
+from lmppl.distributions import LMText, ToolCall, ToolResult
 
 
 def has_value(trace: Trace, name: str) -> bool:
@@ -28,6 +28,11 @@ def has_value(trace: Trace, name: str) -> bool:
 def is_latent(node: Mapping[str, Any]) -> bool:
     """Whether a sample site is a random choice to be inferred: no data, tool or subsample."""
     return not node["is_observed"] and not isinstance(node["fn"], ToolCall | _Subsample)
+
+
+def is_text(fn: Any) -> bool:
+    """Whether a distribution is that of one text. (A batch of texts serves itself.)"""
+    return isinstance(fn, LMText) and not fn.batch_shape
 
 
 def latents_of(trace: Trace) -> dict[str, Any]:
@@ -82,4 +87,4 @@ def key_of(value: Any) -> Hashable:
 
 
 def _frozen(value: Any) -> Hashable:
-    return tuple(_frozen(each) for each in value) if isinstance(value, list) else value
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value

@@ -20,6 +20,7 @@ from lmppl import runtime
 from lmppl.distributions import LMText, SiteScore, ToolCall
 from lmppl.runtime import Given, Particle, is_latent
 from lmppl.runtime.records import Record, ReplayProposer, discrete_key, is_count, record_of
+from lmppl.runtime.sites import is_text
 
 Origin = Literal["guide", "tempered", "prior", "replay", "given"]
 """Where latents come from: drawn from the guide itself; from the guide at another temperature; from the
@@ -91,7 +92,7 @@ class Sample:
 
 def _num_tokens(node: Any) -> int:
     fn = node["fn"]
-    return len(fn.token_ids(node["value"])) if isinstance(fn, LMText) and not fn.batch_shape else 0
+    return len(fn.token_ids(node["value"])) if is_text(fn) else 0
 
 
 # --- truncations ---------------------------------------------------------------------------------
