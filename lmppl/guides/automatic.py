@@ -45,7 +45,6 @@ class AutomaticGuide(Guide):
 
     name = "automatic"
     reads_observations = True
-    param_names: list[str] = []
 
     def __init__(
         self,

@@ -36,7 +36,6 @@ class ProgramGuide(Guide):
     """
 
     reads_observations = False
-    adapted_sites: list[str] = []
 
     def __init__(self, program: Callable[..., Any], base: LM | None = None) -> None:
         self.program = self._given_program = program

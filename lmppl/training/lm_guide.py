@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -14,7 +14,7 @@ from lmppl.distributions import check_lm
 from lmppl.guides.automatic import AutomaticGuide
 from lmppl.guides.parameters import base_state, lora_config, same_base
 from lmppl.guides.program import ProgramGuide
-from lmppl.guides.prompts import Observations
+from lmppl.guides.prompts import Observations, SiteNames
 from lmppl.guides.saving import present, read_guide, replace_folder, write_guide
 from lmppl.lm import LM
 from lmppl.primitives import default_lm, use
@@ -68,7 +68,7 @@ class LMGuide:
         lm: LM | None = None,
         program: Callable[..., Any] | None = None,
         lora: LoraConfig | None = None,
-        condition_on: Literal["all"] | Collection[str] = "all",
+        condition_on: SiteNames = "all",
         adapter_per_site: bool = False,
     ) -> None:
         lm = lm if lm is not None else default_lm()
@@ -106,8 +106,6 @@ class LMGuide:
     identity: Any = property(attrgetter("inner.identity"))
     adapters: Any = property(attrgetter("inner.adapters"))
     named_parameters: Any = property(attrgetter("inner.named_parameters"))
-    adapted_sites: Any = property(attrgetter("inner.adapted_sites"))
-    param_names: Any = property(attrgetter("inner.param_names"))
 
     def parameters(self) -> list[nn.Parameter]:
         """The trainable parameters (of a guide program: those that it has used so far)."""

@@ -98,7 +98,7 @@ def test_a_guide_with_an_adapter_and_another_order():
     after = guide_report(guide, case.program, case.args, case.lm)
     assert before.dead_mass == pytest.approx(0.0, abs=1e-4)  # it is a distribution over the traces
     assert after.gap < 0.5 * before.gap
-    assert len(guide.adapters()) == 1 and guide.param_names == []
+    assert len(guide.adapters()) == 1 and guide.inner.param_names == []
 
 
 def test_a_latent_that_the_guide_lacks_is_left_to_the_model():
@@ -284,7 +284,7 @@ def test_parameters_that_only_later_inputs_use_are_trained():
     guide = lmppl.LMGuide(program, lm=LM, program=guide_program)
     guide.fit([("a", 1.0), ("b", -1.0)], steps=20, learning_rate=0.05, **SMALL)
     assert pyro.param("mean_a") > 0.2 and pyro.param("mean_b") < -0.2
-    assert guide.param_names == ["mean_a", "mean_b"]
+    assert guide.inner.param_names == ["mean_a", "mean_b"]
 
 
 def test_a_guide_program_cannot_see_simulated_observations():
