@@ -30,15 +30,8 @@ def _written(program: Any) -> Any:
 
 
 def check_program(program: Any, what: str = "model") -> None:
-    """Check that a program is a function that runs when it is called.
-
-    Args:
-        program: what was given.
-        what: the argument that it was given as, for messages.
-
-    Raises:
-        TypeError: if it is not callable, is an ``async def`` or a generator function.
-    """
+    """Raise ``TypeError`` unless a program is a function that runs when it is called: no ``async def``
+    and no generator. ``what``: the argument that it was given as, for messages."""
     check_callable(what, program)
     function = _written(program)
     for code in (function, type(function).__call__):
@@ -60,14 +53,8 @@ def bind(
 ) -> tuple[Callable[..., Any], Args]:
     """Bind arguments to a program: the program and the positional arguments to call it with.
 
-    Args:
-        program: a Pyro program.
-        args: its positional arguments.
-        kwargs: its arguments by name. Those that can be positional become so, as guides take
-            positional arguments only; the others are bound to the program.
-
-    Raises:
-        TypeError: if the program does not take these arguments.
+    Arguments by name that can be positional become so, as guides take positional arguments only; the
+    others are bound to the program. Raises ``TypeError`` if it does not take these arguments.
     """
     check_program(program)
     if kwargs is not None and not isinstance(kwargs, Mapping):
@@ -93,19 +80,12 @@ def bind(
 
 def signature_of(program: Callable[..., Any]) -> inspect.Signature:
     """What inputs are to fit: all but what ``functools.partial`` or a default has bound by name.
-
-    Raises:
-        TypeError: for what is no program (see ``check_program``).
-    """
+    Raises ``TypeError`` for what is no program."""
     check_program(program)
     signature = inspect.signature(program)
-    return signature.replace(
-        parameters=[
-            parameter
-            for parameter in signature.parameters.values()
-            if parameter.kind is not parameter.KEYWORD_ONLY or parameter.default is parameter.empty
-        ]
-    )
+    parameters = signature.parameters.values()
+    free = [p for p in parameters if p.kind is not p.KEYWORD_ONLY or p.default is p.empty]
+    return signature.replace(parameters=free)
 
 
 def items_of(data: Any, what: str = "data") -> Iterable[Any]:
@@ -130,17 +110,8 @@ def items_of(data: Any, what: str = "data") -> Iterable[Any]:
 
 
 def positional(signature: inspect.Signature, item: Any, index: int, what: str = "data") -> Args:
-    """One item of the data as positional arguments.
-
-    Args:
-        signature: of ``signature_of(program)``.
-        item: a tuple or a dict.
-        index: its number, for messages.
-        what: the argument that it is of, for messages.
-
-    Raises:
-        TypeError: if it does not fit the program; says which item.
-    """
+    """One item of the data, a tuple or a dict, as positional arguments for ``signature_of(program)``.
+    Raises ``TypeError`` if it does not fit; says which item."""
     where = f"item {index} of {'the data' if what == 'data' else what}"
     try:
         if isinstance(item, Mapping):

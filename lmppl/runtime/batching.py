@@ -18,7 +18,7 @@ import torch
 from lmppl.checks import check_seed
 from lmppl.exclusive import exclusive
 from lmppl.runtime.coroutine import GlobalState
-from lmppl.runtime.particle import Particle, Proposer
+from lmppl.runtime.particle import Particle, ProposerFactory
 from lmppl.runtime.scheduler import ask
 from lmppl.runtime.waits import DrawWait, HiddenWait, ModelWait, ScoreWait
 
@@ -47,19 +47,11 @@ def start(
     num: int,
     *,
     seed: int,
-    proposer: Callable[[int, int], Proposer] | None = None,
+    proposer: ProposerFactory | None = None,
     **options: Any,
 ) -> list[Particle]:
-    """``num`` particles of one program, each at its first wait.
-
-    Args:
-        program: a Pyro program.
-        args: its positional arguments.
-        num: how many.
-        seed: of all their streams.
-        proposer: makes a particle's proposer from its slot and a seed.
-        options: further arguments of ``Particle``.
-    """
+    """``num`` particles of ``program(*args)``, each at its first wait. ``seed`` is that of all their
+    streams, ``options`` are further arguments of ``Particle``."""
     particles, shared = [], dict[Any, Any]()
     for slot, slot_seed in enumerate(slot_seeds(seed, num)):
         made = None if proposer is None else proposer(slot, slot_seed ^ 0x5DEECE66D)
@@ -74,12 +66,8 @@ def start(
 
 
 def resume(particles: Sequence[Particle], answers: Sequence[Any] | None = None) -> None:
-    """Run each to its next wait or to its end.
-
-    Args:
-        particles: the runs.
-        answers: to what each waits for; None: they begin.
-    """
+    """Run each to its next wait or to its end, with the answers to what they wait for; None: they
+    begin."""
     outer = GlobalState()
     try:
         for i, particle in enumerate(particles):
@@ -134,10 +122,8 @@ def rare_collections() -> Iterator[None]:
     training step of 512 traces.
     """
     before = gc.get_threshold()
-    if not 0 < before[0] < _COLLECT_AFTER:  # the user has switched it off, or so has a caller
-        yield
-        return
-    gc.set_threshold(_COLLECT_AFTER, *before[1:])
+    if 0 < before[0] < _COLLECT_AFTER:  # else the user has switched it off, or so has a caller
+        gc.set_threshold(_COLLECT_AFTER, *before[1:])
     try:
         yield
     finally:

@@ -146,11 +146,8 @@ class Particle:
 
     @property
     def site(self) -> tuple[str, Any] | None:
-        """The program's site whose value is being found, with its distribution; None: no site.
-
-        What the run waits for may be something else: a draw of the guide, which has a
-        distribution of its own, may draw another site first, and may go on after the program.
-        """
+        """The program's site whose value is being found, with its distribution; None: no site. (What the
+        run waits for may be another draw of its guide.)"""
         return None if self._at is None or self._at[0] in self._recorder.trace.nodes else self._at
 
     def resume(self, answer: Any = None, *, restore: bool = True) -> None:
@@ -191,9 +188,10 @@ class Particle:
         proposer = self.proposer
         if proposer is not None and streams.proposer is not None:
             proposer = proposer.fork(streams.proposer)
-        new = self._again(
+        return self._again(
             Replay(self.sites, self.calls, self._at if self.waiting else None),
             {**self.given, **(given or {})},
+            streams=streams,
             seed=0,
             proposer=proposer,
             known=self._known,
@@ -202,29 +200,22 @@ class Particle:
             grad=self._grad,
             slot=streams.slot,
         )
-        new.coroutine.global_state.take_streams(streams.coroutine.global_state)
-        new.resume()
-        return new
 
     def rerun(
         self, before: Mapping[str, Site], given: Mapping[str, Given], *, seed: int
     ) -> Particle:
-        """A run of the same program that repeats some of what this one recorded, at its first wait.
+        """A run of the same program, at its first wait, that repeats the recorded sites ``before``, has
+        given values at later ones, and draws the others with ``seed``."""
+        return self._again(Replay(before, self.calls), given, seed=seed, slot=self.slot)
 
-        Args:
-            before: the recorded sites that it is to repeat.
-            given: values for sites that follow.
-            seed: of what follows.
-        """
-        new = self._again(Replay(before, self.calls), given, seed=seed, slot=self.slot)
+    def _again(self, replay: Replay, given: Any, streams: Any = None, **options: Any) -> Particle:
+        """A run of the same program, at its first wait."""
+        options |= {"replay": replay, "given": given, "shared": self._recorder.shared}
+        new = Particle(self.program, self.args, **options)
+        if streams is not None:
+            new.coroutine.global_state.take_streams(streams.coroutine.global_state)
         new.resume()
         return new
-
-    def _again(self, replay: Replay, given: Mapping[str, Given], **options: Any) -> Particle:
-        shared = self._recorder.shared
-        return Particle(
-            self.program, self.args, replay=replay, given=given, shared=shared, **options
-        )
 
     def _finished_copy(self, streams: Particle) -> Particle:
         """A run that has ended is not changed any more, so what it recorded can be shared. The

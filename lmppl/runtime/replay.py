@@ -65,16 +65,13 @@ class ReplayError(RuntimeError):
 
 
 class Replay:
-    """What a run is to repeat before anything new happens.
+    """What a run is to repeat before anything new happens; ``left``: those sites that remain.
 
     Args:
         nodes: the recorded sites, by name, in their order.
-        calls: how ``lm_sample`` was called at some of them, and what it returned.
+        calls: how ``lm_sample`` was called at some of them, and what it returned. (To the attribute
+            the run adds its own.)
         next_site: name and distribution of the site at which the recorded run waits, if it does.
-
-    Attributes:
-        left: the sites that are still to be repeated.
-        calls: those, to which the run adds its own.
     """
 
     def __init__(
@@ -109,10 +106,9 @@ class Replay:
                 same = torch.equal(site["value"], recorded["value"])
         if not same or site["is_observed"] != recorded["is_observed"]:
             raise _other_distribution(name, fn, before)
-        if site["scale"] is not recorded["scale"]:
-            _check_equal(name, "scale", site["scale"], recorded["scale"])
-        if site["mask"] is not recorded["mask"]:
-            _check_equal(name, "mask", site["mask"], recorded["mask"])
+        for what in ("scale", "mask"):
+            if site[what] is not recorded[what]:
+                _check_equal(name, what, site[what], recorded[what])
         return recorded
 
     def check_new(self, site: Site) -> None:

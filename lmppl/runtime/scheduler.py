@@ -38,10 +38,6 @@ class _Stack(Stack):
 class Member(Coroutine):
     """A function, say an engine's run, that waits for its model calls beside other members.
 
-    Args:
-        fn: the function.
-        global_state: the global state that it begins in.
-
     Attributes:
         waiting: what its particles wait for, all of one type; empty when it has ended.
         error: the exception that it ended with, or None.
@@ -84,10 +80,8 @@ def advance(members: Sequence[Member]) -> None:
 def ask(waits: Sequence[ModelWait], *, grad: bool = False) -> list[Any]:
     """What each of some particles waits for (at least one; all of one type).
 
-    Args:
-        waits: what they wait for.
-        grad: keep the graph of scores. Such are never computed with another member's, whose
-            backward pass would free it.
+    With ``grad`` the graph of scores is kept. Such are never computed with another member's, whose
+    backward pass would free it.
     """
     if grad or not isinstance(getcurrent(), _Stack):
         return type(waits[0]).answer(waits, grad=grad)
