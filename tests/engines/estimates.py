@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -56,11 +57,12 @@ def expectation(every_way: Any, run: Callable[[], dict]) -> tuple[dict, float, i
     """E[run()] over all of the sampler's choices, their total probability, and their number."""
     total: Counter = Counter()
     probability, number = 0.0, 0
-    for choices in every_way:
-        for values, weight in run().items():
-            total[values] += choices.probability * weight
-        probability += choices.probability
-        number += 1
+    with contextlib.closing(every_way):  # what it patches must not wait for the garbage collector
+        for choices in every_way:
+            for values, weight in run().items():
+                total[values] += choices.probability * weight
+            probability += choices.probability
+            number += 1
     return dict(total), probability, number
 
 
