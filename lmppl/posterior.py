@@ -278,6 +278,7 @@ class Posterior(Report):
         numeric = [name for name in self.latents if self._is_numeric(name)]
         discrete = [name for name in self.latents if name not in numeric]
         ranked = self._ranked(discrete) if self._alive and discrete else []
+        rows = [{"weight": weight, "values": _reached(discrete, key)} for key, weight in ranked]
         costs = ("tokens_sampled", "tokens_scored", "tokens_trained", "seconds")
         return {
             "engine": self.info.get("engine"),
@@ -289,7 +290,7 @@ class Posterior(Report):
             "killed": dict(self.killed.most_common()),
             "notes": list(self.info.get("notes", ())),
             "sites": discrete,
-            "rows": [{"weight": w, "values": _reached(discrete, values)} for values, w in ranked],
+            "rows": rows,
             "numeric": {name: self._moments(name) for name in numeric} if self._alive else {},
         }
 

@@ -110,8 +110,9 @@ def _engine(method: str | EngineLike, options: dict[str, Any]) -> EngineLike:
         return method
     if method not in ENGINES:
         raise ValueError(f"unknown method {method!r}{did_you_mean(method, ENGINES)}")
-    parameters = inspect.signature(ENGINES[method]).parameters.values()
-    allowed = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = inspect.signature(ENGINES[method]).parameters
+    allowed = [name for name, parameter in parameters.items() if parameter.kind in kinds]
     for name in [name for name in options if name not in allowed]:
         common = list(inspect.signature(infer).parameters)[3:-1]
         raise TypeError(

@@ -62,7 +62,7 @@ def infer_batch(
         guide: a proposal, one for all inputs; ``"gflownet"`` needs one.
         seed: makes the run reproducible; None: taken from torch's random stream. Input i gets the
             seed ``SeedSequence(seed, spawn_key=(i,))`` (numpy), whatever the others are.
-        callback: called with a dict of figures at every stage of every input, the ``"input"``.
+        callback: as of ``infer``; the figures have the input's number, from 0, as ``"input"``.
         on_error: ``"raise"``: an input's exception ends the run, in its turn. ``"return"``: it is
             yielded in place of the input's posterior. It has a note that names the input.
         at_once: how many inputs run side by side; None: as many as make 512 particles, at most 64.

@@ -179,8 +179,11 @@ def draw(
     # Copies replay particles that still wait at this draw.
     state.select([taken.get(slot, slot) for slot in range(len(particles))], is_drawing=True)
     drawing = [particles[slot] for slot in members]
-    drawn = zip(drawing, decoding.results(), strict=True)
-    resume(drawing, [(_wait(p).fn.value(d.token_ids), d.log_probs.sum()) for p, d in drawn])
+    answers = [
+        (_wait(particle).fn.value(drawn.token_ids), drawn.log_probs.sum())
+        for particle, drawn in zip(drawing, decoding.results(), strict=True)
+    ]
+    resume(drawing, answers)
     return resamplings
 
 

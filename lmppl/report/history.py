@@ -104,7 +104,7 @@ class History(Report, list[dict[str, Any]]):
         above = f"History: {len(self):,} step{'s' * (len(self) != 1)}, {samples:,.0f} samples"
         if seconds:
             above += f", {duration(sum(seconds.values()))}"
-        split = [f"{plain(name)} {percent(v)}" for name, v in self.time_split().items()]
+        split = [f"{plain(name)} {percent(share)}" for name, share in self.time_split().items()]
         table = Table(
             [(_label(name, gap="\n"), "figure") for name in names],
             [[_cell(name, self[i]) for name in names] for i in self._spaced(rows)],

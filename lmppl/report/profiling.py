@@ -170,7 +170,9 @@ def _work(kind: Kind, record: WorkRecord) -> Work:
     flops = sum(sum(group.matrices.flops(group.positions, group.outputs)) for group in groups)
     gemm_seconds = None
     with suppress(RuntimeError):  # of the device: too little memory, or what ended the block
-        alone = [g.matrices.seconds(g.positions, g.outputs, g.passes) for g in groups]
+        alone = [
+            group.matrices.seconds(group.positions, group.outputs, group.passes) for group in groups
+        ]
         known = [seconds for seconds in alone if seconds is not None]
         gemm_seconds = times * sum(known) if groups and len(known) == len(groups) else None
     counts = {

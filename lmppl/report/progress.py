@@ -9,7 +9,7 @@ import sys
 import time
 from typing import Any
 
-from lmppl.report.tables import printable
+from lmppl.report.tables import printable, show
 
 _REFRESH_SECONDS = 0.1
 
@@ -72,9 +72,8 @@ class progress_bar:
         """Some steps are done. ``figures`` (name to number) are shown behind the bar."""
         if self._bar is None:
             return
-        shown = {k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in figures.items()}
-        line = printable("  ".join(f"{name} {value}" for name, value in shown.items()))
-        changes: dict[str, Any] = {"figures": line} if figures else {}
+        shown = "  ".join(f"{name} {show(value, quote=False)}" for name, value in figures.items())
+        changes: dict[str, Any] = {"figures": printable(shown)} if figures else {}
         self._bar.update(self._task, advance=steps, **changes)
         now = time.monotonic()
         if now - self._refreshed > _REFRESH_SECONDS:

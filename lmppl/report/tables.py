@@ -37,10 +37,9 @@ class Table:
         self, as_bar: Callable[[float], str], as_text: Callable[[str], Any]
     ) -> list[list[Any]]:
         """The cells of all rows, as two functions write bars and all else."""
-        kinds = [kind for _, kind in self.columns]
+        writers = [as_bar if kind == "bar" else as_text for _, kind in self.columns]
         return [
-            [as_bar(c) if kind == "bar" else as_text(c) for c, kind in zip(row, kinds, strict=True)]
-            for row in self.rows
+            [write(cell) for write, cell in zip(writers, row, strict=True)] for row in self.rows
         ]
 
 
@@ -221,8 +220,9 @@ def _beside_the_rows(summary: Mapping[str, Any]) -> list[str]:
         reached = f" (reached in {percent(moments['weight'])})" * (moments["weight"] < 1 - 1e-9)
         lines.append(f"{plain(name)}: {show(moments['mean'])} +- {show(moments['sd'])}{reached}")
     if summary["killed"]:
-        sites = ", ".join(f"{plain(site)} ({n:,})" for site, n in summary["killed"].items())
-        lines.append(f"samples with probability zero, by the site that ended them: {sites}")
+        sites = [f"{plain(site)} ({count:,})" for site, count in summary["killed"].items()]
+        ended = "samples with probability zero, by the site that ended them"
+        lines.append(f"{ended}: {', '.join(sites)}")
     return lines
 
 
