@@ -36,6 +36,7 @@ class ProgramGuide(Guide):
     """
 
     reads_observations = False
+    adapted_sites: list[str] = []
 
     def __init__(self, program: Callable[..., Any], base: LM | None = None) -> None:
         self.program = self._given_program = program

@@ -106,6 +106,7 @@ class LMGuide:
     identity: Any = property(attrgetter("inner.identity"))
     adapters: Any = property(attrgetter("inner.adapters"))
     named_parameters: Any = property(attrgetter("inner.named_parameters"))
+    adapted_sites: Any = property(attrgetter("inner.adapted_sites"))
 
     def parameters(self) -> list[nn.Parameter]:
         """The trainable parameters (of a guide program: those that it has used so far)."""

@@ -137,12 +137,12 @@ def test_an_adapter_for_each_site(tmp_path):
     case = CASES["chain"]
     guide = lmppl.LMGuide(case.program, lm=case.lm, adapter_per_site=True)
     guide.fit([case.args], steps=3, **QUICK)
-    assert guide.inner.adapted_sites == ["z", "w"] and len(guide.adapters()) == 2
+    assert guide.adapted_sites == ["z", "w"] and len(guide.adapters()) == 2
     one, two = guide.adapters()
     assert not equal(_lora(one), _lora(two))
     guide.save(tmp_path / "guide")
     loaded = lmppl.LMGuide.load(tmp_path / "guide", case.program, lm=case.lm)
-    assert equal(weights(loaded), weights(guide)) and loaded.inner.adapted_sites == ["z", "w"]
+    assert equal(weights(loaded), weights(guide)) and loaded.adapted_sites == ["z", "w"]
 
 
 def _lora(lm):
