@@ -15,14 +15,10 @@ _FETCHING = {"cache_dir", "force_download", "gguf_file", "local_files_only"}
 _FETCHING |= {"revision", "subfolder", "token"}
 
 
-def is_gguf(path: Path) -> bool:
-    return path.name.endswith(".gguf")
-
-
 def load_local(path: Path, dtype: torch.dtype, **hf_kwargs: Any) -> tuple[Any, Any]:
     """The model and the tokenizer of a folder, or of a GGUF file, whose weights are dequantised.
     ``OSError`` if they are not there."""
-    if is_gguf(path):
+    if path.suffix == ".gguf":
         if not path.is_file():
             raise FileNotFoundError(f"there is no GGUF file {str(path)!r}")
         path, hf_kwargs = path.parent, {**hf_kwargs, "gguf_file": path.name}

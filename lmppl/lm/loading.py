@@ -9,7 +9,7 @@ import torch
 
 from lmppl.checks import nearest
 from lmppl.lm import embedded
-from lmppl.lm.gguf import is_gguf, load_local, load_pretrained
+from lmppl.lm.gguf import load_local, load_pretrained
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
@@ -35,7 +35,7 @@ def load(
     name = str(name_or_path)
     is_embedded = name.lower() == embedded.ALIAS
     path = embedded.model_dir() if is_embedded else Path(name).expanduser()
-    if is_gguf(path) or path.is_dir():
+    if path.suffix == ".gguf" or path.is_dir():
         model, tokenizer = load_local(path, dtype, **hf_kwargs)
     else:
         try:  # a download may take long: let it show

@@ -31,12 +31,6 @@ class Decoding:
     Token k of a slot is drawn with the slot's own ``uniforms[k]``, whichever sequence it holds by
     then. Sequences leave the batch as they close. Models may differ from slot to slot.
 
-    Attributes:
-        token_ids: the tokens of each slot.
-        log_probs: the log-probability of each of them under what it was drawn from, in nats.
-        reasons: why each slot's sequence closed, None while it is open.
-        num_steps: steps made.
-
     Raises:
         ValueError: a draw with an empty prefix, that does not fit the model's context, with too few
             uniforms, or with a temperature that is not positive.
@@ -49,8 +43,10 @@ class Decoding:
             _check(draw)
             runner.check_request(len(draw.prefix), _longest(draw), draw.name)
         self._uniforms: list[list[float]] = [draw.uniforms.tolist() for _, draw in self._draws]
-        self.token_ids: list[list[int]] = [[] for _ in self._draws]
+        self.token_ids: list[list[int]] = [[] for _ in self._draws]  # of each slot
+        # Of each token under what it was drawn from, in nats.
         self.log_probs: list[list[float]] = [[] for _ in self._draws]
+        # Why each slot's sequence closed; None while it is open.
         self.reasons: list[FinishReason | None] = [None] * len(self._draws)
         self.num_steps = 0
         self._states: list[StoppingState] = [draw.stopping.start() for _, draw in self._draws]

@@ -1,8 +1,7 @@
 """Sampling by inverting the distribution function.
 
-A draw is a deterministic function of one uniform, so that random numbers belong to whoever holds
-the uniform, and a sampler's own randomness can be enumerated in tests. Two levels (sums of blocks,
-then the inside of one block) cost a fraction of ``multinomial`` on a large vocabulary.
+A draw is a deterministic function of one uniform, which belongs to whoever holds it. Two levels
+(sums of blocks, then the inside of one) cost a fraction of ``multinomial`` on a large vocabulary.
 """
 
 from __future__ import annotations

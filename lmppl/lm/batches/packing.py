@@ -28,21 +28,13 @@ _MAX_DEPTH = 32  # of prompts within prompts
 
 @dataclass(eq=False)
 class Row:
-    """Sequences that are read together.
+    """Sequences that are read together."""
 
-    Attributes:
-        tokens: the nodes of their tree, in depth-first order.
-        depths: how many ancestors each node has.
-        ends: the first slot behind each node's descendants.
-        slots: of each sequence, the slots of all its tokens.
-        members: which sequence each of them is.
-    """
-
-    tokens: list[int]
-    depths: list[int]
-    ends: list[int]
-    slots: list[list[int]]
-    members: list[int]
+    tokens: list[int]  # the nodes of their tree, in depth-first order
+    depths: list[int]  # how many ancestors each node has
+    ends: list[int]  # the first slot behind each node's descendants
+    slots: list[list[int]]  # of each sequence, the slots of all its tokens
+    members: list[int]  # which sequence each of them is
 
 
 def pack_rows(sequences: Sequence[Tokens], cost: Callable[[int, int], float]) -> list[Row]:

@@ -231,8 +231,8 @@ class CachedRows(Rows):
 
 
 class PlainRows(Rows):
-    """Rows without a cache: every step reads everything anew. For models whose attention cannot
-    be reached, and as the reference that ``CachedRows`` must equal."""
+    """Rows without a cache, for models whose attention cannot be reached, and as the reference
+    that ``CachedRows`` must equal: every step reads everything anew."""
 
     def __init__(self, runner: Runner, prefixes: Sequence[Tokens], max_new: int) -> None:
         self._runner = runner

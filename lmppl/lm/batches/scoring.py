@@ -7,18 +7,19 @@ scored once; only the positions that are asked for go through the output layer.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from lmppl.lm.batches.packing import WORTH_A_PROMPT, Row, batch, group_by_prefix, pack_rows
 from lmppl.lm.batches.requests import Score, Scored, no_distribution
 from lmppl.lm.meter.work import Kind, region, watch_backward
 from lmppl.lm.network.attention import PrefixCache
+from lmppl.lm.network.modules import recomputed
 from lmppl.lm.network.runner import (
     NO_PROMPT,
     Prompt,
@@ -78,12 +79,8 @@ class _Part(NamedTuple):
 
 
 def score(runner: Runner, requests: Sequence[Score], *, grad: bool = False) -> list[Scored]:
-    """The log-probability of every token of every continuation.
-
-    Args:
-        runner: of the model; its ``memory`` bounds the passes.
-        requests: what to score. Equal ones cost nothing.
-        grad: differentiable with respect to the model's trainable parameters.
+    """The log-probability of every token of every continuation; with ``grad``, differentiable with
+    respect to the model's trainable parameters. The runner's ``memory`` bounds the passes.
 
     Returns:
         One ``Scored`` a request, (n,) float32, in nats; on the CPU, or with ``grad`` on the
@@ -133,10 +130,8 @@ def hidden(runner: Runner, prefixes: Sequence[Tokens]) -> Tensor:
     Raises:
         ValueError: no prefix, an empty one, or one that does not fit the model's context.
     """
-    if not prefixes or not all(prefixes):
-        raise ValueError(
-            "no prefix, or one without tokens (this model has no BOS token to start from)"
-        )
+    if not prefixes:
+        raise ValueError("no prefix is given")
     runner.refresh()
     for prefix in prefixes:
         runner.check_request(len(prefix), 0, "")
@@ -155,10 +150,7 @@ def _score(
     memory = runner.memory
     for one_pass in _passes(runner, sequences, grad=grad):
         run = functools.partial(_log_probs, runner, one_pass, memory.gradient_checkpointing)
-        if grad and memory.training_tokens is not None:
-            both = checkpoint(run, use_reentrant=False, preserve_rng_state=False)
-        else:
-            both = run()
+        both = recomputed(run) if grad and memory.training_tokens is not None else run()
         requests = [request for request, _ in one_pass.requests()]
         both = both if grad else both.cpu()
         parts = both.split([len(r.continuation) for r in requests], 1)
@@ -227,7 +219,7 @@ def _prompt(runner: Runner, members: list[_Sequence], grad: bool) -> Prompt:
         return NO_PROMPT
     read = functools.partial(runner.extend_prompt, NO_PROMPT, sequences[0][:common])
     if runner.memory.gradient_checkpointing or runner.memory.training_tokens is not None:
-        return checkpoint(read, use_reentrant=False, preserve_rng_state=False)
+        return recomputed(read)
     return read()
 
 
@@ -258,11 +250,11 @@ def _packed_pass(runner: Runner, parts: list[_Part]) -> _Pass:
 def _plain_passes(runner: Runner, sequences: list[_Sequence], most: int | None) -> Iterator[_Pass]:
     """Rows of similar length together."""
     order = sorted(sequences, key=lambda s: len(s.tokens))
+    limit = math.inf if most is None else most
     while order:
-        count = len(order)
-        if most is not None:
-            fitting = (n for n in range(1, count + 1) if n * len(order[n - 1].tokens) > most)
-            count = max(1, next(fitting, count + 1) - 1)
+        count = 1
+        while count < len(order) and (count + 1) * len(order[count].tokens) <= limit:
+            count += 1
         chunk, order = order[:count], order[count:]
         tokens = padded([s.tokens for s in chunk], runner.device)
         width = tokens.shape[1]

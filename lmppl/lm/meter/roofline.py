@@ -42,10 +42,6 @@ class Matrices:
         output_layer: of it, which only some positions go through.
         packed: gives what has a ``product`` laid out for this machine: outside the output layer,
             and in it.
-
-    Attributes:
-        body, output: the matrices outside the output layer, and in it.
-        key: equal for models of the same shapes, dtypes and device.
     """
 
     def __init__(
@@ -57,6 +53,7 @@ class Matrices:
         self.output = _matrices_of(output_layer.modules())
         outputs = {id(module) for module in output_layer.modules()}
         self.body = _matrices_of(m for m in model.modules() if id(m) not in outputs)
+        # Equal for models of the same shapes, dtypes and device.
         self.key = tuple((m.device, m.dtype, m.shape) for m in [*self.body, *self.output])
         self._packed = packed
         self._num = (sum(m.numel() for m in self.body), sum(m.numel() for m in self.output))

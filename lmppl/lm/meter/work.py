@@ -7,11 +7,12 @@ were drawn and scored is counted always.
 
 from __future__ import annotations
 
+import operator
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -31,17 +32,11 @@ _recordings = threading.Lock()
 
 @dataclass
 class Usage:
-    """Tokens that went through a model and its adapters. Set the numbers to 0 to count anew.
-
-    Attributes:
-        tokens_sampled: drawn.
-        tokens_scored: scored without a gradient.
-        tokens_trained: scored with a gradient to parameters that are trained.
-    """
+    """Tokens that went through a model and its adapters. Set the numbers to 0 to count anew."""
 
     tokens_sampled: int = 0
-    tokens_scored: int = 0
-    tokens_trained: int = 0
+    tokens_scored: int = 0  # without a gradient
+    tokens_trained: int = 0  # scored with a gradient to parameters that are trained
 
     def count(self, *, sampled: int = 0, scored: int = 0, trained: int = 0) -> None:
         for usage in (self, _total):
@@ -50,11 +45,7 @@ class Usage:
             usage.tokens_trained += trained
 
     def __sub__(self, other: Usage) -> Usage:
-        return Usage(
-            self.tokens_sampled - other.tokens_sampled,
-            self.tokens_scored - other.tokens_scored,
-            self.tokens_trained - other.tokens_trained,
-        )
+        return Usage(*map(operator.sub, astuple(self), astuple(other)))
 
 
 _total = Usage()  # over all models, for reports of a whole run
@@ -67,21 +58,13 @@ def total_usage() -> Usage:
 
 @dataclass
 class PassCounts:
-    """Forward passes of one kind of work through models of one shape, of one of which are
-    ``matrices``.
+    """Forward passes of one kind of work through models of one shape."""
 
-    Attributes:
-        passes: how many.
-        rows: of their batches, summed.
-        positions: rows times length, summed: padding included.
-        outputs: positions that went through the output layer.
-    """
-
-    matrices: Matrices
+    matrices: Matrices  # of one of the models
     passes: int = 0
-    rows: int = 0
-    positions: int = 0
-    outputs: int = 0
+    rows: int = 0  # of their batches, summed
+    positions: int = 0  # rows times length, summed: padding included
+    outputs: int = 0  # positions that went through the output layer
 
     def plus(self, other: PassCounts, times: int = 1) -> PassCounts:
         """The sum with so many times another's."""
@@ -92,19 +75,12 @@ class PassCounts:
 
 @dataclass
 class WorkRecord:
-    """What was done in a time.
+    """What was done in a time, in seconds; those of ``kinds`` are added over threads."""
 
-    Attributes:
-        seconds: of the wall clock, but for what measuring itself took.
-        usage: tokens.
-        kinds: seconds of each kind of work; of several threads they are added.
-        passes: by kind and shape of the model.
-    """
-
-    seconds: float = 0.0
+    seconds: float = 0.0  # of the wall clock, but for what measuring itself took
     usage: Usage = field(default_factory=Usage)
     kinds: dict[Kind, float] = field(default_factory=lambda: dict.fromkeys(KINDS, 0.0))
-    passes: dict[tuple[Kind, Any], PassCounts] = field(default_factory=dict)
+    passes: dict[tuple[Kind, Any], PassCounts] = field(default_factory=dict)  # by matrices' key
 
     def fill(self, before: WorkRecord, after: WorkRecord) -> None:
         """Become the difference of two readings of one ledger."""

@@ -255,8 +255,7 @@ def merge(model: PeftModel) -> Any:
     """A frozen copy of the adapted model with the adapter merged into its weights.
 
     Only the adapted layers get new weights, each its own even where the base's are tied, computed
-    in float32 and rounded once to the base's dtype. The density differs from the adapter's by that
-    rounding, so weights must use the log-probabilities of the model that was drawn from.
+    in float32 and rounded once to the base's dtype; by that the density differs from the adapter's.
     """
     with torch.no_grad(), torch.inference_mode(False):
         copied = clone(model, {p: Parameter(p.detach().clone()) for p in _trained(model)})

@@ -54,20 +54,16 @@ class PrefixCache(Cache):
 
     Without a tree, slot j of a suffix stands at position j after its prefix. A new token t of row b
     goes to slot ``starts[b] + t`` and sees the prefix and the slots up to its own. What lies in
-    later slots (padding of ragged batches) is never seen.
-
-    Args:
-        groups: the prefixes, in the order of their rows.
-        tree: how the new tokens follow each other, if not one after another.
-        keep: whether the suffixes are wanted after the pass.
+    later slots (padding of ragged batches) is never seen. ``keep``: whether the suffixes are wanted
+    after the pass.
     """
 
     def __init__(
         self, groups: Sequence[Group], *, tree: Tree | None = None, keep: bool = True
     ) -> None:
         super().__init__(layers=[])
-        self.groups = groups
-        self.tree = tree
+        self.groups = groups  # in the order of their rows
+        self.tree = tree  # how the new tokens follow each other, if not one after another
         self.suffix: list[LayerKV] = []  # per layer (B, H_kv, S, D), if they are kept
         self.calls = 0  # of ``attend``, for the probe
         self.windows: list[int | None] = []  # sliding window of each call, for the probe

@@ -79,8 +79,7 @@ def pack(model: nn.Module, groups: Sequence[Sequence[str]]) -> None:
     for names in groups:
         product = PackedProduct([layers[name] for name in names])
         for index, name in enumerate(names):
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, PackedLinear(product, index))
+            model.set_submodule(name, PackedLinear(product, index))
 
 
 class PackedProduct:

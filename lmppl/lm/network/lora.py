@@ -29,11 +29,10 @@ def plain_adapter(layer: Any) -> str | None:
     if len(names) != 1 or layer.disable_adapters or layer.merged or layer.fan_in_fan_out:
         return None
     (name,) = names
-    dropout = layer.lora_dropout[name]
     special = name in getattr(layer, "lora_variant", {}) or layer.lora_bias.get(name, False)
-    if special or not (isinstance(dropout, nn.Identity) or dropout.p == 0.0):
-        return None
-    return name
+    dropout = layer.lora_dropout[name]
+    drops = not isinstance(dropout, nn.Identity) and dropout.p > 0
+    return None if special or drops else name
 
 
 def factors(layer: Any, name: str) -> tuple[Tensor, Tensor, float]:
@@ -46,8 +45,7 @@ def fuse(model: nn.Module) -> None:
     for name, layer in list(model.named_modules()):
         adapter = plain_adapter(layer)
         if adapter is not None:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, FusedLora(layer, adapter))
+            model.set_submodule(name, FusedLora(layer, adapter))
 
 
 class FusedLora(nn.Module):

@@ -108,6 +108,10 @@ def version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version  # the former can't be written to
 
 
+# What a function returns, computed anew in the backward pass. (Nothing in a pass is random.)
+recomputed = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+
+
 class Checkpointing:
     """A switch of the layers that it has wrapped: ``with checkpointing(True):``
 
@@ -139,9 +143,6 @@ class Checkpointing:
         def run(*args: Any, **kwargs: Any) -> Any:
             if not (self._on and torch.is_grad_enabled()):
                 return forward(*args, **kwargs)
-            # Nothing in a pass is random: there is no dropout.
-            return checkpoint(
-                forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs
-            )
+            return recomputed(forward, *args, **kwargs)
 
         return run

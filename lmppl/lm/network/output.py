@@ -15,10 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 
 from lmppl.lm.network.linear import PackedLinear, PackedProduct, can_pack, packable_layers
-from lmppl.lm.network.modules import clone, plain_logits
+from lmppl.lm.network.modules import clone, plain_logits, recomputed
 
 # Logits (float32) that are held at a time. On a CPU, buffers of this size are used again, where
 # larger ones come fresh from the system at every use, which costs more than the softmax.
@@ -166,9 +165,7 @@ class OutputLayer:
         def some(part: slice) -> Tensor:
             return self.all_log_probs(states, temperatures, part).gather(1, picks[part])
 
-        run = some
-        if states.requires_grad:
-            run = functools.partial(checkpoint, some, use_reentrant=False, preserve_rng_state=False)
+        run = functools.partial(recomputed, some) if states.requires_grad else some
         return torch.cat([run(part) for part in self.chunks(states)])
 
     def chunks(self, states: Tensor) -> Iterator[slice]:
@@ -222,8 +219,6 @@ class _FrozenLogProbs(torch.autograd.Function):
 
 def _close(one: Tensor, other: Tensor) -> bool:
     tolerance = 1e-4 if one.dtype in (torch.float32, torch.float64) else 0.02
-    # Logits that are not finite are reported by whoever draws from them.
-    return one.shape == other.shape and bool(
-        not torch.isfinite(other).all()
-        or (one - other).abs().max() <= tolerance * other.abs().max()
-    )
+    if one.shape != other.shape or not torch.isfinite(other).all():
+        return one.shape == other.shape  # who draws from logits that are not finite reports them
+    return bool((one - other).abs().max() <= tolerance * other.abs().max())

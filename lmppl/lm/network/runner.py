@@ -83,8 +83,6 @@ class Prompt:
         """The first ``length`` tokens."""
         if length == len(self.tokens):
             return self
-        if length == 0:
-            return NO_PROMPT
         layers = [(k[:, :length], v[:, :length]) for k, v in self.layers]
         return Prompt(self.tokens[:length], layers)
 
@@ -99,19 +97,9 @@ class Runner:
         model: a causal LM of transformers, or a ``PeftModel`` on one.
         name, decode: of the model, and from tokens to text, for messages.
         max_prompt_bytes: bound on the memory of remembered prompts.
-
-    Attributes:
-        memory, usage: what a batch may take; where tokens are counted.
-        fast, slow_reason: whether prefixes can be shared (found by a probe on first use); why not.
-        context_length: see the function of this name.
-        output: from the states that a pass returns to logits.
-        hidden: (N, hidden), what would have entered the output layer in the last pass.
-        checkpointing: whether passes with gradients keep only what enters each layer.
-        generation: how often weights were found changed.
-        computed_tokens: positions that went through the model, padding included.
     """
 
-    hidden: Tensor
+    hidden: Tensor  # (N, hidden), what would have entered the output layer in the last pass
 
     def __init__(
         self,
@@ -122,10 +110,12 @@ class Runner:
         max_prompt_bytes: int = 256 << 20,
     ) -> None:
         self.name, self.decode = name, decode
-        self.memory, self.usage = Memory(), Usage()
+        self.memory = Memory()  # what a batch may take
+        self.usage = Usage()  # where tokens are counted
         self._given = model
         self._max_prompt_bytes = max_prompt_bytes
-        self.computed_tokens = self.generation = 0
+        self.computed_tokens = 0  # positions that went through the model, padding included
+        self.generation = 0  # how often weights were found changed
         self._build()
 
     def _build(self) -> None:
@@ -137,6 +127,7 @@ class Runner:
         self._config = text_config(self._model)
         self.context_length = context_length(self._model)
         self._head = OutputHead(self._model.get_output_embeddings())
+        self.size = self._head.size  # width of the logits
         self._model.set_output_embeddings(self._head)
         self.output = OutputLayer(self._model, self._head)  # ready once ``fast`` is known
         self.checkpointing = Checkpointing()
@@ -145,17 +136,12 @@ class Runner:
         self._prompts: OrderedDict[Tokens, Prompt] = OrderedDict()  # the last used at the end
         self._watch = WeightWatch(self._parameters)
         self._kinds = self._watch.kinds()
-        self.slow_reason: str | None = None
+        self.slow_reason: str | None = None  # why it is not fast
         self.can_record = len({p.device for p in self._parameters}) == 1  # steps, on CUDA
 
     @property
     def device(self) -> torch.device:
         return self._model.get_input_embeddings().weight.device
-
-    @property
-    def size(self) -> int:
-        """Width of the logits."""
-        return self._head.size
 
     @property
     def trains(self) -> bool:
@@ -235,6 +221,7 @@ class Runner:
     @functools.cached_property
     @without_grad()
     def fast(self) -> bool:
+        """Whether prefixes can be shared, by a probe."""
         self.output.check(torch.tensor([[1, 0, 2]], device=self.device) % self.size)
         self.slow_reason = self._probe()
         if self.slow_reason is not None:

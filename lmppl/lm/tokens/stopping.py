@@ -115,12 +115,7 @@ class Stopping:
 
 
 class StoppingState:
-    """How far one sequence is from stopping. ``push`` takes its tokens one by one.
-
-    Attributes:
-        length: tokens pushed.
-        reason, stop: what closed it, and which stop string if one did; None while it is open.
-    """
+    """How far one sequence is from stopping. ``push`` takes its tokens one by one."""
 
     __slots__ = ("_stopping", "_ids", "_tail", "length", "reason", "stop")
 
@@ -128,9 +123,9 @@ class StoppingState:
         self._stopping = stopping
         self._tail = b""  # the text's last bytes, one fewer than the longest stop string
         self._ids: list[int] = []  # only where text is not the concatenation of its tokens
-        self.length = 0
-        self.reason: FinishReason | None = None
-        self.stop: str | None = None
+        self.length = 0  # tokens pushed
+        self.reason: FinishReason | None = None  # what closed it; None while it is open
+        self.stop: str | None = None  # the stop string that closed it, if one did
 
     def push(self, token: int) -> FinishReason | None:
         """Add a token. Returns why the sequence closed at it, or None while it is open;

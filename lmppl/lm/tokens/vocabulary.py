@@ -157,10 +157,8 @@ class Vocabulary:
         return self.decode(tuple(ids)).encode()
 
     def token_bytes(self, token: int) -> bytes:
-        """The UTF-8 bytes that a token adds to a text; none for ids beyond the tokenizer.
-
-        If ``concatenates`` is False they are those of the token alone, and ``decode`` may differ.
-        """
+        """The UTF-8 bytes that a token adds to a text (or if not ``concatenates``, has alone); none
+        for ids beyond the tokenizer."""
         token = int(token)
         known = self._bytes.get(token)
         if known is None:

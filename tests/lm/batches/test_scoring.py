@@ -274,5 +274,5 @@ def test_hidden_states(name):
 
 def test_hidden_of_nothing():
     for prefixes in ([], [()], [(1,), ()]):
-        with pytest.raises(ValueError, match="no prefix, or one without tokens"):
+        with pytest.raises(ValueError, match="no prefix is given|the prefix has no tokens"):
             hidden(RUNNER, prefixes)
