@@ -19,7 +19,7 @@ from lmppl.guides.saving import present, read_guide, replace_folder, write_guide
 from lmppl.lm import LM
 from lmppl.primitives import default_lm, use
 from lmppl.report.history import History
-from lmppl.runtime.arguments import check_program
+from lmppl.runtime.arguments import Args, check_program
 from lmppl.training.fit import fit
 
 if TYPE_CHECKING:
@@ -112,9 +112,7 @@ class LMGuide:
         """The trainable parameters (of a guide program: those that it has used so far)."""
         return list(self.named_parameters().values())
 
-    def observations(
-        self, args: tuple[Any, ...], model: Callable[..., Any] | None = None
-    ) -> Observations:
+    def observations(self, args: Args, model: Callable[..., Any] | None = None) -> Observations:
         """What the automatic guide reads of an input, by site: the tokens that show it.
 
         Args:
@@ -125,7 +123,7 @@ class LMGuide:
 
     def prepare(
         self,
-        args: tuple[Any, ...],
+        args: Args,
         model: Callable[..., Any] | None = None,
         observations: Observations | None = None,
     ) -> None:

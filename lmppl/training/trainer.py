@@ -144,8 +144,6 @@ class Trainer:
             "the budget"
         )
 
-    # --- learning --------------------------------------------------------------------------------
-
     def _score(
         self,
         samples: Sequence[Sequence[Sample]],
@@ -216,8 +214,6 @@ class Trainer:
             "positive probability",
             stacklevel=5,
         )
-
-    # --- its state, for checkpoints --------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Where it is, but for the guide and what is kept of inputs."""
