@@ -226,7 +226,7 @@ class LMText(TorchDistribution):
         size, ids = self.lm.vocabulary.size, given.flatten().tolist()
         if given.shape != self.event_shape:
             what = f"shape {tuple(self.event_shape)}, given shape {tuple(given.shape)}"
-        elif any(not PAD <= token < size for token in ids):
+        elif ids and not PAD <= min(ids) <= max(ids) < size:
             what = f"tokens below {size}, given {ids}"
         else:
             return given.long()
@@ -234,10 +234,11 @@ class LMText(TorchDistribution):
 
     def supports(self, value: torch.Tensor) -> bool:
         """Whether one value is a sequence that the site could have produced."""
-        ids = self.token_ids(value)
-        if any(token != PAD for token in value.tolist()[len(ids) :]):
+        padded = value.tolist()
+        ids = tuple(padded[: padded.index(PAD)] if PAD in padded else padded)
+        if padded.count(PAD) != len(padded) - len(ids):
             return False
-        if ids and not (min(ids) >= 0 and max(ids) < self.lm.vocabulary.size):
+        if ids and not 0 <= min(ids) <= max(ids) < self.lm.vocabulary.size:
             return False
         if self.choices is not None:
             return ids in self.choices

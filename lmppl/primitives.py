@@ -96,8 +96,7 @@ class _SiteMessage(dict[str, Any]):
                 value = value if isinstance(value, ToolResult) else ToolResult.wrap(value)
             else:
                 value = _as_value(self["name"], self["fn"], value)
-        frames = value if key == "cond_indep_stack" else ()
-        if plates := [frame.name for frame in frames if frame.vectorized]:
+        elif key == "cond_indep_stack" and (plates := [f.name for f in value if f.vectorized]):
             name, plate = self["name"], plates[0]
             is_tool = isinstance(self["fn"], ToolCall)
             what = f"tool '{name}'" if is_tool else f"site '{name}': text"
