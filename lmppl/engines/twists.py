@@ -334,7 +334,7 @@ def _aside(state: State) -> Particle:
     What these draw at Pyro's own sites must not be what their particles will draw there: slots would
     be chosen by it, and the estimate be biased. All draw the same numbers, to be comparable.
     """
-    seed, proposer_seed = (int(torch.randint(2**62, (), generator=state.generator)) for _ in "12")
+    seed, proposer_seed = torch.randint(2**62, (2,), generator=state.generator).tolist()
     slot = state.particles[0].slot
     proposer = None if state.proposer is None else state.proposer(slot, proposer_seed)
     return Particle(state.model, state.args, seed=seed, proposer=proposer, slot=slot)

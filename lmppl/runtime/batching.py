@@ -20,7 +20,7 @@ from lmppl.exclusive import exclusive
 from lmppl.runtime.coroutine import GlobalState
 from lmppl.runtime.particle import Particle, ProposerFactory
 from lmppl.runtime.scheduler import ask
-from lmppl.runtime.waits import DrawWait, HiddenWait, ModelWait, ScoreWait
+from lmppl.runtime.waits import DrawWait, HiddenWait, LateScoresWait, ModelWait, ScoreWait
 
 
 def fresh_seed(seed: int | None) -> int:
@@ -77,9 +77,12 @@ def resume(particles: Sequence[Particle], answers: Sequence[Any] | None = None) 
 
 
 def run_to_draws(particles: Sequence[Particle], *, grad: bool = False) -> None:
-    """Answer scores and hidden states, in batched rounds, until all wait for a draw or have ended."""
+    """Answer scores and hidden states, in batched rounds, until all wait for a draw or have ended.
+    (Late scores wait for the last run to end, to be asked for at once.)"""
     while True:
-        asking = [_waiting(particles, ScoreWait), _waiting(particles, HiddenWait)]
+        asking = [_waiting(particles, wait) for wait in (ScoreWait, HiddenWait)]
+        if not any(asking) and not _waiting(particles, DrawWait):
+            asking = [_waiting(particles, LateScoresWait)]
         if not any(asking):
             return
         for members in asking:

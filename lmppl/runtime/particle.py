@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +30,7 @@ from lmppl.runtime.arguments import call, name_of
 from lmppl.runtime.coroutine import Coroutine, GlobalState, suspend
 from lmppl.runtime.replay import Replay, Site, Unit
 from lmppl.runtime.sites import is_latent, is_text, latents_of
-from lmppl.runtime.waits import ChoiceWait, DrawWait, ScoreWait, Wait
+from lmppl.runtime.waits import ChoiceWait, DrawWait, LateScoresWait, ScoreWait, Wait
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +85,9 @@ class Particle:
         shared: of the runs that share them, the distributions that ``lm_sample`` has made.
         enumerate_latents: suspend at every latent site, with a ``DrawWait`` or a ``ChoiceWait``.
         score_closing: ask for closing-token log-probabilities when scoring latent sites.
+        score_late: score texts after the program has ended, all in one wait, in a run that nobody
+            weighs on the way: fewer switches and larger batches. Until then their log-probability
+            is NaN. Such a run is not forked.
         grad: run with gradients enabled.
         slot: its number, for error messages.
 
@@ -110,6 +113,7 @@ class Particle:
         shared: dict[Any, Any] | None = None,
         enumerate_latents: bool = False,
         score_closing: bool = False,
+        score_late: bool = False,
         grad: bool = False,
         slot: int = 0,
     ) -> None:
@@ -124,6 +128,7 @@ class Particle:
         self._replay = Replay({}, {}) if replay is None else replay
         self._uncounted: list[Site] = []
         self._enumerate, self._score_closing, self._grad = enumerate_latents, score_closing, grad
+        self._late: list[ScoreWait] | None = [] if score_late else None
         self._site = ""
         self._at: tuple[str, Any] | None = None  # the site that it is at, and its distribution
         self.calls = self._replay.calls
@@ -142,7 +147,7 @@ class Particle:
 
     @property
     def finished(self) -> bool:
-        return self.coroutine.finished
+        return self.coroutine.finished and self.waiting is None
 
     @property
     def site(self) -> tuple[str, Any] | None:
@@ -153,6 +158,10 @@ class Particle:
     def resume(self, answer: Any = None, *, restore: bool = True) -> None:
         """Run to the next wait or to the end (see ``Coroutine.resume``)."""
         self.waiting = None
+        if self.coroutine.finished and self._late:
+            self._score_sites(self._late, answer)
+            self._late = []
+            return
         try:
             self.waiting = self.coroutine.resume(answer, restore=restore)
             if self.finished:
@@ -162,6 +171,8 @@ class Particle:
         except Exception as error:
             self._explain(error)
             raise
+        if self.coroutine.finished and self._late:
+            self.waiting = LateScoresWait("", tuple(self._late))
 
     def close(self) -> None:
         """End the run; what it recorded stays."""
@@ -185,6 +196,7 @@ class Particle:
         streams = streams or self
         if self.finished:
             return self._finished_copy(streams)
+        assert self._late is None, "runs that are scored late are not forked"
         proposer = self.proposer
         if proposer is not None and streams.proposer is not None:
             proposer = proposer.fork(streams.proposer)
@@ -341,9 +353,22 @@ class Particle:
         if not is_text(fn):
             return fn.log_prob(value, *site["args"], **site["kwargs"])
         score_closing = self._score_closing and not site["is_observed"]
-        log_prob, scored = suspend(ScoreWait(site["name"], fn, value, score_closing))
-        site["scored"] = scored
+        wait = ScoreWait(site["name"], fn, value, score_closing)
+        if self._late is not None:
+            self._late.append(wait)
+            return _UNKNOWN
+        log_prob, site["scored"] = suspend(wait)
         return log_prob
+
+    def _score_sites(
+        self, waits: Sequence[ScoreWait], answers: Sequence[tuple[torch.Tensor, Any]]
+    ) -> None:
+        """After the program has ended, record what texts were found to have as log-probabilities."""
+        for wait, (log_prob, scored) in zip(waits, answers, strict=True):
+            node = self._recorder.trace.nodes.get(wait.name)
+            if node is not None:  # Pyro leaves out sites that ask for it
+                node["scored"] = scored
+                self._record(node, log_prob)
 
     def _record(self, site: Site, log_prob: torch.Tensor) -> None:
         site["unscaled_log_prob"] = log_prob
@@ -370,6 +395,7 @@ class Particle:
         error.add_note(note + (f"; so far: {', '.join(shown)}" if shown else ""))
 
 
+_UNKNOWN = torch.tensor(math.nan)
 _repr = reprlib.Repr()
 _repr.maxstring = _repr.maxother = 60
 

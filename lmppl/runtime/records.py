@@ -242,6 +242,7 @@ def rescore(
         given={name: Given(value) for name, value in record.tools.items()},
         known=record.known,
         score_closing=True,
+        score_late=True,
         slot=slot,
     )
     particle.resume()

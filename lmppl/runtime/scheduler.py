@@ -23,8 +23,9 @@ from greenlet import getcurrent
 
 from lmppl.exclusive import Stack
 from lmppl.lm.meter.work import Usage, total_usage
+from lmppl.runtime import waits as kinds
 from lmppl.runtime.coroutine import Coroutine, GlobalState, suspend
-from lmppl.runtime.waits import DrawWait, HiddenWait, ModelWait, ScoredTokens, ScoreWait
+from lmppl.runtime.waits import ModelWait, ScoredTokens
 
 
 class _Stack(Stack):
@@ -68,10 +69,13 @@ class Member(Coroutine):
         super().close()
 
 
+_TURNS = kinds.ScoreWait, kinds.HiddenWait, kinds.LateScoresWait, kinds.DrawWait
+
+
 def advance(members: Sequence[Member]) -> None:
     """One round: a call of the language models, and all who waited for it go on."""
     waits = {type(member.waiting[0]) for member in members if member.waiting}
-    first = next(wait for wait in (ScoreWait, HiddenWait, DrawWait) if wait in waits)
+    first = next(wait for wait in _TURNS if wait in waits)
     asking = [member for member in members if member.waiting and type(member.waiting[0]) is first]
     for member, answers in zip(asking, _answers([m.waiting for m in asking]), strict=True):
         member.go_on(answers)

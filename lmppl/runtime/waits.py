@@ -1,10 +1,11 @@
-"""What a suspended run waits for: four types, three of which language models answer in batches."""
+"""What a suspended run waits for: five types, four of which language models answer in batches."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -81,6 +82,22 @@ class ScoreWait(ModelWait):
 
     def work(self, answer: Any) -> tuple[int, set[ScoredTokens]]:
         return 0, _scored_tokens(self.fn, self.value)
+
+
+@dataclass(frozen=True, eq=False)
+class LateScoresWait(ModelWait):
+    """Scores of a run's sites when its program has ended; the answer is a list, one a site."""
+
+    scores: tuple[ScoreWait, ...]
+
+    @classmethod
+    def answer(cls, waits: Sequence[LateScoresWait], *, grad: bool = False) -> list[Any]:
+        flat = [score for wait in waits for score in wait.scores]
+        answers = iter(ScoreWait.answer(flat, grad=grad))
+        return [list(islice(answers, len(wait.scores))) for wait in waits]
+
+    def work(self, answer: Any) -> tuple[int, set[ScoredTokens]]:
+        return 0, set[ScoredTokens]().union(*(score.work(None)[1] for score in self.scores))
 
 
 @dataclass(frozen=True, eq=False)

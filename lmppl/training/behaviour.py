@@ -60,9 +60,8 @@ class Drawn:
         proposer = guide.proposer_factory(
             args, temperature=self.temperature, observations=input_.observations
         )
-        return runtime.start(
-            program, args, self.num, seed=self.seed, proposer=proposer, score_closing=True
-        )
+        scoring = {"score_closing": True, "score_late": True}
+        return runtime.start(program, args, self.num, seed=self.seed, proposer=proposer, **scoring)
 
 
 @dataclass(frozen=True)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import gc
+import math
 
 import pyro
 import pytest
 import torch
+from guide_helpers import shaken
 from pyro import poutine
 
 import lmppl
-from lmppl import lm_sample, runtime
+from lmppl import lm_sample, require, runtime
 from lmppl.primitives import _warned
+from lmppl.runtime.waits import ScoreWait
 from lmppl.testing import tiny_lm
+from lmppl.testing.programs import CASES
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +45,51 @@ def test_one_call_for_all_that_wait(lm, monkeypatch):
     runtime.run_to_end(particles)
     assert calls == [("draw", 16), ("score", 16)]
     assert all(particle.finished for particle in particles)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=str)
+def test_late_scores_are_those_of_each_site_in_turn(case, monkeypatch):
+    calls = []
+    score = ScoreWait.answer
+    monkeypatch.setattr(ScoreWait, "answer", lambda w, **k: calls.append(len(w)) or score(w, **k))
+    guide = shaken(lmppl.LMGuide(case.program, lm=case.lm))
+    found, counts = [], []
+    with lmppl.use(case.lm), torch.no_grad():
+        factory = guide.proposer_factory(case.args)
+        for late in (False, True):
+            calls.clear()
+            particles = runtime.start(
+                case.program, case.args, 8, seed=0, proposer=factory,
+                score_closing=True, score_late=late,
+            )  # fmt: skip
+            with runtime.ending(particles):
+                runtime.run_to_end(particles)
+            found.append(particles)
+            counts.append(len(calls))
+    assert counts[1] <= min(1, counts[0])
+    for one, two in zip(*found, strict=True):
+        assert two.finished and one.rejected_by == two.rejected_by
+        assert one.log_joint == pytest.approx(two.log_joint, abs=1e-4)
+        assert list(one.trace.nodes) == list(two.trace.nodes)
+        for name, node in one.sites.items():
+            other = two.sites[name]
+            assert torch.equal(node["value"], other["value"])
+            assert torch.allclose(node["log_prob"], other["log_prob"], atol=1e-5)
+            assert type(node.get("scored")) is type(other.get("scored"))
+
+
+def test_a_run_that_is_rejected_has_its_late_scores(lm):
+    def program():
+        z = lm_sample("z", "ab", max_tokens=2)
+        lm_sample("y", ["a", z], obs="b")
+        require("never", False)
+
+    (run,) = runtime.start(program, (), 1, seed=0, score_late=True)
+    runtime.run_to_end([run])
+    assert run.rejected_by == "never" and run.log_joint == -math.inf
+    with torch.no_grad():
+        expected = float(run.sites["y"]["fn"].log_prob(run.sites["y"]["value"]))
+    assert float(run.sites["y"]["log_prob"]) == pytest.approx(expected, abs=1e-5)
 
 
 def test_equal_requests_are_scored_once(lm):
