@@ -95,7 +95,7 @@ def serve_draws(particles: Sequence[Particle]) -> None:
 
 
 def _waiting(particles: Sequence[Particle], wait: type[ModelWait]) -> list[Particle]:
-    return [particle for particle in particles if isinstance(particle.waiting, wait)]
+    return [particle for particle in particles if type(particle.waiting) is wait]
 
 
 def _serve(particles: Sequence[Particle], *, grad: bool = False) -> None:

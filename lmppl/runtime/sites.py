@@ -27,7 +27,10 @@ def has_value(trace: Trace, name: str) -> bool:
 
 def is_latent(node: Mapping[str, Any]) -> bool:
     """Whether a sample site is a random choice to be inferred: no data, tool or subsample."""
-    return not node["is_observed"] and not isinstance(node["fn"], ToolCall | _Subsample)
+    if node["is_observed"]:
+        return False
+    fn = node["fn"]  # the commonest first: Pyro's metaclass is slow to say what is none of its own
+    return type(fn) is LMText or not isinstance(fn, ToolCall | _Subsample)
 
 
 def is_text(fn: Any) -> bool:

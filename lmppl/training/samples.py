@@ -215,6 +215,7 @@ class ReplayBuffer:
     def __init__(self, capacity: int = 64, near_duplicates: float = 0.0) -> None:
         self._capacity, self._fraction = capacity, near_duplicates
         self._records: dict[tuple[Any, ...], Record] = {}
+        self.least = -math.inf  # log R that a further trace must exceed, nats
 
     def __len__(self) -> int:
         return len(self._records)
@@ -230,13 +231,11 @@ class ReplayBuffer:
     @records.setter
     def records(self, records: Sequence[Record]) -> None:
         self._records = {record.discrete_key: record for record in records}
+        self._update_least()
 
-    @property
-    def least(self) -> float:
-        """log R that a further trace must exceed, nats."""
-        if len(self) < self._capacity:
-            return -math.inf
-        return min(record.log_r for record in self._records.values())
+    def _update_least(self) -> None:
+        is_full = len(self) >= self._capacity
+        self.least = min(r.log_r for r in self._records.values()) if is_full else -math.inf
 
     def add(self, record: Record) -> bool:
         """Keep a trace that is alive, new, better than the worst and than its near duplicates, in
@@ -252,6 +251,7 @@ class ReplayBuffer:
         if len(self) == self._capacity:
             del self._records[min(self._records, key=lambda other: self._records[other].log_r)]
         self._records[key] = record
+        self._update_least()
         return True
 
     def replace(self, old: Record, new: Record) -> None:
@@ -261,6 +261,7 @@ class ReplayBuffer:
             self._records[key] = new
         else:
             self._records.pop(key, None)
+        self._update_least()
 
     def _near(self, trace: Record) -> list[tuple[Any, ...]]:
         """The keys of the near duplicates of a trace."""
