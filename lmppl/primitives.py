@@ -12,6 +12,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
 from contextvars import ContextVar, Token
 from operator import is_
+from types import NoneType
 from typing import Any, NamedTuple
 
 import pyro
@@ -164,6 +165,9 @@ def _check_name(name: Any, what: str) -> None:
         raise ValueError(f"{what}'s name must be a non-empty string, given {name!r}")
 
 
+_PLAIN = frozenset((NoneType, bool, int, float, str))  # what options of a call are compared as
+
+
 class Call(NamedTuple):
     """How ``lm_sample`` was called at a site."""
 
@@ -191,18 +195,21 @@ class Call(NamedTuple):
             return None
         if infer:
             options = (*options, *infer, *infer.values())
-        if not all(option is None or isinstance(option, (int, float, str)) for option in options):
+        if not _PLAIN.issuperset(map(type, options)):
             return None
         texts = (*parts, None, obs, None, *(choices or ()), None, *stops)
-        return cls._make((lm, texts, (choices is None, *options), handlers))
+        return tuple.__new__(cls, (lm, texts, (choices is None, *options), handlers))
 
     def same_as(self, other: Call) -> bool:
         """Whether another call is the same, token by token."""
-        if self.lm is not other.lm or self[2:] != other[2:] or len(self.texts) != len(other.texts):
+        lm, texts, options, handlers = self
+        other_lm, other_texts, other_options, other_handlers = other
+        if lm is not other_lm or options != other_options or handlers != other_handlers:
             return False
         # Mostly they are the very same objects.
-        return all(map(is_, self.texts, other.texts)) or (
-            list(map(_as_key, self.texts)) == list(map(_as_key, other.texts))
+        return len(texts) == len(other_texts) and (
+            all(map(is_, texts, other_texts))
+            or list(map(_as_key, texts)) == list(map(_as_key, other_texts))
         )
 
     def key(self, name: str) -> Hashable:

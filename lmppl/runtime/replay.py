@@ -106,8 +106,8 @@ class Replay:
                 same = torch.equal(site["value"], recorded["value"])
         if not same or site["is_observed"] != recorded["is_observed"]:
             raise _other_distribution(name, fn, before)
-        for what in ("scale", "mask"):
-            if site[what] is not recorded[what]:
+        if site["scale"] is not recorded["scale"] or site["mask"] is not recorded["mask"]:
+            for what in ("scale", "mask"):
                 _check_equal(name, what, site[what], recorded[what])
         return recorded
 
