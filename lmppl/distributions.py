@@ -377,13 +377,14 @@ def score_texts(
     names: Sequence[str] | None = None,
     *,
     grad: bool = False,
-    score_closing: bool = False,
+    score_closing: bool | Sequence[bool] = False,
 ) -> list[tuple[torch.Tensor, Scored | None]]:
     """Score one value under each (unbatched) distribution; ``names`` as of ``draw_texts``.
 
     Args:
         grad: keep the graph to the models' parameters that require a gradient.
-        score_closing: also score the site's closing token at every position (``Scored``).
+        score_closing: whether, of all or each, to score the closing token at every position, too
+            (``Scored``).
 
     Returns:
         Pairs: the log-density (0-d float32, nats; ``-inf`` outside the support), and its terms
@@ -392,8 +393,9 @@ def score_texts(
     results: list[Any] = [None] * len(distributions)
     texts: dict[int, tuple[LM, Score]] = {}
     chosen: dict[int, tuple[LMText, str]] = {}
-    members = zip(distributions, values, _names(distributions, names), strict=True)
-    for i, (d, value, name) in enumerate(members):
+    closing = [score_closing] * len(values) if isinstance(score_closing, bool) else score_closing
+    members = zip(distributions, values, _names(distributions, names), closing, strict=True)
+    for i, (d, value, name, is_closed) in enumerate(members):
         if not d.supports(value):
             results[i] = (torch.tensor(-math.inf), None)
         elif d.choices is not None:
@@ -401,7 +403,7 @@ def score_texts(
         elif not (ids := d.token_ids(value)):
             results[i] = (torch.tensor(0.0), None)  # an empty prefix likelihood
         else:
-            c = d.stopping.closing_token if score_closing else None
+            c = d.stopping.closing_token if is_closed else None
             texts[i] = d.lm, Score(d.prefix_ids, ids, d.temperature, c, name)
     for i, terms in zip(texts, _served("score", list(texts.values()), grad=grad), strict=True):
         results[i] = (terms.log_prob, terms)

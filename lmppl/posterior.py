@@ -273,7 +273,9 @@ class Posterior(Report):
         ``"rows"`` are the distinct joint values of the discrete latent sites (``"sites"``), most
         probable first: ``{"weight": 0.31, "values": {"z": " ..."}}``; a site that a sample did
         not reach is missing there. ``"numeric"`` has the mean and standard deviation of the
-        continuous ones over the samples that reach them.
+        continuous ones over the samples that reach them. The other entries are ``engine``,
+        ``num_samples``, ``ess``, ``log_evidence``, ``log_evidence_stderr``, ``tokens_sampled``,
+        ``tokens_scored``, ``tokens_trained``, ``seconds``, ``killed`` and ``notes``.
         """
         numeric = [name for name in self.latents if self._is_numeric(name)]
         discrete = [name for name in self.latents if name not in numeric]

@@ -301,7 +301,8 @@ def lm_sample(
         The text. In the trace its value is a right-padded tensor of token ids.
 
     Raises:
-        ValueError: for an impossible observation and arguments that define no distribution.
+        ValueError: for a latent without ``max_tokens`` or ``choices``, an impossible observation, and
+            arguments that define no distribution. The message names the site.
     """
     _check_name(name, "a site")
     memory: Any = _PYRO_STACK[0] if _PYRO_STACK else None
@@ -376,10 +377,18 @@ def require(name: str, condition: Any) -> None:
 def tool(name: str, fn: Callable[..., Any], *args: Any, on_error: str = "raise") -> Any:
     """Call any Python function, once per particle; its result is a recorded site.
 
-    On replay (and so in every fork of an SMC particle) the recorded result of ``fn(*args)`` is
-    returned and the function is not called again. With ``on_error="reject"``, a call that raises
-    gives the particle probability zero, as a failed ``require`` does (under Pyro's own tools, whose
-    runs go on, None is returned).
+    On replay (and so in every fork of an SMC particle) the recorded result is returned and the
+    function is not called again.
+
+    Args:
+        name: the site's name.
+        fn: the function.
+        args: its arguments.
+        on_error: ``"raise"``, or ``"reject"``: a call that raises gives the particle probability
+            zero, as a failed ``require`` does.
+
+    Returns:
+        Whatever ``fn(*args)`` returns. (None after a rejected call under Pyro's own tools.)
     """
     _check_name(name, "a tool")
     check_choice(f"tool '{name}': on_error", on_error, ("raise", "reject"))
@@ -441,10 +450,13 @@ def _warn_of_retokenisation(name: str, prefix: str | Sequence[str]) -> None:
         )
     if ("text", name) in _warned:
         return
-    joined = [part for text in parts if isinstance(text, Text) for part in text.parts]
-    plain += [part for part in joined if isinstance(part, str)]
     site = _latent_within(plain)
-    if site is not None and ("chat", site) not in _warned:
+    if site is None:
+        joined = [part for text in parts if isinstance(text, Text) for part in text.parts]
+        site = _latent_within([part for part in joined if isinstance(part, str)])
+        if ("chat", site) in _warned:  # ``chat`` has said so of this text
+            return
+    if site is not None:
         _warn_once(
             ("text", name),
             f"site '{name}': its prefix holds the text of site '{site}' as a plain str (an "

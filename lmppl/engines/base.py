@@ -41,10 +41,12 @@ class EngineLike(Protocol):
     """What ``infer`` takes as ``method=``: an ``Engine``, or any object that runs like one."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """What it is called."""
 
     @property
-    def run(self) -> Callable[..., Posterior]: ...
+    def run(self) -> Callable[..., Posterior]:
+        """Gives the posterior of ``model(*args)``; its options are those of ``Engine.run``."""
 
 
 class Engine(ABC):
@@ -87,7 +89,20 @@ class Engine(ABC):
 @dataclass(eq=False)
 class State:
     """Weighted particles of one program, in the hands of an engine whose name is ``engine``. The other
-    arguments are those of ``Engine.run``; the guide may be changed before ``start``."""
+    arguments are those of ``Engine.run``; the guide may be changed before ``start``.
+
+    Attributes:
+        particles: the runs; always the same list.
+        log_weights: one for each, float64, nats: the mean of w estimates the evidence of what was
+            observed so far.
+        stage: how often they were extended.
+        proposer: what makes a particle's proposer, once they have started; None: the program.
+        generator: of the engine's own random choices.
+        iid: whether the weights are independent and identically distributed.
+        claims_evidence: whether the mean of w estimates the evidence.
+        trained: the guide that the posterior is to carry.
+        notes, info: what the posterior is to say of the run.
+    """
 
     engine: str
     model: Callable[..., Any]
@@ -100,17 +115,14 @@ class State:
 
     def __post_init__(self) -> None:
         self.bar = progress_bar(self.engine, show=self.progress)
-        self.particles: list[Particle] = []  # always the same list
-        # One for each, nats: the mean of w estimates the evidence of what was observed so far.
+        self.particles: list[Particle] = []
         self.log_weights = torch.zeros(0, dtype=torch.float64)
-        self.stage = 0  # how often they were extended
-        # Makes a particle's proposer, once they have started; None: the program.
+        self.stage = 0
         self.proposer: Callable[[int, int], Proposer] | None = None
-        self.generator = torch.Generator().manual_seed(self.seed % 2**63)  # of its own choices
-        self.iid = False  # whether the weights are independent and identically distributed
-        self.claims_evidence = True  # whether the mean of w estimates the evidence
-        self.trained: Any = None  # the guide that the posterior is to carry
-        self.notes: list[str] = []  # what the posterior is to say of the run, as ``info``
+        self.generator = torch.Generator().manual_seed(self.seed % 2**63)
+        self.iid, self.claims_evidence = False, True
+        self.trained: Any = None
+        self.notes: list[str] = []
         self.info: dict[str, Any] = {}
         self._began, self._usage = time.perf_counter(), own_usage()
         self._has_proposed = False

@@ -55,7 +55,8 @@ class SMC(Engine):
         twist_every: texts are compared each time they have grown by so many tokens. A
             comparison by ``"lookahead"`` or ``"flow"`` scores what follows for every text.
         twist_defense: which share of the particles within a site is resampled without regard to
-            the twist, which may mislead. None: a fifth, but at least 4 of them, and at most half.
+            the twist, which may mislead; 0: none. None: a fifth, but at least 4 of them, and at
+            most half.
         prior_fraction: as of ``Importance``, at every site: who draws it is chosen by the
             probability that the guide, or the program, has drawn the latents so far.
     """

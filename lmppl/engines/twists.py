@@ -306,8 +306,8 @@ class Flow(TwistFunction):
         with ending(list(forks.values())) as runs:
             run_to_draws(runs)
             for k, fork in forks.items():
-                name, before = sites[k][0], particles[k].trace.nodes
-                new = [fork.sites[other] for other in fork.sites.keys() - {name, *before}]
+                name, before, after = sites[k][0], particles[k].trace.nodes, fork.sites
+                new = [after[other] for other in after.keys() - {name, *before}]
                 chance = [node for node in new if not node["is_observed"]]
                 if fork.site is not None or any(map(is_latent, chance)):
                     continue

@@ -22,6 +22,7 @@ from lmppl.lm import LM
 from lmppl.primitives import use
 from lmppl.runtime import Particle
 from lmppl.runtime.arguments import Args
+from lmppl.runtime.particle import blind
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -173,6 +174,7 @@ def same_base(one: Mapping[str, Any], two: Mapping[str, Any]) -> bool:
     return torch.allclose(one["sample"], two["sample"], rtol=rtol, atol=atol, equal_nan=True)
 
 
+@blind
 class SavedParams(Messenger):
     """Values for parameters to which a program comes late: on another input, on a rare branch. They
     are ``waiting``, unconstrained and by name."""

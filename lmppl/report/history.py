@@ -54,7 +54,7 @@ class History(Report, list[dict[str, Any]]):
         Raises:
             ValueError: if no step has it; says which there are.
         """
-        if self and name not in self._keys():
+        if self and name != _RATE and not any(name in figures for figures in self):
             known = ", ".join(sorted(self._keys()))
             raise ValueError(f"no step has the figure {name!r}, allowed: {known}")
         return [_number(_figure(figures, name)) for figures in self]
@@ -114,7 +114,7 @@ class History(Report, list[dict[str, Any]]):
 
     def _tells(self, name: str) -> bool:
         """Whether a figure is known of any step (of a guide that draws nothing, some never are)."""
-        there = name in self._keys()
+        there = any(name in figures for figures in self) or name == _RATE
         return there and (name == "loss" or not all(map(math.isnan, self.column(name))))
 
     def _spaced(self, rows: int) -> list[int]:
@@ -239,7 +239,7 @@ def _parts(figures: dict[str, Any]) -> dict[str, float]:
 
 
 def _finite(history: History, name: str) -> list[float]:
-    there = name in history._keys()
+    there = any(name in figures for figures in history) or name == _RATE
     return list(filter(math.isfinite, history.column(name))) if there else []
 
 

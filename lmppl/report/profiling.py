@@ -10,9 +10,8 @@ from typing import Any
 from lmppl.lm.meter.work import KINDS, Kind, WorkRecord, recording
 from lmppl.report.tables import Block, Report, profile_blocks
 
-_PASSES_OF_TRAINING = (
-    2  # forward, and as much again for the gradients of inputs: the base is frozen
-)
+# Forward, and as much again for the gradients of inputs: the base is frozen.
+_PASSES_OF_TRAINING = 2
 
 
 @dataclass(frozen=True)

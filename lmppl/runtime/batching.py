@@ -125,8 +125,10 @@ def rare_collections() -> Iterator[None]:
     training step of 512 traces.
     """
     before = gc.get_threshold()
-    if 0 < before[0] < _COLLECT_AFTER:  # else the user has switched it off, or so has a caller
-        gc.set_threshold(_COLLECT_AFTER, *before[1:])
+    if not 0 < before[0] < _COLLECT_AFTER:  # the user has switched it off, or so has a caller
+        yield
+        return
+    gc.set_threshold(_COLLECT_AFTER, *before[1:])
     try:
         yield
     finally:

@@ -14,12 +14,16 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
+import pyro
 import torch
 from pyro.distributions.distribution import COERCIONS
 from pyro.distributions.util import scale_and_mask
+from pyro.poutine.condition_messenger import ConditionMessenger
+from pyro.poutine.mask_messenger import MaskMessenger
 from pyro.poutine.runtime import _PYRO_STACK
+from pyro.poutine.scale_messenger import ScaleMessenger
 from pyro.poutine.subsample_messenger import _Subsample
 from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.poutine.trace_struct import Trace
@@ -86,8 +90,8 @@ class Particle:
         enumerate_latents: suspend at every latent site, with a ``DrawWait`` or a ``ChoiceWait``.
         score_closing: ask for closing-token log-probabilities when scoring latent sites.
         score_late: score texts after the program has ended, all in one wait, in a run that nobody
-            weighs on the way: fewer switches and larger batches. Until then their log-probability
-            is NaN. Such a run is not forked.
+            weighs on the way: fewer switches and larger batches. (Not where a hard condition or
+            a handler of the program may depend on it.) Such a run is not forked.
         grad: run with gradients enabled.
         slot: its number, for error messages.
 
@@ -354,7 +358,8 @@ class Particle:
             return fn.log_prob(value, *site["args"], **site["kwargs"])
         score_closing = self._score_closing and not site["is_observed"]
         wait = ScoreWait(site["name"], fn, value, score_closing)
-        if self._late is not None:
+        is_judged = site["infer"].get("hard") or not _BLIND.issuperset(map(type, _PYRO_STACK[1:]))
+        if self._late is not None and not is_judged:
             self._late.append(wait)
             return _UNKNOWN
         log_prob, site["scored"] = suspend(wait)
@@ -395,7 +400,21 @@ class Particle:
         error.add_note(note + (f"; so far: {', '.join(shown)}" if shown else ""))
 
 
-_UNKNOWN = torch.tensor(math.nan)
+_UNKNOWN = torch.tensor(math.nan)  # a text's log-probability, as long as it waits for its score
+
+_BLIND: set[type] = {ScaleMessenger, MaskMessenger, ConditionMessenger, pyro.plate}
+"""Handlers that never read what was found at a site."""
+
+
+H = TypeVar("H")
+
+
+def blind(handler: type[H]) -> type[H]:
+    """Mark a class of handlers that never reads what was found at a site."""
+    _BLIND.add(handler)
+    return handler
+
+
 _repr = reprlib.Repr()
 _repr.maxstring = _repr.maxother = 60
 

@@ -31,6 +31,9 @@ class Unit(dist.Unit):
         super().__init__(log_factor.clone())
         self._sample = super().sample()
 
+    def expand(self, batch_shape: Any, _instance: Any = None) -> dist.Unit:
+        return dist.Unit(self.log_factor.expand(torch.Size(batch_shape)))
+
     def sample(self, sample_shape: Any = ()) -> torch.Tensor:
         return super().sample(torch.Size(sample_shape)) if sample_shape else self._sample
 
@@ -53,8 +56,11 @@ class Unit(dist.Unit):
             or not log_factor.is_cpu
         ):
             return None
-        key = cls, log_factor.dtype, log_factor.item()
-        return shared.get(key) or keep(shared, key, cls(log_factor))
+        kept = shared.setdefault(
+            cls, {}
+        )  # apart from the texts': it may fill with continuous values
+        key = log_factor.dtype, log_factor.item()
+        return kept.get(key) or keep(kept, key, cls(log_factor))
 
 
 _OF_FACTOR = {"has_rsample": None}

@@ -31,6 +31,7 @@ from lmppl.exclusive import exclusive
 from lmppl.lm.tokens.text import Text
 from lmppl.runtime import Particle, is_latent
 from lmppl.runtime.arguments import check_program
+from lmppl.runtime.particle import blind
 from lmppl.runtime.sites import is_observation, value_of
 
 
@@ -273,6 +274,7 @@ class _Unobserve(Messenger):
         msg["value"] = torch.where(shown, drawn, msg["value"])
 
 
+@blind
 class _Observe(Messenger):
     """Observes simulated values. It stands around the program and so has the last word."""
 

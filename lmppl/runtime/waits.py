@@ -77,7 +77,7 @@ class ScoreWait(ModelWait):
             [wait.value for wait in waits],
             [wait.name for wait in waits],
             grad=grad,
-            score_closing=any(wait.score_closing for wait in waits),
+            score_closing=[wait.score_closing for wait in waits],
         )
 
     def work(self, answer: Any) -> tuple[int, set[ScoredTokens]]:

@@ -53,6 +53,11 @@ class Enumeration(tuple[ExactTrace, ...]):
     """All traces of a program, in the order of their enumeration."""
 
     @property
+    def traces(self) -> tuple[ExactTrace, ...]:
+        """The traces themselves."""
+        return tuple(self)
+
+    @property
     def latents(self) -> tuple[str, ...]:
         """The latent sites, of all paths, by first appearance."""
         return tuple(dict.fromkeys(name for trace in self for name in trace.values))
@@ -160,7 +165,7 @@ class _Search(Messenger):
     def __init__(self, quadrature: int | None) -> None:
         super().__init__()
         self._num_nodes = quadrature
-        # Latent sites on the current path: what each may yet be, the present option first.
+        # Latent sites on the current path: what each may yet be, the present option last.
         self._path: list[tuple[str, list[_Option]]] = []
         self._naive = functools.cache(NaiveLM)
 
@@ -180,7 +185,7 @@ class _Search(Messenger):
         """Move to the next path; False if there is none."""
         while self._path:
             _, options = self._path[-1]
-            options.pop(0)
+            options.pop()
             if options:
                 return True
             self._path.pop()
@@ -198,8 +203,9 @@ class _Search(Messenger):
         if msg["is_observed"] or msg["value"] is not None or not _is_random(fn):
             return
         if self._depth == len(self._path):
-            self._path.append((name, self._options(name, fn)))
-        expected, (option, *_) = self._path[self._depth]
+            self._path.append((name, self._options(name, fn)[::-1]))
+        expected, options = self._path[self._depth]
+        option = options[-1]
         if expected != name:
             self._diverged(expected, f"site '{name}'")
         self._depth += 1

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -24,6 +24,11 @@ from lmppl.testing.oracle import Enumeration, enumerate_program
 from lmppl.testing.tiny import tiny_lm
 
 
+@functools.cache
+def _shared_lm() -> LM:
+    return tiny_lm("ab.", seed=0)
+
+
 @dataclass(frozen=True)
 class Case:
     """A program with arguments, a model, and so an exact posterior."""
@@ -34,9 +39,13 @@ class Case:
     text_latents: tuple[str, ...] = ("z",)  # of all branches
     other_latents: tuple[str, ...] = ()
     quadrature: int | None = None  # nodes of every continuous latent
+
     # The prior's effective sample size is 3% to 30% in every case. Prefixes mix tokens: attention
     # with rotary positions and no BOS cannot count equal tokens, so no guide could.
-    lm: ClassVar[LM] = tiny_lm("ab.", seed=0)
+    @property
+    def lm(self) -> LM:
+        """The model of all cases."""
+        return _shared_lm()
 
     def enumerate(self) -> Enumeration:
         """All traces. Computed once."""

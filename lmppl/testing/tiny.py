@@ -1,8 +1,9 @@
 """Tiny language models: real transformers models over a handful of tokens.
 
-Programs over so few tokens can be enumerated. The weights are random, and large: a changed prefix
-moves the distribution of the next token far (by a total variation above 0.3 on average; the tests
-assert it), so a prefix that is lost, doubled or mixed up with another one cannot go unnoticed.
+With so few tokens every program over them can be enumerated, so that an inference result is
+compared with the exact answer. The weights are random, and large: a changed prefix moves the
+distribution of the next token far (by a total variation above 0.3 on average; the tests assert
+it), so a prefix that is lost, doubled or mixed up with another one cannot go unnoticed.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lmppl.lm import LM
-from lmppl.lm.tokens.token_bytes import byte_level_alphabet
 
 EOS = "<eos>"
 BOS = "<bos>"
@@ -26,58 +26,82 @@ def tiny_lm(
     tokens: str | Sequence[str] = "ab.",
     *,
     seed: int = 0,
+    eos: bool = True,
+    bos: bool = False,
+    contrast: float = 2.0,
     hidden_size: int = 64,
-    **options: Any,
+    num_layers: int = 2,
+    context_length: int = 256,
+    unused_logits: int = 0,
 ) -> LM:
     """A random Llama over the given tokens, made in memory in a few milliseconds.
 
     Ids are positions in ``tokens``; then come EOS (``"<eos>"``) and BOS (``"<bos>"``), as far as
     they are wanted. Decoding concatenates. Encoding takes the longest token that fits, from left
-    to right, and **raises** on a character that no token holds.
+    to right, and **raises** on a character that no token holds: there is no unknown token that
+    could silently stand for it. Equal arguments give equal weights; torch's global random state
+    is neither used nor changed.
 
     Args:
         tokens: the ordinary tokens: the characters of a string, or strings of any length.
         seed: of the weights.
+        eos: whether the vocabulary has an end-of-sequence token.
+        bos: whether the tokenizer puts a BOS in front of a text. Like any token of a real model's
+            vocabulary, it can be sampled too.
+        contrast: standard deviation of the logits over tokens and prefixes. At 0 every
+            distribution is uniform.
         hidden_size: a multiple of 8.
-        options: ``eos=True``, whether there is an EOS; ``bos=False``, whether the tokenizer puts a
-            BOS in front of a text (like any token, it can be sampled too); ``contrast=2.0``,
-            standard deviation of the logits over tokens and prefixes (at 0 every distribution is
-            uniform); ``num_layers=2`` (with one, a cache filled under a wrong prefix would still be
-            right); ``context_length=256``; and ``unused_logits=0``, how many to add that belong to
-            no token, as in models that pad their vocabulary.
+        num_layers: keep two or more: with one layer a key or value depends on its own token only,
+            so that a cache filled under a wrong prefix would still be right.
+        context_length: of the model, in tokens.
+        unused_logits: how many logits to add that belong to no token, as in models that pad
+            their vocabulary. They have probability like any other.
 
     Raises:
         ValueError: no tokens, an empty token, or one given twice.
     """
-    options |= {"seed": seed, "hidden_size": hidden_size}
-    return _tiny(list(tokens), f"tiny-{''.join(tokens)}-{seed}", options)
+    names = list(tokens)
+    _check_tokens(names)
+    return _tiny(
+        tiny_tokenizer(names, eos=eos, bos=bos),
+        f"tiny-{''.join(names)}-{seed}",
+        seed=seed,
+        contrast=contrast,
+        hidden_size=hidden_size,
+        num_layers=num_layers,
+        context_length=context_length,
+        unused_logits=unused_logits,
+    )
 
 
-_BYTES = (b"a", b".", b"\xc3", b"\xa9", b"\xa8", b".\xc3")
-
-
-def tiny_byte_lm(tokens: Sequence[bytes] = _BYTES, *, seed: int = 0, **options: Any) -> LM:
+def tiny_byte_lm(
+    tokens: Sequence[bytes] = (b"a", b".", b"\xc3", b"\xa9", b"\xa8", b".\xc3"),
+    *,
+    seed: int = 0,
+    eos: bool = True,
+    bos: bool = False,
+    **options: Any,
+) -> LM:
     """A tiny LM with a byte-level tokenizer, whose tokens may split a unicode character.
 
     By default it writes ``a``, ``.``, and the two bytes each of ``"é"`` and ``"è"``; one token
     ends in the middle of a character. ``options`` are those of :func:`tiny_lm`.
     """
-    to_char = {byte: character for character, byte in byte_level_alphabet().items()}
+    to_char = _byte_alphabet()
     names = ["".join(to_char[byte] for byte in token) for token in tokens]
-    return _tiny(names, f"tiny-bytes-{seed}", {"byte_level": True, "seed": seed, **options})
+    _check_tokens(names)
+    tokenizer = tiny_tokenizer(names, eos=eos, bos=bos, byte_level=True)
+    return _tiny(tokenizer, f"tiny-bytes-{seed}", seed=seed, **options)
 
 
 def tiny_tokenizer(
     tokens: Sequence[str], *, eos: bool = True, bos: bool = False, byte_level: bool = False
 ) -> PreTrainedTokenizerFast:
     """The tokenizer of :func:`tiny_lm`. ``byte_level``: tokens are in GPT-2's byte alphabet."""
-    if not tokens or not all(tokens):
-        raise ValueError(f"a tiny LM needs at least one token, none of them empty: {tokens!r}")
-    if len(set(tokens) | {EOS, BOS}) != len(tokens) + 2:
-        raise ValueError(f"tokens must differ, also from {EOS!r} and {BOS!r}: {tokens!r}")
     special = [EOS] * eos + [BOS] * bos
     vocabulary = {token: i for i, token in enumerate([*tokens, *special])}
-    # A word-level model raises on unknown characters. (BPE would drop them without a word.)
+    # A word-level model has no unknown token unless it is given one: it raises instead. (BPE
+    # would drop unknown characters without a word.)
     backend = Tokenizer(models.WordLevel(vocabulary))
     longest_first = sorted(tokens, key=len, reverse=True)
     split: Any = pre_tokenizers.Split(Regex("|".join(map(re.escape, longest_first))), "isolated")
@@ -109,10 +133,7 @@ def tiny_model(
     eos_token_id: int | None = None,
     bos_token_id: int | None = None,
 ) -> LlamaForCausalLM:
-    """The model of :func:`tiny_lm`: float32, on the CPU, in evaluation mode.
-
-    Equal arguments give equal weights; torch's random state is neither used nor changed.
-    """
+    """The model of :func:`tiny_lm`: float32, on the CPU, in evaluation mode."""
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
@@ -160,9 +181,28 @@ def _calibrate(model: LlamaForCausalLM, contrast: float, generator: torch.Genera
         head *= contrast / (hidden @ head.T).std()
 
 
-def _tiny(tokens: Sequence[str], name: str, options: dict[str, Any]) -> LM:
-    special = {key: options.pop(key) for key in ("eos", "bos", "byte_level") if key in options}
-    tokenizer = tiny_tokenizer(tokens, **special)
-    options |= {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id}
-    model = tiny_model(len(tokenizer) + options.pop("unused_logits", 0), **options)
+def _tiny(
+    tokenizer: PreTrainedTokenizerFast, name: str, *, unused_logits: int = 0, **options: Any
+) -> LM:
+    model = tiny_model(
+        len(tokenizer) + unused_logits,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        **options,
+    )
     return LM(model, tokenizer, name=name)
+
+
+def _check_tokens(tokens: Sequence[str]) -> None:
+    if not tokens or not all(tokens):
+        raise ValueError(f"a tiny LM needs at least one token, none of them empty: {tokens!r}")
+    if len(set(tokens) | {EOS, BOS}) != len(tokens) + 2:
+        raise ValueError(f"tokens must differ, also from {EOS!r} and {BOS!r}: {tokens!r}")
+
+
+def _byte_alphabet() -> dict[int, str]:
+    """GPT-2's printable character for every byte."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    rest = [byte for byte in range(256) if byte not in printable]
+    table = {byte: chr(byte) for byte in printable}
+    return table | {byte: chr(256 + i) for i, byte in enumerate(rest)}

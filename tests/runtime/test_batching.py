@@ -92,6 +92,43 @@ def test_a_run_that_is_rejected_has_its_late_scores(lm):
     assert float(run.sites["y"]["log_prob"]) == pytest.approx(expected, abs=1e-5)
 
 
+def test_what_the_program_reads_is_not_scored_late(lm):
+    """Its own handler reads a text's log-probability, and a branch depends on it."""
+
+    def program():
+        trace = poutine.trace(lambda: lm_sample("z", "ab", max_tokens=3)).get_trace()
+        log_prob = trace.nodes["z"]["log_prob_sum"]
+        lm_sample("y", "ab", obs="a" if log_prob < -3 else "b")
+        pyro.factor("f", log_prob)
+
+    guide = shaken(lmppl.LMGuide(program, lm=lm))
+    found = []
+    for late in (False, True):
+        factory = guide.proposer_factory(())
+        runs = runtime.start(program, (), 16, seed=0, proposer=factory, score_late=late)
+        runtime.run_to_end(runs)
+        found.append([run.log_joint for run in runs])
+    assert found[0] == pytest.approx(found[1], abs=1e-4)
+
+
+def test_only_what_is_asked_for_gets_closing_scores(lm):
+    (run,) = runtime.start(infill, ("ab.", "ab"), 1, seed=0, score_closing=True, score_late=True)
+    with runtime.ending([run]):
+        runtime.run_to_end([run])
+    assert run.sites["y"]["scored"].closing_log_probs is None
+
+
+def test_overlapping_runs_leave_the_garbage_collector_as_it_was():
+    before = gc.get_threshold()
+    one, two = runtime.rare_collections(), runtime.rare_collections()
+    one.__enter__()
+    two.__enter__()
+    assert gc.get_threshold()[0] > before[0]
+    one.__exit__(None, None, None)
+    two.__exit__(None, None, None)
+    assert gc.get_threshold() == before
+
+
 def test_equal_requests_are_scored_once(lm):
     def program():
         z = lm_sample("z", "ab", max_tokens=1)

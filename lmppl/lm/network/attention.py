@@ -269,7 +269,7 @@ def _fused(block: _Block, *, is_causal: bool = False) -> Tensor:
         value = torch.cat([prefix[1].expand(rows, -1, -1, -1), value], 2)
     mask = None if bias is None else bias.to(query.dtype)
     num_sharing = query.shape[1] // key.shape[1]  # heads with the same keys and values
-    if is_causal and query.device.type != "cpu":  # not every kernel of CUDA can share them
+    if is_causal and num_sharing > 1:  # not every fast kernel, of every torch, can share them
         key, value = (t.repeat_interleave(num_sharing, 1) for t in (key, value))
         num_sharing = 1
     out = F.scaled_dot_product_attention(
