@@ -66,9 +66,15 @@ class LMText(TorchDistribution):
     whole strings, ``softmax(log p(tokens) / temperature)``.
 
     Args:
-        lm, prefix, max_tokens, stop, choices, temperature: as of ``lm_sample``.
+        lm: the language model.
+        prefix: a ``str``, a ``Text`` or a list of them.
+        max_tokens: the largest number of tokens, the closing one included.
+        stop: a stop string or several; the one that closes belongs to the value.
+        choices: whole strings to choose from.
+        temperature: every next-token distribution is renormalised as ``p ** (1 / temperature)``.
         num_tokens: exactly that many tokens, nothing closes: the probability that the continuation
-            *begins so* (what an observed site without ``stop`` and ``max_tokens`` scores).
+            *begins so* (what an observed site without ``stop`` and ``max_tokens`` scores). It
+            excludes ``max_tokens``, ``stop`` and ``choices``.
 
     Shapes: ``batch_shape`` is ``()`` (see ``expand`` and ``batch``), ``event_shape`` is
     ``(max_tokens,)``; a value is a ``LongTensor`` of token ids, padded on the right with -1.
@@ -448,7 +454,11 @@ def _served(method: str, requests: Sequence[tuple[LM, Any]], **options: Any) -> 
 
 
 class ToolResult(torch.Tensor):
-    """Any Python object as the value of a Pyro site: a 0-d tensor that carries ``.result``."""
+    """Any Python object as the value of a Pyro site: a 0-d tensor that carries ``.result``.
+
+    Pyro's ``Predictive`` stacks the values of all sites; a tool's result may be anything, so the
+    trace holds this tensor (always 0) and the object rides on it.
+    """
 
     result: Any
     error: Exception | None

@@ -337,7 +337,8 @@ class LM:
     def merged(self) -> LM:
         """A frozen model with this one's adapter merged into new weights; itself if it has none.
 
-        Its density differs from the adapter's by rounding to the base's dtype.
+        Its density differs from the adapter's by rounding to the base's dtype, so weights must use
+        the log-probabilities of the model that was drawn from.
         """
         return self._with(adapters.merge(self.model)) if adapters.is_adapted(self.model) else self
 
@@ -348,8 +349,8 @@ class LM:
     @property
     def sampler(self) -> LM:
         """The model that sequences are drawn from: ``merged()`` of the adapter's present
-        parameters, kept until they change. This model itself if its adapter (or none) can't be
-        merged."""
+        parameters, which makes a decoding step faster, kept until they change. This model itself if
+        its adapter (or none) can't be merged."""
         if not self._merges:
             return self
         self.runner.refresh()

@@ -130,8 +130,10 @@ class Ledger:
         try:
             yield
         finally:
-            self._charge()
-            self._regions.kinds.pop()
+            try:
+                self._charge()
+            finally:
+                self._regions.kinds.pop()
 
     def _charge(self) -> None:
         """Add the time since a region of this thread began or ended to the innermost open one."""
@@ -189,26 +191,27 @@ class Ledger:
 @contextmanager
 def region(kind: Kind) -> Iterator[None]:
     """What is done in the block, or in a function that it decorates, is work of that kind."""
-    if _ledger is None:
+    ledger = _ledger
+    if ledger is None:
         yield
     else:
-        with _ledger.region(kind):
+        with ledger.region(kind):
             yield
 
 
 def count_pass(matrices: Callable[[], Matrices], tokens: Tensor, outputs: Tensor | None) -> None:
     """A forward pass of (B, T) ``tokens``, of which the positions ``outputs`` (None: all) go
-    through the output layer."""
-    if _ledger is not None:
-        _ledger.count(matrices(), tokens, tokens.numel() if outputs is None else outputs.numel())
+    through the output layer. (``matrices`` is asked for only while somebody records.)"""
+    if (ledger := _ledger) is not None:
+        ledger.count(matrices(), tokens, tokens.numel() if outputs is None else outputs.numel())
 
 
 def watch_backward(outputs: Iterable[Tensor]) -> None:
     """A backward pass through these log-probabilities is work of the kind ``"trained"``."""
-    if _ledger is not None:
+    if (ledger := _ledger) is not None:
         for output in outputs:
             if output.requires_grad:
-                output.register_hook(_ledger.gradient_arrived)
+                output.register_hook(ledger.gradient_arrived)
 
 
 @contextmanager
@@ -220,11 +223,13 @@ def recording() -> Iterator[tuple[Ledger, WorkRecord]]:
     with _recordings:  # one ledger for all who record at the same time
         ledger = _ledger = _ledger or Ledger()
         ledger.num_recordings += 1
-    before = ledger.read()
     try:
-        yield ledger, record
-    finally:
-        record.fill(before, ledger.read())
+        before = ledger.read()
+        try:
+            yield ledger, record
+        finally:
+            record.fill(before, ledger.read())
+    finally:  # also if a device fails while it is waited for
         with _recordings:
             ledger.num_recordings -= 1
             if not ledger.num_recordings:

@@ -63,7 +63,8 @@ def add_adapter(model: torch.nn.Module, config: PeftConfig | None = None) -> Pef
     """A trainable adapter on a clone of ``model``.
 
     Parameters of the base are shared and frozen; those that the configuration trains (biases) are
-    copied. What peft adds is float32 whatever the base's dtype. Dropout has no effect.
+    copied. What peft adds is float32 whatever the base's dtype. Dropout has no effect,
+    as densities must be the same when drawn and when scored.
 
     Raises:
         ValueError: peft refuses the configuration, or the adapter would change the base, train
@@ -256,6 +257,7 @@ def merge(model: PeftModel) -> Any:
 
     Only the adapted layers get new weights, each its own even where the base's are tied, computed
     in float32 and rounded once to the base's dtype; by that the density differs from the adapter's.
+    (In place, merging and unmerging a bfloat16 base changes it for good.)
     """
     with torch.no_grad(), torch.inference_mode(False):
         copied = clone(model, {p: Parameter(p.detach().clone()) for p in _trained(model)})

@@ -22,7 +22,8 @@ class Memory:
             split. (A single sequence may exceed it, and so may a part whose sequences are
             resampled in place of another part's.) None: half of what is free.
         gradient_checkpointing: in training, keep only what enters each layer, and compute the
-            rest anew in the backward pass: about a third more time.
+            rest anew in the backward pass: about a third more time, for memory that does not grow
+            with all of a layer's activations.
         training_tokens: in training, read at most so many tokens (padding included) a pass, and
             each pass anew in the backward pass: the gradient is that of the whole batch, in the
             memory of one pass. None: the whole batch at once.

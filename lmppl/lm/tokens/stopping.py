@@ -61,7 +61,8 @@ class Stopping:
 
     @cached_property
     def closing_token(self) -> int | None:
-        """One token that closes the site from any open state, a stop string or EOS; or None."""
+        """One token that closes the site from any open state: a stop string that is one token, else
+        EOS; or None."""
         if not self.closes:
             return None
         if self.vocabulary.concatenates:

@@ -214,3 +214,31 @@ def test_a_graph_may_outlive_the_recording(clock):
     with recording() as (_, later):
         loss.backward()
     assert record.kinds["trained"] == later.kinds["trained"] == 0
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_device_that_fails_leaves_no_recording_open(monkeypatch, failing):
+    """At the beginning, and at the end: what is waited for raises."""
+    reads, read = [], work.Ledger.read
+
+    def fail_once(ledger):
+        reads.append(1)
+        if len(reads) == failing:
+            raise KeyboardInterrupt
+        return read(ledger)
+
+    monkeypatch.setattr(work.Ledger, "read", fail_once)
+    with pytest.raises(KeyboardInterrupt), work.recording():
+        pass
+    assert work._ledger is None
+    ledger, charges = work.Ledger(), []
+
+    def fail_at_the_end():
+        charges.append(1)
+        if len(charges) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ledger, "_charge", fail_at_the_end)
+    with pytest.raises(KeyboardInterrupt), ledger.region("scored"):
+        pass
+    assert len(charges) == 2 and ledger._regions.kinds == []
