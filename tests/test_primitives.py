@@ -474,6 +474,21 @@ def test_a_latent_pasted_into_a_string_warns_once_per_site():
         trace_of(run, lambda z: z + f"a{z}.")  # its second half is not
 
 
+def test_a_message_that_was_warned_of_hides_no_pasted_latent(chat_lm):
+    """Another program's ``chat`` has warned of its own site of that name."""
+
+    def program():
+        z = lm_sample("z", "ab", max_tokens=8, lm=chat_lm)
+        lm_sample("y", f"a{z}", max_tokens=1, lm=chat_lm)
+
+    drawn = trace_of(lambda: lm_sample("z", "ab", max_tokens=8, lm=chat_lm))
+    drawn.nodes["z"]["value"] = drawn.nodes["z"]["fn"].encode("abba")
+    _warned.clear()
+    _warned.add(("chat", "z"))
+    with pytest.warns(UserWarning, match="site 'y': its prefix holds the text of site 'z'"):
+        poutine.trace(poutine.replay(program, trace=drawn)).get_trace()
+
+
 def test_a_latent_pasted_into_a_message_warns_once_per_site(chat_lm):
     def program(content):
         z = lm_sample("z", "ab", max_tokens=8, lm=chat_lm)

@@ -237,8 +237,10 @@ class AutomaticProposer(Proposer):
             return None
         if isinstance(draw, TextDraw):
             q = draw.fn
-            heat = q.temperature * self.temperature
-            behaviour = site["fn"] if is_prior else q.with_prefix_ids(q.prefix_ids, q.lm, heat)
+            behaviour = site["fn"] if is_prior else q
+            if not is_prior and self.temperature != 1.0:
+                heat = q.temperature * self.temperature
+                behaviour = q.with_prefix_ids(q.prefix_ids, q.lm, heat)
             uniforms = torch.rand(q.num_uniforms, dtype=torch.float64, device="cpu")
             value, log_q = suspend(runtime.DrawWait(name, behaviour, uniforms))
         else:

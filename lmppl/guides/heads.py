@@ -66,15 +66,18 @@ _known_moves: dict[Any, int | None] = {}  # to find it takes as long as the draw
 def num_moves(fn: Any) -> int | None:
     """How many unconstrained parameters a distribution has; None where the head cannot move it."""
     kind = _kind(fn)
-    if kind is None or kind not in _known_moves:
-        base, _known_moves[kind] = _base(fn)[0], None
-        with suppress(NotImplementedError, AttributeError, TypeError, ValueError):
-            num = sum(value.numel() for value in _unconstrained(base).values())
-            # Some families are not made from their arg_constraints alone; of some (Uniform) the
-            # parameters are the ends of the support.
-            if num and _same(base.support, moved(base, torch.ones(num)).support):
-                _known_moves[kind] = num
-    return _known_moves[kind]
+    if kind in _known_moves:
+        return _known_moves[kind]
+    base, found = _base(fn)[0], None
+    with suppress(NotImplementedError, AttributeError, TypeError, ValueError):
+        num = sum(value.numel() for value in _unconstrained(base).values())
+        # Some families are not made from their arg_constraints alone; of some (Uniform) the
+        # parameters are the ends of the support.
+        if num and _same(base.support, moved(base, torch.ones(num)).support):
+            found = num
+    if kind is not None:
+        _known_moves[kind] = found
+    return found
 
 
 def _kind(fn: Any) -> tuple[Any, ...] | None:

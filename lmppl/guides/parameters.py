@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pyro
 import torch
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import _PYRO_STACK
 
 from lmppl import runtime
 from lmppl.distributions import LMText
@@ -125,7 +126,10 @@ def load_adapter_state(lm: LM, state: Mapping[str, Any]) -> None:
                 "there is none): they were made with other LoraConfigs"
             )
     if state["config"] is None:
-        lm.model.load_state_dict(state["tensors"], strict=False)  # all that is trained
+        parameters = trainable(lm)
+        with torch.no_grad():
+            for name, tensor in state["tensors"].items():
+                parameters[name].copy_(tensor)
     else:
         from peft import set_peft_model_state_dict
 
@@ -189,7 +193,7 @@ class SavedParams(Messenger):
 
         @functools.wraps(program, updated=())
         def restoring(*args: Any, **kwargs: Any) -> Any:
-            with self:
+            with nullcontext() if self in _PYRO_STACK else self:  # the program may call itself
                 return program(*args, **kwargs)
 
         return restoring

@@ -49,7 +49,7 @@ class Loss(ABC):
         """The loss on the samples of one input, 0-d.
 
         Args:
-            batch: the samples, of which at least one is alive.
+            batch: the samples; one is alive, at least, if they are not given.
             moved: how far an annealed target has come from the program's prior (0) to the
                 posterior (1).
         """

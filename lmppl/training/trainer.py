@@ -166,7 +166,9 @@ class Trainer:
                 if input_.features is None:
                     input_.features = prompt_state(self.guide.base, batch.samples)
                 log_z = self.log_z(input_.features, input_.index)
-            if any(sample.log_r > -math.inf for sample in batch.samples):
+            # Of latents that are given, it does not matter whether the program allows them.
+            is_given = self.options.loss.draws == "given"
+            if is_given or any(sample.log_r > -math.inf for sample in batch.samples):
                 tempered = batch.tempered(beta, log_z)
                 losses.append(self.options.loss.of(tempered, moved=moved(number, self.steps)))
         return losses
@@ -176,14 +178,14 @@ class Trainer:
         if not losses:
             return math.nan
         loss = torch.stack(list(losses)).mean()
-        if not bool(torch.isfinite(loss)):
+        self._adopt()  # that a guide program's runs for the scores were first to use
+        norm = self._optimizer.step(loss, number)
+        if not math.isfinite(norm) and not bool(torch.isfinite(loss)):
             raise FloatingPointError(
                 f"the loss of step {number} is {float(loss.detach())}: the parameters of the step "
                 "before are kept. Lower learning_rate, or look at the program's factors for values "
                 "that are not finite"
             )
-        self._adopt()  # that a guide program's runs for the scores were first to use
-        norm = self._optimizer.step(loss, number)
         if not math.isfinite(norm):
             raise FloatingPointError(
                 f"the gradient of step {number} is not finite: the parameters of the step before are "

@@ -11,6 +11,7 @@ from guide_helpers import draw_samples
 
 import lmppl
 from lmppl import lm_sample, require
+from lmppl.guides.parameters import SavedParams
 from lmppl.testing import enumerate_program, guide_report, tiny_lm
 from lmppl.testing.programs import CASES
 from lmppl.training.inputs import Collection, Input
@@ -393,3 +394,11 @@ def test_a_resumed_run_comes_late_to_parameters(tmp_path):
         fitted_by_input(checkpoint=tmp_path / "broken", callback=stop, **options)
     resumed = fitted_by_input(checkpoint=tmp_path / "broken", resume=True, **options)
     assert values_by_input() == whole and len(resumed.history) == 8
+
+
+def test_a_program_with_saved_params_may_call_itself():
+    def program(n):
+        return restoring(n - 1) if n else 0
+
+    restoring = SavedParams().around(program)
+    assert restoring(2) == 0

@@ -429,6 +429,7 @@ def test_a_factor_that_is_a_number_has_one_distribution_in_all_runs():
     )
     assert pickle.loads(pickle.dumps(fork.sites["after"]["fn"])).log_factor == 0.25
     assert type(fork.sites["scaled"]["fn"]) is dist.Unit
+    assert fork.sites["after"]["fn"].expand((3,)).log_factor.tolist() == [0.25] * 3
     assert not COERCIONS, "outside of a run Pyro is as it was"
     with pytest.raises(ValueError, match="log_factor"):
         run(lambda: pyro.factor("f", torch.tensor(math.nan)))

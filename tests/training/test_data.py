@@ -5,12 +5,14 @@ import itertools
 import math
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from guide_helpers import LM, QUICK, infill, new_guide
 
 import lmppl
 from lmppl import lm_sample
+from lmppl.testing import tiny_lm
 from lmppl.testing.programs import CASES
 
 # --- inputs --------------------------------------------------------------------------------------
@@ -151,6 +153,22 @@ def test_inputs_that_do_not_look_alike_are_not():
     new_guide(prompted).fit([("ab.", -2.0), ("ab.", 2.0)], steps=2, **QUICK)
     hiding = new_guide(infill, condition_on=[])  # what differs is not to be seen
     hiding.fit([("ab.", "b"), ("ab.", "a")], steps=2, **QUICK)
+
+
+def test_a_branch_that_cannot_observe_the_simulated_text_ends_there():
+    """How long the observed text may be depends on a latent, and the program relies on its text."""
+    reached = []
+
+    def program(x, y=None):
+        is_long = bool(pyro.sample("long", dist.Bernoulli(0.5)))
+        text = lm_sample("y", x, max_tokens=6 if is_long else 2, stop=".", obs=y)
+        reached.append((is_long, len(text.token_ids)))
+
+    lm = tiny_lm("ab.", seed=0, eos=False)
+    guide = lmppl.LMGuide(program, lm=lm, condition_on=[])
+    guide.fit([("ab", "a.")], simulate=16, steps=6, **QUICK)
+    assert min(guide.history.column("alive")) < 1.0
+    assert all(is_long or 0 < length <= 2 for is_long, length in reached)
 
 
 def test_factors_cannot_be_simulated():
