@@ -17,7 +17,8 @@ from pyro.poutine import Trace
 
 from lmppl.checks import check_callable, check_int, check_seed, did_you_mean
 from lmppl.lm.batches.inverse_cdf import inverse_cdf
-from lmppl.report.tables import Block, Report, posterior_blocks
+from lmppl.report.posteriors import posterior_blocks
+from lmppl.report.tables import Block, Report
 from lmppl.runtime.sites import has_value, is_continuous, is_latent, key_of, value_of, values_of
 from lmppl.runtime.weights import ess, log_mean_exp
 

@@ -22,7 +22,8 @@ from rich.cells import cell_len
 import lmppl
 from lmppl import Posterior, ZeroEvidenceError
 from lmppl.distributions import ToolCall, ToolResult
-from lmppl.report.tables import MAX_ROWS, as_text, bar, posterior_blocks
+from lmppl.report.posteriors import posterior_blocks
+from lmppl.report.tables import MAX_ROWS, as_text, bar
 from lmppl.testing import tiny_lm
 
 NO_WEIGHT = -math.inf

@@ -1,4 +1,4 @@
-"""Posteriors, profiles, diagnoses and training runs as tables: text for terminals, HTML for notebooks.
+"""Reports as tables: text for terminals, HTML for notebooks. Those of profiles and diagnoses are here.
 
 A report is a list of blocks, lines and tables. What a model wrote is shown as Python would show the
 string: no line breaks, control characters, console markup or HTML of its making reach the screen.
@@ -141,7 +141,7 @@ def show(value: Any, *, quote: bool = True) -> str:
     if isinstance(value, torch.Tensor):
         value = value.tolist()
     if value is None or isinstance(value, float):
-        return _number(value, ".4g")
+        return number(value, ".4g")
     if isinstance(value, (list, tuple)):
         shown = [show(part) for part in value[:4]] + ["..."] * (len(value) > 4)
         return f"[{', '.join(shown)}]"
@@ -165,65 +165,14 @@ def duration(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds >= 10 else f"{seconds:.3f} s"
 
 
-def _number(value: float | None, spec: str) -> str:
+def number(value: float | None, spec: str) -> str:
+    """A figure as a format has it; a dash if there is none."""
     return ABSENT if value is None else format(value, spec)
 
 
-def _notes(summary: Mapping[str, Any]) -> list[str]:
+def notes_of(summary: Mapping[str, Any]) -> list[str]:
+    """The notes of a summary, a line each."""
     return [f"note: {plain(note)}" for note in summary["notes"]]
-
-
-# --- posteriors ----------------------------------------------------------------------------------
-
-
-def posterior_blocks(summary: Mapping[str, Any]) -> list[Block]:
-    """What ``Posterior.summary()`` says."""
-    rows, sites = summary["rows"], summary["sites"]
-    shown = []
-    for row in rows[:MAX_ROWS]:
-        weight, values = row["weight"], [show(row["values"].get(name)) for name in sites]
-        shown.append([percent(weight), weight / rows[0]["weight"], *values])
-    texts: list[tuple[str, Kind]] = [(plain(name), "text") for name in sites]
-    table = Table([("weight", "figure"), ("", "bar"), *texts], shown)
-    return [*_run(summary), *[table] * bool(rows), *_beside_the_rows(summary), *_notes(summary)]
-
-
-def _run(summary: Mapping[str, Any]) -> list[str]:
-    """What was run, and how far the result can be trusted."""
-    count = summary["num_samples"]
-    first = f"Posterior by {summary['engine']}: " if summary["engine"] else "Posterior: "
-    first += f"{count:,} sample{'s' * (count != 1)}"
-    if count:
-        first += f", ESS {summary['ess']:.1f} ({summary['ess'] / count:.0%})"
-    second = "no claim about the evidence"
-    if summary["log_evidence"] is not None:
-        second = f"log evidence {summary['log_evidence']:.3f} nats"
-    if summary["log_evidence_stderr"] is not None:
-        second += f" (standard error {summary['log_evidence_stderr']:.2g})"
-    costs = [
-        ("{:,} tokens drawn", summary["tokens_sampled"]),
-        ("{:,} tokens scored", summary["tokens_scored"]),
-        ("{:,} tokens trained on", summary["tokens_trained"] or None),  # by few runs
-        ("{:.1f} s", summary["seconds"]),
-    ]
-    cost = ", ".join(text.format(figure) for text, figure in costs if figure is not None)
-    return [first, second, *[cost] * bool(cost)]
-
-
-def _beside_the_rows(summary: Mapping[str, Any]) -> list[str]:
-    """What the rows leave out: further rows, numeric sites, dead samples."""
-    lines = []
-    if rest := summary["rows"][MAX_ROWS:]:
-        share = percent(sum(row["weight"] for row in rest))
-        lines.append(f"and {len(rest):,} more, together {share}")
-    for name, moments in summary["numeric"].items():
-        reached = f" (reached in {percent(moments['weight'])})" * (moments["weight"] < 1 - 1e-9)
-        lines.append(f"{plain(name)}: {show(moments['mean'])} +- {show(moments['sd'])}{reached}")
-    if summary["killed"]:
-        sites = [f"{plain(site)} ({count:,})" for site, count in summary["killed"].items()]
-        ended = "samples with probability zero, by the site that ended them"
-        lines.append(f"{ended}: {', '.join(sites)}")
-    return lines
 
 
 # --- profiles ------------------------------------------------------------------------------------
@@ -238,12 +187,12 @@ def profile_blocks(summary: Mapping[str, Any]) -> list[Block]:
     rows = [
         [
             work["kind"],
-            *(_number(work[name] or None, ",") for name in ("tokens", "positions", "passes")),
-            _number(work["mean_batch"], ".1f"),
+            *(number(work[name] or None, ",") for name in ("tokens", "positions", "passes")),
+            number(work["mean_batch"], ".1f"),
             duration(work["seconds"]),
             percent(work["seconds"] / total),
-            _number(work["tokens_per_second"], ",.0f"),
-            _number(work["roofline"], ".1%"),
+            number(work["tokens_per_second"], ",.0f"),
+            number(work["roofline"], ".1%"),
         ]
         for work in summary["works"]
     ]
@@ -267,7 +216,7 @@ def diagnosis_blocks(summary: Mapping[str, Any]) -> list[Block]:
     blocks: list[Block] = [line, "", Table(columns, _bounds(summary) + _weights(summary))]
     if summary["texts"]:
         blocks += ["", _diversity(summary["texts"])]
-    return [*blocks, *_notes(summary)]
+    return [*blocks, *notes_of(summary)]
 
 
 def _bounds(summary: Mapping[str, Any]) -> list[list[str]]:
@@ -276,10 +225,10 @@ def _bounds(summary: Mapping[str, Any]) -> list[list[str]]:
     def row(label: str, key: str) -> list[str]:
         value, stderr = summary[key], summary[key + "_stderr"]
         lower, upper = (
-            _number(v, ".3f") for v in (value if isinstance(value, tuple) else 2 * [value])
+            number(v, ".3f") for v in (value if isinstance(value, tuple) else 2 * [value])
         )
         bracket = f">= {lower}" if upper == "inf" else f"{lower} to {upper}"
-        error = "exact" if stderr == 0 else _number(stderr, ".2g")
+        error = "exact" if stderr == 0 else number(stderr, ".2g")
         return [label, lower if lower == upper else bracket, error]
 
     dead = summary["dead_fraction"] > 0
@@ -307,7 +256,7 @@ def _weights(summary: Mapping[str, Any]) -> list[list[str]]:
     rows.append(["effective sample size", percent(summary["ess_fraction"]), ""])
     if summary["pareto_k"] is not None:
         good = f"good below {summary['pareto_k_threshold']:.2f}"
-        rows.append(["Pareto k", _number(summary["pareto_k"], ".2f"), good])
+        rows.append(["Pareto k", number(summary["pareto_k"], ".2f"), good])
     return rows
 
 
@@ -322,7 +271,7 @@ _DIVERSITY = {
 def _diversity(texts: Mapping[str, Mapping[str, Any]]) -> Table:
     """A row a site."""
     rows = [
-        [plain(name), *(_number(text[key], spec) for key, spec in _DIVERSITY.values())]
+        [plain(name), *(number(text[key], spec) for key, spec in _DIVERSITY.values())]
         for name, text in texts.items()
     ]
     return Table([("site", "name"), *((name, "figure") for name in _DIVERSITY)], rows)
