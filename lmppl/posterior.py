@@ -48,9 +48,18 @@ class Posterior(Report):
             - ``engine``: its name;
             - ``iid``: whether the weights are independent and identically distributed, so that
               the evidence has the textbook standard error (SMC's and enumeration's are not);
+            - ``exact``: whether the weights are the probabilities themselves, as of an enumeration, so
+              that a small effective sample size is no reason for doubt;
             - ``tokens_sampled``, ``tokens_scored``, ``tokens_trained``, ``seconds``: what it cost;
             - ``killed``: name of a site to the number of samples that it gave probability zero;
-            - ``notes``: a list of sentences the reader must know ("the target is tempered").
+            - ``reasons``: name of such a site to one sentence, why the first sample ended there;
+            - ``notes``: a list of sentences the reader must know ("the target is tempered");
+            - ``ess``: the effective sample size, where that of the weights is not it (the draws of
+              Markov chains have equal weights, and depend on each other);
+            - ``chain``: of Markov chains, the pair (chain, draw) of each trace, counted from 0;
+            - ``chains``: how these mixed, as the table shows it: a dict of ``num_chains``,
+              ``num_draws`` (of each chain), ``acceptance`` (site to the share of moves accepted)
+              and ``diagnostics`` (name of a function to its ``r_hat``, ``ess_bulk``, ``ess_tail``).
         claims_evidence: False where the mean weight does not estimate the evidence (raw draws of
             an uncorrected guide): ``log_evidence`` is None.
 
@@ -105,10 +114,14 @@ class Posterior(Report):
             return
         sites = ", ".join(f"'{name}' ({count})" for name, count in self.killed.most_common())
         by = f", by these sites (samples): {sites}" * bool(sites)
+        why = "".join(
+            f" '{name}', the first time: {reason.rstrip('.')}."
+            for name, reason in self.reasons.items()
+        )
         raise ZeroEvidenceError(
-            f"all {len(self)} samples have probability zero{by}. Draw more samples, use a proposal "
-            "that meets the conditions (guide=), or see whether they can be met at all; the "
-            "samples are in this error's .posterior",
+            f"all {len(self)} samples have probability zero{by}.{why} Draw more samples, use a "
+            "proposal that meets the conditions (guide=), or see whether they can be met at all; "
+            "the samples are in this error's .posterior",
             self,
         )
 
@@ -120,6 +133,14 @@ class Posterior(Report):
     def killed(self) -> Counter[str]:
         """Name of a site to the number of samples to which it gave probability zero."""
         return Counter(self.info.get("killed") or {})
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        """Name of a site that gave samples probability zero to one sentence, why it did the first time;
+        most frequent first. Sites that say nothing are not there."""
+        reasons = self.info.get("reasons") or {}
+        first = {name: reasons[name] for name, _ in self.killed.most_common() if name in reasons}
+        return first | dict(reasons)
 
     @property
     def log_evidence(self) -> float | None:
@@ -139,8 +160,13 @@ class Posterior(Report):
 
     @property
     def ess(self) -> float:
-        """Kish's effective sample size, 1 / sum(weights^2): at most K, 0 if all are dead."""
-        return ess(self.log_weights)
+        """Effective sample size: so many independent draws of the posterior estimate a mean as well.
+
+        It is Kish's, 1 / sum(weights^2), which is at most K, and 0 if all are dead; unless the engine
+        says another one (``info["ess"]``), as Markov chains do, whose draws depend on each other.
+        """
+        given = self.info.get("ess")
+        return ess(self.log_weights) if given is None else float(given)
 
     @cached_property
     def sites(self) -> list[str]:
@@ -224,7 +250,8 @@ class Posterior(Report):
 
     def resample(self, n: int, seed: int | None = None) -> Posterior:
         """``n`` independent draws of the traces by weight, all of equal weight; of torch's global
-        random stream, if there is no ``seed``. The evidence is the same, and traces are shared."""
+        random stream, if there is no ``seed``. The evidence is the same, and traces are shared. The
+        effective sample size stays what it was, or is ``n`` if that is less or the weights exact."""
         n, seed = check_int("n", n), check_seed(seed)
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         uniforms = torch.rand(n, dtype=torch.float64, generator=generator)
@@ -232,7 +259,10 @@ class Posterior(Report):
         notes = [*self.info.get("notes", ()), f"resampled from {len(self)} samples"]
         traces, returns = [self.traces[i] for i in picks], [self.returns[i] for i in picks]
         log_weights = torch.full((n,), self.log_evidence or 0.0, dtype=torch.float64)
-        return self._with(traces, log_weights, returns, {**self.info, "iid": False, "notes": notes})
+        info = {**self.info, "iid": False, "exact": False, "notes": notes}
+        info["ess"] = float(n) if self.info.get("exact") else min(self.ess, float(n))
+        info.pop("chain", None)
+        return self._with(traces, log_weights, returns, info)
 
     def _with(
         self, traces: list[Trace], log_weights: torch.Tensor, returns: list[Any], info: Any
@@ -275,8 +305,9 @@ class Posterior(Report):
         probable first: ``{"weight": 0.31, "values": {"z": " ..."}}``; a site that a sample did
         not reach is missing there. ``"numeric"`` has the mean and standard deviation of the
         continuous ones over the samples that reach them. The other entries are ``engine``,
-        ``num_samples``, ``ess``, ``log_evidence``, ``log_evidence_stderr``, ``tokens_sampled``,
-        ``tokens_scored``, ``tokens_trained``, ``seconds``, ``killed`` and ``notes``.
+        ``num_samples``, ``ess``, ``chains``, ``log_evidence``, ``log_evidence_stderr``,
+        ``tokens_sampled``, ``tokens_scored``, ``tokens_trained``, ``seconds``, ``killed``, ``reasons``
+        and ``notes``.
         """
         numeric = [name for name in self.latents if self._is_numeric(name)]
         discrete = [name for name in self.latents if name not in numeric]
@@ -287,10 +318,12 @@ class Posterior(Report):
             "engine": self.info.get("engine"),
             "num_samples": len(self),
             "ess": self.ess,
+            "chains": self.info.get("chains"),
             "log_evidence": self.log_evidence,
             "log_evidence_stderr": self.log_evidence_stderr,
             **{cost: self.info.get(cost) for cost in costs},
             "killed": dict(self.killed.most_common()),
+            "reasons": self.reasons,
             "notes": list(self.info.get("notes", ())),
             "sites": discrete,
             "rows": rows,

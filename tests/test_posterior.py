@@ -147,6 +147,48 @@ def test_no_evidence_is_claimed_for_raw_draws():
     assert "no claim about the evidence" in repr(posterior)
 
 
+CHAINS = {
+    "engine": "mcmc",
+    "ess": 312.4,
+    "chain": [(0, 0), (0, 1), (1, 0), (1, 1)],
+    "chains": {
+        "num_chains": 2,
+        "num_draws": 2,
+        "acceptance": {"z": 0.312, "kind": 0.5},
+        "diagnostics": {
+            "log joint": {"r_hat": 1.0041, "ess_bulk": 1312.4, "ess_tail": 290.2},
+            "length of z": {"r_hat": 1.2, "ess_bulk": 31.0, "ess_tail": None},
+        },
+    },
+}
+
+
+def test_the_effective_sample_size_of_chains_is_theirs():
+    posterior = posterior_of(list("abab"), [1.0] * 4, info=CHAINS, claims_evidence=False)
+    assert posterior.ess == posterior.summary()["ess"] == 312.4
+    assert posterior.log_evidence is None
+    assert posterior.summary()["chains"] == CHAINS["chains"]
+    lines = repr(posterior).splitlines()
+    assert lines[0].startswith("Posterior by mcmc: 4 samples of 2 Markov chains, ESS 312.4")
+    assert ["chains", "R-hat", "bulk", "ESS", "tail", "ESS"] in [line.split() for line in lines]
+    assert ["log", "joint", "1.004", "1,312", "290"] in [line.split() for line in lines]
+    assert ["length", "of", "z", "1.200", "31", "-"] in [line.split() for line in lines]
+    assert "moves accepted: z 31.2%, kind 50.0%" in lines
+    assert "moves accepted: z 31.2%" in posterior._repr_html_()
+    assert "chain" not in posterior.resample(3, seed=0).info  # these are no chains any more
+
+
+def test_resampling_makes_no_information():
+    """Its draws are equal in weight, and yet no better than the samples that they come from."""
+    weights = [10.0, 1.0, 1.0, 1.0]
+    posterior = posterior_of(list("abcd"), weights, info={"engine": "importance"})
+    assert posterior.resample(100, seed=0).ess == posterior.ess < 2
+    assert posterior.resample(1, seed=0).ess == 1.0
+    exact = posterior_of(list("abcd"), weights, info={"engine": "exact", "exact": True})
+    draws = exact.resample(100, seed=0)
+    assert draws.ess == 100.0 and not draws.info["exact"]
+
+
 # --- bad input -----------------------------------------------------------------------------------
 
 
@@ -186,6 +228,20 @@ def test_all_dead_names_the_sites_that_killed_and_keeps_the_samples():
     assert "y (2), polite (1)" in repr(posterior) and "-inf nats" in repr(posterior)
     assert "y (2), polite (1)" in posterior._repr_html_()
     posterior_of(["a", "b"], [0.0, 1.0]).check_alive()
+
+
+def test_a_site_may_say_why_it_ended_a_sample():
+    killed = Counter({"polite": 1, "y": 2})
+    info = {"killed": killed, "reasons": {"polite": "an oath.", "y": "'ab' stops matching at 'b'"}}
+    posterior = posterior_of(["a", "b", "c"], [0.0] * 3, info=info)
+    message = (
+        r"'y' \(2\), 'polite' \(1\)\. 'y', the first time: 'ab' stops matching at 'b'\. "
+        r"'polite', the first time: an oath\. Draw more"
+    )
+    with pytest.raises(ZeroEvidenceError, match=message):
+        posterior.check_alive()
+    assert list(posterior.summary()["reasons"]) == ["y", "polite"]
+    assert "y, the first time: 'ab' stops matching at 'b'" in repr(posterior)
 
 
 def test_an_unknown_site_names_the_known_ones_and_the_nearest():

@@ -46,6 +46,7 @@ class Exact(Engine):
     def sample(self, state: State) -> None:
         if state.guide is not None:
             raise ValueError("method='exact' enumerates and takes no guide: leave out guide=")
+        state.info["exact"] = True
         state.start(1, enumerate_latents=True)
         while state.extend():
             self._branch(state)

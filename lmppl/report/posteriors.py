@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lmppl.report.tables import MAX_ROWS, Block, Kind, Table, notes_of, percent, plain, show
+from lmppl.report.tables import MAX_ROWS, Block, Kind, Table, notes_of, number, percent, plain, show
 
 
 def posterior_blocks(summary: Mapping[str, Any]) -> list[Block]:
@@ -17,7 +17,9 @@ def posterior_blocks(summary: Mapping[str, Any]) -> list[Block]:
         shown.append([percent(weight), weight / rows[0]["weight"], *values])
     texts: list[tuple[str, Kind]] = [(plain(name), "text") for name in sites]
     table = Table([("weight", "figure"), ("", "bar"), *texts], shown)
-    return [*_run(summary), *[table] * bool(rows), *_beside_the_rows(summary), *notes_of(summary)]
+    chains = _chains(summary["chains"]) if summary["chains"] else []
+    beside = [*_beside_the_rows(summary), *notes_of(summary)]
+    return [*_run(summary), *chains, *[table] * bool(rows), *beside]
 
 
 def _run(summary: Mapping[str, Any]) -> list[str]:
@@ -25,6 +27,9 @@ def _run(summary: Mapping[str, Any]) -> list[str]:
     count = summary["num_samples"]
     first = f"Posterior by {summary['engine']}: " if summary["engine"] else "Posterior: "
     first += f"{count:,} sample{'s' * (count != 1)}"
+    if chains := summary["chains"]:
+        num = chains["num_chains"]
+        first += f" of {num:,} Markov chain{'s' * (num != 1)}"
     if count:
         first += f", ESS {summary['ess']:.1f} ({summary['ess'] / count:.0%})"
     second = "no claim about the evidence"
@@ -42,6 +47,25 @@ def _run(summary: Mapping[str, Any]) -> list[str]:
     return [first, second, *[cost] * bool(cost)]
 
 
+def _chains(chains: Mapping[str, Any]) -> list[Block]:
+    """How Markov chains mixed: a row a function, then the moves."""
+    columns: list[tuple[str, Kind]] = [("chains", "name"), ("R-hat", "figure")]
+    columns += [("bulk ESS", "figure"), ("tail ESS", "figure")]
+    rows = [
+        [
+            plain(name),
+            number(found.get("r_hat"), ".3f"),
+            *(number(found.get(key), ",.0f") for key in ("ess_bulk", "ess_tail")),
+        ]
+        for name, found in (chains.get("diagnostics") or {}).items()
+    ]
+    blocks: list[Block] = ["", Table(columns, rows)] if rows else []
+    if acceptance := chains.get("acceptance"):
+        shares = [f"{plain(site)} {number(share, '.1%')}" for site, share in acceptance.items()]
+        blocks.append(f"moves accepted: {', '.join(shares)}")
+    return [*blocks, *[""] * bool(rows)]
+
+
 def _beside_the_rows(summary: Mapping[str, Any]) -> list[str]:
     """What the rows leave out: further rows, numeric sites, dead samples."""
     lines = []
@@ -55,4 +79,6 @@ def _beside_the_rows(summary: Mapping[str, Any]) -> list[str]:
         sites = [f"{plain(site)} ({count:,})" for site, count in summary["killed"].items()]
         ended = "samples with probability zero, by the site that ended them"
         lines.append(f"{ended}: {', '.join(sites)}")
+    for site, reason in summary["reasons"].items():
+        lines.append(f"{plain(site)}, the first time: {plain(reason)}")
     return lines
