@@ -38,6 +38,7 @@ from lmppl.posterior import Posterior, ZeroEvidenceError
 from lmppl.primitives import use
 from lmppl.report.tables import Block, Report, diagnosis_blocks
 from lmppl.runtime import estimates
+from lmppl.runtime.arguments import bind
 from lmppl.runtime.estimates import Bracket
 from lmppl.training.lm_guide import LMGuide
 
@@ -137,6 +138,7 @@ def diagnose(
     latents: Sequence[Mapping[str, Any]] | None = None,
     seed: int | None = None,
     progress: bool | None = None,
+    kwargs: Mapping[str, Any] | None = None,
 ) -> Diagnosis:
     """How good a guide is as an approximation of the posterior on one input.
 
@@ -149,7 +151,7 @@ def diagnose(
     ``latents=``) bound it from above, and KL(posterior || guide) from both sides.
 
     Args:
-        model, *args, guide, lm, seed, progress: as of ``infer``.
+        model, *args, kwargs, guide, lm, seed, progress: as of ``infer``.
         num_samples: draws of the guide (and as many of the prior, without ``posterior``).
         posterior: of ``infer(model, *args, method="exact")``: makes log Z and EUBO exact.
         latents: exact posterior draws, each a dict from every latent site to its text or tensor,
@@ -162,12 +164,14 @@ def diagnose(
     """
     num_samples = check_int("num_samples", num_samples, least=2)
     _check_exact(posterior, latents)
+    model, args = bind(model, args, kwargs)
     seeds = runtime.slot_seeds(runtime.fresh_seed(seed), 2)
     common: dict[str, Any] = {"method": "importance", "num_samples": num_samples}
+    common |= {"progress": progress, "kwargs": {}}
 
     def draws(proposal: Any, seed: int) -> Posterior:
         try:
-            return infer(model, *args, guide=proposal, seed=seed, progress=progress, **common)
+            return infer(model, *args, guide=proposal, seed=seed, **common)
         except ZeroEvidenceError as error:
             return error.posterior  # that all are dead is a finding
 

@@ -40,7 +40,10 @@ def infer(
 
     Args:
         model: a Pyro program with ``lm_sample`` sites.
-        *args: its positional arguments. Each particle has copies of the lists, dicts and sets.
+        *args: its positional arguments. Each particle has copies of the lists, dicts and sets. A
+            single dict is an input as ``infer_batch`` takes it, the arguments by name, if its keys are
+            names of the program's parameters and all required ones are there; else, or with
+            ``kwargs={}``, it is an argument like any other.
         method: ``"smc"``, ``"importance"``, ``"gflownet"``, ``"exact"``, a name given to
             ``lmppl.register_engine``, or an engine object: ``lmppl.SMC(ess_threshold=0.5)``.
         lm: the language model of sites that name none.
@@ -51,7 +54,8 @@ def infer(
         progress: show a progress bar; None: on a terminal.
         callback: called with a dict of figures at every stage.
         profile: measure where the time goes; the posterior's ``.profile`` says it.
-        kwargs: the program's arguments by name.
+        kwargs: the program's arguments by name: ``kwargs={"y": " The end."}``. (Those given here are not
+            keywords of ``infer``: these are the engine's.)
         **options: the engine's, for example ``ess_threshold`` and ``twist`` for ``"smc"``.
 
     Raises:
@@ -117,6 +121,7 @@ def _engine(method: str | EngineLike, options: dict[str, Any]) -> EngineLike:
         common = list(inspect.signature(infer).parameters)[3:-1]
         raise TypeError(
             f"method={method!r} has no option {name!r}{did_you_mean(name, [*allowed, *common])}. "
-            "(Keywords are the engine's; the program's go in kwargs={...}.)"
+            f"(Keywords are the engine's. The program's go in kwargs={{{name!r}: ...}}, or are bound "
+            f"to it: functools.partial(model, {name}=...).)"
         )
     return ENGINES[method](**options)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import operator
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -18,7 +19,7 @@ from lmppl.posterior import Posterior
 from lmppl.primitives import default_lm
 from lmppl.report.progress import progress_bar
 from lmppl.runtime import Member
-from lmppl.runtime.arguments import items_of, positional, signature_of
+from lmppl.runtime.arguments import bind, by_kind, items_of
 from lmppl.runtime.coroutine import GlobalState
 
 # Beyond some hundreds of rows a batch gains little, while every particle takes memory; and inputs
@@ -40,6 +41,7 @@ def infer_batch(
     callback: Callable[[dict[str, Any]], None] | None = None,
     on_error: Literal["raise", "return"] = "raise",
     at_once: int | None = None,
+    kwargs: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Generator[Posterior | Exception, None, None]:
     """The posterior of each of many inputs, in their order.
@@ -66,6 +68,7 @@ def infer_batch(
         on_error: ``"raise"``: an input's exception ends the run, in its turn. ``"return"``: it is
             yielded in place of the input's posterior. It has a note that names the input.
         at_once: how many inputs run side by side; None: as many as make 512 particles, at most 64.
+        kwargs: arguments of the program by name that all inputs share; an input's own replace them.
 
     Yields:
         A ``Posterior`` (or an ``Exception``, see ``on_error``) for each input. Its ``.info`` has the
@@ -86,14 +89,15 @@ def infer_batch(
             "one on many, guide = lmppl.LMGuide(model, lm=lm).fit(inputs), and give it as guide="
         )
     source = enumerate(items_of(inputs))
-    signature = signature_of(model)
+    if not isinstance(kwargs := {} if kwargs is None else kwargs, Mapping):
+        raise TypeError(f"kwargs= takes a dict of arguments by name, given {kwargs!r}")
     check_choice("on_error", on_error, ("raise", "return"))
     usual = max(1, min(_INPUTS, _PARTICLES // num_samples))
     at_once = usual if at_once is None else check_int("at_once", at_once)
     lm = default_lm() if lm is None else lm  # of here, wherever the posteriors are asked for
     seed = runtime.fresh_seed(seed)
     common: dict[str, Any] = {"method": engine, "lm": lm, "num_samples": num_samples}
-    common |= {"guide": guide, "progress": False}
+    common |= {"guide": guide, "progress": False, "kwargs": {}}
 
     def start(index: int, item: Any) -> Member:
         input_seed = runtime.nth_seed(seed, index)
@@ -104,8 +108,8 @@ def infer_batch(
 
         def run() -> Posterior:
             try:
-                args = positional(signature, item, index)
-                posterior = infer(model, *args, seed=input_seed, callback=report, **common)
+                program, args = _bound(model, item, index, kwargs)
+                posterior = infer(program, *args, seed=input_seed, callback=report, **common)
             except Exception as error:
                 error.add_note(f"raised for input {index} of the batch (seed={input_seed})")
                 raise
@@ -116,6 +120,21 @@ def infer_batch(
 
     bar = progress_bar(f"{engine.name}, inputs", operator.length_hint(inputs) or None, progress)
     return _in_order(source, start, at_once, on_error, bar)
+
+
+def _bound(
+    model: Callable[..., Any], item: Any, index: int, shared: Mapping[str, Any]
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """The program and its positional arguments for one input; ``shared``: those by name of all inputs.
+    Raises ``TypeError`` if the input does not fit; says which."""
+    try:
+        args, by_name = by_kind(item)
+        fixed = model.keywords if isinstance(model, functools.partial) else {}
+        for name in [name for name in by_name if name in fixed]:
+            raise TypeError(f"functools.partial has bound {name!r}, give such arguments in kwargs=")
+        return bind(model, args, {**shared, **by_name})
+    except TypeError as error:
+        raise TypeError(f"item {index} of the data does not fit the program: {error}") from None
 
 
 def _in_order(

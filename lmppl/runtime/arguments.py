@@ -54,7 +54,12 @@ def bind(
     """Bind arguments to a program: the program and the positional arguments to call it with.
 
     Arguments by name that can be positional become so, as guides take positional arguments only; the
-    others are bound to the program. Raises ``TypeError`` if it does not take these arguments.
+    others are bound to the program. Without ``kwargs``, a single dict holds the arguments by name if
+    it can: if its keys are names of the program's parameters, all that it needs among them. (With
+    ``kwargs={}`` it is an argument like any other.)
+
+    Raises:
+        TypeError: if the program does not take these arguments.
     """
     check_program(program)
     if kwargs is not None and not isinstance(kwargs, Mapping):
@@ -63,6 +68,10 @@ def bind(
         signature = inspect.signature(program)
     except (TypeError, ValueError):  # some callables have none
         return (functools.partial(program, **kwargs) if kwargs else program), args
+    if kwargs is None and len(args) == 1:
+        (only,) = args
+        if _is_by_name(signature, only):
+            args, kwargs = (), only
     try:
         bound = signature.bind(*args, **(kwargs or {}))
     except TypeError as error:
@@ -76,6 +85,21 @@ def bind(
     bound.apply_defaults()
     rest = {name: value for name, value in bound.kwargs.items() if name in kwargs}
     return (functools.partial(program, **rest) if rest else program), bound.args
+
+
+def _is_by_name(signature: inspect.Signature, value: Any) -> bool:
+    """Whether a value is a dict whose keys are parameters of the program, all required ones included."""
+    if not isinstance(value, Mapping) or not value:
+        return False
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    names = {name for name, p in signature.parameters.items() if p.kind not in variadic}
+    if not all(key in names for key in value):
+        return False
+    try:
+        signature.bind(**value)
+    except TypeError:
+        return False
+    return True
 
 
 def signature_of(program: Callable[..., Any]) -> inspect.Signature:
@@ -109,20 +133,26 @@ def items_of(data: Any, what: str = "data") -> Iterable[Any]:
     return (data[index] for index in range(len(data)))
 
 
+def by_kind(item: Any) -> tuple[Args, Mapping[str, Any]]:
+    """The positional arguments and the arguments by name of one item of the data, a tuple or a dict.
+    Raises ``TypeError`` for anything else."""
+    if isinstance(item, Mapping):
+        return (), item
+    if isinstance(item, (tuple, list)):
+        return tuple(item), {}
+    raise TypeError(
+        f"it is a {type(item).__name__}; an input is a tuple of positional arguments, "
+        "(x,), or a dict of arguments by name"
+    )
+
+
 def positional(signature: inspect.Signature, item: Any, index: int, what: str = "data") -> Args:
     """One item of the data, a tuple or a dict, as positional arguments for ``signature_of(program)``.
     Raises ``TypeError`` if it does not fit; says which item."""
     where = f"item {index} of {'the data' if what == 'data' else what}"
     try:
-        if isinstance(item, Mapping):
-            bound = signature.bind(**item)
-        elif isinstance(item, (tuple, list)):
-            bound = signature.bind(*item)
-        else:
-            raise TypeError(
-                f"it is a {type(item).__name__}; an input is a tuple of positional arguments, "
-                "(x,), or a dict of arguments by name"
-            )
+        args, by_name = by_kind(item)
+        bound = signature.bind(*args, **by_name)
     except TypeError as error:
         raise TypeError(f"{where} does not fit the program {signature}: {error}") from None
     bound.apply_defaults()

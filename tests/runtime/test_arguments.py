@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import pytest
 import torch
@@ -97,12 +98,81 @@ def program(x, y=1, *, z=2):
         ((1,), None, (1, 1, 2)),
         ((1,), {"y": 5}, (1, 5, 2)),
         ((), {"z": 4, "x": 0}, (0, 1, 4)),
+        (({"z": 4, "x": 0},), None, (0, 1, 4)),  # one dict, by name
+        (({"x": 0},), None, (0, 1, 2)),
+        (({"y": 0},), None, ({"y": 0}, 1, 2)),  # x is missing
+        (({"x": 0, "w": 1},), None, ({"x": 0, "w": 1}, 1, 2)),
+        (({"x": 0, 3: 1},), None, ({"x": 0, 3: 1}, 1, 2)),
+        (({"x": 0},), {}, ({"x": 0}, 1, 2)),
+        (({"x": 0},), {"z": 3}, ({"x": 0}, 1, 3)),
+        (({},), None, ({}, 1, 2)),
     ],
 )
 def test_arguments_by_name_become_positional_where_they_can(args, kwargs, result):
     bound, positional = bind(program, args, kwargs)
     assert bound(*positional) == result
-    assert isinstance(bound, functools.partial) == (kwargs is not None and "z" in kwargs)
+    assert isinstance(bound, functools.partial) == (result[2] != 2)
+
+
+def test_a_program_of_any_keywords_keeps_its_dict():
+    def open_ended(given=None, *more, **rest):
+        return given, more, rest
+
+    for given in ({"rest": 1}, {"more": 1}, {"else": 1}, {}):
+        bound, args = bind(open_ended, (given,))
+        assert bound(*args) == (given, (), {})
+
+
+def test_an_input_may_be_a_dict_in_infer_as_in_infer_batch():
+    def infill(x, y, *, size=1):
+        z = lm_sample("z", x, max_tokens=size)
+        lm_sample("y", [x, z], obs=y)
+
+    def of_a_dict(story):
+        return infill(story["x"], story["y"], size=story["size"])
+
+    item = {"x": "ab.", "y": "b", "size": 2}
+    options = {"lm": LM, "method": "importance", "num_samples": 5}
+    (batched,) = lmppl.infer_batch(infill, [item], seed=0, **options)
+    seed = batched.info["seed"]
+    shared = {"size": 1, "y": "b"}  # the input's own size counts
+    (other,) = lmppl.infer_batch(
+        infill, [{"x": "ab.", "size": 2}], kwargs=shared, seed=0, **options
+    )
+    expected = lmppl.infer(functools.partial(infill, size=2), "ab.", "b", seed=seed, **options)
+    for found in (
+        batched,
+        other,
+        lmppl.infer(infill, item, seed=seed, **options),
+        lmppl.infer(infill, seed=seed, kwargs=item, **options),
+        lmppl.infer(of_a_dict, item, seed=seed, **options),
+        *lmppl.infer_batch(of_a_dict, [(item,)], seed=0, **options),
+        *lmppl.infer_batch(of_a_dict, [{"story": item}], seed=0, **options),
+    ):
+        assert torch.equal(found.log_weights, expected.log_weights)
+    with pytest.raises(TypeError, match=r"item 0 .*does not fit the program: .*'nope'"):
+        next(lmppl.infer_batch(infill, [{**item, "nope": 1}], **options))
+    with pytest.raises(TypeError, match="kwargs= takes a dict"):
+        lmppl.infer_batch(infill, [item], kwargs=["x"], **options)
+
+
+def test_diagnose_takes_arguments_by_name():
+    def infill(x, y, *, size=1):
+        z = lm_sample("z", x, max_tokens=size)
+        lm_sample("y", [x, z], obs=y)
+
+    def guide(x, y):
+        lm_sample("z", [y], max_tokens=2)
+
+    item = {"x": "ab.", "y": "b", "size": 2}
+    options = {"lm": LM, "guide": guide, "num_samples": 10, "seed": 0}
+    exact = lmppl.infer(infill, item, lm=LM, method="exact")
+    found = [
+        lmppl.diagnose(infill, item, posterior=exact, **options),
+        lmppl.diagnose(infill, kwargs=item, posterior=exact, **options),
+        lmppl.diagnose(infill, "ab.", "b", kwargs={"size": 2}, posterior=exact, **options),
+    ]
+    assert found[0].eubo == found[1].eubo == found[2].eubo and math.isfinite(found[0].eubo)
 
 
 def test_infer_takes_the_programs_keywords_and_guides_see_them():
