@@ -19,17 +19,10 @@ from typing import Any, Protocol
 from lmppl.checks import check_flag, check_int
 from lmppl.distributions import ToolResult
 from lmppl.guides.parameters import same_base
-from lmppl.guides.saving import (
-    is_state,
-    present,
-    read_guide,
-    read_state,
-    replace_folder,
-    write_guide,
-    write_state,
-)
+from lmppl.guides.saving import read_guide, write_guide
 from lmppl.lm.batches.requests import Scored
 from lmppl.runtime.records import Record
+from lmppl.states import is_state, present, read_state, replace_folder, write_state
 from lmppl.training.fingerprints import identity
 from lmppl.training.inputs import Input
 from lmppl.training.trainer import Trainer

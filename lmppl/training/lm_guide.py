@@ -15,11 +15,12 @@ from lmppl.guides.automatic import AutomaticGuide
 from lmppl.guides.parameters import base_state, lora_config, same_base
 from lmppl.guides.program import ProgramGuide
 from lmppl.guides.prompts import Observations, SiteNames
-from lmppl.guides.saving import present, read_guide, replace_folder, write_guide
+from lmppl.guides.saving import read_guide, write_guide
 from lmppl.lm import LM
 from lmppl.primitives import default_lm, use
 from lmppl.report.history import History
 from lmppl.runtime.arguments import Args, check_program
+from lmppl.states import present, replace_folder
 from lmppl.training.fit import fit
 
 if TYPE_CHECKING:

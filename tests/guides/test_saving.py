@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import lmppl
 from lmppl import lm_sample
 from lmppl.guides.parameters import adapter_state, load_adapter_state
-from lmppl.guides.saving import present, read_state, replace_folder, write_state
+from lmppl.states import present, read_state, replace_folder, write_state
 from lmppl.testing import guide_log_probs, tiny_lm
 from lmppl.testing.programs import CASES
 
@@ -120,7 +120,7 @@ def test_an_interrupted_save_leaves_the_old_guide(tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lmppl.guides.saving.save_file", fail)
+    monkeypatch.setattr("lmppl.states.save_file", fail)
     with pytest.raises(KeyboardInterrupt):
         guide.save(tmp_path / "guide")
     with pytest.raises(KeyboardInterrupt):

@@ -169,7 +169,7 @@ def test_a_record_keeps_no_batch_in_memory():
 
 def test_the_error_of_a_tool_is_in_the_checkpoint(tmp_path):
     from lmppl.distributions import ToolResult
-    from lmppl.guides.saving import read_state, write_state
+    from lmppl.states import read_state, write_state
     from lmppl.training.checkpoints import _record, _record_state
 
     tools = {"t": ToolResult.wrap(None, KeyError("gone")), "u": ToolResult.wrap(None)}

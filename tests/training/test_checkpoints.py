@@ -246,7 +246,7 @@ def test_a_full_disk_stops_nothing_and_keeps_the_checkpoint(tmp_path, monkeypatc
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lmppl.guides.saving.save_file", full)
+    monkeypatch.setattr("lmppl.states.save_file", full)
     guide = new_guide()
     (tmp_path / "other").mkdir()
     with pytest.warns(UserWarning, match="could not be written .*No space left.*goes on"):
@@ -307,7 +307,7 @@ def test_an_error_of_safetensors_stops_nothing(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("lmppl.guides.saving.save_file", full)
+    monkeypatch.setattr("lmppl.states.save_file", full)
     with pytest.warns(UserWarning, match="could not be written .*No space left.*goes on"):
         guide = run(tmp_path / "run", steps=2)
     assert len(guide.history) == 2 and list(tmp_path.iterdir()) == []

@@ -15,7 +15,7 @@ from guide_helpers import shaken
 
 import lmppl
 from lmppl import lm_sample, require
-from lmppl.guides.saving import read_state
+from lmppl.states import read_state
 from lmppl.testing import enumerate_program, guide_log_probs, tiny_lm
 from lmppl.training.checkpoints import FORMAT
 from lmppl.training.inputs import Input
