@@ -1,5 +1,6 @@
 """lmppl: probabilistic programming with language models, on Pyro."""
 
+from lmppl import constraints
 from lmppl.diagnostics.diagnose import Diagnosis, diagnose
 from lmppl.distributions import LMText
 from lmppl.engines import SMC, Engine, Exact, GFlowNet, Importance, register_engine
@@ -20,7 +21,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "LM", "SMC", "Diagnosis", "Engine", "Exact", "GFlowNet", "Importance", "LMGuide", "LMText",
-    "Memory", "Posterior", "Profile", "ReplayError", "Text", "ZeroEvidenceError", "chat", "diagnose",
+    "Memory", "Posterior", "Profile", "ReplayError", "Text", "ZeroEvidenceError", "chat",
+    "constraints", "diagnose",
     "infer", "infer_batch", "learn", "lm_sample", "losses", "profile", "register_engine", "require",
     "tool", "use",
 ]  # fmt: skip

@@ -11,17 +11,18 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import permutations
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch.distributions import constraints
 
-from lmppl.checks import check_int, check_number
+from lmppl.checks import check_choice, check_int, check_number
 from lmppl.exclusive import exclusive
 from lmppl.lm import LM
 from lmppl.lm.batches.inverse_cdf import inverse_cdf
-from lmppl.lm.batches.requests import Draw, Score, Scored
+from lmppl.lm.batches.requests import Allowed, Draw, Drawn, Score, Scored
+from lmppl.lm.tokens.constraints.constraint import Constraint
 from lmppl.lm.tokens.stopping import Stopping
 from lmppl.lm.tokens.text import Text
 
@@ -30,6 +31,22 @@ PAD = -1  # never a token, so a value cannot be confused with one that ends in E
 
 SiteScore = tuple[torch.Tensor, Scored | None]
 """Log-density of a site's value (0-d, nats), and its terms token by token where it is a text."""
+
+Law = Literal["global", "local", "proposal"]
+"""What the density of a constrained text is: see ``LMText``."""
+
+
+class DrawnText(NamedTuple):
+    """A value that was drawn of a distribution over texts.
+
+    Of a text that goes on with tokens which were there before, the log-probabilities are of the new
+    tokens.
+    """
+
+    value: torch.Tensor  # of shape ``event_shape``
+    log_prob: torch.Tensor  # under the distribution, 0-d float32, nats; ``-inf`` without a match
+    log_q: torch.Tensor  # of the draw: the same, but of a text under a global constraint
+    drawn: Drawn | None  # its tokens one by one; None for choices
 
 
 def check_lm(what: str, lm: Any) -> LM:
@@ -65,6 +82,12 @@ class LMText(TorchDistribution):
     ``prod_k p(t_k | prefix, t_<k)``, which sums to one. With ``choices`` it is a categorical over
     whole strings, ``softmax(log p(tokens) / temperature)``.
 
+    With ``constraint`` its values are those texts whose body matches. ``constrain="global"``: the
+    density is still ``prod_k p(t_k | prefix, t_<k)``, and so sums to the probability of a match. A draw
+    takes each token among those that the constraint allows, from ``proposal()``. ``constrain="local"``:
+    every step is renormalised over the allowed tokens; what comes to a dead end, where none is allowed
+    or ``max_tokens`` are reached without a match, is lost, so the density sums to at most one.
+
     Args:
         lm: the language model.
         prefix: a ``str``, a ``Text`` or a list of them.
@@ -74,7 +97,9 @@ class LMText(TorchDistribution):
         temperature: every next-token distribution is renormalised as ``p ** (1 / temperature)``.
         num_tokens: exactly that many tokens, nothing closes: the probability that the continuation
             *begins so* (what an observed site without ``stop`` and ``max_tokens`` scores). It
-            excludes ``max_tokens``, ``stop`` and ``choices``.
+            excludes ``max_tokens``, ``stop``, ``choices`` and ``constraint``.
+        constraint: what the body must match.
+        constrain: ``"global"`` or ``"local"``, what that makes of the density.
 
     Shapes: ``batch_shape`` is ``()`` (see ``expand`` and ``batch``), ``event_shape`` is
     ``(max_tokens,)``; a value is a ``LongTensor`` of token ids, padded on the right with -1.
@@ -98,14 +123,29 @@ class LMText(TorchDistribution):
         choices: Sequence[str] | None = None,
         temperature: float = 1.0,
         num_tokens: int | None = None,
+        constraint: Constraint | None = None,
+        constrain: Literal["global", "local"] = "global",
     ) -> None:
         self.lm = check_lm("LMText", lm)
         self.temperature = check_number("temperature", temperature, above=0)
-        self.stopping = Stopping(lm.vocabulary, stop, max_tokens)  # type: ignore[arg-type]
+        check_choice("constrain", constrain, ("global", "local"))
+        if constraint is not None and not isinstance(constraint, Constraint):
+            raise TypeError(
+                "constraint takes a lmppl.constraints.Constraint, given "
+                f"{type(constraint).__name__} ({constraint!r})"
+            )
+        if constraint is not None and choices is not None:
+            raise ValueError(
+                f"{constraint.name} beside choices: choices are whole strings already, so leave out "
+                f"those that do not match, or {constraint.name}"
+            )
+        self.law: Law = constrain
+        limits: Any = (stop, max_tokens, constraint)
+        self.stopping = Stopping(lm.vocabulary, *limits)
         if num_tokens is not None:
             num_tokens = check_int("num_tokens", num_tokens, least=0)
             if choices is not None or self.stopping.closes:
-                raise ValueError("num_tokens excludes max_tokens, stop and choices")
+                raise ValueError("num_tokens excludes max_tokens, stop, choices and constraint")
         if choices is not None and max_tokens is not None:
             raise ValueError("choices are whole strings, so they exclude max_tokens: drop one")
         if max_tokens is None and choices is None and num_tokens is None:
@@ -144,6 +184,28 @@ class LMText(TorchDistribution):
         new.lm, new.temperature = lm, temperature
         return new
 
+    @property
+    def is_constrained(self) -> bool:
+        """Whether it has a constraint."""
+        return self.stopping.constraint is not None
+
+    def proposal(self) -> LMText:
+        """What draws of it are drawn from: itself, but under a global constraint. There each step is
+        renormalised over the tokens that the constraint allows, without those after which it is known
+        that no match can be reached in time."""
+        if not self.is_constrained or self.law != "global":
+            return self
+        new = self._with_rows(self._rows, self.batch_shape)
+        new.law = "proposal"
+        return new
+
+    @property
+    def _allowed(self) -> Allowed | None:
+        """Over which tokens each step of its density is renormalised; None: all."""
+        if not self.is_constrained or self.law == "global":
+            return None
+        return Allowed(self.stopping, steered=self.law == "proposal")
+
     def __deepcopy__(self, memo: dict[int, Any]) -> LMText:
         return self  # it never changes, and holds a language model
 
@@ -172,9 +234,10 @@ class LMText(TorchDistribution):
 
     @property
     def _identity(self) -> tuple[Any, ...]:
-        stop, max_tokens = self.stopping.stop, self.stopping.max_tokens
+        stopping = self.stopping
+        limits = stopping.stop, stopping.max_tokens, stopping.constraint, self.law
         rows = self._rows, self.batch_shape, self.event_shape
-        return self.lm, rows, self.choices, stop, max_tokens, self.temperature
+        return self.lm, rows, self.choices, limits, self.temperature
 
     def __repr__(self) -> str:
         prefix = self.lm.vocabulary.decode(self._rows[0][-24:])
@@ -250,10 +313,17 @@ class LMText(TorchDistribution):
             return ids in self.choices
         if self.stopping.max_tokens is None:
             return len(ids) == self.event_shape[0]
+        if self.is_constrained:
+            return self.stopping.is_value(ids)
         if ids in self._texts:
             return self._texts[ids].finish_reason is not None
         closed = self.stopping.scan(ids)
         return closed is not None and closed[0] == len(ids)
+
+    def mismatch(self, value: torch.Tensor) -> str:
+        """Why a value has probability zero under the constraint, in words; empty if it has not, or there
+        is no constraint."""
+        return self.stopping.mismatch(self.token_ids(value)) if self.is_constrained else ""
 
     @exclusive()
     def sample(self, sample_shape: Sequence[int] = ()) -> torch.Tensor:
@@ -262,7 +332,7 @@ class LMText(TorchDistribution):
         repeats = torch.Size(sample_shape).numel()
         members = [self._with_rows((row,), ()) for row in self._rows] * repeats
         uniforms = [torch.rand(self.num_uniforms, dtype=torch.float64) for _ in members]
-        values = [value for value, _ in draw_texts(members, uniforms)]
+        values = [drawn.value for drawn in draw_texts(members, uniforms)]
         return torch.stack(values).reshape(shape + self.event_shape)
 
     def log_prob(self, value: torch.Tensor) -> torch.Tensor:
@@ -345,36 +415,47 @@ def draw_texts(
     distributions: Sequence[LMText],
     uniforms: Sequence[torch.Tensor],
     names: Sequence[str] | None = None,
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Draw one value of each (unbatched) distribution, of any models, prefixes and kinds.
+    begun: Sequence[tuple[int, ...]] | None = None,
+) -> list[DrawnText]:
+    """Draw one value of each (unbatched) distribution, of any models, prefixes and kinds; log-densities
+    are under the very logits that it was drawn from.
 
     Args:
         uniforms: for each distribution, ``(num_uniforms,)`` float64 in [0, 1).
         names: the sites' names, for error messages; by default the distributions'.
-
-    Returns:
-        Pairs: a value of shape ``event_shape``, and its log-density (0-d float32, nats) under the
-        very logits that it was drawn from.
+        begun: the tokens that each value begins with, which are not drawn; by default none.
     """
-    members = list(zip(distributions, uniforms, _names(distributions, names), strict=True))
-    texts = [(d.lm, draw_request(d, u, name)) for d, u, name in members if d.choices is None]
+    begun = [()] * len(distributions) if begun is None else begun
+    members = list(zip(distributions, uniforms, _names(distributions, names), begun, strict=True))
+    texts = [(d.lm, draw_request(d, u, n, b)) for d, u, n, b in members if d.choices is None]
     drawn = _served("draw", texts)
-    chosen = [(d, name) for d, _, name in members if d.choices is not None]
+    chosen = [(d, name) for d, _, name, _ in members if d.choices is not None]
     tables = iter(choice_log_probs([d for d, _ in chosen], [name for _, name in chosen]))
     results = []
-    for d, u, _ in members:
+    for d, u, _, first in members:
         if d.choices is None:
-            text = next(drawn)
-            results.append((d.value(text.token_ids), text.log_probs.sum()))
+            results.append(drawn_text(d, next(drawn), first))
         else:
             table = next(tables)
             k = int(inverse_cdf(table.double().exp(), u[:1]))
-            results.append((d.value(d.choices[k]), table[k]))
+            results.append(DrawnText(d.value(d.choices[k]), table[k], table[k], None))
     return results
 
 
-def draw_request(d: LMText, uniforms: torch.Tensor, name: str) -> Draw:
-    return Draw(d.prefix_ids, d.stopping, uniforms, d.temperature, name)
+def draw_request(d: LMText, uniforms: torch.Tensor, name: str, begun: tuple[int, ...] = ()) -> Draw:
+    steered = d.law != "local"
+    return Draw(d.prefix_ids, d.stopping, uniforms, d.temperature, name, steered, begun)
+
+
+def drawn_text(d: LMText, drawn: Drawn, begun: tuple[int, ...] = ()) -> DrawnText:
+    """What has been drawn of a distribution, after the tokens ``begun``."""
+    log_prob = log_q = drawn.log_probs.sum()
+    if drawn.log_masses is not None:
+        log_q = log_prob - drawn.log_masses.sum()
+        log_prob = log_prob if d.law == "global" else log_q
+    if not drawn.matches:
+        log_prob = torch.tensor(-math.inf)
+    return DrawnText(d.value((*begun, *drawn.token_ids)), log_prob, log_q, drawn)
 
 
 def score_texts(
@@ -410,7 +491,7 @@ def score_texts(
             results[i] = (torch.tensor(0.0), None)  # an empty prefix likelihood
         else:
             c = d.stopping.closing_token if is_closed else None
-            texts[i] = d.lm, Score(d.prefix_ids, ids, d.temperature, c, name)
+            texts[i] = d.lm, Score(d.prefix_ids, ids, d.temperature, c, d._allowed, name)
     for i, terms in zip(texts, _served("score", list(texts.values()), grad=grad), strict=True):
         results[i] = (terms.log_prob, terms)
     fns, sites = [d for d, _ in chosen.values()], [name for _, name in chosen.values()]

@@ -11,9 +11,10 @@ import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
 from contextvars import ContextVar, Token
+from functools import lru_cache
 from operator import is_
 from types import NoneType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pyro
 import pyro.distributions as dist
@@ -28,6 +29,8 @@ from lmppl.checks import check_choice
 from lmppl.distributions import LMText, ToolCall, ToolResult, check_lm
 from lmppl.lm import LM
 from lmppl.lm.tokens.chat import strings_of
+from lmppl.lm.tokens.constraints.constraint import Constraint
+from lmppl.lm.tokens.constraints.guidance import Grammar, JsonSchema, Regex
 from lmppl.lm.tokens.text import Text
 
 # --- which language model ------------------------------------------------------------------------
@@ -195,7 +198,7 @@ class Call(NamedTuple):
             return None
         if infer:
             options = (*options, *infer, *infer.values())
-        if not _PLAIN.issuperset(map(type, options)):
+        if not _PLAIN.issuperset(type(o) for o in options if not isinstance(o, Constraint)):
             return None
         texts = (*parts, None, obs, None, *(choices or ()), None, *stops)
         return tuple.__new__(cls, (lm, texts, (choices is None, *options), handlers))
@@ -275,6 +278,11 @@ def lm_sample(
     max_tokens: int | None = None,
     stop: str | Sequence[str] | None = None,
     choices: Sequence[str] | None = None,
+    regex: str | None = None,
+    json_schema: Any = None,
+    grammar: str | None = None,
+    constraint: Constraint | None = None,
+    constrain: Literal["global", "local"] = "global",
     temperature: float = 1.0,
     obs: str | None = None,
     lm: LM | None = None,
@@ -289,6 +297,15 @@ def lm_sample(
         max_tokens: the most tokens, the closing one included. A latent needs it, or ``choices``.
         stop: a stop string or several. The value closes with the token that completes one.
         choices: whole strings; the site is a categorical over them.
+        regex: a regular expression that the whole body must match (without stop string and EOS), in
+            the syntax of Rust's ``regex``.
+        json_schema: a JSON schema (a dict, a string or a pydantic model) that the body must be JSON of.
+        grammar: a Lark grammar that the body must be of, from its rule ``start``.
+        constraint: a ``lmppl.constraints.Constraint`` of your own. At most one of these four is given.
+            A text that nothing can extend to another match closes without EOS.
+        constrain: what a constraint makes of the density. ``"global"``: it conditions the site on a
+            match: log p is the model's where the text matches, ``-inf`` elsewhere. ``"local"``: every
+            step is renormalised over the tokens that are allowed, which is another model.
         temperature: renormalises every next-token distribution (with ``choices``, the categorical).
             It is part of the model.
         obs: the observed text; None means latent. With neither ``max_tokens`` nor ``stop`` it is
@@ -302,14 +319,18 @@ def lm_sample(
 
     Raises:
         ValueError: for a latent without ``max_tokens`` or ``choices``, an impossible observation, and
-            arguments that define no distribution. The message names the site.
+            arguments that define no distribution. The message names the site. (An observation that does
+            not match its constraint has probability zero.)
     """
     _check_name(name, "a site")
+    given = {"regex": regex, "json_schema": json_schema, "grammar": grammar}
+    constraint = _of_site(name, _constraint, given, constraint)
     memory: Any = _PYRO_STACK[0] if _PYRO_STACK else None
     call = None
     if isinstance(memory, CallMemory):
         meant = default_lm() if lm is None else lm
-        call = Call.of(meant, prefix, obs, choices, stop, infer, max_tokens, temperature)
+        options = max_tokens, temperature, constraint, constrain
+        call = Call.of(meant, prefix, obs, choices, stop, infer, *options)
         text = None if call is None else memory.recall(name, call)
         if text is not None:
             return text
@@ -323,8 +344,9 @@ def lm_sample(
         )
     if infer is not None and not isinstance(infer, Mapping):
         raise TypeError(f"site '{name}': infer takes a dict of hints, given {infer!r}")
-    options = {"max_tokens": max_tokens, "stop": stop, "choices": choices}
-    arguments = name, lm, prefix, obs, {**options, "temperature": temperature}
+    limits = {"max_tokens": max_tokens, "stop": stop, "choices": choices}
+    law = {"constraint": constraint, "constrain": constrain, "temperature": temperature}
+    arguments = name, lm, prefix, obs, {**limits, **law}
     if call is None:
         fn, value = _distribution(*arguments)
     else:
@@ -337,6 +359,24 @@ def lm_sample(
     return text
 
 
+_CONSTRAINTS: dict[str, Callable[[Any], Constraint]] = {
+    "regex": lru_cache(maxsize=1024)(Regex),
+    "json_schema": JsonSchema,
+    "grammar": lru_cache(maxsize=1024)(Grammar),
+}
+
+
+def _constraint(given: Mapping[str, Any], constraint: Constraint | None) -> Constraint | None:
+    """The constraint that some arguments of ``lm_sample`` stand for."""
+    named = [name for name, value in given.items() if value is not None]
+    if not named:
+        return constraint
+    if len(named) > 1 or constraint is not None:
+        both = " and ".join([*named, *["constraint"] * (constraint is not None)])
+        raise ValueError(f"{both} are given: a site has one constraint")
+    return _CONSTRAINTS[named[0]](given[named[0]])
+
+
 def _distribution(
     name: str, lm: LM, prefix: Any, obs: str | None, options: dict[str, Any]
 ) -> tuple[LMText, torch.Tensor | None]:
@@ -344,7 +384,8 @@ def _distribution(
     if obs is not None and options["max_tokens"] is None and options["choices"] is None:
         ids = obs.token_ids if isinstance(obs, Text) else lm.vocabulary.encode(obs)
         stop = options["stop"]
-        if stop is None or (isinstance(stop, (list, tuple)) and not stop):
+        is_open = stop is None or (isinstance(stop, (list, tuple)) and not stop)
+        if is_open and options["constraint"] is None:
             options["num_tokens"] = len(ids)
         else:  # no prefix likelihood: room for the text and the EOS that may close it
             options["max_tokens"] = len(ids) + 1

@@ -216,7 +216,7 @@ def test_a_draw_comes_with_its_own_density():
         LMText(tiny_lm("ab.", seed=9), "ab", max_tokens=2),
     ]
     uniforms = [torch.rand(each.num_uniforms, dtype=torch.float64) for each in d]
-    for each, (value, log_prob) in zip(d, draw_texts(d, uniforms), strict=True):
+    for each, (value, log_prob, *_) in zip(d, draw_texts(d, uniforms), strict=True):
         assert value.shape == each.event_shape
         assert float(each.log_prob(value)) == pytest.approx(float(log_prob), abs=1e-5)
 

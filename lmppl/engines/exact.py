@@ -93,13 +93,20 @@ class Exact(Engine):
             else:
                 try:
                     sequences = enumerate_sequences(
-                        fn.lm.runner, fn.prefix_ids, fn.stopping, fn.temperature, limit=max(room, 0)
+                        fn.lm.runner,
+                        fn.prefix_ids,
+                        fn.stopping,
+                        fn.temperature,
+                        limit=max(room, 0),
+                        renormalised=fn.law == "local",
                     )
                 except ValueError as error:
                     raise ValueError(f"site '{wait.name}': {error}") from error
                 if sequences is None:
                     raise ValueError(self._too_many(wait.name))
                 pairs = [(fn.value(ids), lp) for ids, lp in sequences]
+                if not pairs:  # no text can match: one that does not stands for all
+                    return [(fn.value(()), torch.tensor(-math.inf))]
         elif getattr(fn, "has_enumerate_support", False):
             if fn.batch_shape.numel() != 1:
                 raise ValueError(
@@ -132,4 +139,5 @@ def _key(wait: Choice) -> Any:
     if isinstance(wait, ChoiceWait):
         return id(wait)
     fn = wait.fn
-    return (wait.name, id(fn.lm), fn.prefix_ids, fn.stopping, fn.choices, fn.temperature)
+    law = fn.stopping, fn.law, fn.choices, fn.temperature
+    return (wait.name, id(fn.lm), fn.prefix_ids, *law)

@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from lmppl.distributions import LMText, draw_request
+from lmppl.distributions import LMText, draw_request, drawn_text
 from lmppl.engines.base import State
 from lmppl.lm import begin_draws
 from lmppl.lm.batches.decoding import Decoding
@@ -180,7 +180,7 @@ def draw(
     state.select([taken.get(slot, slot) for slot in range(len(particles))], is_drawing=True)
     drawing = [particles[slot] for slot in members]
     answers = [
-        (_wait(particle).fn.value(drawn.token_ids), drawn.log_probs.sum())
+        drawn_text(_wait(particle).fn, drawn)
         for particle, drawn in zip(drawing, decoding.results(), strict=True)
     ]
     resume(drawing, answers)

@@ -242,7 +242,7 @@ class AutomaticProposer(Proposer):
                 heat = q.temperature * self.temperature
                 behaviour = q.with_prefix_ids(q.prefix_ids, q.lm, heat)
             uniforms = torch.rand(q.num_uniforms, dtype=torch.float64, device="cpu")
-            value, log_q = suspend(runtime.DrawWait(name, behaviour, uniforms))
+            value, _, log_q, _ = suspend(runtime.DrawWait(name, behaviour, uniforms))
         else:
             with torch.no_grad():
                 q_fn = draw.fn if is_prior else draw.guide_fn()
@@ -278,7 +278,7 @@ class AutomaticProposer(Proposer):
             if self.sites is not None:
                 self.sites.check(name, fn)
             prompt = prompts.guide_prompt(site, trace, self.observations, guide.told_of_cuts)
-            q = fn.with_prefix_ids(prompt, guide.adapter_for(name), fn.temperature)
+            q = fn.with_prefix_ids(prompt, guide.adapter_for(name), fn.temperature).proposal()
             return TextDraw(q, value)
         moves = num_moves(fn)
         if moves is None:

@@ -74,7 +74,7 @@ class MixtureProposer(Proposer):
         self._guide, self._log_odds = guide, log_odds
         # Of the site at which the particle is: who draws it, and what the program has drawn.
         self._takes_guide: bool | None = None
-        self._drawn: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._drawn: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
         self._is_held = False
 
     @property
@@ -100,7 +100,7 @@ class MixtureProposer(Proposer):
                 given = self._weighed(site, trace, given.value, log_prior, given.proposal_log_prob)
         else:
             self._drawn = self._drawn or draw_value(site)
-            value, log_prior = self._drawn
+            value, log_prior, _ = self._drawn
             log_q = self._guide.condition(site, trace, value) if self._is_open else None
             given = self._weighed(site, trace, value, log_prior, log_q)
         self._takes_guide, self._drawn, self._is_held = None, None, False

@@ -344,9 +344,9 @@ class Particle:
             site["value"], log_prob = suspend(ChoiceWait(name, fn))
             site["proposal_log_prob"] = None
         else:
-            value, log_prob = draw_value(site)
+            value, log_prob, log_q = draw_value(site)
             dict.__setitem__(site, "value", value)  # which is one of the site's, without a check
-            site["proposal_log_prob"] = log_prob if log_prob.dim() == 0 else log_prob.sum()
+            site["proposal_log_prob"] = log_q if log_q.dim() == 0 else log_q.sum()
         self._record(site, log_prob)
 
     def _score(self, site: Site) -> torch.Tensor:
@@ -356,6 +356,8 @@ class Particle:
             return log_prob
         if not is_text(fn):
             return fn.log_prob(value, *site["args"], **site["kwargs"])
+        if fn.is_constrained and not fn.supports(value):
+            return _IMPOSSIBLE  # at once, even in runs that are scored late: the program stops here
         score_closing = self._score_closing and not site["is_observed"]
         wait = ScoreWait(site["name"], fn, value, score_closing)
         is_judged = site["infer"].get("hard") or not _BLIND.issuperset(map(type, _PYRO_STACK[1:]))
@@ -400,6 +402,7 @@ class Particle:
         error.add_note(note + (f"; so far: {', '.join(shown)}" if shown else ""))
 
 
+_IMPOSSIBLE = torch.tensor(-math.inf)
 _UNKNOWN = torch.tensor(math.nan)  # a text's log-probability, as long as it waits for its score
 
 _BLIND: set[type] = {ScaleMessenger, MaskMessenger, ConditionMessenger, pyro.plate}
@@ -446,7 +449,8 @@ class _Recorder(TraceMessenger, CallMemory):
             return
         node = self.trace.nodes[name] = dict(msg)
         particle._uncounted.append(node)
-        if msg["infer"].get("hard") and float(msg["log_prob_sum"]) == -math.inf:
+        is_hard = msg["infer"].get("hard") or (is_text(msg["fn"]) and msg["fn"].is_constrained)
+        if is_hard and float(msg["log_prob_sum"]) == -math.inf:
             particle.rejected_by = name
             raise Rejected(name)
 
@@ -469,15 +473,17 @@ _FOUND = (
 )  # fmt: skip
 
 
-def draw_value(site: Site) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw a latent site, inside a particle's run, from its own distribution: a value and its
-    log-density (unscaled, nats, of the distribution's batch shape)."""
+def draw_value(site: Site) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Draw a latent site, inside a particle's run, from its own distribution: a value, its log-density,
+    and log q of the draw, which differs from it under a global constraint (unscaled, nats, of the
+    distribution's batch shape)."""
     name, fn = site["name"], site["fn"]
     if is_text(fn):
         uniforms = torch.rand(fn.num_uniforms, dtype=torch.float64, device="cpu")
-        return suspend(DrawWait(name, fn, uniforms))
+        return suspend(DrawWait(name, fn, uniforms))[:3]
     value = fn(*site["args"], **site["kwargs"])
-    return value, fn.log_prob(value)
+    log_prob = fn.log_prob(value)
+    return value, log_prob, log_prob
 
 
 def score_value(site: Site, value: torch.Tensor) -> torch.Tensor:

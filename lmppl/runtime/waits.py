@@ -45,21 +45,26 @@ class ModelWait(Wait, ABC):
 
 @dataclass(frozen=True, eq=False)
 class DrawWait(ModelWait):
-    """A draw of ``fn``, made from ``uniforms``; the answer is ``(value, log_prob)``."""
+    """A draw of ``fn``, made from ``uniforms``; the answer is a ``DrawnText``. Its text begins with the
+    tokens ``begun``, which are not drawn."""
 
     fn: LMText
     uniforms: torch.Tensor  # (num_uniforms,) float64, in [0, 1)
+    begun: tuple[int, ...] = ()
 
     @classmethod
     def answer(cls, waits: Sequence[DrawWait], *, grad: bool = False) -> list[Any]:
-        fns = [wait.fn for wait in waits]
-        return draw_texts(fns, [wait.uniforms for wait in waits], [wait.name for wait in waits])
+        return draw_texts(
+            [wait.fn for wait in waits],
+            [wait.uniforms for wait in waits],
+            [wait.name for wait in waits],
+            [wait.begun for wait in waits],
+        )
 
     def work(self, answer: Any) -> tuple[int, set[ScoredTokens]]:
-        value, _ = answer
-        if self.fn.choices is None:
-            return len(self.fn.token_ids(value)), set()
-        return 0, _scored_tokens(self.fn, value)
+        if answer.drawn is not None:
+            return len(answer.drawn.token_ids), set()
+        return 0, _scored_tokens(self.fn, answer.value)
 
 
 @dataclass(frozen=True, eq=False)

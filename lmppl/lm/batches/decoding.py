@@ -29,7 +29,8 @@ class Decoding:
         drawn = decoding.results()
 
     Token k of a slot is drawn with the slot's own ``uniforms[k]``, whichever sequence it holds by
-    then. Sequences leave the batch as they close. Models may differ from slot to slot.
+    then. Sequences leave the batch as they close, or as their constraint allows no further token.
+    Models may differ from slot to slot.
 
     Raises:
         ValueError: a draw with an empty prefix, that does not fit the model's context, with too few
@@ -44,12 +45,13 @@ class Decoding:
             runner.check_request(len(draw.prefix), _longest(draw), draw.name)
         self._uniforms: list[list[float]] = [draw.uniforms.tolist() for _, draw in self._draws]
         self.token_ids: list[list[int]] = [[] for _ in self._draws]  # of each slot
-        # Of each token under what it was drawn from, in nats.
+        # Of each token, and of all that its constraint allowed in its place, under the model, in nats.
         self.log_probs: list[list[float]] = [[] for _ in self._draws]
-        # Why each slot's sequence closed; None while it is open.
+        self.log_masses: list[list[float]] = [[] for _ in self._draws]
+        # Why each slot's sequence closed; None while it is open, and of a dead end.
         self.reasons: list[FinishReason | None] = [None] * len(self._draws)
         self.num_steps = 0
-        self._states: list[StoppingState] = [draw.stopping.start() for _, draw in self._draws]
+        self._states: list[StoppingState] = [_begin(draw) for _, draw in self._draws]
         self._batches: list[_Batch] = []
         by_model: dict[Runner, list[int]] = {}
         for slot, (runner, _) in enumerate(self._draws):
@@ -64,14 +66,19 @@ class Decoding:
             for at in range(0, len(slots), step):
                 part = sorted(slots[at : at + step])
                 self._batches.append(_Batch(runner, part, [requests[slot] for slot in part]))
+        self._drop_dead_ends()
 
     def __len__(self) -> int:
         return len(self._draws)
 
     @property
     def done(self) -> bool:
-        """Whether every sequence has closed."""
+        """Whether every sequence has closed or is at a dead end."""
         return not self._batches
+
+    def is_dead(self, slot: int) -> bool:
+        """Whether the slot's sequence can't match its constraint any more, or has closed without."""
+        return not self._states[slot].is_alive or (self.log_masses[slot][-1:] == [-math.inf])
 
     def draw_of(self, slot: int) -> tuple[Runner, Draw]:
         """What the slot's sequence is drawn from; its uniforms are the ancestor's."""
@@ -89,24 +96,57 @@ class Decoding:
         for batch in self._batches:
             slots = batch.slots
             batch.advance(self.token_ids)
-            uniforms = torch.tensor([self._uniform(slot) for slot in slots], dtype=torch.float64)
-            temperatures = [self._draws[slot][1].temperature for slot in slots]
-            tokens, log_probs = batch.rows.draw(uniforms, temperatures)
-            # The one wait for the device in a step: both at once. (float32 holds every id.)
-            drawn, scored = torch.stack([tokens.to(log_probs.dtype), log_probs]).tolist()
-            for slot, token, log_prob in zip(slots, map(int, drawn), scored, strict=True):
+            for slot, token, log_prob, log_mass in zip(slots, *self._drawn(batch), strict=True):
                 if math.isnan(log_prob):
                     raise self._invalid(slot)
-                self.token_ids[slot].append(token)
+                self.log_masses[slot].append(log_mass)
+                if log_mass == -math.inf:  # a dead end: nothing was drawn
+                    continue
+                self.token_ids[slot].append(int(token))
                 self.log_probs[slot].append(log_prob)
-                reason = self._states[slot].push(token)
+                reason = self._states[slot].push(int(token))
                 if reason is None and len(self.token_ids[slot]) == _longest(self._draws[slot][1]):
                     reason = "length"  # a draw of a given number of tokens, which nothing closes
                 self.reasons[slot] = reason
             batch.runner.usage.count(sampled=len(slots))
-            batch.keep([row for row, slot in enumerate(slots) if self.reasons[slot] is None])
-        self._batches = [batch for batch in self._batches if batch.slots]
+        self._drop_dead_ends()
         self.num_steps += 1
+
+    def _drawn(self, batch: _Batch) -> list[list[float]]:
+        """A token for each row of a batch, its log-probability, and that of all allowed ones."""
+        draws = [self._draws[slot][1] for slot in batch.slots]
+        uniforms = torch.tensor([self._uniform(slot) for slot in batch.slots], dtype=torch.float64)
+        temperatures = [draw.temperature for draw in draws]
+        allowed = self._allowed(batch)
+        # The one wait for the device in a step: all at once. (float32 holds every id.)
+        if allowed is None:
+            tokens, log_probs = batch.rows.draw(uniforms, temperatures)
+            found = torch.stack([tokens.to(log_probs.dtype), log_probs]).tolist()
+            return [*found, [0.0] * len(draws)]
+        tokens, *rest = batch.rows.draw_among(allowed, uniforms, temperatures)
+        return torch.stack([tokens.to(rest[0].dtype), *rest]).tolist()
+
+    def _allowed(self, batch: _Batch) -> Tensor | None:
+        """(B, V) bool: the tokens that constraints allow each row; None if there are none."""
+        draws = [self._draws[slot][1] for slot in batch.slots]
+        if all(draw.stopping.constraint is None for draw in draws):
+            return None
+        everything = torch.ones(batch.runner.size, dtype=torch.bool)
+        masks = [
+            everything if draw.stopping.constraint is None
+            else self._states[slot].mask(steered=draw.steered)
+            for slot, draw in zip(batch.slots, draws, strict=True)
+        ]  # fmt: skip
+        return torch.stack(masks)
+
+    def _drop_dead_ends(self) -> None:
+        """Keep the rows of open sequences alone."""
+        for batch in self._batches:
+            is_open = [
+                self.reasons[slot] is None and not self.is_dead(slot) for slot in batch.slots
+            ]
+            batch.keep([row for row, keeps in enumerate(is_open) if keeps])
+        self._batches = [batch for batch in self._batches if batch.slots]
 
     @region("sampled")
     @without_grad()
@@ -120,7 +160,10 @@ class Decoding:
             draws = [self._draws[slot][1] for slot in batch.slots]
             tokens = [draw.stopping.closing_token for draw in draws]
             temperatures = [draw.temperature for draw in draws]
-            log_probs = batch.rows.log_probs([token or 0 for token in tokens], temperatures)
+            allowed = self._allowed(batch)
+            log_probs = batch.rows.log_probs(
+                [token or 0 for token in tokens], temperatures, allowed
+            )
             for slot, token, log_prob in zip(batch.slots, tokens, log_probs.tolist(), strict=True):
                 if math.isnan(log_prob):
                     raise self._invalid(slot)
@@ -139,6 +182,7 @@ class Decoding:
         self._draws = [self._draws[a] for a in ancestors]
         self.token_ids = [list(self.token_ids[a]) for a in ancestors]
         self.log_probs = [list(self.log_probs[a]) for a in ancestors]
+        self.log_masses = [list(self.log_masses[a]) for a in ancestors]
         self.reasons = [self.reasons[a] for a in ancestors]
         self._states = [self._states[a].copy() for a in ancestors]
         for batch in self._batches:
@@ -146,15 +190,19 @@ class Decoding:
         self._batches = [batch for batch in self._batches if batch.slots]
 
     def results(self) -> list[Drawn]:
-        """The sequences, all of them closed; ``RuntimeError`` if one is open."""
-        flat = torch.tensor(list(itertools.chain(*self.log_probs)), dtype=torch.float32)
-        log_probs = flat.split([len(ids) for ids in self.token_ids])
+        """The sequences, all of them closed or at dead ends; ``RuntimeError`` if one is open."""
+        lengths = [len(ids) for ids in self.token_ids]
+        log_probs = _flat(self.log_probs).split(lengths)
+        masses = [values[:n] for values, n in zip(self.log_masses, lengths, strict=True)]
+        log_masses = _flat(masses).split(lengths)
         drawn = []
         for slot, reason in enumerate(self.reasons):
-            if reason is None:
-                name = self._draws[slot][1].name
-                raise RuntimeError(f"site {name!r}: its sequence in slot {slot} is still open")
-            drawn.append(Drawn(tuple(self.token_ids[slot]), log_probs[slot], reason))
+            draw, is_dead = self._draws[slot][1], self.is_dead(slot)
+            if reason is None and not is_dead:
+                raise RuntimeError(f"site {draw.name!r}: its sequence in slot {slot} is still open")
+            among = None if draw.stopping.constraint is None else log_masses[slot]
+            ids = tuple(self.token_ids[slot])
+            drawn.append(Drawn(ids, log_probs[slot], reason, not is_dead, among))
         return drawn
 
     def _uniform(self, slot: int) -> float:
@@ -183,8 +231,9 @@ class _Batch:
     def __init__(self, runner: Runner, slots: list[int], draws: list[Draw]) -> None:
         self.runner = runner
         self.slots = slots
-        self.rows = Rows.start(runner, [d.prefix for d in draws], max(map(_longest, draws)))
-        self._read = 0  # tokens of each sequence that the rows have read
+        prefixes = [draw.prefix + draw.begun for draw in draws]
+        self.rows = Rows.start(runner, prefixes, max(map(_longest, draws)))
+        self._read = 0  # drawn tokens of each sequence that the rows have read
 
     def advance(self, token_ids: list[list[int]]) -> None:
         """Let the rows read the last tokens, which the slots got in the last step."""
@@ -227,9 +276,24 @@ def _compact(rows: list[int]) -> list[int]:
     return order
 
 
+def _begin(draw: Draw) -> StoppingState:
+    """The state after the tokens that a draw begins with."""
+    state = draw.stopping.start()
+    for token in draw.begun:
+        if state.push(token) is not None:
+            raise ValueError(f"site {draw.name!r}: the text that a draw goes on with has closed")
+    return state
+
+
+def _flat(lists: list[list[float]]) -> Tensor:
+    """(n,) float32 of all numbers."""
+    return torch.tensor(list(itertools.chain(*lists)), dtype=torch.float32)
+
+
 def _longest(draw: Draw) -> int:
-    """The most tokens it can have: those of its site, or one for each uniform."""
-    return draw.stopping.max_tokens or draw.uniforms.numel()
+    """The most tokens that are drawn of it: what its site leaves, or one for each uniform."""
+    most = draw.stopping.max_tokens
+    return draw.uniforms.numel() if most is None else most - len(draw.begun)
 
 
 def _check(draw: Draw) -> None:
@@ -247,10 +311,17 @@ def _check(draw: Draw) -> None:
 
 @region("read")
 def enumerate_sequences(
-    runner: Runner, prefix: tuple[int, ...], stopping: Stopping, temperature: float, *, limit: int
+    runner: Runner,
+    prefix: tuple[int, ...],
+    stopping: Stopping,
+    temperature: float,
+    *,
+    limit: int,
+    renormalised: bool = False,
 ) -> list[tuple[tuple[int, ...], Tensor]] | None:
-    """Every closed sequence of positive probability with its log-density (0-d float32, nats), found
-    breadth first, a pass a token; None if there are more than ``limit``.
+    """Every closed sequence of positive probability that matches the constraint, with its log-density
+    (0-d float32, nats), found breadth first, a pass a token; None if there are more than ``limit``.
+    ``renormalised``: each token's density is that among the tokens which the constraint allows.
 
     Raises:
         ValueError: the context is too short, or the logits define no distribution.
@@ -266,13 +337,16 @@ def enumerate_sequences(
         for (ids, log_prob, state), row in zip(level, log_probs, strict=True):
             if bool(row.isnan().any()):
                 raise no_distribution(f"the model's logits after {runner.decode(ids)!r}")
+            if stopping.constraint is not None:
+                row = row.masked_fill(~state.mask(steered=not renormalised), -torch.inf)
+                row = torch.log_softmax(row, -1) if renormalised else row
             for token in torch.nonzero(row > -torch.inf).flatten().tolist():
                 after = state.copy()
                 longer, total = (*ids, token), log_prob + row[token]
-                if after.push(token) is not None:
-                    complete.append((longer, total))
-                else:
+                if after.push(token) is None:
                     following.append((longer, total, after))
+                elif after.matches:
+                    complete.append((longer, total))
                 if len(complete) + len(following) > limit:
                     return None
         level = following

@@ -31,9 +31,40 @@ def invert(
         +inf, or every token has probability zero) the log-probability is NaN, and the token is
         arbitrary but within the vocabulary: to check would be to wait for the device.
     """
-    logits = tempered(logits, temperature)
+    tokens, mass, total = _invert(_probs(logits, temperature), uniforms)
+    return tokens, (mass / total).log().float().to(logits.device)
+
+
+def invert_among(
+    allowed: Tensor,
+    logits: Tensor,
+    uniforms: Tensor,
+    temperature: float | Sequence[float] | Tensor = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``invert`` of the distributions over the ``allowed`` tokens, (B, V) bool, alone.
+
+    Returns:
+        tokens (B,); their log-probabilities (B,) among *all* tokens; and the logarithm of the
+        probability of all that are allowed, (B,): ``-inf`` where there is none, and then the token
+        is arbitrary. Both float32, in nats.
+    """
+    probs = _probs(logits, temperature)
+    everything = probs.sum(-1)  # 1, up to rounding; NaN of what defines no distribution
+    tokens, mass, total = _invert(probs * allowed, uniforms)
+    everything = everything.to(mass.device).double()
+    log_probs, log_masses = (mass / everything).log().float(), (total / everything).log().float()
+    return tokens, log_probs.to(logits.device), log_masses.to(logits.device)
+
+
+def _probs(logits: Tensor, temperature: float | Sequence[float] | Tensor) -> Tensor:
+    """(B, V) float32."""
     # To float32 first: softmax with dtype= took 6 times as long from bfloat16 on a CPU.
-    probs = torch.softmax(logits.float(), -1)  # (B, V)
+    return torch.softmax(tempered(logits, temperature).float(), -1)
+
+
+def _invert(probs: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of unnormalised distributions (B, V): the tokens (B,), their weights and the sums of all, (B,)
+    float64."""
     batch, size = probs.shape
     num_blocks = -(-size // _BLOCK)
     if size % _BLOCK:
@@ -49,9 +80,9 @@ def invert(
     lane = block.to(probs.device).unsqueeze(-1).expand(-1, -1, _BLOCK)
     inside = blocks.gather(1, lane).squeeze(1).to(home).double()  # (B, _BLOCK)
     offset = _first_above(inside.cumsum(-1), target - below)
-    log_probs = (inside.gather(1, offset) / total).log().float()
     tokens = (block * _BLOCK + offset).clamp_(max=size - 1)  # the clamp matters for NaN only
-    return tokens.to(probs.device).squeeze(-1), log_probs.to(probs.device).squeeze(-1)
+    mass = inside.gather(1, offset)
+    return tokens.to(probs.device).squeeze(-1), mass.squeeze(-1), total.squeeze(-1)
 
 
 def inverse_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:

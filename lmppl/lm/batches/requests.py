@@ -17,22 +17,32 @@ from lmppl.lm.tokens.text import FinishReason
 @dataclass(frozen=True, eq=False)
 class Draw:
     """Draw one sequence that continues ``prefix`` until ``stopping`` closes it: token k is the
-    inverse of the k-th conditional distribution function at ``uniforms[k]``."""
+    inverse of the k-th conditional distribution function at ``uniforms[k]``. Where there is a
+    constraint, that is the function of the tokens which it allows."""
 
     prefix: tuple[int, ...]
     stopping: Stopping
-    uniforms: Tensor  # (max_tokens,) float64 in [0, 1), on the CPU
+    uniforms: Tensor  # float64 in [0, 1), on the CPU, one for each token that may be drawn
     temperature: float = 1.0
     name: str = ""  # the site, for error messages
+    steered: bool = False  # leave out tokens after which the constraint can't be met in time
+    begun: tuple[int, ...] = ()  # the tokens that the sequence begins with, which are not drawn
 
 
 @dataclass(frozen=True, eq=False)
 class Drawn:
-    """A sequence, and the log-probability of each of its tokens under what it was drawn from."""
+    """The tokens that were drawn of a sequence, with their log-probabilities under the model.
+
+    It was drawn from these where there is no constraint; else each token had ``log_probs -
+    log_masses``.
+    """
 
     token_ids: tuple[int, ...]
     log_probs: Tensor  # (n,) float32, nats, on the CPU
-    reason: FinishReason
+    reason: FinishReason | None  # None: the constraint allowed no further token
+    matches: bool = True  # whether it matches the constraint
+    # (n,) float32, nats: of the model's probability of all tokens that were allowed; None: all were.
+    log_masses: Tensor | None = None
 
 
 def no_distribution(where: str) -> ValueError:
@@ -45,6 +55,14 @@ def no_distribution(where: str) -> ValueError:
 
 
 @dataclass(frozen=True)
+class Allowed:
+    """The tokens that a constraint allows: what a next-token distribution is renormalised over."""
+
+    stopping: Stopping
+    steered: bool  # without those after which it can't be met in time
+
+
+@dataclass(frozen=True)
 class Score:
     """Score the tokens of ``continuation`` after ``prefix``."""
 
@@ -52,6 +70,7 @@ class Score:
     continuation: tuple[int, ...]
     temperature: float = 1.0
     closing_token: int | None = None  # also score this token at every position
+    allowed: Allowed | None = None  # renormalise over these tokens; None: over all
     name: str = field(default="", compare=False)  # the site, for error messages
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from lmppl.lm.batches.inverse_cdf import invert, tempered
+from lmppl.lm.batches.inverse_cdf import invert, invert_among, tempered
 from lmppl.lm.batches.packing import group_by_prefix
 from lmppl.lm.network.attention import BufferedCache, Group, LayerKV, PrefixCache
 from lmppl.lm.network.cuda_graph import StaticStep
@@ -55,12 +55,31 @@ class Rows(ABC):
         return torch.cat(tokens), torch.cat(log_probs)
 
     @without_grad()
-    def log_probs(self, tokens: Sequence[int], temperatures: Sequence[float]) -> Tensor:
-        """The log-probability of a given next token of each row, (B,) float32, in nats."""
+    def draw_among(
+        self, allowed: Tensor, uniforms: Tensor, temperatures: Sequence[float]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The next token of each row among those ``allowed`` (B, V) bool, as
+        ``inverse_cdf.invert_among`` gives them."""
+        parts = []
+        for part, logits in self._parts():
+            mask = allowed[part].to(logits.device)
+            parts.append(invert_among(mask, logits, uniforms[part], temperatures[part]))
+        tokens, log_probs, log_masses = map(torch.cat, zip(*parts, strict=True))
+        return tokens, log_probs, log_masses
+
+    @without_grad()
+    def log_probs(
+        self, tokens: Sequence[int], temperatures: Sequence[float], allowed: Tensor | None = None
+    ) -> Tensor:
+        """The log-probability of a given next token of each row, (B,) float32, in nats; with
+        ``allowed`` (B, V) bool, among those tokens."""
         index = torch.tensor(tokens, device=self._states.device).unsqueeze(1)
         found = []
         for part, logits in self._parts():
-            log_probs = torch.log_softmax(tempered(logits, temperatures[part]).float(), -1)
+            logits = tempered(logits, temperatures[part]).float()
+            if allowed is not None:
+                logits = logits.masked_fill(~allowed[part].to(logits.device), -torch.inf)
+            log_probs = torch.log_softmax(logits, -1)
             found.append(log_probs.gather(1, index[part]).squeeze(1))
         return torch.cat(found)
 

@@ -20,6 +20,7 @@ from lmppl.lm.batches.requests import Score, Scored, no_distribution
 from lmppl.lm.meter.work import Kind, region, watch_backward
 from lmppl.lm.network.attention import PrefixCache
 from lmppl.lm.network.modules import recomputed
+from lmppl.lm.network.output import PackedMasks
 from lmppl.lm.network.runner import (
     NO_PROMPT,
     Prompt,
@@ -178,7 +179,24 @@ def _log_probs(runner: Runner, one_pass: _Pass, checkpointing: bool) -> Tensor:
     heat = None
     if any(t != 1.0 for t in temperatures):
         heat = torch.tensor(temperatures, device=states.device)
-    return runner.output.log_probs(states, torch.tensor(picks, device=states.device), heat).T
+    masks = _masks(runner.size, [request for request, _ in one_pass.requests()])
+    tokens = torch.tensor(picks, device=states.device)
+    return runner.output.log_probs(states, tokens, heat, masks).T
+
+
+def _masks(size: int, requests: Sequence[Score]) -> PackedMasks | None:
+    """Of every token of the requests, those among which its distribution is renormalised; None: all."""
+    if all(request.allowed is None for request in requests):
+        return None
+    masks = []
+    for request in requests:
+        if request.allowed is None:
+            mask = torch.ones(len(request.continuation), size, dtype=torch.bool)
+        else:
+            stopping, steered = request.allowed.stopping, request.allowed.steered
+            mask = stopping.masks(request.continuation, steered=steered)
+        masks.append(PackedMasks.of(mask))
+    return PackedMasks(torch.cat([mask.bits for mask in masks]), size)
 
 
 def _passes(runner: Runner, sequences: list[_Sequence], *, grad: bool) -> Iterator[_Pass]:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -146,13 +148,20 @@ class OutputLayer:
             out = self._rest(inputs_embeds=states.unsqueeze(0), use_cache=False, return_dict=True)
         return out.logits[0]
 
-    def log_probs(self, states: Tensor, picks: Tensor, temperatures: Tensor | None) -> Tensor:
+    def log_probs(
+        self,
+        states: Tensor,
+        picks: Tensor,
+        temperatures: Tensor | None,
+        masks: PackedMasks | None = None,
+    ) -> Tensor:
         """The log-probabilities of some tokens at each state. Differentiable.
 
         Args:
             states: (N, hidden).
             picks: (N, K) tokens.
             temperatures: (N,) float32; None: all are 1.
+            masks: of N states, the tokens over which each distribution is renormalised; None: all.
 
         Returns:
             (N, K) float32, in nats.
@@ -160,10 +169,10 @@ class OutputLayer:
         layer = self._head.layer
         simple = self._is_plain and type(layer) is nn.Linear and not layer.weight.requires_grad
         if simple and states.requires_grad:
-            return _FrozenLogProbs.apply(states, picks, temperatures, layer.weight, self)
+            return _FrozenLogProbs.apply(states, picks, temperatures, layer.weight, self, masks)
 
         def some(part: slice) -> Tensor:
-            return self.all_log_probs(states, temperatures, part).gather(1, picks[part])
+            return self.all_log_probs(states, temperatures, part, masks).gather(1, picks[part])
 
         run = functools.partial(recomputed, some) if states.requires_grad else some
         return torch.cat([run(part) for part in self.chunks(states)])
@@ -173,12 +182,39 @@ class OutputLayer:
         step = chunk_rows(self._head.size, states.device)
         return (slice(at, at + step) for at in range(0, len(states), step))
 
-    def all_log_probs(self, states: Tensor, temperatures: Tensor | None, part: slice) -> Tensor:
+    def all_log_probs(
+        self,
+        states: Tensor,
+        temperatures: Tensor | None,
+        part: slice,
+        masks: PackedMasks | None = None,
+    ) -> Tensor:
         """Of every token at some of the states: (n, V) float32."""
         logits = self(states[part]).float()  # softmax with dtype= is 6 times slower
         if temperatures is not None:
             logits = logits / temperatures[part].unsqueeze(-1)
+        if masks is not None:
+            logits = logits.masked_fill(~masks[part].to(logits.device), -torch.inf)
         return torch.log_softmax(logits, -1)
+
+
+@dataclass(frozen=True, eq=False)
+class PackedMasks:
+    """Masks over a vocabulary of ``size`` tokens, a bit a token: (N, ceil(V / 8)) uint8."""
+
+    bits: Tensor
+    size: int
+
+    @staticmethod
+    def of(masks: Tensor) -> PackedMasks:
+        """From (N, V) bool."""
+        packed = np.packbits(masks.numpy(), axis=1, bitorder="little")
+        return PackedMasks(torch.from_numpy(packed), masks.shape[1])
+
+    def __getitem__(self, part: slice) -> Tensor:
+        """Some of them, (n, V) bool."""
+        unpacked = np.unpackbits(self.bits[part].numpy(), axis=1, bitorder="little")
+        return torch.from_numpy(unpacked[:, : self.size]).bool()
 
 
 class _FrozenLogProbs(torch.autograd.Function):
@@ -196,10 +232,11 @@ class _FrozenLogProbs(torch.autograd.Function):
         temperatures: Tensor | None,
         weight: Tensor,
         output: OutputLayer,
+        masks: PackedMasks | None,
     ) -> Tensor:
         found, means = [], []
         for part in output.chunks(states):
-            log_probs = output.all_log_probs(states.detach(), temperatures, part)
+            log_probs = output.all_log_probs(states.detach(), temperatures, part, masks)
             found.append(log_probs.gather(1, picks[part]))
             means.append(log_probs.exp_().to(weight.dtype) @ weight)
         ctx.save_for_backward(torch.cat(means), picks, temperatures, weight)
@@ -214,7 +251,7 @@ class _FrozenLogProbs(torch.autograd.Function):
         rows = F.embedding(picks, weight)  # (N, K, hidden)
         gradient = (grad.unsqueeze(-1) * rows.float()).sum(1)
         gradient = gradient - grad.sum(1, keepdim=True) * means.float()
-        return gradient.to(means.dtype), None, None, None, None
+        return gradient.to(means.dtype), None, None, None, None, None
 
 
 def _close(one: Tensor, other: Tensor) -> bool:

@@ -1,63 +1,94 @@
 """Stopping: when the sequence of a site ends.
 
 A sequence closes at the first token that is an EOS, or that completes an occurrence of a stop
-string in the site's own text, or that is the last of ``max_tokens``. Stop strings are searched in
-UTF-8 bytes: the encoding is self-synchronising, so an occurrence in the bytes is one in the text,
-even where a stop string spans tokens or a character is split between two of them.
+string in the site's own text, or after which nothing can extend a match of its constraint, or that is
+the last of ``max_tokens``. Stop strings are searched in UTF-8 bytes: the encoding is
+self-synchronising, so an occurrence in the bytes is one in the text, even where a stop string spans
+tokens or a character is split between two of them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
+
+import torch
+from torch import Tensor
 
 from lmppl.checks import check_int
+from lmppl.lm.tokens.constraints.constraint import Constraint
+from lmppl.lm.tokens.matching import Matching, TextMatch, first_stop
 from lmppl.lm.tokens.text import FinishReason, Text
 from lmppl.lm.tokens.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True, eq=False)
 class Stopping:
-    """What closes a sequence.
+    """What closes a sequence, and which closed ones there are.
 
-    With neither ``stop`` nor ``max_tokens`` nothing does, not even EOS: a prefix likelihood.
+    With neither ``stop``, ``max_tokens`` nor ``constraint`` nothing closes it, not even EOS: a prefix
+    likelihood.
 
     Args:
         vocabulary: the tokens of the model.
         stop: strings that close it (one string, several, or None).
         max_tokens: the most tokens it may have, the closing one included; None for no limit.
+        constraint: what its body must match; None: nothing.
 
     Raises:
-        ValueError: an empty stop string, or ``max_tokens`` below 1.
+        ValueError: an empty stop string, ``max_tokens`` below 1 or too small for any match, a
+            constraint that is broken in itself.
         TypeError: one of another type.
     """
 
     vocabulary: Vocabulary
     stop: tuple[str, ...] = ()
     max_tokens: int | None = None
+    constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", _as_stop(self.stop))
         if self.max_tokens is not None:
             object.__setattr__(self, "max_tokens", check_int("max_tokens", self.max_tokens))
+        if self.constraint is not None:
+            self._check_length()
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Stopping):
             return NotImplemented
         return (
-            (self.stop, self.max_tokens) == (other.stop, other.max_tokens)
+            (self.stop, self.max_tokens, self.constraint)
+            == (other.stop, other.max_tokens, other.constraint)
             and self.vocabulary.eos_ids == other.vocabulary.eos_ids
             and self.vocabulary.same_as(other.vocabulary)
         )
 
     def __hash__(self) -> int:
-        return hash((self.stop, self.max_tokens))
+        return hash((self.stop, self.max_tokens, self.constraint))
 
     @property
     def closes(self) -> bool:
         """Whether anything closes the sequence; False for a prefix likelihood."""
-        return bool(self.stop) or self.max_tokens is not None
+        return bool(self.stop) or self.max_tokens is not None or self.constraint is not None
+
+    @cached_property
+    def matching(self) -> Matching | None:
+        """What knows which texts match the constraint; None without one."""
+        if self.constraint is None:
+            return None
+        return matching_of(self.constraint, self.vocabulary, tuple(self._stop_bytes))
+
+    def _check_length(self) -> None:
+        assert self.matching is not None and self.constraint is not None
+        state = self.matching.start.state
+        needed = math.inf if state is None else state.needed()
+        if self.max_tokens is not None and self.max_tokens < needed < math.inf:
+            raise ValueError(
+                f"max_tokens={self.max_tokens} is too small for any match of "
+                f"{self.constraint!r}: it needs at least {needed:.0f} tokens"
+            )
 
     @cached_property
     def closing_token(self) -> int | None:
@@ -79,7 +110,8 @@ class Stopping:
     def scan(self, ids: Iterable[int]) -> tuple[int, FinishReason, str | None] | None:
         """Where ``ids`` close: number of tokens up to there, the reason, the stop string.
 
-        None if they are still open. At one token EOS goes before stop, and stop before length.
+        None if they are still open. At one token EOS goes before stop, stop before the constraint, and
+        that before length.
         """
         state = self.start()
         for token in ids:
@@ -87,6 +119,45 @@ class Stopping:
             if reason is not None:
                 return state.length, reason, state.stop
         return None
+
+    def is_value(self, ids: Sequence[int]) -> bool:
+        """Whether ``ids`` close with the last of them, and match the constraint."""
+        state = self.start()
+        for token in ids:
+            if state.reason is not None:
+                return False
+            state.push(token)
+        return state.reason is not None and state.matches
+
+    def masks(self, ids: Sequence[int], *, steered: bool) -> Tensor:
+        """(n, V) bool: of each of n tokens, those that the constraint (there must be one) allowed in its
+        place; see ``TextMatch.mask``."""
+        state, masks = self.start(), []
+        for token in ids:
+            masks.append(state.mask(steered=steered))
+            state.push(token)
+        return torch.stack(masks) if masks else torch.zeros(0, self.vocabulary.size).bool()
+
+    def mismatch(self, ids: Sequence[int]) -> str:
+        """Where a sequence fails to match the constraint, in words; empty if it does not fail."""
+        state = self.start()
+        for length, token in enumerate(ids):
+            state.push(token)
+            if not state.is_alive:
+                before = self.vocabulary.decode(ids[:length])
+                rest = self.vocabulary.decode(ids[length:]) or "its end"
+                return (
+                    f"the text stops matching {self.constraint!r} at character {len(before) + 1}: "
+                    f"after {before!r} comes {rest!r}"
+                )
+            if state.reason is not None:
+                break
+        text = self.vocabulary.decode(ids)
+        if state.length < len(ids):
+            return f"{text!r} goes on after a match of {self.constraint!r} that nothing extends"
+        if state.reason is None or not state.matches:
+            return f"{text!r} ends before it matches {self.constraint!r}"
+        return ""
 
     def text(self, ids: Iterable[int]) -> Text:
         """The value of a site whose tokens are ``ids``, open or closed by the last of them;
@@ -96,6 +167,8 @@ class Stopping:
         vocabulary = self.vocabulary
         string = vocabulary.decode([t for t in ids if t not in vocabulary.eos_ids])
         length, reason, stop = closed or (len(ids), None, None)
+        if reason == "constraint" and length < len(ids):  # observed, with probability zero
+            length, reason = len(ids), None
         if length < len(ids):
             raise ValueError(
                 f"{len(ids)} tokens for a sequence that closes at token {length} ({reason}): "
@@ -105,7 +178,7 @@ class Stopping:
         if stop is not None:
             # In bytes, as it was found: a half character before it decodes to a longer U+FFFD.
             text = vocabulary.bytes_of(ids)
-            found = _first_stop(text, self._stop_bytes)
+            found = first_stop(text, self._stop_bytes)
             assert found is not None
             body = text[: found[0]].decode("utf-8", errors="replace")
         return Text(string, ids, vocabulary, body=body, finish_reason=reason, stop=stop)
@@ -118,7 +191,7 @@ class Stopping:
 class StoppingState:
     """How far one sequence is from stopping. ``push`` takes its tokens one by one."""
 
-    __slots__ = ("_stopping", "_ids", "_tail", "length", "reason", "stop")
+    __slots__ = ("_stopping", "_ids", "_tail", "_match", "length", "reason", "stop", "matches")
 
     def __init__(self, stopping: Stopping) -> None:
         self._stopping = stopping
@@ -127,6 +200,12 @@ class StoppingState:
         self.length = 0  # tokens pushed
         self.reason: FinishReason | None = None  # what closed it; None while it is open
         self.stop: str | None = None  # the stop string that closed it, if one did
+        # Its text, if there is a constraint; and when it has closed, whether the body matches.
+        self._match: TextMatch | None = None
+        if stopping.constraint is not None:
+            assert stopping.matching is not None
+            self._match = stopping.matching.start
+        self.matches = True
 
     def push(self, token: int) -> FinishReason | None:
         """Add a token. Returns why the sequence closed at it, or None while it is open;
@@ -137,7 +216,9 @@ class StoppingState:
         self.length += 1
         if not stopping.closes:
             return None
-        if token in stopping.vocabulary.eos_ids:
+        if self._match is not None:
+            self._push_match(token)
+        elif token in stopping.vocabulary.eos_ids:
             self.reason = "eos"
         elif stopping.stop and self._find_stop(token):
             self.reason = "stop"
@@ -145,11 +226,53 @@ class StoppingState:
             self.reason = "length"
         return self.reason
 
+    def _push_match(self, token: int) -> None:
+        """``push`` of a site with a constraint."""
+        match, stopping = self._match, self._stopping
+        assert match is not None
+        if token in stopping.vocabulary.eos_ids:
+            self.reason, self.matches = "eos", match.is_complete
+        elif stopping.stop and self._find_stop(token):
+            # What the mask says of a token that completes a stop string is whether the body matches.
+            self.reason, self.matches = "stop", match.allows(token, 0)
+        else:
+            self._match = match = match.after(token)
+            if match.is_final:
+                self.reason = "constraint"
+            elif self.length == stopping.max_tokens:
+                self.reason, self.matches = "length", match.is_complete
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it matches the constraint, or may yet (True without one)."""
+        if self.reason is not None:
+            return self.matches
+        return self._match is None or self._match.is_alive
+
+    def mask(self, *, steered: bool = False) -> Tensor:
+        """(V,) bool: the tokens that the constraint (there must be one) allows next; see
+        ``TextMatch.mask``."""
+        assert self._match is not None
+        return self._match.mask(self._left, steered=steered)
+
+    def allows(self, token: int) -> bool:
+        """Whether the constraint (there must be one) allows a token next: what ``mask`` says of it,
+        without steering."""
+        assert self._match is not None
+        return self._match.allows(token, self._left)
+
+    @property
+    def _left(self) -> int:
+        """How many tokens may follow the next one."""
+        most = self._stopping.max_tokens
+        return _ENDLESS if most is None else most - self.length - 1
+
     def copy(self) -> StoppingState:
         """An independent copy."""
         other = StoppingState(self._stopping)
         other._tail, other._ids = self._tail, list(self._ids)
         other.length, other.reason, other.stop = self.length, self.reason, self.stop
+        other._match, other.matches = self._match, self.matches
         return other
 
     def _find_stop(self, token: int) -> bool:
@@ -162,17 +285,22 @@ class StoppingState:
         else:
             self._ids.append(int(token))
             text = vocabulary.bytes_of(self._ids)
-        found = _first_stop(text, stops)
+        found = first_stop(text, stops)
         if found is None:
             return False
         self.stop = stopping.stop[found[1]]
         return True
 
 
-def _first_stop(text: bytes, stops: list[bytes]) -> tuple[int, int] | None:
-    """The occurrence that ends first, and of those the longest: its start, and which stop it is."""
-    found = [(start, n) for n, stop in enumerate(stops) if (start := text.find(stop)) >= 0]
-    return min(found, key=lambda f: (f[0] + len(stops[f[1]]), f[0]), default=None)
+_ENDLESS = 1 << 30  # tokens, where nothing limits them
+
+
+@lru_cache(maxsize=256)
+def matching_of(
+    constraint: Constraint, vocabulary: Vocabulary, stops: tuple[bytes, ...]
+) -> Matching:
+    """The ``Matching`` of all sites with this constraint, which share what it finds out."""
+    return Matching(constraint, vocabulary, stops)
 
 
 def _as_stop(stop: object) -> tuple[str, ...]:
@@ -207,6 +335,8 @@ def encode_observed(obs: str, stopping: Stopping, site: str = "") -> tuple[int, 
             )
         return ids
     closed = stopping.scan(ids)
+    if closed is not None and closed[1] == "constraint":
+        return ids  # also where it goes on after a match: that has probability zero
     if closed is None:
         if vocabulary.eos_id is not None:
             return (*ids, vocabulary.eos_id)

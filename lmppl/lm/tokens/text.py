@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from lmppl.lm.tokens.vocabulary import Vocabulary
 
-FinishReason = Literal["stop", "eos", "length"]
+FinishReason = Literal["stop", "eos", "length", "constraint"]
 
 
 class Text(str):
@@ -25,7 +25,8 @@ class Text(str):
         token_ids: the tokens, the closing one included; of a concatenation, the tokens it
             contributes to a prefix.
         body: the text without the stop string that closed it.
-        finish_reason: what closed it: ``"stop"``, ``"eos"``, ``"length"``; None if nothing did.
+        finish_reason: what closed it: ``"stop"``, ``"eos"``, ``"length"``, or ``"constraint"``: it is a
+            match that nothing can extend. None if nothing did.
         stop: the stop string that closed it, or None.
         parts: what it contributes to a prefix: token tuples (EOS removed), and ``str`` to tokenise.
         vocabulary: the vocabulary that its tokens belong to.

@@ -12,6 +12,9 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property, lru_cache
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from lmppl.lm.tokens.token_bytes import Rule, byte_level, component, rules_of
 
 
@@ -241,6 +244,13 @@ class Vocabulary:
     @cached_property
     def special_ids(self) -> frozenset[int]:
         return frozenset(self.tokenizer.all_special_ids)
+
+    @cached_property
+    def text_tokens(self) -> Tensor:
+        """(size,) bool: the tokens that are text: not special, no EOS, and of at least one byte."""
+        special = self.special_ids | self.eos_ids
+        is_text = [t not in special and bool(self.token_bytes(t)) for t in range(self.size)]
+        return torch.tensor(is_text, dtype=torch.bool)
 
     @cached_property
     def fingerprint(self) -> str:

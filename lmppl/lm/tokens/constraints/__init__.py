@@ -1,0 +1,1 @@
+"""Constraints: which texts a site may hold."""

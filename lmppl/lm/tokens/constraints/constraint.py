@@ -1,0 +1,196 @@
+"""Constraint: which texts a site may hold.
+
+A constraint speaks of a text's *body*, without the stop string and the EOS that close it, and of its
+UTF-8 bytes: every way to cut a match into tokens is allowed. It is asked through states, each of which
+stands for a text so far.
+"""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Hashable
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from lmppl.lm.tokens.vocabulary import Vocabulary
+
+
+class Constraint:
+    """Which texts a site may hold.
+
+    A constraint of your own is a subclass, in one of two ways:
+
+    - by predicates: define ``allows(prefix)`` and, if not every such text is a match,
+      ``complete(text)``. Such a site closes by EOS, stop or length only;
+    - by states: define ``start(vocabulary)``, which returns a ``ConstraintState`` for the empty text,
+      with a mask over the vocabulary.
+
+    Both must be functions of the text alone. Two constraints are the same if their ``key`` is: by
+    default only a constraint and itself.
+    """
+
+    name = "constraint"
+    """What it is called in messages: the argument of ``lm_sample`` that made it."""
+
+    is_lazy = True
+    """Whether it is cheaper to ask about one token than about all of the vocabulary."""
+
+    @property
+    def key(self) -> Hashable:
+        """Equal for constraints that are the same."""
+        return id(self)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Constraint) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def allows(self, prefix: str) -> bool:
+        """Whether a matching text may begin with ``prefix``, whole characters."""
+        raise NotImplementedError(
+            f"{type(self).__name__} defines neither allows(prefix) nor start(vocabulary): a Constraint "
+            "needs one of them"
+        )
+
+    def complete(self, text: str) -> bool:
+        """Whether ``text`` is a match."""
+        return self.allows(text)
+
+    def start(self, vocabulary: Vocabulary) -> ConstraintState | None:
+        """The state of the empty text; None if there is no match at all.
+
+        Raises:
+            ValueError: the constraint is broken in itself, or the vocabulary can't spell it.
+        """
+        return PredicateState(self, vocabulary, b"").checked()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
+
+class ConstraintState(ABC):
+    """Where a text that a matching one may begin with has come to. It never changes."""
+
+    @abstractmethod
+    def after(self, data: bytes) -> ConstraintState | None:
+        """The state when ``data`` has followed; None if no match begins so. (A character may be split
+        between two calls.)"""
+
+    @property
+    @abstractmethod
+    def is_complete(self) -> bool:
+        """Whether the text so far is a match."""
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the text so far is a match that no bytes can extend to another one."""
+        return False
+
+    @abstractmethod
+    def mask(self) -> Tensor:
+        """(V,) bool: the tokens after whose bytes a match may still come. (What is said of special
+        tokens and of those without bytes does not count.)"""
+
+    def needed(self) -> float:
+        """A lower bound of the number of further tokens to a match; infinite if there is none."""
+        return 0.0 if self.is_complete else 1.0
+
+    def within(self, left: int) -> Tensor | None:
+        """(V,) bool: the tokens after which a match within ``left`` further ones is not ruled out; None:
+        nothing is ruled out, beside what ``mask`` does. To rule out too much is an error."""
+        return None
+
+
+class PredicateState(ConstraintState):
+    """The state of a constraint by predicates: the text itself."""
+
+    def __init__(self, constraint: Constraint, vocabulary: Vocabulary, data: bytes) -> None:
+        self._constraint, self._vocabulary, self._bytes = constraint, vocabulary, data
+
+    def checked(self) -> PredicateState | None:
+        """Itself, if a match may begin so."""
+        whole, rest = split_characters(self._bytes)
+        if whole is None or not self._ask(self._constraint.allows, whole):
+            return None
+        return self
+
+    def after(self, data: bytes) -> PredicateState | None:
+        return PredicateState(self._constraint, self._vocabulary, self._bytes + data).checked()
+
+    @cached_property
+    def is_complete(self) -> bool:  # type: ignore[override]
+        whole, rest = split_characters(self._bytes)
+        return whole is not None and not rest and self._ask(self._constraint.complete, whole)
+
+    @cached_property
+    def _mask(self) -> Tensor:
+        vocabulary = self._vocabulary
+        _warn_of_masks(self._constraint)
+        allowed = torch.zeros(vocabulary.size, dtype=torch.bool)
+        for token in vocabulary.text_tokens.nonzero().flatten().tolist():
+            allowed[token] = self.after(vocabulary.token_bytes(token)) is not None
+        return allowed
+
+    def mask(self) -> Tensor:
+        return self._mask
+
+    def _ask(self, predicate: object, text: str) -> bool:
+        try:
+            return bool(predicate(text))  # type: ignore[operator]
+        except Exception as error:
+            error.add_note(
+                f"raised by {type(self._constraint).__name__}.{getattr(predicate, '__name__', '?')}"
+                f"({text!r}), which must return True or False"
+            )
+            raise
+
+
+_warned: set[type] = set()
+
+
+def _warn_of_masks(constraint: Constraint) -> None:
+    if type(constraint) not in _warned:
+        _warned.add(type(constraint))
+        warnings.warn(
+            f"{constraint!r} is asked about every token of the vocabulary at every step, as "
+            "constrain='local', method='exact' and 'mcmc', and guides need. That is slow: "
+            "method='importance' and 'smc' ask about a few tokens, and a ConstraintState with a "
+            "mask of its own can be fast",
+            stacklevel=2,
+        )
+
+
+def split_characters(data: bytes) -> tuple[str | None, bytes]:
+    """The whole characters that ``data`` begins with and the bytes of one that has begun; None and
+    nothing if ``data`` can't be the beginning of UTF-8."""
+    for cut in range(min(4, len(data) + 1)):
+        head, rest = data[: len(data) - cut], data[len(data) - cut :]
+        try:
+            text = head.decode()
+        except UnicodeDecodeError:
+            continue
+        return (text, rest) if _begins_character(rest) else (None, b"")
+    return None, b""
+
+
+def _begins_character(rest: bytes) -> bool:
+    """Whether some bytes, fewer than a character has, are the first of one."""
+    if not rest:
+        return True
+    length = {6: 2, 14: 3, 30: 4}.get(
+        next((rest[0] >> shift for shift in (5, 4, 3) if rest[0] >> shift in (6, 14, 30)), 0), 0
+    )
+    if len(rest) >= length:
+        return False
+    for low, high in ((b"\x80", b"\xbf"), (b"\xa0", b"\x8f")):
+        for filler in (low, high):
+            try:
+                (rest + filler + b"\x80" * (length - len(rest) - 1)).decode()
+            except UnicodeDecodeError:
+                continue
+            return True
+    return False

@@ -1,0 +1,127 @@
+"""Constrained texts: which there are, and what may come next, against brute force by Python's ``re``."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+
+import pytest
+import torch
+
+import lmppl
+from lmppl import LMText, lm_sample
+from lmppl.constraints import Regex
+from lmppl.lm.tokens.stopping import Stopping
+from lmppl.testing import tiny_byte_lm, tiny_lm
+from lmppl.testing.naive import NaiveLM
+
+TINY = tiny_lm(["a", "b", ".", "ab", "1", "b."], seed=3)
+MOST = 4  # tokens
+
+CASES = {  # a pattern, the matches that something extends, and stop strings
+    "alternatives": ("a|ab|b1", lambda text: text == "a", None),
+    "star": ("a*b?", lambda text: not text.endswith("b"), None),
+    "stop": ("(ab)+", lambda text: True, "."),
+    "stop of several tokens": ("[ab]+", lambda text: True, "b.1"),
+    "stop within a token": ("a+|ab", lambda text: text != "ab", ["b.", "1"]),
+    "stop in the pattern": (r"a\.?b*", lambda text: True, ".1"),
+    "whole text": (r"a\.b1", lambda text: False, None),
+}
+
+
+def values(pattern, extends, stop):
+    """Every value, by definition."""
+    vocabulary, stops = TINY.vocabulary, [stop] if isinstance(stop, str) else list(stop or ())
+    found, open_ids = set(), [()]
+    while open_ids:
+        ids = open_ids.pop()
+        for token in range(vocabulary.size):
+            new, text = (*ids, token), vocabulary.decode([*ids, token])
+            starts = [(text.find(s) + len(s), text.find(s)) for s in stops if s in text]
+            if token in vocabulary.eos_ids:
+                if re.fullmatch(pattern, vocabulary.decode(ids)):
+                    found.add(new)
+            elif starts:
+                if re.fullmatch(pattern, text[: min(starts)[1]]):
+                    found.add(new)
+            elif re.fullmatch(pattern, text) and not extends(text):
+                found.add(new)
+            elif len(new) == MOST:
+                if re.fullmatch(pattern, text):
+                    found.add(new)
+            else:
+                open_ids.append(new)
+    return found
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_values_and_masks_are_those_of_the_definition(case):
+    pattern, extends, stop = CASES[case]
+    want = values(pattern, extends, stop)
+    stopping = Stopping(TINY.vocabulary, stop, MOST, Regex(pattern))
+    begun = {ids[:n] for ids in want for n in range(len(ids) + 1)}
+    tokens = range(TINY.vocabulary.size)
+    for length in range(MOST):
+        for ids in itertools.product(tokens, repeat=length):
+            state = stopping.start()
+            if any(state.push(token) is not None for token in ids):
+                continue
+            for token, allowed in enumerate(state.mask().tolist()):
+                new = (*ids, token)
+                assert stopping.is_value(new) == (new in want), new
+                assert allowed == state.allows(token)
+                # A mask may not see that no text comes to its end in time, or that a stop cuts it.
+                assert allowed or new not in begun
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_densities_are_those_of_the_definition(case):
+    pattern, extends, stop = CASES[case]
+    naive, prefix = NaiveLM(TINY), TINY.encode("ab")
+    want = {ids: float(naive.log_prob(prefix, ids).sum()) for ids in values(pattern, extends, stop)}
+
+    def program():
+        return lm_sample("z", "ab", max_tokens=MOST, stop=stop, regex=pattern)
+
+    exact = lmppl.infer(program, lm=TINY, method="exact")
+    nodes = [trace.nodes["z"] for trace in exact.traces]
+    got = {node["fn"].token_ids(node["value"]): float(node["log_prob"]) for node in nodes}
+    assert got == pytest.approx(want, abs=1e-5)
+    log_z = float(torch.tensor(list(want.values()), dtype=torch.float64).logsumexp(0))
+    assert exact.log_evidence == pytest.approx(log_z, abs=1e-5)
+    fn = LMText(TINY, "ab", max_tokens=MOST, stop=stop, constraint=Regex(pattern))
+    scores = fn.log_prob(torch.stack([fn.value(ids) for ids in want]))
+    assert scores.tolist() == pytest.approx(list(want.values()), abs=1e-5)
+
+
+def test_a_split_character_matches_as_a_whole():
+    lm = tiny_byte_lm()
+    for pattern, text, reason in (
+        ("é+", "éé", None), ("[^a]", "è", "constraint"), ("a.?", "aé", "constraint")
+    ):  # fmt: skip
+        stopping = Stopping(lm.vocabulary, (), 8, Regex(pattern))
+        state = stopping.start()
+        for token in lm.vocabulary.encode(text):
+            assert state.mask()[token]
+            state.push(token)
+        assert state.reason == reason
+        assert reason or state.mask()[lm.vocabulary.eos_id]
+
+
+def test_the_place_of_a_mismatch_is_said():
+    stopping = Stopping(TINY.vocabulary, (), 8, Regex("ab1"))
+    assert "character 2" in stopping.mismatch(TINY.vocabulary.encode("aa1"))
+    assert "ends before" in stopping.mismatch(TINY.vocabulary.encode("ab"))
+    assert stopping.mismatch(TINY.vocabulary.encode("ab1")) == ""
+
+
+def test_an_observation_that_does_not_match_has_probability_zero():
+    def program(pattern):
+        lm_sample("z", "a", max_tokens=2)
+        lm_sample("y", "ab", max_tokens=4, regex=pattern, obs="ab1")
+
+    posterior = lmppl.infer(program, "a.*", lm=TINY, method="importance", num_samples=4, seed=0)
+    assert posterior.log_evidence > -math.inf
+    with pytest.raises(lmppl.ZeroEvidenceError, match="'y'"):
+        lmppl.infer(program, "b.*", lm=TINY, method="importance", num_samples=4, seed=0)
