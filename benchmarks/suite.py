@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from benchmarks import (
     decode,
     gflownet,
+    masks,
     outside,
     overhead,
     resampling,
@@ -69,6 +70,7 @@ BENCHMARKS = {
         "times the other's CPU seconds",
         overhead.run,
     ),
+    "masks": Benchmark("A constraint at every token", "added to the time of a step", masks.run),
     "resampling": Benchmark(
         "Resampling at every token", "added to the time, or memory", resampling.run
     ),
