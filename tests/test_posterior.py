@@ -291,9 +291,9 @@ def test_sites_of_a_pyro_program():
     assert set(posterior.probs("coin")) <= {0.0, 1.0}  # discrete, though a float tensor
     with pytest.raises(TypeError, match="'p' is continuous.*mean"):
         posterior.probs("p")
-    assert posterior.summary()["sites"] == ["coin"] and list(posterior.summary()["numeric"]) == [
-        "p"
-    ]
+    summary = posterior.summary()
+    assert list(summary["marginals"]) == ["coin"] and list(summary["numeric"]) == ["p"]
+    assert summary["returned"] is None  # the coin
 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 5)), min_size=1, max_size=30))
@@ -310,8 +310,11 @@ def test_probs_sum_equal_texts_largest_first(pairs):
         expected = sum(c for t, c in pairs if t == text) / sum(counts)
         assert probs.get(text, 0.0) == pytest.approx(expected)
     assert all(value > 0 for value in probs.values())
-    rows = posterior.summary()["rows"]
-    assert {row["values"]["z"]: row["weight"] for row in rows} == pytest.approx(probs)
+    rows = posterior.summary()["marginals"]["z"]
+    assert [row["value"] for row in rows] == list(probs)
+    assert [row["weight"] for row in rows] == pytest.approx(list(probs.values()))
+    joint = posterior.summary(joint=True)["rows"]
+    assert {row["values"]["z"]: row["weight"] for row in joint} == pytest.approx(probs)
     assert probs[posterior.best("z")] == max(probs.values())
 
 
@@ -320,7 +323,7 @@ def test_texts_equal_as_strings_count_as_one_whatever_their_tokens():
     traces = [trace_of(z=(site, torch.tensor([i, -1]), False)) for i in range(3)]
     posterior = Posterior(traces, torch.tensor([0.2, 0.3, 0.5]).log(), [0] * 3)
     assert posterior.probs("z") == pytest.approx({"ab": 0.5, "b": 0.5})
-    assert len(posterior.summary()["rows"]) == 2
+    assert len(posterior.summary()["marginals"]["z"]) == 2
 
 
 def test_a_site_in_one_branch_only():
@@ -329,7 +332,11 @@ def test_a_site_in_one_branch_only():
     assert posterior["z"] == ["a", None, "b"]
     assert posterior.probs("z") == pytest.approx({None: 0.5, "b": 0.3, "a": 0.2})
     assert posterior.best("z") == "b"
-    rows = [row["values"] for row in posterior.summary()["rows"]]
+    rows = posterior.summary()["marginals"]["z"]
+    assert rows == [{"weight": pytest.approx(w), "value": v} for w, v in
+                    ((0.5, None), (0.3, "b"), (0.2, "a"))]  # fmt: skip
+    assert " 50.0%   ██████████   - (not reached)" in repr(posterior).splitlines()
+    rows = [row["values"] for row in posterior.summary(joint=True)["rows"]]
     assert rows == [{"kind": "short"}, {"kind": "long", "z": "b"}, {"kind": "long", "z": "a"}]
     dead = Posterior(traces[:2], torch.tensor([NO_WEIGHT, 0.0]), [0] * 2)
     assert dead.best("z") is None
@@ -340,6 +347,24 @@ def test_tensors_of_any_shape_are_values_of_probs():
     traces = [trace_of(k=(site, torch.tensor(v), False)) for v in ([0, 1], [2, 3], [0, 1])]
     posterior = Posterior(traces, torch.zeros(3), [0] * 3)
     assert posterior.probs("k") == pytest.approx({(0, 1): 2 / 3, (2, 3): 1 / 3})
+
+
+def test_probs_of_a_function_and_of_what_the_program_returns():
+    traces = [trace_of(z=" a b", n=1.0), trace_of(z=" a c", n=2.0), trace_of(z=" b"), Trace()]
+    weights = torch.tensor([0.3, 0.3, 0.4, 0.0]).log()
+    posterior = Posterior(traces, weights, [[1], [1], (2, 3), None])
+    assert posterior.probs(lambda v: v["z"].split()[0]) == pytest.approx({"a": 0.6, "b": 0.4})
+    assert posterior.probs(lambda v: "n" in v) == pytest.approx({True: 0.6, False: 0.4})
+    assert posterior.probs(returns=True) == pytest.approx({"[1]": 0.6, (2, 3): 0.4})
+    assert posterior.best(lambda v: len(v["z"])) == 4
+    assert posterior.best(returns=True) == "[1]"
+    for wrong in ({}, {"name_or_fn": "z", "returns": True}, {"name_or_fn": 3}):
+        with pytest.raises(
+            TypeError, match="probs takes the name of a site, a fun|name_or_fn must"
+        ):
+            posterior.probs(**wrong)
+    with pytest.raises(TypeError, match="returns='z'"):
+        posterior.probs(returns="z")
 
 
 # --- expectations --------------------------------------------------------------------------------
@@ -361,6 +386,50 @@ def test_mean_leaves_out_samples_of_weight_zero():
     posterior = Posterior(traces, torch.tensor([0.0, NO_WEIGHT, NO_WEIGHT]), [0] * 3)
     assert float(posterior.mean("p")) == pytest.approx(0.2)
     assert float(posterior.mean(lambda v: v["p"])) == pytest.approx(0.2)
+
+
+@given(
+    st.lists(st.tuples(st.integers(-5, 5), st.integers(0, 6)), min_size=1, max_size=12),
+    st.lists(st.floats(0, 1), min_size=1, max_size=4),
+)
+@settings(deadline=None)
+def test_a_quantile_is_the_smallest_value_that_reaches_the_level(pairs, levels):
+    values, counts = [value for value, _ in pairs], [count for _, count in pairs]
+    if not sum(counts):
+        return
+    traces = [trace_of(p=float(value), v=torch.tensor([value, -2.0 * value])) for value in values]
+    posterior = Posterior(traces, torch.tensor(counts).double().log(), values)
+    drawn = sorted(v for v, count in zip(values, counts, strict=True) for _ in range(count))
+    # Of equal draws, q = k / n is reached by the k-th.
+    levels = [*levels, *(k / len(drawn) for k in range(len(drawn) + 1))]
+    expected = [
+        next(v for i, v in enumerate(drawn, 1) if i / len(drawn) >= q - 1e-13) for q in levels
+    ]
+    found = posterior.quantile("p", levels)
+    assert found.dtype == torch.float64 and found.tolist() == expected
+    assert posterior.quantile(lambda v: v["p"], levels[0]).item() == expected[0]
+    entries = posterior.quantile("v", levels)
+    assert entries.shape == (len(levels), 2) and entries[:, 0].tolist() == expected
+    other = [
+        next(
+            v for i, v in enumerate(sorted(-2 * v for v in drawn), 1) if i / len(drawn) >= q - 1e-13
+        )
+        for q in levels
+    ]
+    assert entries[:, 1].tolist() == other
+
+
+def test_quantiles_of_bad_levels():
+    posterior = Posterior([trace_of(p=0.2, z="a")], torch.zeros(1), [0])
+    assert posterior.quantile("p", torch.tensor([0.1, 0.9])).shape == (2,)
+    with pytest.raises(ValueError, match="q=1.5.*at least 0 and at most 1"):
+        posterior.quantile("p", 1.5)
+    with pytest.raises(ValueError, match="q=-1"):
+        posterior.quantile("p", [0.5, -1])
+    with pytest.raises(TypeError, match="'z' has no mean"):
+        posterior.quantile("z", 0.5)
+    with pytest.raises(KeyError, match="'nope'"):
+        posterior.quantile("nope", 0.5)
 
 
 def test_mean_says_why_there_is_none():
@@ -502,7 +571,7 @@ def test_a_deep_copy_is_equal_and_independent(inferred, how):
         one.log_weights += torch.arange(len(one)).double()
         one.__dict__.pop("weights", None)
         one.returns[0]["found"]["length"].append(7)
-        one.returns.pop()
+        one.returns[-1] = {"z": "changed", "found": None, "theta": 0.0}
         one.info["notes"].append("changed")
         assert told(other) == kept
 
@@ -557,18 +626,139 @@ def report() -> dict[str, Any]:
     }
 
 
-def test_the_table_ranks_joint_values():
-    traces = [trace_of(a="x", b=" one"), trace_of(a="x", b=" two"), trace_of(a="x", b=" two")]
-    posterior = Posterior(traces, torch.tensor([0.2, 0.4, 0.4]).log(), [0] * 3, info=report())
-    lines = repr(posterior).splitlines()
+def rows_of(table: object) -> list[list[str]]:
+    return [line.split() for line in repr(table).splitlines()]
+
+
+def two_sites() -> Posterior:
+    traces = [trace_of(a="x", b=" one"), trace_of(a="x", b=" two"), trace_of(a="y", b=" two")]
+    return Posterior(traces, torch.tensor([0.2, 0.4, 0.4]).log(), [0] * 3, info=report())
+
+
+def test_the_table_has_a_marginal_a_site():
+    lines = repr(two_sites()).splitlines()
     assert lines[0] == "Posterior by importance: 3 samples, ESS 2.8 (93%)"
     assert lines[1].startswith("log evidence -1.099 nats (standard error 0.2")
-    assert lines[2] == "1,234 tokens drawn, 567 tokens scored, 3.2 s"
-    assert lines[3].split() == ["weight", "a", "b"]
-    assert lines[5].split() == ["80.0%", "█" * 10, "'x'", "'", "two'"]
-    assert lines[6].split() == ["20.0%", "██▌", "'x'", "'", "one'"]
+    assert lines[2] == "don't trust these figures: the effective sample size, 2.8, is below 10"
+    assert lines[3] == "1,234 tokens drawn, 567 tokens scored, 3.2 s"
+    assert [line.split() for line in lines if line and "─" not in line][4:-2] == [
+        ["weight", "a"], ["60.0%", "█" * 10, "'x'"], ["40.0%", "██████▋", "'y'"],
+        ["weight", "b"], ["80.0%", "█" * 10, "'", "two'"], ["20.0%", "██▌", "'", "one'"],
+        ["weight", "returned"], ["100.0%", "█" * 10, "0"],
+    ]  # fmt: skip
     assert lines[-2] == "samples with probability zero, by the site that ended them: y (2)"
     assert lines[-1] == "note: self-normalised"
+
+
+def test_joint_rows_on_request():
+    posterior = two_sites()
+    assert "rows" not in posterior.summary()
+    rows = posterior.summary(joint=True)["rows"]
+    assert [row["values"] for row in rows][-1] == {"a": "x", "b": " one"}
+    table = posterior.table(joint=True)
+    assert ["weight", "a", "b"] in rows_of(table)
+    assert ["20.0%", "█████", "'x'", "'", "one'"] in rows_of(table)
+    assert ["weight", "b"] in rows_of(posterior.table("b", joint=True, rows=1))
+    assert "and 1 more, together 20.0%" in repr(posterior.table("b", joint=True, rows=1))
+    assert table._repr_html_().count("<table>") == 1 and str(table) == repr(table)
+    one = posterior.table("b", rows=1)
+    assert ["weight", "a"] not in rows_of(one) and "'x'" not in repr(one)
+    assert "and 1 more, together 20.0%" in repr(one)
+    with pytest.raises(KeyError, match="no trace has a site 'c'"):
+        posterior.table("c")
+    with pytest.raises(ValueError, match="rows=0"):
+        posterior.table(rows=0)
+
+
+def test_tools_and_returned_values_are_in_the_table():
+    traces = [trace_of(z="a", n=ToolResult.wrap({"hits": i % 2}), s=ToolResult.wrap(0.5 * i),
+                       y=(Words(["w"]), torch.tensor([0, -1]), True)) for i in range(4)]  # fmt: skip
+    posterior = Posterior(traces, torch.zeros(4), [("a", i % 2) for i in range(4)])
+    summary = posterior.summary()
+    assert summary["marginals"]["n"] == [
+        {"weight": 0.5, "value": {"hits": 0}}, {"weight": 0.5, "value": {"hits": 1}},
+    ]  # fmt: skip
+    assert summary["numeric"]["s"]["mean"] == 0.75 and summary["tools"] == ["n", "s"]
+    assert [row["value"] for row in summary["returned"]["rows"]] == [("a", 0), ("a", 1)]
+    assert "y" not in summary["marginals"], "what is observed is known"
+    table = repr(posterior)
+    assert "n (tool)" in table and "{'hits': 1}" in table and "['a', 1]" in table
+    assert "s (tool)   0.75" in table
+    assert "'w'" in repr(posterior.table("y")), "unless it is asked for"
+    floats = Posterior(traces, torch.zeros(4), [0.5, 1.5, 2.5, 3.5])
+    assert floats.summary()["returned"]["numeric"]["mean"] == 2.0
+    assert any(row[:3] == ["returned", "2", "1.118"] for row in rows_of(floats))
+
+
+@pytest.mark.parametrize("returns", [[None] * 3, ["a", "b", "a"], [" one"] * 3])
+def test_what_a_program_returns_is_shown_if_it_says_something(returns):
+    traces = [trace_of(z=z, w="w") for z in ("a", "b", "a")]
+    shown = Posterior(traces, torch.zeros(3), returns).summary()["returned"]
+    assert (shown is not None) == (returns[0] == " one")
+
+
+def test_deterministic_values_are_shown():
+    def model():
+        p = pyro.sample("p", dist.Normal(0.0, 1.0))
+        pyro.deterministic("twice", 2 * p)
+        pyro.deterministic("big", torch.tensor(3))
+
+    traces = [poutine.trace(model).get_trace() for _ in range(3)]
+    summary = Posterior(traces, torch.zeros(3), [None] * 3).summary()
+    assert summary["numeric"]["twice"]["mean"] == pytest.approx(2 * summary["numeric"]["p"]["mean"])
+    assert summary["marginals"]["big"] == [{"weight": pytest.approx(1.0), "value": 3}]
+
+
+def test_a_program_of_many_sites_has_a_short_table():
+    traces = [trace_of(**{f"z{k}": f"{i * k % 7}" for k in range(20)}) for i in range(50)]
+    posterior = Posterior(traces, torch.zeros(50), [None] * 50)
+    lines = repr(posterior).splitlines()
+    assert len(lines) < 45 and max(map(len, lines)) < 120
+    assert sum("weight" in line for line in lines) == 6
+    assert any(
+        line.startswith("and 14 more, shown by posterior.table(name): z6, z7") for line in lines
+    )
+    assert repr(posterior.table("z6", rows=7)).count("%") == 1 + 7
+    vector = Posterior([trace_of(v=torch.arange(30.0))], torch.zeros(1), [None])
+    assert "v[11]" in repr(vector) and "v[12]" not in repr(vector) and "and 18 more" in repr(vector)
+
+
+# --- trust ---
+
+
+def heavy(k: float, count: int = 400) -> Posterior:
+    """Weights whose tail has shape k: quantiles of a Pareto distribution."""
+    log_weights = -k * torch.log1p(-(torch.arange(count) + 0.5).double() / count)
+    info = {"iid": True, "engine": "importance"}
+    return Posterior(
+        [trace_of(z=str(i)) for i in range(count)], log_weights, [0] * count, info=info
+    )
+
+
+def test_a_table_says_when_its_figures_cannot_be_trusted():
+    few = posterior_of(list("abcdefghijkl"), [50.0, *[1.0] * 11], info={"iid": True})
+    assert few.ess < 10 and few.log_evidence_stderr < 1
+    line = f"don't trust these figures: the effective sample size, {few.ess:.1f}, is below 10"
+    assert repr(few).splitlines()[2] == line and line.replace("'", "&#x27;") in few._repr_html_()
+    enough = posterior_of(list("abcdefghijkl"), [1.0] * 12, info={"iid": True})
+    assert "trust" not in repr(enough) and enough.summary()["doubts"] == []
+    tail = heavy(0.85)
+    assert tail.ess > 10 and tail.summary()["pareto_k"] > 0.7
+    assert tail.summary()["doubts"] == [f"Pareto k, {tail.summary()['pareto_k']:.2f}, is above 0.7"]
+    assert heavy(0.3).summary()["doubts"] == [] and heavy(0.3).summary()["pareto_k"] < 0.7
+
+
+def test_nothing_is_doubted_where_nothing_is_estimated():
+    exact = posterior_of(["a", "b"], [9.0, 1.0], info={"engine": "exact", "exact": True})
+    dead = posterior_of(["a", "b"], [0.0, 0.0])
+    assert exact.summary()["doubts"] == dead.summary()["doubts"] == []
+    assert exact.resample(3, seed=0).summary()["doubts"], "three draws are few"
+
+
+def test_chains_that_disagree_are_doubted():
+    posterior = posterior_of(list("abab"), [1.0] * 4, info=CHAINS, claims_evidence=False)
+    doubt = "R-hat of 'length of z', 1.20, is above 1.01: the chains disagree"
+    assert posterior.summary()["doubts"] == [doubt] and doubt in repr(posterior)
 
 
 def test_the_table_shows_the_first_ten():
@@ -617,25 +807,28 @@ def test_continuous_sites_are_summarised():
     traces = [trace_of(z="a", p=v, v=torch.tensor([v, 2 * v])) for v in values]
     posterior = Posterior(traces, torch.tensor([0.25, 0.5, 0.25]).log(), [0] * 3)
     summary = posterior.summary()
-    assert summary["sites"] == ["z"] and len(summary["rows"]) == 1
-    assert summary["numeric"]["p"] == pytest.approx(
-        {"mean": 1.0, "sd": math.sqrt(0.5), "weight": 1}
-    )
+    assert list(summary["marginals"]) == ["z"]
+    sd = math.sqrt(0.5)
+    levels = {"5%": 0.0, "50%": 1.0, "95%": 2.0}
+    assert summary["numeric"]["p"] == pytest.approx({"mean": 1.0, "sd": sd, "weight": 1, **levels})
     assert summary["numeric"]["v"]["mean"] == pytest.approx([1.0, 2.0])
-    table = repr(posterior)
-    assert "p: 1 +- 0.7071" in table and "v: [1, 2] +- [0.7071, 1.414]" in table
-    only = Posterior([trace_of(p=v) for v in values], torch.zeros(3), [0] * 3)
-    assert "weight" not in repr(only) and "p: 1 +- 0.8165" in repr(only)
-    assert "<table>" not in only._repr_html_()
+    assert summary["numeric"]["v"]["95%"] == pytest.approx([2.0, 4.0])
+    table = rows_of(posterior)
+    assert ["number", "mean", "sd", "5%", "50%", "95%"] in table
+    assert ["p", "1", "0.7071", "0", "1", "2"] in table
+    assert ["v[1]", "2", "1.414", "0", "2", "4"] in table
+    only = Posterior([trace_of(p=v) for v in values], torch.zeros(3), [None] * 3)
+    assert "weight" not in repr(only) and ["p", "1", "0.8165", "0", "1", "2"] in rows_of(only)
+    assert only._repr_html_().count("<table>") == 1
 
 
 def test_a_continuous_site_in_one_branch_is_averaged_where_it_is():
     traces = [trace_of(p=0.5), trace_of(z="a"), trace_of(p=1.5)]
     posterior = Posterior(traces, torch.tensor([0.2, 0.6, 0.2]).log(), [0] * 3)
     assert posterior.summary()["numeric"]["p"] == pytest.approx(
-        {"mean": 1.0, "sd": 0.5, "weight": 0.4}
+        {"mean": 1.0, "sd": 0.5, "weight": 0.4, "5%": 0.5, "50%": 0.5, "95%": 1.5}
     )
-    assert "p: 1 +- 0.5 (reached in 40.0%)" in repr(posterior)
+    assert "p (in 40.0%)      1   0.5   0.5   0.5   1.5" in repr(posterior)
 
 
 def test_bars_are_in_eighths():
@@ -647,6 +840,6 @@ def test_bars_are_in_eighths():
 
 
 def test_a_dead_or_bare_posterior_has_a_table():
-    bare = Posterior([Trace()], torch.zeros(1), [0])
+    bare = Posterior([Trace()], torch.zeros(1), [None])
     assert repr(bare).splitlines()[0] == "Posterior: 1 sample, ESS 1.0 (100%)"
-    assert bare.summary()["rows"] == []
+    assert bare.summary()["marginals"] == {} and bare.summary(joint=True)["rows"] == []

@@ -80,6 +80,8 @@ class Diagnosis(Report):
             0.5 the weights have no variance, above 1 no mean. None: no fit (``notes`` say why).
         pareto_k_threshold: min(1 - 1 / log10(live draws), 0.7), above which it is bad.
         texts: diversity of the texts drawn, by latent site.
+        doubts: figure (``iw_bound``, ``log_z``) to sentences, why it and its standard error are not
+            to be trusted: an ESS below 10, a Pareto k above 0.7. ``notes`` repeat them.
         notes: what to beware of.
         samples: the weighted draws themselves.
     """
@@ -113,6 +115,7 @@ class Diagnosis(Report):
     pareto_k: float | None
     pareto_k_threshold: float | None
     texts: dict[str, TextDiversity]
+    doubts: dict[str, list[str]]
     notes: tuple[str, ...]
     samples: Posterior
 
@@ -177,6 +180,7 @@ def diagnose(
 
     log_z: _Estimate = (None, None)
     exact = source = None
+    doubts: dict[str, list[str]] = {}
     with nullcontext() if lm is None else use(check_lm("diagnose", lm)):
         samples = draws(guide, seeds[0])
         if latents is not None:
@@ -187,10 +191,12 @@ def diagnose(
         elif guide is not None:
             prior = draws(None, seeds[1])
             log_z, source = (prior.log_evidence, prior.log_evidence_stderr), "prior"
+            doubts["log_z"] = _doubts(prior)
     figures = _figures(samples.log_weights, samples.log_evidence_stderr, exact, posterior, log_z)
     z_score = estimates.z_score(*figures["iw_bound"], *log_z)
     live = samples.log_weights[samples.log_weights > -math.inf]
     pareto_k, threshold, tail_notes = _tail(live)
+    doubts["iw_bound"] = _doubts(samples)
     name = "the prior" if guide is None else getattr(guide, "__name__", "a program")
     return Diagnosis(
         guide=repr(guide) if isinstance(guide, LMGuide) else name,
@@ -204,7 +210,8 @@ def diagnose(
         pareto_k=pareto_k,
         pareto_k_threshold=threshold,
         texts=text_diversity(samples),
-        notes=tuple([*_notes(figures, source, z_score), *tail_notes]),
+        doubts={figure: reasons for figure, reasons in doubts.items() if reasons},
+        notes=tuple([*_notes(figures, source, z_score, doubts), *tail_notes]),
         samples=samples,
         **{name: figure[0] for name, figure in figures.items()},
         **{f"{name}_stderr": figure[1] for name, figure in figures.items()},
@@ -256,10 +263,26 @@ def _figures(
     return found
 
 
+def _doubts(draws: Posterior) -> list[str]:
+    """Why an estimate of log Z by weighted draws is not to be trusted."""
+    live = draws.log_weights[draws.log_weights > -math.inf]
+    if not len(live):
+        return []  # which the table says as it is
+    return estimates.doubts(draws.ess, estimates.pareto_k(live.numpy())[0])
+
+
 def _notes(
-    figures: Mapping[str, _Estimate], source: str | None, z_score: float | None
+    figures: Mapping[str, _Estimate],
+    source: str | None,
+    z_score: float | None,
+    doubts: Mapping[str, list[str]],
 ) -> Iterator[str]:
     """What to beware of in the estimates of log Z."""
+    figure_names = {"iw_bound": "the log mean weight", "log_z": "log Z by the prior's draws"}
+    for figure, reasons in doubts.items():
+        if reasons:
+            name = figure_names[figure]
+            yield f"don't trust {name} and its standard error: {', and '.join(reasons)}"
     (iw_bound, iw_stderr), (eubo, eubo_stderr) = figures["iw_bound"], figures["eubo"]
     error = estimates.combined(eubo_stderr, iw_stderr, estimates.ROUNDING)
     if eubo is not None and source != "exact" and error is not None and iw_bound - eubo > 3 * error:

@@ -8,22 +8,29 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from pyro.poutine import Trace
 
-from lmppl.checks import check_callable, check_int, check_seed, did_you_mean
+from lmppl.checks import check_callable, check_flag, check_int, check_seed, did_you_mean
 from lmppl.lm.batches.inverse_cdf import inverse_cdf
-from lmppl.report.posteriors import posterior_blocks
-from lmppl.report.tables import Block, Report
-from lmppl.runtime.sites import has_value, is_continuous, is_latent, key_of, value_of, values_of
+from lmppl.posterior.marginals import check_levels, distinct, of_sample, quantiles
+from lmppl.posterior.summary import is_number, joint_rows, summarise
+from lmppl.report.posteriors import joint_blocks, posterior_blocks
+from lmppl.report.tables import Block, Report, Shown
+from lmppl.runtime import estimates
+from lmppl.runtime.sites import has_value, is_latent, value_of, values_of
 from lmppl.runtime.weights import ess, log_mean_exp
 
 if TYPE_CHECKING:
     from lmppl.report.profiling import Profile
+
+
+NameOrFn = str | Callable[[dict[str, Any]], Any]
+"""The name of a site, or a function of one sample's values, which it gets as a dict by site."""
 
 
 class ZeroEvidenceError(RuntimeError):
@@ -182,10 +189,6 @@ class Posterior(Report):
     def _nodes(self, name: str) -> list[Any]:
         return [trace.nodes[name] for trace in self.traces if has_value(trace, name)]
 
-    def _is_numeric(self, name: str) -> bool:
-        """Whether a site is continuous: its values don't repeat, its moments mean something."""
-        return any(map(is_continuous, self._nodes(name)))
-
     def __getitem__(self, name: str) -> list[Any]:
         """The values of a site, one a trace: a ``Text``, a tool's result or a tensor; None where the
         branch of the program does not reach it. KeyError if no trace has such a site."""
@@ -199,38 +202,51 @@ class Posterior(Report):
         if name not in self.sites:
             raise KeyError(f"no trace has a site {name!r}{did_you_mean(name, self.sites, 'Sites')}")
 
-    def probs(self, name: str) -> dict[Any, float]:
-        """Posterior probability of each value of a site, the largest first; they sum to 1. Texts that
-        are equal as strings count as one; tensors are numbers or nested tuples; None: not reached.
+    def probs(
+        self, name_or_fn: NameOrFn | None = None, *, returns: bool = False
+    ) -> dict[Any, float]:
+        """Posterior probability of each value, the largest first; they sum to 1.
+
+        ```python
+        posterior.probs("z")                              # of a site
+        posterior.probs(lambda v: v["z"].split()[0])      # of a function of a sample's values, by site
+        posterior.probs(returns=True)                     # of what the program returns
+        ```
+
+        Texts that are equal as strings count as one; tensors are numbers or nested tuples; lists,
+        dicts and the like are their ``repr``; None: a site that a branch does not reach.
 
         Raises:
             KeyError: if no trace has such a site.
             TypeError: for a continuous site, whose values are all different.
             ZeroEvidenceError: if all samples have probability zero.
         """
-        self._check_site(name)
-        if self._is_numeric(name):
-            raise TypeError(
-                f"site '{name}' is continuous, so each sample has a value of its own: use "
-                f".mean('{name}'), or .resample(n)['{name}'] for unweighted draws"
-            )
-        return {value: weight for (value,), weight in self._ranked([name])}
+        if (name_or_fn is None) == (check_flag("returns", returns) is False):
+            raise TypeError("probs takes the name of a site, a function, or returns=True")
+        if returns:
+            values = self.returns
+        elif isinstance(name_or_fn, str):
+            values = self[name_or_fn]
+            if is_number(self._nodes(name_or_fn)):
+                raise TypeError(
+                    f"site '{name_or_fn}' is continuous, so each sample has a value of its own: use "
+                    f".mean('{name_or_fn}') or .quantile('{name_or_fn}', [0.05, 0.95]), or "
+                    f".resample(n)['{name_or_fn}'] for unweighted draws"
+                )
+        else:
+            check_callable("name_or_fn", name_or_fn)
+            assert name_or_fn is not None
+            # Samples of weight zero may be incomplete.
+            values = [name_or_fn(values_of(t)) if weight > 0 else None for t, weight in self]
+        return {value: share for (value,), share in distinct([values], self.weights.tolist())}
 
-    def _ranked(self, names: Sequence[str]) -> list[tuple[tuple[Hashable, ...], float]]:
-        """The distinct joint values of some sites with their probabilities, the largest first."""
-        totals: dict[tuple[Hashable, ...], float] = {}
-        columns = [self[name] for name in names]
-        for weight, *values in zip(self.weights.tolist(), *columns, strict=True):
-            if weight > 0:
-                key = tuple(map(key_of, values))
-                totals[key] = totals.get(key, 0.0) + weight
-        return sorted(totals.items(), key=lambda item: -item[1])
+    def best(self, name_or_fn: NameOrFn | None = None, *, returns: bool = False) -> Any:
+        """The most probable value that is not None; None if there is no other. Takes and raises what
+        ``probs`` does."""
+        found = self.probs(name_or_fn, returns=returns)
+        return next((value for value in found if value is not None), None)
 
-    def best(self, name: str) -> Any:
-        """The most probable value of a site, None if no live sample has one. Raises as ``probs``."""
-        return next((value for value in self.probs(name) if value is not None), None)
-
-    def mean(self, name_or_fn: str | Callable[[dict[str, Any]], Any]) -> torch.Tensor:
+    def mean(self, name_or_fn: NameOrFn) -> torch.Tensor:
         """Posterior expectation, float64, of a numeric site, or of a function from the values of one
         trace (a dict by site) to a number, a bool or a tensor:
         ``posterior.mean(lambda v: v["z"].endswith("."))`` is a probability.
@@ -239,14 +255,43 @@ class Posterior(Report):
             KeyError: if no trace has such a site.
             TypeError: for a site whose values are texts.
             ValueError: if a live sample has not reached the site.
+            ZeroEvidenceError: if all samples have probability zero.
         """
+        values, weights = self._numbers(name_or_fn)
+        return torch.tensordot(weights, values, 1)
+
+    def quantile(self, name_or_fn: NameOrFn, q: float | Sequence[float]) -> torch.Tensor:
+        """Posterior quantiles of a numeric site or a function, as of ``mean``: the smallest value x of a
+        sample with P(value <= x) >= q. Nothing is interpolated.
+
+        ```python
+        low, middle, high = posterior.quantile("theta", [0.05, 0.5, 0.95])
+        ```
+
+        Args:
+            name_or_fn: as of ``mean``.
+            q: a number from 0 to 1, or a list of them.
+
+        Returns:
+            float64, of the value's shape; with a list, behind a dimension for it: ``(len(q), ...)``.
+
+        Raises:
+            As ``mean``; ValueError for a ``q`` outside of 0 to 1.
+        """
+        levels = check_levels(q)
+        found = quantiles(*self._numbers(name_or_fn), levels.reshape(-1))
+        return found.reshape(levels.shape + found.shape[1:])
+
+    def _numbers(self, name_or_fn: NameOrFn) -> tuple[torch.Tensor, torch.Tensor]:
+        """What live samples say, (n, *shape), and their weights, (n,), both float64."""
         if isinstance(name_or_fn, str):
             self._check_site(name_or_fn)
         else:
             check_callable("name_or_fn", name_or_fn)
-        live = [(trace, weight) for trace, weight in self if weight > 0]  # others may be incomplete
-        terms = [weight * _number_of(values_of(trace), name_or_fn) for trace, weight in live]
-        return torch.stack(terms).sum(0)
+        live = [(t, weight) for t, weight in self if weight > 0]  # others may be incomplete
+        values = [of_sample(values_of(trace), name_or_fn) for trace, _ in live]
+        weights = torch.tensor([weight for _, weight in live], dtype=torch.float64)
+        return torch.stack(values), weights
 
     def resample(self, n: int, seed: int | None = None) -> Posterior:
         """``n`` independent draws of the traces by weight, all of equal weight; of torch's global
@@ -298,22 +343,43 @@ class Posterior(Report):
         """Pairs of a trace and its normalised weight."""
         return iter(zip(self.traces, self.weights.tolist(), strict=True))
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self, *, joint: bool = False) -> dict[str, Any]:
         """The posterior in plain Python values, as the table shows it. Never raises ZeroEvidenceError.
 
-        ``"rows"`` are the distinct joint values of the discrete latent sites (``"sites"``), most
-        probable first: ``{"weight": 0.31, "values": {"z": " ..."}}``; a site that a sample did
-        not reach is missing there. ``"numeric"`` has the mean and standard deviation of the
-        continuous ones over the samples that reach them. The other entries are ``engine``,
-        ``num_samples``, ``ess``, ``chains``, ``log_evidence``, ``log_evidence_stderr``,
-        ``tokens_sampled``, ``tokens_scored``, ``tokens_trained``, ``seconds``, ``killed``, ``reasons``
-        and ``notes``.
+        Args:
+            joint: adds ``"rows"``, the distinct joint values of the discrete latent sites
+                (``"sites"``), most probable first: ``{"weight": 0.31, "values": {"z": " ..."}}``; a
+                site that a sample did not reach is missing there.
+
+        Returns:
+            A dict of
+
+            - ``marginals``: site to its distinct values, most probable first,
+              ``[{"weight": 0.31, "value": " ..."}, ...]``: of latent sites, of the results of tools
+              (their names are in ``tools``) and of ``pyro.deterministic``. None: not reached.
+            - ``numeric``: of those with real numbers, site to ``mean``, ``sd``, ``5%``, ``50%`` and
+              ``95%`` over the samples that reach it, and the ``weight`` of these.
+            - ``returned``: the same of what the program returned, ``{"rows": [...]}`` or
+              ``{"numeric": {...}}``; None if that is nothing or always a site's value.
+            - ``doubts``: sentences, why the figures cannot be trusted.
+            - ``pareto_k``: shape of the weights' upper tail, if they are i.i.d. and arviz-stats is
+              installed (Vehtari et al., 2024, arXiv 1507.02646); else None.
+            - ``engine``, ``num_samples``, ``ess``, ``chains``, ``log_evidence``,
+              ``log_evidence_stderr``, ``tokens_sampled``, ``tokens_scored``, ``tokens_trained``,
+              ``seconds``, ``killed``, ``reasons`` and ``notes``.
         """
-        numeric = [name for name in self.latents if self._is_numeric(name)]
-        discrete = [name for name in self.latents if name not in numeric]
-        ranked = self._ranked(discrete) if self._alive and discrete else []
-        rows = [{"weight": weight, "values": _reached(discrete, key)} for key, weight in ranked]
+        weights = self.weights.tolist() if self._alive else [0.0] * len(self)
+        summary = self._run() | summarise(self.traces, weights, self.sites, self.returns)
+        if check_flag("joint", joint):
+            names = [name for name in self.latents if not is_number(self._nodes(name))]
+            rows = joint_rows({name: self[name] for name in names}, weights) if names else []
+            summary |= {"sites": names, "rows": rows}
+        return summary
+
+    def _run(self) -> dict[str, Any]:
+        """What the summary says of the run: all but the samples' values."""
         costs = ("tokens_sampled", "tokens_scored", "tokens_trained", "seconds")
+        k = self._pareto_k
         return {
             "engine": self.info.get("engine"),
             "num_samples": len(self),
@@ -322,56 +388,58 @@ class Posterior(Report):
             "log_evidence": self.log_evidence,
             "log_evidence_stderr": self.log_evidence_stderr,
             **{cost: self.info.get(cost) for cost in costs},
+            "pareto_k": k,
+            "doubts": self._doubts(k),
             "killed": dict(self.killed.most_common()),
             "reasons": self.reasons,
             "notes": list(self.info.get("notes", ())),
-            "sites": discrete,
-            "rows": rows,
-            "numeric": {name: self._moments(name) for name in numeric} if self._alive else {},
         }
 
-    def _moments(self, name: str) -> dict[str, Any]:
-        """Mean and standard deviation over the samples that reach a site, and their weight."""
-        pairs = [
-            (weight, value.detach().to("cpu", torch.float64))
-            for value, weight in zip(self[name], self.weights.tolist(), strict=True)
-            if weight > 0 and value is not None
-        ]
-        if not pairs:
-            return {"mean": math.nan, "sd": math.nan, "weight": 0.0}
-        total = sum(weight for weight, _ in pairs)
-        weights = torch.tensor([weight / total for weight, _ in pairs], dtype=torch.float64)
-        values = torch.stack([value for _, value in pairs])  # (n, *event_shape)
-        mean = torch.tensordot(weights, values, 1)
-        sd = torch.tensordot(weights, (values - mean) ** 2, 1).sqrt()
-        return {"mean": mean.tolist(), "sd": sd.tolist(), "weight": total}
+    @property
+    def _pareto_k(self) -> float | None:
+        live = self.log_weights[self.log_weights > -math.inf]
+        return estimates.pareto_k(live.numpy())[0] if self.info.get("iid") else None
+
+    def _doubts(self, pareto_k: float | None) -> list[str]:
+        """Why the figures cannot be trusted."""
+        if not self._alive or self.info.get("exact"):
+            return []  # nothing is claimed; nothing is estimated
+        chains = (self.info.get("chains") or {}).get("diagnostics") or {}
+        r_hats = {name: found.get("r_hat") for name, found in chains.items()}
+        return estimates.doubts(self.ess, pareto_k, r_hats)
+
+    def table(self, *names: str, joint: bool = False, rows: int | None = None) -> Report:
+        """The table that ``print(posterior)`` shows, of other sites or with more rows. Print it, or let
+        a notebook show it.
+
+        ```python
+        print(posterior.table(joint=True))       # the latents' values together
+        print(posterior.table("z", rows=50))     # one site
+        ```
+
+        Args:
+            *names: the sites to show, each by its marginal; none: latents and what the program computes.
+            joint: show the joint values of the discrete sites instead.
+            rows: at most so many rows a table; None: few, so that the whole stays short.
+
+        Raises:
+            KeyError: if no trace has such a site.
+        """
+        rows = None if rows is None else check_int("rows", rows)
+        for name in names:
+            self._check_site(name)
+        weights = self.weights.tolist() if self._alive else [0.0] * len(self)
+        summary = self._run()
+        if check_flag("joint", joint):
+            columns = [n for n in names or self.latents if not is_number(self._nodes(n))]
+            found = joint_rows({name: self[name] for name in columns}, weights) if columns else []
+            return Shown(joint_blocks(summary | {"sites": columns, "rows": found}, rows))
+        shown = (names, None) if names else (self.sites, self.returns)
+        summary |= summarise(self.traces, weights, *shown, observed=bool(names))
+        return Shown(posterior_blocks(summary, rows))
 
     def _blocks(self) -> list[Block]:
         return posterior_blocks(self.summary())
-
-
-def _reached(names: Sequence[str], values: Sequence[Any]) -> dict[str, Any]:
-    """The values that there are, by site; plain strings for texts."""
-    plain = [str(value) if isinstance(value, str) else value for value in values]
-    return {name: value for name, value in zip(names, plain, strict=True) if value is not None}
-
-
-def _number_of(values: dict[str, Any], name_or_fn: str | Callable[..., Any]) -> torch.Tensor:
-    """A site's value, or what a function says of a sample's values, as float64 on the CPU."""
-    if not isinstance(name_or_fn, str):
-        value, where = name_or_fn(values), "the function"
-    elif name_or_fn in values:
-        value, where = values[name_or_fn], f"site '{name_or_fn}'"
-    else:
-        missing = f"site '{name_or_fn}' is not reached in every sample"
-        raise ValueError(f"{missing}; give a function of its values that says what counts there")
-    try:
-        return torch.as_tensor(value).detach().to("cpu", torch.float64)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(
-            f"{where} has no mean, as it gives {value!r} and no number, bool or tensor: "
-            "posterior.probs(name) has the probabilities of a site's values"
-        ) from error
 
 
 def _copied(trace: Trace, memo: dict[int, Any]) -> Trace:

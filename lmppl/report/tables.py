@@ -59,6 +59,16 @@ class Report:
         return as_html(self._blocks())
 
 
+class Shown(Report):
+    """Blocks as a report of their own."""
+
+    def __init__(self, blocks: Sequence[Block]) -> None:
+        self._shown = blocks
+
+    def _blocks(self) -> Sequence[Block]:
+        return self._shown
+
+
 def as_text(blocks: Sequence[Block], width: int | None = None) -> str:
     """A report as text no wider than ``width`` columns (default: the terminal; at least 40)."""
     from rich.console import Console  # when a table is wanted
@@ -229,6 +239,7 @@ def _bounds(summary: Mapping[str, Any]) -> list[list[str]]:
         )
         bracket = f">= {lower}" if upper == "inf" else f"{lower} to {upper}"
         error = "exact" if stderr == 0 else number(stderr, ".2g")
+        error += " (see note)" * (key in summary["doubts"])
         return [label, lower if lower == upper else bracket, error]
 
     dead = summary["dead_fraction"] > 0

@@ -6,12 +6,18 @@ A standard error is None where the sample does not tell it.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 
 # Nats by which log-weights of equal traces may differ: batches of other shapes round differently.
 ROUNDING = 1e-3
+
+# Beyond these an estimate is decided by a few samples, or by the chain that it is from.
+LEAST_ESS = 10
+WORST_PARETO_K = 0.7
+WORST_R_HAT = 1.01
 
 Bracket = tuple[float, float]
 """Lower and upper end, nats. Estimates: noise may cross them, or put them below zero."""
@@ -67,6 +73,30 @@ def z_score(
     """Their difference in standard errors; None where one of them has none."""
     error = combined(first_stderr, second_stderr, ROUNDING)
     return None if second is None or error is None else (first - second) / error
+
+
+def doubts(
+    ess: float, pareto_k: float | None = None, r_hats: Mapping[str, float | None] | None = None
+) -> list[str]:
+    """Why estimates of weighted samples or Markov chains are not to be trusted, whatever their standard
+    errors; empty if nothing says so.
+
+    Args:
+        ess: effective sample size.
+        pareto_k: shape of the weights' upper tail, if it is known (Vehtari et al., 2024).
+        r_hats: of chains, name of a function to its R-hat (Vehtari et al., 2021, arXiv 1903.08008).
+    """
+    found = []
+    if ess < LEAST_ESS:
+        found.append(f"the effective sample size, {ess:.1f}, is below {LEAST_ESS}")
+    if pareto_k is not None and pareto_k > WORST_PARETO_K:
+        found.append(f"Pareto k, {pareto_k:.2f}, is above {WORST_PARETO_K}")
+    for name, r_hat in (r_hats or {}).items():
+        if r_hat is not None and r_hat > WORST_R_HAT:
+            found.append(
+                f"R-hat of '{name}', {r_hat:.2f}, is above {WORST_R_HAT}: the chains disagree"
+            )
+    return found
 
 
 def pareto_k(u: np.ndarray) -> tuple[float | None, str | None]:

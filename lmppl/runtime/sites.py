@@ -33,6 +33,16 @@ def is_latent(node: Mapping[str, Any]) -> bool:
     return type(fn) is LMText or not isinstance(fn, ToolCall | _Subsample)
 
 
+def is_tool(node: Mapping[str, Any]) -> bool:
+    """Whether a sample site is the result of a tool."""
+    return isinstance(node["fn"], ToolCall)
+
+
+def is_output(node: Mapping[str, Any]) -> bool:
+    """Whether a sample site is what the program computed: a tool's result, or ``pyro.deterministic``."""
+    return is_tool(node) or bool(node["infer"].get("_deterministic"))
+
+
 def is_text(fn: Any) -> bool:
     """Whether a distribution is that of one text. (A batch of texts serves itself.)"""
     return isinstance(fn, LMText) and not fn.batch_shape
@@ -46,12 +56,7 @@ def latents_of(trace: Trace) -> dict[str, Any]:
 
 def is_observation(node: Mapping[str, Any]) -> bool:
     """Whether a sample site is data: observed, and no factor, tool or deterministic value."""
-    return (
-        node["is_observed"]
-        and not site_is_factor(node)
-        and not node["infer"].get("_deterministic")
-        and not isinstance(node["fn"], ToolCall)
-    )
+    return node["is_observed"] and not site_is_factor(node) and not is_output(node)
 
 
 def is_continuous(node: Mapping[str, Any]) -> bool:

@@ -238,6 +238,20 @@ def test_latents_that_cannot_be_posterior_draws_are_noted():
         assert any("are the latents exact" in note for note in found.notes) == noted
 
 
+def test_estimates_by_a_few_samples_are_doubted():
+    """The standard error is harmless, being computed from these few samples."""
+    few, many = run(ONE, num_samples=8), run(ONE, num_samples=400)
+    reason = f"the effective sample size, {few.samples.ess:.1f}, is below 10"
+    assert few.doubts["iw_bound"] == [reason]
+    assert f"don't trust the log mean weight and its standard error: {reason}" in few.notes
+    (row,) = [line for line in repr(few).splitlines() if line.startswith("log Z >=, log mean")]
+    assert row.endswith("(see note)")
+    assert "iw_bound" not in many.doubts and many.samples.ess > 10
+    prior = many.doubts.get("log_z", [])
+    assert bool(prior) == any("by the prior's draws" in note for note in many.notes)
+    assert "log_z" in few.doubts, "so are those by as many draws of the prior"
+
+
 def test_seeds_reproduce():
     assert run(ONE, num_samples=20).summary() == run(ONE, num_samples=20).summary()
     assert run(ONE, num_samples=20, seed=1).elbo != run(ONE, num_samples=20).elbo
