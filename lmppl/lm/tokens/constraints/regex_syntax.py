@@ -1,0 +1,461 @@
+"""The syntax of Rust's regular expressions, as far as it is common, read into a tree over bytes.
+
+The tree's language *contains* that of the pattern: what is hard to tell exactly is read as more than
+it is, never as less. Exact are literals, escapes, classes of listed characters (their negation,
+union, intersection and difference too), ``.``, ``\\s``, groups, alternatives and repetitions. Read as
+more: ``\\d``, ``\\w`` and ``\\p{..}`` are exact in ASCII and hold every other character, so does a
+class without regard to case, anchors and word boundaries always hold, and a repetition counted
+beyond a limit has no end. A text is in UTF-8, and a character is one of at most four bytes.
+
+Grammar of a pattern, after https://docs.rs/regex/latest/regex/#syntax::
+
+    alternatives = sequence ("|" sequence)*
+    sequence     = (atom quantifier*)*
+    quantifier   = ("*" | "+" | "?" | "{" m ["," [n]] "}") ["?"]
+    atom         = "(" [flags or name] alternatives ")" | class | "." | "^" | "$" | escape | literal
+    class        = "[" ["^"] item* (("&&" | "--" | "~~") item*)* "]"
+    item         = class | "[:" ["^"] name ":]" | escape | literal ["-" literal]
+"""
+
+from __future__ import annotations
+
+import re
+import string
+import unicodedata
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+
+Ranges = tuple[tuple[int, int], ...]  # of code points, sorted and disjoint, both ends included
+
+
+class UnknownSyntax(ValueError):
+    """The pattern uses syntax that is not read here."""
+
+
+@dataclass(frozen=True)
+class Byte:
+    """One byte of a set, given as bits: bit b stands for byte b."""
+
+    bits: int
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """Its parts one after another; nothing where there are none."""
+
+    parts: tuple[Node, ...]
+
+
+@dataclass(frozen=True)
+class Alternatives:
+    """One of its parts; no text at all where there are none."""
+
+    parts: tuple[Node, ...]
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """``part`` at least ``least`` and at most ``most`` times; no end if ``most`` is None."""
+
+    part: Node
+    least: int
+    most: int | None
+
+
+Node = Byte | Sequence | Alternatives | Repeated
+
+
+def parse(pattern: str) -> Node:
+    """The tree of a pattern; its language contains the pattern's.
+
+    Raises:
+        UnknownSyntax: syntax that is not read here, or that Rust's regular expressions lack.
+    """
+    parser = _Parser(pattern)
+    tree = parser.alternatives()
+    if not parser.ended:
+        raise UnknownSyntax(f"unopened group at {parser.at} of {pattern!r}")
+    return tree
+
+
+def any_bytes() -> Node:
+    """Any string of bytes."""
+    return Repeated(Byte((1 << 256) - 1), 0, None)
+
+
+# Sets of characters.
+
+
+def _normal(ranges: Iterable[tuple[int, int]]) -> Ranges:
+    merged: list[tuple[int, int]] = []
+    for low, high in sorted(ranges):
+        if merged and low <= merged[-1][1] + 1:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], high))
+        else:
+            merged.append((low, high))
+    return tuple(merged)
+
+
+def _complement(ranges: Ranges) -> Ranges:
+    """All characters (code points but surrogates) that are not in ``ranges``."""
+    gaps, start = [], 0
+    for low, high in _normal((*ranges, (0xD800, 0xDFFF))):
+        if start < low:
+            gaps.append((start, low - 1))
+        start = high + 1
+    if start <= 0x10FFFF:
+        gaps.append((start, 0x10FFFF))
+    return tuple(gaps)
+
+
+@dataclass(frozen=True)
+class Characters:
+    """A set of characters that is known between two bounds, so that its complement is too.
+
+    ``least`` holds only characters of the set, ``most`` holds all of them.
+    """
+
+    least: Ranges
+    most: Ranges
+
+    @staticmethod
+    def exactly(*ranges: tuple[int, int]) -> Characters:
+        characters = _complement(_complement(ranges))  # less the surrogates
+        return Characters(characters, characters)
+
+    @staticmethod
+    def in_ascii(holds: Callable[[str], bool]) -> Characters:
+        """A set that is known in ASCII; of other characters it may hold any."""
+        ascii_part = _normal((c, c) for c in range(128) if holds(chr(c)))
+        return Characters(ascii_part, _normal((*ascii_part, *_BEYOND_ASCII)))
+
+    def __or__(self, other: Characters) -> Characters:
+        return Characters(_normal(self.least + other.least), _normal(self.most + other.most))
+
+    def __invert__(self) -> Characters:
+        return Characters(_complement(self.most), _complement(self.least))
+
+    def __and__(self, other: Characters) -> Characters:
+        return ~(~self | ~other)
+
+    def without_case(self) -> Characters:
+        """The set with the other cases of its characters; beyond ASCII it may hold any of them."""
+        least = _normal((*self.least, *_other_cases(self.least)))
+        most = _normal((*self.most, *_other_cases(self.most)))
+        if any(high > 127 or _overlap(low, high, "kKsS") for low, high in most):
+            most = _normal((*most, *_BEYOND_ASCII))
+        if any(low <= 0x212A <= high for low, high in self.most):  # the Kelvin sign
+            most = _normal((*most, *_points("kK")))
+        if any(low <= 0x017F <= high for low, high in self.most):  # the long s
+            most = _normal((*most, *_points("sS")))
+        return Characters(least, most)
+
+
+def _points(characters: Iterable[str]) -> list[tuple[int, int]]:
+    return [(ord(c), ord(c)) for c in characters]
+
+
+def _overlap(low: int, high: int, characters: str) -> bool:
+    return any(low <= ord(c) <= high for c in characters)
+
+
+def _other_cases(ranges: Ranges) -> list[tuple[int, int]]:
+    """The other case of each ASCII letter in ``ranges``."""
+    return _points(c.swapcase() for c in string.ascii_letters for r in ranges if _overlap(*r, c))
+
+
+_BEYOND_ASCII = _complement(((0, 127),))
+_ANY = Characters.exactly(*_complement(()))
+_SPACE = Characters.exactly(  # White_Space of Unicode, which Python's \s differs from
+    (9, 13), (32, 32), (0x85, 0x85), (0xA0, 0xA0), (0x1680, 0x1680), (0x2000, 0x200A),
+    (0x2028, 0x2029), (0x202F, 0x202F), (0x205F, 0x205F), (0x3000, 0x3000),
+)  # fmt: skip
+_PERL = {
+    "d": Characters.in_ascii(str.isdigit),
+    "s": _SPACE,
+    "w": Characters.in_ascii(lambda c: c.isalnum() or c == "_"),
+}
+_POSIX = {
+    "alnum": string.ascii_letters + string.digits,
+    "alpha": string.ascii_letters,
+    "ascii": "".join(map(chr, range(128))),
+    "blank": " \t",
+    "cntrl": "".join(map(chr, (*range(32), 127))),
+    "digit": string.digits,
+    "graph": "".join(map(chr, range(33, 127))),
+    "lower": string.ascii_lowercase,
+    "print": "".join(map(chr, range(32, 127))),
+    "punct": string.punctuation,
+    "space": "\t\n\v\f\r ",
+    "upper": string.ascii_uppercase,
+    "word": string.ascii_letters + string.digits + "_",
+    "xdigit": string.hexdigits,
+}
+_CONTROLS = {"a": "\a", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "v": "\v"}
+_CATEGORIES = frozenset((
+    "L", "Lu", "Ll", "Lt", "Lm", "Lo", "M", "Mn", "Mc", "Me", "N", "Nd", "Nl", "No", "P", "Pc", "Pd",
+    "Ps", "Pe", "Pi", "Pf", "Po", "S", "Sm", "Sc", "Sk", "So", "Z", "Zs", "Zl", "Zp", "C", "Cc", "Cf",
+))  # fmt: skip
+
+
+def _property(name: str) -> Characters:
+    """What ``\\p{name}`` holds: known in ASCII if it names a general category."""
+    if name in _CATEGORIES:
+        return Characters.in_ascii(lambda c: unicodedata.category(c).startswith(name))
+    return Characters((), _ANY.most)
+
+
+# From characters to bytes.
+
+
+@lru_cache(maxsize=256)
+def _in_utf8(ranges: Ranges) -> Node:
+    """The tree of the UTF-8 bytes of one character in ``ranges``."""
+    return _by_last_byte([s for low, high in ranges for s in _byte_ranges(low, high)])
+
+
+def _byte_ranges(low: int, high: int) -> list[tuple[int, ...]]:
+    """The characters from ``low`` to ``high`` as sequences of sets of bytes (in bits)."""
+    for last in (0x7F, 0x7FF, 0xFFFF):  # the last characters of one, two and three bytes
+        if low <= last < high:
+            return _byte_ranges(low, last) + _byte_ranges(last + 1, high)
+    if high > 0x7F:
+        for digits in (6, 12, 18):
+            rest = (1 << digits) - 1
+            if low | rest == high | rest:
+                continue  # alike in all that stands before these digits
+            if low & rest:
+                return _byte_ranges(low, low | rest) + _byte_ranges((low | rest) + 1, high)
+            if high & rest != rest:
+                return _byte_ranges(low, (high & ~rest) - 1) + _byte_ranges(high & ~rest, high)
+    pairs = zip(chr(low).encode(), chr(high).encode(), strict=True)
+    return [tuple((1 << last + 1) - (1 << first) for first, last in pairs)]
+
+
+def _by_last_byte(sequences: list[tuple[int, ...]]) -> Node:
+    """Alternatives of sequences of sets of bytes; equal ends are shared."""
+    single, before = 0, dict[int, list[tuple[int, ...]]]()
+    for *head, last in sequences:
+        if head:
+            before.setdefault(last, []).append(tuple(head))
+        else:
+            single |= last
+    parts: list[Node] = [Byte(single)] if single else []
+    parts += [Sequence((_by_last_byte(heads), Byte(last))) for last, heads in before.items()]
+    return parts[0] if len(parts) == 1 else Alternatives(tuple(parts))
+
+
+# The parser.
+
+_QUANTIFIER = re.compile(r"([*+?]|\{\s*(\d+)\s*(,?)\s*(\d*)\s*\})\??")
+_GROUP = re.compile(r"\?(?:P?<[^\W\d][\w.\[\]]*>|(?P<flags>[imsuUR]*(?:-[imsUR]+)?)(?P<end>[:)]))")
+_CODE = re.compile(r"x\{([0-9A-Fa-f]+)\}|x([0-9A-Fa-f]{2})|[uU]\{([0-9A-Fa-f]+)\}"
+                   r"|u([0-9A-Fa-f]{4})|U([0-9A-Fa-f]{8})")  # fmt: skip
+_PROPERTY = re.compile(r"[pP](?:\{([^}]*)\}|([A-Za-z]))")
+_POSIX_CLASS = re.compile(r"\[:(\^?)(\w+):\]")
+_BOUNDARY = re.compile(r"[AzB<>]|b(\{[a-z-]+\})?")
+_DEEPEST = 50  # groups within groups
+
+
+class _Parser:
+    """A recursive descent over one pattern; ``at`` is where it has come to."""
+
+    def __init__(self, pattern: str) -> None:
+        self.pattern = pattern
+        self.at = 0
+        self._ignore_case = self._dot_all = False
+        self._depth = 0
+
+    @property
+    def ended(self) -> bool:
+        return self.at == len(self.pattern)
+
+    def alternatives(self) -> Node:
+        parts = [self._sequence()]
+        while self._take("|"):
+            parts.append(self._sequence())
+        return parts[0] if len(parts) == 1 else Alternatives(tuple(parts))
+
+    def _sequence(self) -> Node:
+        parts: list[Node] = []
+        while not self.ended and self._next not in "|)":
+            part = self._atom()
+            while quantifier := _QUANTIFIER.match(self.pattern, self.at):
+                self.at = quantifier.end()
+                part = Repeated(part, *_bounds(quantifier))
+            parts.append(part)
+        return parts[0] if len(parts) == 1 else Sequence(tuple(parts))
+
+    def _atom(self) -> Node:
+        if self._take("("):
+            return self._group()
+        if self._take("["):
+            return _in_utf8(self._class().most)
+        if self._take("."):
+            return _in_utf8((_ANY if self._dot_all else ~Characters.exactly((10, 10))).most)
+        if self._take("^") or self._take("$"):
+            return Sequence(())
+        if self._take("\\"):
+            boundary = _BOUNDARY.match(self.pattern, self.at)
+            if boundary:
+                self.at = boundary.end()
+                return Sequence(())
+            return _in_utf8(self._escape().most)
+        if self._next in "*+?{":
+            raise self._unknown("a repetition of nothing")
+        return _in_utf8(self._characters(self._take_any()).most)
+
+    def _group(self) -> Node:
+        flags = self._ignore_case, self._dot_all
+        opening = _GROUP.match(self.pattern, self.at)
+        if opening is None and not self.ended and self._next == "?":
+            raise self._unknown("a group of this kind")
+        if opening:
+            self.at = opening.end()
+            self._set_flags(opening["flags"] or "")
+            if opening["end"] == ")":
+                return Sequence(())  # flags that hold until the group around them ends
+        self._depth += 1
+        if self._depth > _DEEPEST:
+            raise self._unknown("groups nested this deep")
+        inner = self.alternatives()
+        self._depth -= 1
+        if not self._take(")"):
+            raise self._unknown("a group that is not closed")
+        self._ignore_case, self._dot_all = flags
+        return inner
+
+    def _set_flags(self, flags: str) -> None:
+        on, _, off = flags.partition("-")
+        self._ignore_case = (self._ignore_case or "i" in on) and "i" not in off
+        self._dot_all = (self._dot_all or "s" in on) and "s" not in off
+
+    def _class(self) -> Characters:
+        """A class in brackets; the opening one has been read."""
+        negated = self._take("^")
+        members = Characters.exactly()
+        while self._take("-"):  # dashes are literal at the very front, and so is a bracket
+            members |= Characters.exactly((ord("-"), ord("-")))
+        if not members.most and self._take("]"):
+            members = Characters.exactly((ord("]"), ord("]")))
+        whole: Characters | None = None
+        operator = ""
+        while True:
+            ahead = self.pattern[self.at : self.at + 2]
+            closed = self._take("]")
+            if closed or ahead in _OPERATORS:
+                whole = members if whole is None else _OPERATORS[operator](whole, members)
+                if closed:
+                    return ~whole if negated else whole
+                operator, members = ahead, Characters.exactly()
+                self.at += 2
+                continue
+            members |= self._item()
+
+    def _item(self) -> Characters:
+        posix = _POSIX_CLASS.match(self.pattern, self.at)
+        if posix and posix[2] in _POSIX:
+            self.at = posix.end()
+            named = Characters.exactly(*_points(_POSIX[posix[2]]))
+            named = named.without_case() if self._ignore_case else named
+            return ~named if posix[1] else named
+        if self._take("["):
+            self._depth += 1
+            if self._depth > _DEEPEST:
+                raise self._unknown("classes nested this deep")
+            inner = self._class()
+            self._depth -= 1
+            return inner
+        if self._next == "\\" and _CODE.match(self.pattern, self.at + 1) is None:
+            escaped = self.pattern[self.at + 1 : self.at + 2]
+            if escaped.isalpha() and escaped not in _CONTROLS:
+                self.at += 1
+                return self._escape()
+        return self._range(self._character())
+
+    def _range(self, first: str) -> Characters:
+        """The characters from ``first`` to one that follows a dash; ``first`` alone if none does."""
+        ahead = self.pattern[self.at : self.at + 2]
+        if not ahead.startswith("-") or ahead in ("-]", "--"):
+            return self._characters(first)
+        self.at += 1
+        last = self._character()
+        if last < first:
+            raise self._unknown("a range from a later character to an earlier one")
+        return self._characters(first, last)
+
+    def _character(self) -> str:
+        """One character, written as itself or escaped."""
+        if not self._take("\\"):
+            return self._take_any()
+        code = _CODE.match(self.pattern, self.at)
+        if code:
+            self.at = code.end()
+            point = int(next(filter(None, code.groups())), 16)
+            if point > 0x10FFFF or 0xD800 <= point <= 0xDFFF:
+                raise self._unknown("a number that is no character's")
+            return chr(point)
+        escaped = self._take_any()
+        if escaped in _CONTROLS:
+            return _CONTROLS[escaped]
+        if escaped.isascii() and not escaped.isalnum() and escaped not in "<>":
+            return escaped
+        raise self._unknown(f"the escape \\{escaped}")
+
+    def _escape(self) -> Characters:
+        """A set or a character whose backslash has been read."""
+        found = _PROPERTY.match(self.pattern, self.at)
+        if found:
+            self.at = found.end()
+            named = _property(found[1] or found[2])
+            named = named.without_case() if self._ignore_case else named
+            return ~named if found[0][0] == "P" else named
+        if not self.ended and self._next.lower() in _PERL:
+            name = self._take_any()
+            return _PERL[name] if name.islower() else ~_PERL[name.lower()]
+        self.at -= 1
+        return self._characters(self._character())
+
+    def _characters(self, first: str, last: str | None = None) -> Characters:
+        """From ``first`` to ``last``, by the flags that hold here."""
+        exact = Characters.exactly((ord(first), ord(last or first)))
+        return exact.without_case() if self._ignore_case else exact
+
+    @property
+    def _next(self) -> str:
+        if self.ended:
+            raise self._unknown("an end in the middle")
+        return self.pattern[self.at]
+
+    def _take(self, character: str) -> bool:
+        taken = self.pattern.startswith(character, self.at)
+        self.at += taken
+        return taken
+
+    def _take_any(self) -> str:
+        character = self._next
+        self.at += 1
+        return character
+
+    def _unknown(self, what: str) -> UnknownSyntax:
+        return UnknownSyntax(f"{what}, at {self.at} of {self.pattern!r}")
+
+
+_OPERATORS: dict[str, Callable[[Characters, Characters], Characters]] = {
+    "&&": lambda left, right: left & right,
+    "--": lambda left, right: left & ~right,
+    "~~": lambda left, right: (left & ~right) | (right & ~left),
+}
+
+
+def _bounds(quantifier: re.Match[str]) -> tuple[int, int | None]:
+    symbol, least, comma, most = quantifier.groups()
+    if symbol in "*+?":
+        return int(symbol == "+"), 1 if symbol == "?" else None
+    if not comma and most:
+        raise UnknownSyntax(f"the repetition {symbol}")
+    bounds = int(least), int(most) if most else None if comma else int(least)
+    if bounds[1] is not None and bounds[1] < bounds[0]:
+        raise UnknownSyntax(f"the repetition {symbol}")
+    return bounds
