@@ -48,7 +48,7 @@ class Matching:
                 f"after the other; those of {type(vocabulary.tokenizer).__name__} are not: use a "
                 "model with a byte-level tokenizer, or lmppl.require on the text"
             )
-        self.constraint, self.vocabulary, self.stops = constraint, vocabulary, list(stops)
+        self.constraint, self.vocabulary, self.stops = constraint, vocabulary, tuple(stops)
         self.start = TextMatch(self, b"", constraint.start(vocabulary))
         self._nodes: dict[bytes, TextMatch] = {}
 
@@ -67,37 +67,10 @@ class Matching:
         state = state if state is None or not body else state.after(body)
         return state is not None and state.is_complete
 
-    def length_of_tail(self) -> int:
-        """How many bytes at a text's end may belong to a stop string."""
-        return max(map(len, self.stops), default=1) - 1
-
-    def begun_stops(self, text: bytes) -> list[int]:
-        """The lengths of the ends of a text that are the beginning of a stop string."""
-        return [
-            length
-            for length in range(1, min(self.length_of_tail(), len(text)) + 1)
-            if any(len(stop) > length and stop.startswith(text[-length:]) for stop in self.stops)
-        ]
-
-    def stop_tokens(self, tail: bytes) -> list[int]:
-        """The tokens which after a text with this end complete a stop string, or may begin one."""
-        return self._stop_tokens(tail if self.begun_stops(tail) else b"")
-
-    @cached_property
-    def _stop_tokens(self):  # type: ignore[no-untyped-def]
-        tokens = self.vocabulary.text_tokens.nonzero().flatten().tolist()
-        data = {token: self.vocabulary.token_bytes(token) for token in tokens}
-
-        @lru_cache(maxsize=64)
-        def find(tail: bytes) -> list[int]:
-            found = []
-            for token, new in data.items():
-                text = tail + new
-                if first_stop(text, self.stops) is not None or self.begun_stops(text):
-                    found.append(token)
-            return found
-
-        return find
+    def tail(self, text: bytes) -> bytes:
+        """The end of a text, as far as it may belong to a stop string that has not ended."""
+        size = max(map(len, self.stops), default=1) - 1
+        return text[-size:] if size else b""
 
 
 @dataclass(eq=False)
@@ -107,6 +80,7 @@ class TextMatch:
     matching: Matching = field(repr=False)
     text: bytes
     state: ConstraintState | None  # None: no match begins so
+    _masks: dict[bool, Tensor] = field(default_factory=dict, repr=False)  # by whether it goes on
 
     @property
     def is_complete(self) -> bool:
@@ -124,7 +98,9 @@ class TextMatch:
         if self.state is not None:
             return True
         matching, text = self.matching, self.text
-        return any(matching.is_match(text[: len(text) - n]) for n in matching.begun_stops(text))
+        return any(
+            matching.is_match(text[: len(text) - n]) for n in _begun_stops(text, matching.stops)
+        )
 
     def after(self, token: int) -> TextMatch:
         """The text with a further token, which does not close it."""
@@ -140,13 +116,19 @@ class TextMatch:
 
     def allows(self, token: int, left: int) -> bool:
         """What ``mask`` says of one token."""
-        vocabulary = self.matching.vocabulary
+        vocabulary, stops = self.matching.vocabulary, self.matching.stops
         if token in vocabulary.eos_ids:
             return self.is_complete
         if not bool(vocabulary.text_tokens[token]):
             return False
-        verdict = self._stop_verdict(vocabulary.token_bytes(token), left)
-        return self.after(token).state is not None if verdict is None else verdict
+        closes, bodies = _bodies(
+            self.matching.tail(self.text), vocabulary.token_bytes(token), stops
+        )
+        if closes or left > 0:
+            is_match = any(self._is_match(body) for body in bodies)
+            if closes or is_match:
+                return is_match
+        return self.after(token).state is not None
 
     def mask(self, left: int, *, steered: bool = False) -> Tensor:
         """(V,) bool: the tokens that may come next, of which ``left`` may follow it.
@@ -155,82 +137,122 @@ class TextMatch:
             left: how many tokens may follow the next one.
             steered: leave out those after which a match within ``left`` tokens is impossible.
         """
-        if not steered:
-            return self._mask(left > 0)
         mask = self._mask(left > 0)
-        within = None if self.state is None else self.state.within(left)
-        if within is None:
-            return mask
-        steered_mask = mask & within
-        for token in [*self.matching.vocabulary.eos_ids, *self._verdicts(left > 0)]:
-            steered_mask[token] = mask[token]
-        return steered_mask
+        within = None if self.state is None or not steered else self.state.within(left)
+        return mask if within is None else mask & (within | self._stop_tokens.either)
+
+    @property
+    def _stop_tokens(self) -> StopTokens:
+        matching = self.matching
+        tail = matching.tail(self.text)
+        lengths = _begun_stops(tail, matching.stops)
+        tail = tail[-max(lengths) :] if lengths else b""
+        return _stop_tokens(matching.vocabulary, matching.stops, tail)
 
     def _mask(self, goes_on: bool) -> Tensor:
-        known = self.__dict__.setdefault("_masks", {})
-        if goes_on not in known:
+        if goes_on not in self._masks:
             vocabulary = self.matching.vocabulary
             if self.state is None:
                 mask = torch.zeros(vocabulary.size, dtype=torch.bool)
             else:
                 mask = self.state.mask() & vocabulary.text_tokens
-            for token, verdict in self._verdicts(goes_on).items():
-                mask[token] = verdict
+            if self.matching.stops:
+                self._judge_stops(mask, goes_on)
             mask[list(vocabulary.eos_ids)] = self.is_complete
-            known[goes_on] = mask
-        return known[goes_on]
+            self._masks[goes_on] = mask
+        return self._masks[goes_on]
 
-    def _verdicts(self, goes_on: bool) -> dict[int, bool]:
-        """What is said of tokens by the stop strings, and not by the state."""
-        matching = self.matching
-        if not matching.stops:
-            return {}
-        known = self.__dict__.setdefault("_known_verdicts", {})
-        if goes_on not in known:
-            size = matching.length_of_tail()
-            tail = self.text[-size:] if size else b""
-            token_bytes = matching.vocabulary.token_bytes
-            by_bytes = {t: token_bytes(t) for t in matching.stop_tokens(tail)}
-            found = {t: self._stop_verdict(data, int(goes_on)) for t, data in by_bytes.items()}
-            known[goes_on] = {t: verdict for t, verdict in found.items() if verdict is not None}
-        return known[goes_on]
+    def _judge_stops(self, mask: Tensor, goes_on: bool) -> None:
+        """Let stop strings say what the state can't: of tokens that complete one, and of those that may
+        begin one."""
+        found, tokens = self._stop_tokens, self.matching.vocabulary.token_of_bytes
+        allowed = mask.numpy()
+        is_match = torch.tensor(
+            [
+                # Mostly the mask knows already that the text can't go on so.
+                (cut > 0 or not new or bool(allowed[tokens.get(new, -1)]) or new not in tokens)
+                and self._is_match((cut, new))
+                for cut, new in found.bodies
+            ],
+            dtype=torch.bool,
+        )
+        mask[found.closing] = is_match[found.closing_body]
+        if goes_on:
+            mask[found.beginning[is_match[found.beginning_body]]] = True
 
-    def _stop_verdict(self, data: bytes, left: int) -> bool | None:
-        """Whether the text may go on with the bytes of a token, as far as stop strings decide it: where
-        they complete one, or where only one that has begun can save the text; else None."""
-        matching = self.matching
-        if not matching.stops:
-            return None
-        size = matching.length_of_tail()
-        tail = self.text[-size:] if size else b""
-        stop = first_stop(tail + data, matching.stops)
-        if stop is not None:
-            return self._is_match_until(stop[0] - len(tail), data)
-        text = tail + data
-        begun = matching.begun_stops(text)
-        if not left or not begun:
-            return None
-        if any(self._is_match_until(len(data) - length, data) for length in begun):
-            return True
-        return None
-
-    def _is_match_until(self, length: int, data: bytes) -> bool:
-        """Whether the text with the first ``length`` bytes of ``data`` matches; negative: without its
-        own last."""
-        if length < 0:
-            return self.matching.is_match(self.text[:length])
+    def _is_match(self, body: Body) -> bool:
+        """Whether the text, changed so, matches."""
+        cut, new = body
+        if cut:
+            return self.matching.is_match(self.text[:-cut])
         if self.state is None:
             return False
-        if not length:
-            return self.state.is_complete
-        heads = self.__dict__.setdefault("_heads", {})
-        head = data[:length]
-        if head not in heads:
-            state = self.state.after(head)
-            heads[head] = state is not None and state.is_complete
-        return heads[head]
+        state = self.state.after(new) if new else self.state
+        return state is not None and state.is_complete
 
 
-_NEVER = bytes(
-    [0xFF]
-)  # stands for a text with a special token, or one without bytes: it can't match
+Body = tuple[int, bytes]
+"""Where a body ends: so many bytes before the end of a text, or after these further bytes."""
+
+
+def _bodies(tail: bytes, data: bytes, stops: tuple[bytes, ...]) -> tuple[bool, list[Body]]:
+    """Whether a token with the bytes ``data`` completes a stop string, after a text that ends in
+    ``tail``; and then the body that is left, else those that are left if one begins at the end."""
+
+    def body(length: int) -> Body:
+        return (-length, b"") if length < 0 else (0, data[:length])
+
+    text = tail + data
+    stop = first_stop(text, stops) if stops else None
+    if stop is not None:
+        return True, [body(stop[0] - len(tail))]
+    return False, [body(len(data) - length) for length in _begun_stops(text, stops)]
+
+
+@dataclass(frozen=True, eq=False)
+class StopTokens:
+    """What tokens do to stop strings after a text with a certain end.
+
+    Attributes:
+        bodies: what is left of the text.
+        closing, closing_body: (n,) tokens that complete a stop string, and the number of the body.
+        beginning, beginning_body: (m,) tokens at whose end one may begin, and the number of the body
+            if it does; a token may stand here several times.
+        either: (V,) bool: all of them, and EOS.
+    """
+
+    bodies: list[Body]
+    closing: Tensor
+    closing_body: Tensor
+    beginning: Tensor
+    beginning_body: Tensor
+    either: Tensor
+
+
+@lru_cache(maxsize=256)
+def _stop_tokens(vocabulary: Vocabulary, stops: tuple[bytes, ...], tail: bytes) -> StopTokens:
+    """It goes through the whole vocabulary, once for all texts with this end."""
+    numbers: dict[Body, int] = {}
+    pairs: dict[bool, list[tuple[int, int]]] = {True: [], False: []}
+    for token in vocabulary.text_tokens.nonzero().flatten().tolist() if stops else ():
+        closes, bodies = _bodies(tail, vocabulary.token_bytes(token), stops)
+        pairs[closes] += [(token, numbers.setdefault(body, len(numbers))) for body in bodies]
+    closing, closing_body = torch.tensor(pairs[True], dtype=torch.long).reshape(-1, 2).T
+    beginning, beginning_body = torch.tensor(pairs[False], dtype=torch.long).reshape(-1, 2).T
+    either = torch.zeros(vocabulary.size, dtype=torch.bool)
+    either[[*vocabulary.eos_ids]] = either[closing] = either[beginning] = True
+    return StopTokens(list(numbers), closing, closing_body, beginning, beginning_body, either)
+
+
+def _begun_stops(text: bytes, stops: tuple[bytes, ...]) -> list[int]:
+    """The lengths of the ends of a text that are the beginning of a stop string."""
+    longest = max(map(len, stops), default=1) - 1
+    return [
+        length
+        for length in range(1, min(longest, len(text)) + 1)
+        if any(len(stop) > length and stop.startswith(text[-length:]) for stop in stops)
+    ]
+
+
+_NEVER = bytes([0xFF])
+"""Stands for a text with a special token, or one without bytes: it can't match."""

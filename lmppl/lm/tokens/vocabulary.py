@@ -253,6 +253,12 @@ class Vocabulary:
         return torch.tensor(is_text, dtype=torch.bool)
 
     @cached_property
+    def token_of_bytes(self) -> dict[bytes, int]:
+        """A token of text with these bytes, of several the first."""
+        tokens = reversed(self.text_tokens.nonzero().flatten().tolist())
+        return {self.token_bytes(token): token for token in tokens}
+
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the tokens and their ids: equal for two loads of one tokenizer."""
         tokens = sorted(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
