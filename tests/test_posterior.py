@@ -18,50 +18,16 @@ from hypothesis import strategies as st
 from pyro import poutine
 from pyro.poutine import Trace
 from rich.cells import cell_len
+from weighted_traces import Words, posterior_of, trace_of
 
 import lmppl
 from lmppl import Posterior, ZeroEvidenceError
-from lmppl.distributions import ToolCall, ToolResult
+from lmppl.distributions import ToolResult
 from lmppl.report.posteriors import posterior_blocks
 from lmppl.report.tables import MAX_ROWS, as_text, bar
 from lmppl.testing import tiny_lm
 
 NO_WEIGHT = -math.inf
-
-
-class Words(dist.Categorical):
-    """A distribution over token rows with a ``text`` method, as ``LMText`` has."""
-
-    def __init__(self, texts: list[str]) -> None:
-        self.texts = texts
-        super().__init__(torch.ones(len(texts)))
-
-    def text(self, value: torch.Tensor) -> str:
-        return self.texts[int(value[0])]
-
-
-def trace_of(**sites: Any) -> Trace:
-    """A trace: a str makes an LM site, a number a Normal one, a tuple is (fn, value, observed)."""
-    trace = Trace()
-    for name, given_value in sites.items():
-        observed = False
-        if isinstance(given_value, str):
-            fn, value = Words([given_value]), torch.tensor([0, -1])
-        elif isinstance(given_value, ToolResult):
-            fn, value = ToolCall(lambda: None, (), "raise"), given_value
-        elif isinstance(given_value, tuple):
-            fn, value, observed = given_value
-        else:
-            fn, value = dist.Normal(0.0, 1.0), torch.as_tensor(given_value)
-        trace.add_node(
-            name, name=name, type="sample", fn=fn, value=value, is_observed=observed, infer={}
-        )
-    return trace
-
-
-def posterior_of(texts: list[str], weights: list[float], **kwargs: Any) -> Posterior:
-    log_weights = torch.tensor(weights, dtype=torch.float64).log()
-    return Posterior([trace_of(z=text) for text in texts], log_weights, list(texts), **kwargs)
 
 
 log_weight_lists = st.lists(

@@ -17,6 +17,7 @@ from pyro.poutine import Trace
 
 from lmppl.checks import check_callable, check_flag, check_int, check_seed, did_you_mean
 from lmppl.lm.batches.inverse_cdf import inverse_cdf
+from lmppl.posterior.exports import to_arviz, to_dataframe
 from lmppl.posterior.marginals import check_levels, distinct, of_sample, quantiles
 from lmppl.posterior.summary import is_number, joint_rows, summarise
 from lmppl.report.posteriors import joint_blocks, posterior_blocks
@@ -292,6 +293,71 @@ class Posterior(Report):
         values = [of_sample(values_of(trace), name_or_fn) for trace, _ in live]
         weights = torch.tensor([weight for _, weight in live], dtype=torch.float64)
         return torch.stack(values), weights
+
+    def to_dataframe(self, *, returns: bool = False) -> Any:
+        """A pandas data frame with a row a sample.
+
+        Its columns are ``weight`` (normalised) and ``log_weight`` (nats), and the values of every site
+        by its name, observed ones included: texts as ``str``, numbers, arrays, results of tools as
+        they are; None or NaN where a branch does not reach the site. Of Markov chains, there are
+        ``chain`` and ``draw`` in front. A site that has one of these names keeps it, and the column
+        gets an underscore, ``weight_``.
+
+        Args:
+            returns: add what the program returned as ``returned``.
+
+        Raises:
+            ImportError: without pandas, ``pip install 'lmppl[pandas]'``.
+        """
+        weights = self.weights if self._alive else torch.zeros(len(self), dtype=torch.float64)
+        given = self.returns if check_flag("returns", returns) else None
+        chain = self.info.get("chain")
+        return to_dataframe(self.traces, weights, self.log_weights, chain, given)
+
+    def to_arviz(
+        self, *, weighted: bool = False, num_draws: int | None = None, seed: int | None = None
+    ) -> Any:
+        """The posterior for ArviZ: an ``xarray.DataTree``, with dimensions ``chain`` and ``draw``.
+
+        ArviZ knows no weights. So unless all are equal, the draws are resampled by weight (see
+        ``resample``; the tree's attribute ``ess`` tells how much they are worth), or, with
+        ``weighted=True``, they are the samples of positive weight as they are, to be weighted by
+        ``sample_stats["log_weight"]``, the logarithm of the normalised weights. Samples of Markov
+        chains (``info["chain"]``) stay in their chains; all others are one chain.
+
+        The groups are ``posterior`` (latent sites, results of tools, ``pyro.deterministic``),
+        ``sample_stats`` (``lp``, the log joint in nats), ``log_likelihood`` and ``observed_data`` (of
+        observed sites that every sample reaches; data only where it is the same in all). Texts and
+        other objects are in arrays of dtype ``object``. Where a branch does not reach a site, there is
+        NaN, as xarray has it for all that is missing (``isnull()``). A ``/`` in a name becomes ``_``,
+        and sites named ``chain`` or ``draw`` get an underscore.
+
+        Args:
+            weighted: keep the weights instead of resampling.
+            num_draws: how many to resample; None: as many as there are samples.
+            seed: of the resampling; None: taken from torch's random stream.
+
+        Raises:
+            ImportError: without arviz-base, ``pip install 'lmppl[arviz]'``.
+            ValueError: if chains have different draws.
+            ZeroEvidenceError: if all samples have probability zero.
+        """
+        if check_flag("weighted", weighted) and num_draws is not None:
+            raise ValueError("num_draws= is of draws that are resampled: drop it, or weighted=True")
+        live = [i for i, weight in enumerate(self.weights.tolist()) if weight > 0]
+        chain, draws, told = self.info.get("chain"), self, None
+        if weighted:
+            draws, told = self, self.weights[live]
+        elif num_draws is not None or not bool((self.log_weights == self.log_weights[0]).all()):
+            draws, chain = self.resample(num_draws or len(self), seed), None
+            live = list(range(len(draws)))
+        chain = None if chain is None else [chain[i] for i in live]
+        facts = {
+            "engine": self.info.get("engine"), "num_samples": len(self), "ess": self.ess,
+            "log_evidence": self.log_evidence, "notes": list(draws.info.get("notes", ())),
+        }  # fmt: skip
+        known = {name: fact for name, fact in facts.items() if fact is not None}
+        return to_arviz([draws.traces[i] for i in live], told, chain, known)
 
     def resample(self, n: int, seed: int | None = None) -> Posterior:
         """``n`` independent draws of the traces by weight, all of equal weight; of torch's global
