@@ -11,7 +11,7 @@ import contextlib
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -21,7 +21,9 @@ from pyro.poutine.messenger import Messenger
 
 from lmppl.distributions import LMText, ToolCall
 from lmppl.lm import LM
+from lmppl.lm.tokens.constraints.constraint import Constraint
 from lmppl.primitives import use
+from lmppl.testing.languages import ConstrainedSite, Language
 from lmppl.testing.naive import NaiveLM
 from lmppl.testing.quadrature import quadrature_nodes
 
@@ -37,7 +39,8 @@ class ExactTrace:
         log_joint: log of the joint density at ``values`` and the observations, nats; ``-inf`` for
             a path that is ruled out. Of continuous sites it holds the quadrature weight.
         log_prior: log-probability of drawing ``values`` by running the program forward (no
-            observations, factors, scales). Of a path that is ruled out, up to where it was.
+            observations, factors, scales). Of a path that is ruled out, up to where it was. Of a
+            constrained site it is the density, which needn't sum to 1.
         returns: what the program returned; None for a path that is ruled out.
     """
 
@@ -124,6 +127,7 @@ def enumerate_program(
     lm: LM | None = None,
     quadrature: int | None = None,
     max_traces: int = 100_000,
+    languages: Mapping[str | Constraint, Language] | None = None,
     **kwargs: Any,
 ) -> Enumeration:
     """Every trace of ``program(*args, **kwargs)`` with its exact joint density.
@@ -134,12 +138,16 @@ def enumerate_program(
             deterministic, tools included (a tool is called again for every path).
         lm: the model of sites that name none.
         quadrature: number of nodes for every continuous site; None refuses such sites.
+        max_traces: the most traces.
+        languages: what matches the constraints of text sites, by the site's name or by constraint.
+            It is not asked of the constraints themselves. Texts that do not match have no trace.
 
     Raises:
         ValueError: a site that cannot be enumerated, a name used twice, an observed text that is no
-            complete value, a program that diverges when replayed, more than ``max_traces`` traces.
+            complete value, a constraint that ``languages`` lacks, a program that diverges when
+            replayed, more than ``max_traces`` traces.
     """
-    search = _Search(quadrature)
+    search = _Search(quadrature, languages or {})
     found: list[ExactTrace] = []
     with use(lm) if lm is not None else contextlib.nullcontext(), torch.no_grad():
         while len(found) < max_traces:
@@ -162,9 +170,12 @@ class _ZeroProbability(BaseException):
 class _Search(Messenger):
     """Depth-first search over the values of latent sites, one run of the program per path."""
 
-    def __init__(self, quadrature: int | None) -> None:
+    def __init__(
+        self, quadrature: int | None, languages: Mapping[str | Constraint, Language]
+    ) -> None:
         super().__init__()
         self._num_nodes = quadrature
+        self._languages = languages
         # Latent sites on the current path: what each may yet be, the present option last.
         self._path: list[tuple[str, list[_Option]]] = []
         self._naive = functools.cache(NaiveLM)
@@ -203,7 +214,10 @@ class _Search(Messenger):
         if msg["is_observed"] or msg["value"] is not None or not _is_random(fn):
             return
         if self._depth == len(self._path):
-            self._path.append((name, self._options(name, fn)[::-1]))
+            found = self._options(name, fn)
+            if not found:  # nothing matches its constraint
+                raise _ZeroProbability
+            self._path.append((name, found[::-1]))
         expected, options = self._path[self._depth]
         option = options[-1]
         if expected != name:
@@ -237,7 +251,7 @@ class _Search(Messenger):
             pad = [-1] * fn.event_shape[0]
             options = [
                 _Option(torch.tensor([*ids, *pad[len(ids) :]], dtype=torch.long), log_prob)
-                for ids, log_prob in self._lm_table(fn).items()
+                for ids, log_prob in self._lm_table(name, fn).items()
             ]
         elif getattr(fn, "has_enumerate_support", False):
             options = [_Option(v, float(fn.log_prob(v).sum())) for v in _support(fn)]
@@ -255,8 +269,10 @@ class _Search(Messenger):
             )
         return [option for option in options if option.log_prob > -math.inf]
 
-    def _lm_table(self, fn: LMText) -> dict[tuple[int, ...], float]:
+    def _lm_table(self, name: str, fn: LMText) -> dict[tuple[int, ...], float]:
         naive = self._naive(fn.lm)
+        if fn.is_constrained:
+            return self._constrained(name, fn).enumerate()
         if fn.choices is not None:
             sums = {ids: float(naive.log_prob(fn.prefix_ids, ids).sum()) for ids in fn.choices}
             total = _logsumexp([log_prob / fn.temperature for log_prob in sums.values()])
@@ -268,12 +284,26 @@ class _Search(Messenger):
         """Density of an observed text, after a check that the site could have produced it."""
         ids = _token_ids(value)
         if fn.choices is not None:
-            return self._lm_table(fn)[ids]
+            return self._lm_table(name, fn)[ids]
+        if fn.is_constrained:
+            return self._constrained(name, fn).log_prob(ids)
         naive = self._naive(fn.lm)
         stop, most = fn.stopping.stop, fn.stopping.max_tokens
         if most is not None and not naive.closes_first_at_end(ids, stop, most):
             raise ValueError(f"site '{name}': the observed tokens {ids} are no complete value")
         return float(naive.log_prob(fn.prefix_ids, ids, fn.temperature).sum())
+
+    def _constrained(self, name: str, fn: LMText) -> ConstrainedSite:
+        constraint = fn.stopping.constraint
+        language = self._languages.get(name) or self._languages.get(constraint)  # type: ignore[arg-type]
+        if language is None:
+            raise ValueError(
+                f"site '{name}': languages= says nothing of its constraint {constraint!r}: give a "
+                f"lmppl.testing.Language, by the site's name or by the constraint"
+            )
+        stop, most = fn.stopping.stop, fn.event_shape[0]
+        site = self._naive(fn.lm), language, fn.prefix_ids, most, stop, fn.temperature
+        return ConstrainedSite(*site, is_local=fn.law == "local")
 
     def _diverged(self, expected: str, got: str) -> None:
         raise ValueError(

@@ -87,7 +87,7 @@ def tiny_byte_lm(
     By default it writes ``a``, ``.``, and the two bytes each of ``"é"`` and ``"è"``; one token
     ends in the middle of a character. ``options`` are those of :func:`tiny_lm`.
     """
-    to_char = _byte_alphabet()
+    to_char = byte_alphabet()
     names = ["".join(to_char[byte] for byte in token) for token in tokens]
     _check_tokens(names)
     tokenizer = tiny_tokenizer(names, eos=eos, bos=bos, byte_level=True)
@@ -200,7 +200,7 @@ def _check_tokens(tokens: Sequence[str]) -> None:
         raise ValueError(f"tokens must differ, also from {EOS!r} and {BOS!r}: {tokens!r}")
 
 
-def _byte_alphabet() -> dict[int, str]:
+def byte_alphabet() -> dict[int, str]:
     """GPT-2's printable character for every byte."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     rest = [byte for byte in range(256) if byte not in printable]

@@ -7,9 +7,9 @@ few, that expectation is a finite sum, and no test statistic is needed:
         with the sampler's random numbers taken from choices: run it
         total += choices.probability * estimate
 
-Tokens are drawn by ``lmppl.lm.batches.rows.invert``, a piecewise constant function of a uniform, so its
-cells are the tokens. A resampling scheme is a piecewise constant function of its uniforms, too: it
-is run as it is, on one point of every cell.
+Tokens are drawn by ``lmppl.lm.batches.rows.invert``, or by ``invert_among`` those that are allowed:
+piecewise constant functions of a uniform, so their cells are the tokens. A resampling scheme is one of
+its uniforms, too: it is run as it is, on one point of every cell.
 """
 
 from __future__ import annotations
@@ -90,6 +90,17 @@ def _route(patch, choices: Choices) -> None:
         tokens = torch.tensor([choices.pick([p / math.fsum(row) for p in row]) for row in table])
         return tokens, log_probs.gather(1, tokens.unsqueeze(1)).squeeze(1)
 
+    def invert_among(allowed, logits, uniforms, temperature=1.0):
+        log_probs = torch.log_softmax(tempered(logits, temperature).float(), -1)
+        among = log_probs.masked_fill(~allowed, -torch.inf)
+        log_masses = among.logsumexp(-1)
+        table = (among - log_masses.unsqueeze(-1)).double().exp().tolist()
+        tokens = torch.tensor(
+            [0 if math.isnan(row[0]) else choices.pick([p / math.fsum(row) for p in row])
+             for row in table]
+        )  # fmt: skip
+        return tokens, log_probs.gather(1, tokens.unsqueeze(1)).squeeze(1), log_masses
+
     def inverse_cdf(weights, uniforms):
         weights = weights.double()
         return torch.tensor([choices.pick((weights / weights.sum()).tolist()) for _ in uniforms])
@@ -98,6 +109,7 @@ def _route(patch, choices: Choices) -> None:
         return bool(choices.pick([1.0 - probability, probability]))
 
     patch.setattr(rows, "invert", invert)
+    patch.setattr(rows, "invert_among", invert_among)
     patch.setattr(distributions, "inverse_cdf", inverse_cdf)
     patch.setattr(mixture, "flip", flip)
     patch.setattr(Coin, "choices", choices, raising=False)

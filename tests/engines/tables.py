@@ -22,8 +22,14 @@ class TableRows:
     def draw(self, uniforms, temperatures):
         return rows.invert(self.logits, uniforms, temperatures)
 
-    def log_probs(self, tokens, temperatures):
-        log_probs = torch.log_softmax(rows.tempered(self.logits, temperatures).float(), -1)
+    def draw_among(self, allowed, uniforms, temperatures):
+        return rows.invert_among(allowed, self.logits, uniforms, temperatures)
+
+    def log_probs(self, tokens, temperatures, allowed=None):
+        logits = rows.tempered(self.logits, temperatures).float()
+        if allowed is not None:
+            logits = logits.masked_fill(~allowed, -torch.inf)
+        log_probs = torch.log_softmax(logits, -1)
         return log_probs.gather(1, torch.tensor(tokens).unsqueeze(1)).squeeze(1)
 
     def _of(self, ids):
