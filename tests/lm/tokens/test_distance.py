@@ -327,6 +327,30 @@ def test_characters_are_llguidances(pattern: str) -> None:
             assert found >= matcher.matches(data), probe
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "pattern", [r"\d", r"\w", r"\W", r"\p{L}", r"\P{Lu}", r"\p{N}", r"\p{P}", r"\s"]
+)
+def test_every_character_that_llguidance_matches_is_held(pattern: str) -> None:
+    """And few others up to U+07FF, where many tokens are."""
+    matcher, distance = Matcher(pattern), Distance.of(pattern, LETTERS)
+    assert distance is not None
+    others = 0
+    for point in [*range(0x800), *range(0x800, 0xD800, 5), *range(0xE000, 0x110000, 37)]:
+        data = chr(point).encode()
+        held, matches = distance.after(distance.start, data) != DEAD, matcher.matches(data)
+        assert held >= matches, hex(point)
+        others += point < 0x800 and held > matches
+    assert others < 300
+
+
+@pytest.mark.parametrize("text", ["é", "ж", "—", "日", "\u00b2"])
+def test_no_digit_by_its_first_bytes(text: str) -> None:
+    distance = Distance.of(r"\d", LETTERS)
+    assert distance is not None
+    assert distance.after(distance.start, text.encode()) == DEAD
+
+
 ALL_BYTES = tiny_byte_lm([bytes([b]) for b in range(256)] + [b"12", b" +", b"ab", b"--", b"a\xc3"])
 MIXED = [
     r" \d+ [+-] \d+ =", r"[a-z ]+\.", r"\d{4}-(0[1-9]|1[0-2])-\d{2}", r"(?i)yes|no", r".{2,5}\.",

@@ -3,9 +3,11 @@
 The tree's language *contains* that of the pattern: what is hard to tell exactly is read as more than
 it is, never as less. Exact are literals, escapes, classes of listed characters (their negation,
 union, intersection and difference too), ``.``, ``\\s``, groups, alternatives and repetitions. Read as
-more: ``\\d``, ``\\w`` and ``\\p{..}`` are exact in ASCII and hold every other character, so does a
-class without regard to case, anchors and word boundaries always hold, and a repetition counted
-beyond a limit has no end. A text is in UTF-8, and a character is one of at most four bytes.
+more are: ``\\d``, ``\\w`` and general categories such as ``\\p{Lu}``, which are exact in ASCII and
+beyond U+07FF made of whole blocks; any other ``\\p{..}``, which holds every character; a class
+without regard to case, which if it holds any character beyond ASCII holds all; anchors and word
+boundaries, which always hold; and a repetition counted beyond a limit, which has no end. A text is
+in UTF-8.
 
 Grammar of a pattern, after https://docs.rs/regex/latest/regex/#syntax::
 
@@ -24,7 +26,8 @@ import string
 import unicodedata
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
+from itertools import groupby
 
 Ranges = tuple[tuple[int, int], ...]  # of code points, sorted and disjoint, both ends included
 
@@ -125,10 +128,27 @@ class Characters:
         return Characters(characters, characters)
 
     @staticmethod
-    def in_ascii(holds: Callable[[str], bool]) -> Characters:
-        """A set that is known in ASCII; of other characters it may hold any."""
-        ascii_part = _normal((c, c) for c in range(128) if holds(chr(c)))
-        return Characters(ascii_part, _normal((*ascii_part, *_BEYOND_ASCII)))
+    def of_categories(surely: str, perhaps: str = "", also: Ranges = ()) -> Characters:
+        """The characters of general categories, given by the beginnings of their names.
+
+        Exact in ASCII. Beyond, Rust may know characters that Python does not: the set may hold those
+        that are unassigned, or in a plane above the first two. From U+0800 on it is made of whole
+        blocks of equal first bytes, so that it is short.
+
+        Args:
+            surely: categories whose characters the set holds, separated by spaces.
+            perhaps: categories of which it may hold characters beyond ASCII.
+            also: characters that it holds too.
+        """
+        holds, may_hold = tuple(surely.split()), ("Cn", *surely.split(), *perhaps.split())
+        certain, possible = list(also), [*also, (0x20000, 0x10FFFF)]
+        for low, high, category in _categories():
+            if category.startswith(holds):
+                certain.append((low, high))
+            if category.startswith(may_hold if low > 127 else holds):
+                possible.append((low, high))
+        least = _complement(_blocks(_complement(_normal(certain))))
+        return Characters(least, _complement(_complement(_blocks(possible))))
 
     def __or__(self, other: Characters) -> Characters:
         return Characters(_normal(self.least + other.least), _normal(self.most + other.most))
@@ -152,6 +172,30 @@ class Characters:
         return Characters(least, most)
 
 
+@cache
+def _categories() -> list[tuple[int, int, str]]:
+    """First and last characters of runs of one general category, in the first two planes; a run is
+    in ASCII or beyond."""
+    runs, start = [], 0
+    for category, members in groupby(map(unicodedata.category, map(chr, range(0x20000)))):
+        end = start + sum(1 for _ in members)
+        parts = ((start, min(end, 128)), (max(start, 128), end))
+        runs += [(first, last - 1, category) for first, last in parts if first < last]
+        start = end
+    return runs
+
+
+def _blocks(ranges: Iterable[tuple[int, int]]) -> Ranges:
+    """The ranges, widened to blocks of 64 characters from U+0800 on, and of 4,096 from U+10000 on."""
+    widened = []
+    for low, high in ranges:
+        for first, last, size in ((0, 0x7FF, 1), (0x800, 0xFFFF, 64), (0x10000, 0x10FFFF, 4096)):
+            inner_low, inner_high = max(low, first), min(high, last)
+            if inner_low <= inner_high:
+                widened.append((inner_low & -size, inner_high | (size - 1)))
+    return _normal(widened)
+
+
 def _points(characters: Iterable[str]) -> list[tuple[int, int]]:
     return [(ord(c), ord(c)) for c in characters]
 
@@ -171,11 +215,6 @@ _SPACE = Characters.exactly(  # White_Space of Unicode, which Python's \s differ
     (9, 13), (32, 32), (0x85, 0x85), (0xA0, 0xA0), (0x1680, 0x1680), (0x2000, 0x200A),
     (0x2028, 0x2029), (0x202F, 0x202F), (0x205F, 0x205F), (0x3000, 0x3000),
 )  # fmt: skip
-_PERL = {
-    "d": Characters.in_ascii(str.isdigit),
-    "s": _SPACE,
-    "w": Characters.in_ascii(lambda c: c.isalnum() or c == "_"),
-}
 _POSIX = {
     "alnum": string.ascii_letters + string.digits,
     "alpha": string.ascii_letters,
@@ -195,15 +234,24 @@ _POSIX = {
 _CONTROLS = {"a": "\a", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "v": "\v"}
 _CATEGORIES = frozenset((
     "L", "Lu", "Ll", "Lt", "Lm", "Lo", "M", "Mn", "Mc", "Me", "N", "Nd", "Nl", "No", "P", "Pc", "Pd",
-    "Ps", "Pe", "Pi", "Pf", "Po", "S", "Sm", "Sc", "Sk", "So", "Z", "Zs", "Zl", "Zp", "C", "Cc", "Cf",
+    "Ps", "Pe", "Pi", "Pf", "Po", "S", "Sm", "Sc", "Sk", "So", "Z", "Zs", "Zl", "Zp", "Cc", "Cf",
 ))  # fmt: skip
 
 
+@cache
+def _perl(name: str) -> Characters:
+    """What ``\\d``, ``\\s`` or ``\\w`` holds."""
+    if name == "d":
+        return Characters.of_categories("Nd")
+    if name == "w":  # alphabetic (with letters in circles, So), marks, digits, joiners
+        return Characters.of_categories("L M Nd Nl Pc", "So", ((0x200C, 0x200D),))
+    return _SPACE
+
+
+@cache
 def _property(name: str) -> Characters:
-    """What ``\\p{name}`` holds: known in ASCII if it names a general category."""
-    if name in _CATEGORIES:
-        return Characters.in_ascii(lambda c: unicodedata.category(c).startswith(name))
-    return Characters((), _ANY.most)
+    """What ``\\p{name}`` holds: any character unless it names a general category."""
+    return Characters.of_categories(name) if name in _CATEGORIES else Characters((), _ANY.most)
 
 
 # From characters to bytes.
@@ -411,9 +459,9 @@ class _Parser:
             named = _property(found[1] or found[2])
             named = named.without_case() if self._ignore_case else named
             return ~named if found[0][0] == "P" else named
-        if not self.ended and self._next.lower() in _PERL:
+        if not self.ended and self._next in "dswDSW":
             name = self._take_any()
-            return _PERL[name] if name.islower() else ~_PERL[name.lower()]
+            return _perl(name) if name.islower() else ~_perl(name.lower())
         self.at -= 1
         return self._characters(self._character())
 
