@@ -8,7 +8,9 @@ sees. ``draw_texts`` and ``score_texts`` serve many distributions at once, as of
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from itertools import permutations
 from typing import Any, Literal, NamedTuple
@@ -238,6 +240,15 @@ class LMText(TorchDistribution):
         limits = stopping.stop, stopping.max_tokens, stopping.constraint, self.law
         rows = self._rows, self.batch_shape, self.event_shape
         return self.lm, rows, self.choices, limits, self.temperature
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of all that defines the distribution but the language model's weights: prefix tokens,
+        tokenizer, support, temperature and constraint (by its ``repr``). Equal in all processes."""
+        _, rows, choices, (stop, max_tokens, constraint, law), temperature = self._identity
+        shown = re.sub(r" at 0x[0-9a-f]+", "", repr(constraint))
+        parts = [self.lm.vocabulary.fingerprint, rows, choices, stop, max_tokens, shown, law]
+        return hashlib.sha256(repr([*parts, temperature]).encode()).hexdigest()
 
     def __repr__(self) -> str:
         prefix = self.lm.vocabulary.decode(self._rows[0][-24:])

@@ -308,6 +308,16 @@ def test_a_site_in_one_branch_only():
     assert dead.best("z") is None
 
 
+def test_texts_in_containers_are_shown_as_strings():
+    text = LM.sample("ab", 1, max_tokens=2, seed=0)[0][0]
+    traces = [trace_of(z="a", n=ToolResult.wrap({"of": [text]}))]
+    posterior = Posterior(traces, torch.zeros(1), [[text, {text}]])
+    assert posterior.probs("n") == {f"{{'of': [{str(text)!r}]}}": 1.0}
+    rows = posterior.summary()["marginals"]["n"]
+    assert rows == [{"weight": 1.0, "value": {"of": [str(text)]}}]
+    assert type(rows[0]["value"]["of"][0]) is str and "Text(" not in repr(posterior)
+
+
 def test_tensors_of_any_shape_are_values_of_probs():
     site = dist.Categorical(torch.ones(4))
     traces = [trace_of(k=(site, torch.tensor(v), False)) for v in ([0, 1], [2, 3], [0, 1])]
@@ -572,7 +582,7 @@ def test_a_posterior_of_pyros_traces_is_copied():
 def test_pickling_says_what_to_store(inferred):
     for protocol in range(2, 6):
         with pytest.raises(
-            TypeError, match=r"a Posterior .*store posterior.summary\(\).*token_ids"
+            TypeError, match=r"use posterior\.save\(path\) and lmppl\.Posterior\.load\(path"
         ):
             pickle.dumps(inferred, protocol)
 

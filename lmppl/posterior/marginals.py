@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lmppl.checks import check_number
-from lmppl.runtime.sites import key_of
+from lmppl.runtime.sites import key_of, without_tokens
 
 QUANTILES = (0.05, 0.5, 0.95)
 """Those that tables show."""
@@ -40,15 +40,13 @@ def rows(values: Sequence[Any], weights: Sequence[float]) -> list[dict[str, Any]
     for value, weight in zip(values, weights, strict=True):
         if weight > 0:
             first.setdefault(key_of(value), value)
-    ranked = [(first[key], key, weight) for (key,), weight in distinct([values], weights)]
-    return [{"weight": weight, "value": plain(value, key)} for value, key, weight in ranked]
-
-
-def plain(value: Any, key: Hashable) -> Any:
-    """A value without its tokens or its tensor; ``key``: it as ``key_of`` has it."""
-    if isinstance(value, str):
-        return str(value)
-    return key if isinstance(value, torch.Tensor) else value
+    return [
+        {
+            "weight": weight,
+            "value": key if torch.is_tensor(first[key]) else without_tokens(first[key]),
+        }
+        for (key,), weight in distinct([values], weights)
+    ]
 
 
 def numbers(value: Any, where: str) -> torch.Tensor:

@@ -9,20 +9,27 @@ import copy
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from pyro.poutine import Trace
 
 from lmppl.checks import check_callable, check_flag, check_int, check_seed, did_you_mean
+from lmppl.lm import LM
 from lmppl.lm.batches.inverse_cdf import inverse_cdf
 from lmppl.posterior.exports import to_arviz, to_dataframe
 from lmppl.posterior.marginals import check_levels, distinct, of_sample, quantiles
+from lmppl.posterior.replaying import rerun
+from lmppl.posterior.saving import Samples, load_samples, save_samples
 from lmppl.posterior.summary import is_number, joint_rows, summarise
+from lmppl.primitives import use
 from lmppl.report.posteriors import joint_blocks, posterior_blocks
 from lmppl.report.tables import Block, Report, Shown
 from lmppl.runtime import estimates
+from lmppl.runtime.arguments import bind
 from lmppl.runtime.sites import has_value, is_latent, value_of, values_of
 from lmppl.runtime.weights import ess, log_mean_exp
 
@@ -397,10 +404,82 @@ class Posterior(Report):
 
     def __reduce__(self) -> Any:
         raise TypeError(
-            "a Posterior holds language models and a program's objects and is not pickled: store "
-            "posterior.summary(), or the values and posterior.log_weights: [str(z) for z in "
-            "posterior['z']] and [z.token_ids for z in posterior['z']]"
+            "a Posterior holds language models and a program's objects and is not pickled: use "
+            "posterior.save(path) and lmppl.Posterior.load(path, lm=lm), or store posterior.summary()"
         )
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write the posterior into a folder, from which ``Posterior.load`` reads it. It is there
+        whole or not at all; its format is JSON and safetensors, no pickle.
+
+        Saved are the values of all sites (texts with their tokens), their log-probabilities, the
+        log-weights, and what is plain of the returned values, results of tools and ``info``: None,
+        bools, numbers, strings, texts, tensors, and lists, tuples, sets and dicts of these. For any
+        other value its ``repr`` is kept. The guide (``guide.save``) and the profile are not saved.
+
+        Args:
+            path: the folder.
+            overwrite: replace a posterior that is there.
+
+        Raises:
+            FileExistsError: if the folder exists, unless it is a posterior and ``overwrite`` is set.
+            OSError: if it cannot be written; what was there before is kept.
+        """
+        samples = Samples(
+            self.traces, self.log_weights, self.returns, self.info, self._claims_evidence
+        )
+        save_samples(path, samples, overwrite=check_flag("overwrite", overwrite))
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        model: Callable[..., Any] | None = None,
+        *args: Any,
+        lm: LM | Sequence[LM] | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Posterior:
+        """Read a posterior that ``save`` wrote.
+
+        ```python
+        posterior = lmppl.Posterior.load("runs/infill")                    # to look at
+        posterior = lmppl.Posterior.load("runs/infill", lm=lm)             # texts with their tokens
+        posterior = lmppl.Posterior.load("runs/infill", infill, x, y, lm=lm)  # to go on from
+        ```
+
+        Without anything else it answers all questions about values: ``probs``, ``mean``,
+        ``quantile``, tables, evidence, ``resample``, ``to_arviz``; texts are plain strings. With
+        ``lm`` they are a ``Text`` each, to be used in prefixes. The traces have all values and
+        log-probabilities, but no distributions (``site["fn"]``): what goes on from them, such as
+        Markov chains (``initial=``), needs the program as well. It is run again on the values of
+        every sample that is alive, which asks no language model, and compared site by site.
+
+        Args:
+            path: the folder.
+            model, *args, kwargs: the program and its arguments, as of ``infer``.
+            lm: the language model that it was made with, or a list of several.
+
+        Raises:
+            FileNotFoundError: if there is no posterior.
+            ValueError: if a file is damaged or of another format, the texts are of another tokenizer,
+                or the program or its arguments are others; says which.
+        """
+        if model is None and (args or kwargs):
+            raise TypeError("Posterior.load: arguments need the program: load(path, model, *args)")
+        lms = [] if lm is None else [lm] if isinstance(lm, LM) else list(lm)
+        program, args = (None, ()) if model is None else bind(model, args, kwargs)
+        loaded = load_samples(path, lms)
+        samples = loaded.samples
+        traces, returns = list(samples.traces), list(samples.returns)
+        if program is not None:
+            with use(lms[0]) if lms else nullcontext():
+                again = rerun(loaded, program, args)
+            for i, number in enumerate(loaded.trace):
+                if number in again:
+                    traces[i], returns[i] = again[number]
+        info = dict(samples.info)
+        claims = samples.claims_evidence
+        return cls(traces, samples.log_weights, returns, info=info, claims_evidence=claims)
 
     def __len__(self) -> int:
         return len(self.traces)

@@ -11,6 +11,7 @@ from pyro.poutine.subsample_messenger import _Subsample
 from pyro.poutine.util import site_is_factor, site_is_subsample
 
 from lmppl.distributions import LMText, ToolCall, ToolResult
+from lmppl.lm.tokens.text import Text
 
 
 def has_value(trace: Trace, name: str) -> bool:
@@ -90,7 +91,18 @@ def key_of(value: Any) -> Hashable:
     try:
         hash(value)
     except TypeError:  # a tool may return anything
-        return repr(value)
+        return repr(without_tokens(value))
+    return value
+
+
+def without_tokens(value: Any) -> Any:
+    """A value with a plain ``str`` for every ``Text`` in it, or in the containers that it is made of."""
+    if isinstance(value, Text):
+        return str(value)
+    if type(value) is dict:
+        return {without_tokens(key): without_tokens(part) for key, part in value.items()}
+    if type(value) in (list, tuple, set, frozenset):
+        return type(value)(map(without_tokens, value))
     return value
 
 
