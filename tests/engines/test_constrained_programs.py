@@ -12,16 +12,7 @@ import lmppl
 # A predicate says that it is slow where it is asked about every token.
 pytestmark = pytest.mark.filterwarnings("ignore:.* is asked about every token")
 
-# Core's masks look at max_tokens where a stop string has begun, which "local" must not.
-_OPEN = pytest.mark.xfail(reason="the law under local depends on max_tokens", strict=True)
-ALL = pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(case, marks=[_OPEN] * (case.name == "stop within tokens, local"))
-        for case in [*CASES.values(), *SMALL.values()]
-    ],
-    ids=str,
-)
+ALL = pytest.mark.parametrize("case", [*CASES.values(), *SMALL.values()], ids=str)
 EACH_SMALL = pytest.mark.parametrize("case", SMALL.values(), ids=str)
 
 

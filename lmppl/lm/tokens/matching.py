@@ -114,8 +114,8 @@ class TextMatch:
         state = None if self.state is None else self.state.after(data)
         return self.matching.node(self.text + data, state)
 
-    def allows(self, token: int, left: int) -> bool:
-        """What ``mask`` says of one token."""
+    def allows(self, token: int) -> bool:
+        """What ``mask`` says of one token, without steering."""
         vocabulary, stops = self.matching.vocabulary, self.matching.stops
         if token in vocabulary.eos_ids:
             return self.is_complete
@@ -124,20 +124,18 @@ class TextMatch:
         closes, bodies = _bodies(
             self.matching.tail(self.text), vocabulary.token_bytes(token), stops
         )
-        if closes or left > 0:
-            is_match = any(self._is_match(body) for body in bodies)
-            if closes or is_match:
-                return is_match
-        return self.after(token).state is not None
+        is_match = any(self._is_match(body) for body in bodies)
+        return is_match if closes else is_match or self.after(token).state is not None
 
     def mask(self, left: int, *, steered: bool = False) -> Tensor:
-        """(V,) bool: the tokens that may come next, of which ``left`` may follow it.
+        """(V,) bool: the tokens that may come next.
 
         Args:
             left: how many tokens may follow the next one.
-            steered: leave out those after which a match within ``left`` tokens is impossible.
+            steered: leave out those after which a match within ``left`` tokens is known to be
+                impossible.
         """
-        mask = self._mask(left > 0)
+        mask = self._mask(left > 0 or not steered)
         within = None if self.state is None or not steered else self.state.within(left)
         return mask if within is None else mask & (within | self._stop_tokens.either)
 

@@ -234,7 +234,7 @@ class StoppingState:
             self.reason, self.matches = "eos", match.is_complete
         elif stopping.stop and self._find_stop(token):
             # What the mask says of a token that completes a stop string is whether the body matches.
-            self.reason, self.matches = "stop", match.allows(token, 0)
+            self.reason, self.matches = "stop", match.allows(token)
         else:
             self._match = match = match.after(token)
             if match.is_final:
@@ -259,7 +259,7 @@ class StoppingState:
         """Whether the constraint (there must be one) allows a token next: what ``mask`` says of it,
         without steering."""
         assert self._match is not None
-        return self._match.allows(token, self._left)
+        return self._match.allows(token)
 
     @property
     def _left(self) -> int:
