@@ -20,6 +20,11 @@ from torch import Tensor
 from lmppl.lm.tokens.constraints.constraint import Constraint, ConstraintState
 from lmppl.lm.tokens.vocabulary import Vocabulary
 
+# llguidance keeps the tokens that match each of these, and where a text may go on by any of them it need
+# not walk through them. Beside its own, which suit strings in JSON, words: a mask of a regular
+# expression over 49,152 tokens then takes 0.01 ms instead of 0.4.
+_WORDS = (r"[a-z]{1,30}", r" ?[A-Za-z]{1,30}")
+
 
 class GuidanceConstraint(Constraint):
     """A constraint that llguidance checks.
@@ -203,7 +208,10 @@ class Tokens:
         self.tokens = [*distinct, b"<end>"]
         self.eos_token_id = len(distinct)
         self.special_token_ids = [self.eos_token_id]
-        self.tokenizer = LLTokenizer(TokenizerWrapper(self), n_vocab=len(self.tokens))
+        slices = [*_WORDS, *LLTokenizer.general_slices()]
+        self.tokenizer = LLTokenizer(
+            TokenizerWrapper(self), n_vocab=len(self.tokens), slices=slices
+        )
 
     def __call__(self, text: str | bytes) -> list[int]:
         data = text.encode() if isinstance(text, str) else text
