@@ -131,15 +131,13 @@ class LMText(TorchDistribution):
         self.lm = check_lm("LMText", lm)
         self.temperature = check_number("temperature", temperature, above=0)
         check_choice("constrain", constrain, ("global", "local"))
-        if constraint is not None and not isinstance(constraint, Constraint):
-            raise TypeError(
-                "constraint takes a lmppl.constraints.Constraint, given "
-                f"{type(constraint).__name__} ({constraint!r})"
-            )
+        if constraint is not None:
+            _check_constraint(constraint)
         if constraint is not None and choices is not None:
             raise ValueError(
-                f"{constraint.name} beside choices: choices are whole strings already, so leave out "
-                f"those that do not match, or {constraint.name}"
+                f"{constraint.name} beside choices: choices are whole strings already. Drop "
+                f"{constraint.name}, and the choices that do not match; or drop choices, and say "
+                "max_tokens"
             )
         self.law: Law = constrain
         limits: Any = (stop, max_tokens, constraint)
@@ -367,6 +365,28 @@ class LMText(TorchDistribution):
         values = torch.stack([self.value(choice) for choice in self.choices])
         values = values.reshape(-1, *[1] * len(self.batch_shape), *self.event_shape)
         return values.expand(-1, *self.batch_shape, *self.event_shape) if expand else values
+
+
+def _check_constraint(constraint: Any) -> None:
+    """Raise ``TypeError``, with what was probably meant, unless it is a constraint."""
+    if isinstance(constraint, Constraint):
+        return
+    if isinstance(constraint, type) and issubclass(constraint, Constraint):
+        hint = f"give an object of it, as {constraint.__name__}()"
+    elif isinstance(constraint, str):
+        hint = "a regular expression goes to regex=, a grammar to grammar="
+    elif callable(constraint):
+        hint = (
+            "make a subclass of Constraint with the function as its method allows(self, prefix), "
+            "which says whether a match may begin so; and complete(self, text), if not every such "
+            "text is one"
+        )
+    else:
+        hint = "make a subclass of it, with a method allows(self, prefix)"
+    raise TypeError(
+        f"constraint takes a lmppl.constraints.Constraint, given {type(constraint).__name__} "
+        f"({constraint!r}): {hint}"
+    )
 
 
 def _check_token_ids(value: Any) -> None:

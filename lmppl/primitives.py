@@ -373,7 +373,10 @@ def _constraint(given: Mapping[str, Any], constraint: Constraint | None) -> Cons
         return constraint
     if len(named) > 1 or constraint is not None:
         both = " and ".join([*named, *["constraint"] * (constraint is not None)])
-        raise ValueError(f"{both} are given: a site has one constraint")
+        raise ValueError(
+            f"{both} are given, and a site has one constraint: put all into one grammar, or into "
+            "one Constraint of your own"
+        )
     return _CONSTRAINTS[named[0]](given[named[0]])
 
 

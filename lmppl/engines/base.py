@@ -18,7 +18,7 @@ import time
 import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Protocol, final
@@ -27,6 +27,7 @@ import torch
 
 from lmppl import runtime
 from lmppl.checks import check_int
+from lmppl.distributions import LMText
 from lmppl.exclusive import exclusive
 from lmppl.guides import proposer_factory
 from lmppl.guides.mixture import MixtureProposer, mixed
@@ -203,6 +204,7 @@ class State:
                 "sites by their names, and an LMGuide the texts of models with its own vocabulary"
             )
         info = {"engine": self.engine, "iid": self.iid, "killed": killed, "notes": self.notes}
+        info["reasons"] = _reasons(self.particles, killed)
         info |= asdict(own_usage() - self._usage)
         info |= {"seconds": time.perf_counter() - self._began, **self.info}
         traces = [particle.trace for particle in self.particles]
@@ -216,3 +218,16 @@ class State:
         """Say it as a warning and as a note of the posterior."""
         self.notes.append(message)
         warnings.warn(message, stacklevel=5)
+
+
+def _reasons(particles: Sequence[Particle], killed: Collection[str]) -> dict[str, str]:
+    """Why the first particle ended at each of these sites, where a constraint says why."""
+    reasons: dict[str, str] = {}
+    for particle in particles:
+        name = particle.killed_by
+        if name is None or name not in killed or name in reasons:
+            continue
+        node = particle.sites[name]
+        if isinstance(node["fn"], LMText) and (why := node["fn"].mismatch(node["value"])):
+            reasons[name] = why
+    return reasons

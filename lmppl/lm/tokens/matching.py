@@ -14,7 +14,12 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
-from lmppl.lm.tokens.constraints.constraint import Constraint, ConstraintState
+from lmppl.lm.tokens.constraints.constraint import (
+    Constraint,
+    ConstraintState,
+    checked_mask,
+    checked_state,
+)
 from lmppl.lm.tokens.vocabulary import Vocabulary
 
 _MOST_NODES = 4096  # texts that are remembered
@@ -49,7 +54,8 @@ class Matching:
                 "model with a byte-level tokenizer, or lmppl.require on the text"
             )
         self.constraint, self.vocabulary, self.stops = constraint, vocabulary, tuple(stops)
-        self.start = TextMatch(self, b"", constraint.start(vocabulary))
+        state = checked_state(constraint.start(vocabulary), f"{type(constraint).__name__}.start()")
+        self.start = TextMatch(self, b"", state)
         self._nodes: dict[bytes, TextMatch] = {}
 
     def node(self, text: bytes, state: ConstraintState | None) -> TextMatch:
@@ -112,7 +118,17 @@ class TextMatch:
         if known is not None:
             return known
         state = None if self.state is None else self.state.after(data)
+        state = checked_state(state, f"{type(self.state).__name__}.after()")
         return self.matching.node(self.text + data, state)
+
+    def alive_bytes(self, token: int) -> bytes:
+        """As many of a token's bytes as a match may go on with."""
+        vocabulary = self.matching.vocabulary
+        data = vocabulary.token_bytes(token) if bool(vocabulary.text_tokens[token]) else b""
+        state = self.state
+        while data and (state is None or state.after(data) is None):
+            data = data[:-1]
+        return data
 
     def allows(self, token: int) -> bool:
         """What ``mask`` says of one token, without steering."""
@@ -153,7 +169,9 @@ class TextMatch:
             if self.state is None:
                 mask = torch.zeros(vocabulary.size, dtype=torch.bool)
             else:
-                mask = self.state.mask() & vocabulary.text_tokens
+                name = f"{type(self.state).__name__}.mask()"
+                mask = checked_mask(self.state.mask(), name, vocabulary.size)
+                mask = mask & vocabulary.text_tokens
             if self.matching.stops:
                 self._judge_stops(mask, goes_on)
             mask[list(vocabulary.eos_ids)] = self.is_complete

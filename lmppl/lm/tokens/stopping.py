@@ -140,23 +140,29 @@ class Stopping:
 
     def mismatch(self, ids: Sequence[int]) -> str:
         """Where a sequence fails to match the constraint, in words; empty if it does not fail."""
-        state = self.start()
-        for length, token in enumerate(ids):
+        assert self.matching is not None
+        constraint, state, eos_ids = self.constraint, self.start(), self.vocabulary.eos_ids
+        text = self.vocabulary.bytes_of([token for token in ids if token not in eos_ids])
+        if self.matching.start.state is None:
+            return f"nothing matches {constraint!r}"
+        for token in ids:
+            match = state._match
             state.push(token)
-            if not state.is_alive:
-                before = self.vocabulary.decode(ids[:length])
-                rest = self.vocabulary.decode(ids[length:]) or "its end"
+            assert match is not None and state._match is not None
+            if not state._match.is_alive:
+                before = match.text + match.alive_bytes(token)
+                number = len(before.decode(errors="ignore")) + 1
+                rest = text[len(before) :].decode(errors="replace")
                 return (
-                    f"the text stops matching {self.constraint!r} at character {len(before) + 1}: "
-                    f"after {before!r} comes {rest!r}"
+                    f"the text stops matching {constraint!r} at character {number}: after "
+                    f"{_shown(before)} comes {rest[:_MOST_SHOWN]!r}"
                 )
             if state.reason is not None:
                 break
-        text = self.vocabulary.decode(ids)
         if state.length < len(ids):
-            return f"{text!r} goes on after a match of {self.constraint!r} that nothing extends"
+            return f"{_shown(text)} goes on after a match of {constraint!r} that nothing extends"
         if state.reason is None or not state.matches:
-            return f"{text!r} ends before it matches {self.constraint!r}"
+            return f"the text ends before it matches {constraint!r}: {_shown(text)}"
         return ""
 
     def text(self, ids: Iterable[int]) -> Text:
@@ -292,6 +298,15 @@ class StoppingState:
         return True
 
 
+def _shown(text: bytes) -> str:
+    """The end of a text, in a message."""
+    characters = text.decode(errors="replace")
+    if len(characters) <= _MOST_SHOWN:
+        return repr(characters)
+    return f"...{characters[-_MOST_SHOWN:]!r}"
+
+
+_MOST_SHOWN = 60  # characters
 _ENDLESS = 1 << 30  # tokens, where nothing limits them
 
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,10 +52,7 @@ class Constraint:
 
     def allows(self, prefix: str) -> bool:
         """Whether a matching text may begin with ``prefix``, whole characters."""
-        raise NotImplementedError(
-            f"{type(self).__name__} defines neither allows(prefix) nor start(vocabulary): a Constraint "
-            "needs one of them"
-        )
+        raise NotImplementedError
 
     def complete(self, text: str) -> bool:
         """Whether ``text`` is a match."""
@@ -65,7 +63,13 @@ class Constraint:
 
         Raises:
             ValueError: the constraint is broken in itself, or the vocabulary can't spell it.
+            TypeError: its class defines neither ``allows`` nor ``start``.
         """
+        if type(self).allows is Constraint.allows:
+            raise TypeError(
+                f"{type(self).__name__} defines neither allows(self, prefix) nor start(self, "
+                "vocabulary): a Constraint needs one of them"
+            )
         return PredicateState(self, vocabulary, b"").checked()
 
     def __repr__(self) -> str:
@@ -105,6 +109,29 @@ class ConstraintState(ABC):
         return None
 
 
+def checked_state(state: object, source: str) -> ConstraintState | None:
+    """What a method of a constraint gave as a state, if it is one; ``source`` names the method.
+    ``TypeError`` if not."""
+    if state is not None and not isinstance(state, ConstraintState):
+        raise TypeError(
+            f"{source} returned {state!r}, of type {type(state).__name__}: it must return a "
+            "lmppl.constraints.ConstraintState, or None where no match begins so"
+        )
+    return state
+
+
+def checked_mask(mask: object, source: str, size: int) -> Tensor:
+    """What a method of a state gave as a mask, if it is one over ``size`` tokens. ``TypeError`` or
+    ``ValueError`` if not."""
+    want = f"it must return a bool tensor of shape ({size},), one value for each token"
+    if not isinstance(mask, Tensor) or mask.dtype is not torch.bool:
+        given = f"a tensor of {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"{source} returned {given}: {want}")
+    if mask.shape != (size,):
+        raise ValueError(f"{source} returned a mask of shape {tuple(mask.shape)}: {want}")
+    return mask
+
+
 class PredicateState(ConstraintState):
     """The state of a constraint by predicates: the text itself."""
 
@@ -138,15 +165,19 @@ class PredicateState(ConstraintState):
     def mask(self) -> Tensor:
         return self._mask
 
-    def _ask(self, predicate: object, text: str) -> bool:
+    def _ask(self, predicate: Callable[[str], bool], text: str) -> bool:
+        what = f"{type(self._constraint).__name__}.{getattr(predicate, '__name__', '?')}({text!r})"
         try:
-            return bool(predicate(text))  # type: ignore[operator]
+            answer = predicate(text)
         except Exception as error:
-            error.add_note(
-                f"raised by {type(self._constraint).__name__}.{getattr(predicate, '__name__', '?')}"
-                f"({text!r}), which must return True or False"
-            )
+            error.add_note(f"raised by {what}, which must return True or False")
             raise
+        if not isinstance(answer, (bool, np.bool_)):
+            raise TypeError(
+                f"{what} returned {answer!r}, of type {type(answer).__name__}: it must return True "
+                "or False (see whether it lacks a return, or take bool(...) of it)"
+            )
+        return bool(answer)
 
 
 _warned: set[type] = set()

@@ -8,6 +8,7 @@ of the model's. A matcher is copied before it reads on (in a microsecond), so st
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Hashable, Mapping
 from functools import cached_property
 from typing import Any
@@ -40,18 +41,30 @@ class GuidanceConstraint(Constraint):
 
         self._given = given
         # Else a stretch that is certain could only be written in the tokens that llguidance prefers.
-        self._grammar = f'{grammar}\n%llguidance {{"no_forcing": true}}'
+        self._grammar = f"{grammar}\n{_NO_FORCING}"
         self._starts: WeakKeyDictionary[Vocabulary, GuidanceState] = WeakKeyDictionary()
         is_error, messages = LLMatcher.validate_grammar_with_warnings(self._grammar)
         if is_error:
-            raise ValueError(f"{self.name}={given!r}: {messages[0].strip()}")
+            raise ValueError(f"{self._what}: {self._plain(messages[0])}")
 
     @property
     def key(self) -> Hashable:
         return type(self), self._grammar
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self._given!r})"
+        return f"{type(self).__name__}({_shown(self._given)})"
+
+    @property
+    def _what(self) -> str:
+        """It as an argument, for messages."""
+        return f"{self.name}={_shown(self._given)}"
+
+    def _plain(self, message: str) -> str:
+        """A message of llguidance's, without the grammar that was written around what was given."""
+        message = re.split(r"\n +1 \| ", message.strip())[0]
+        message = re.sub(r"^at \d+\(\d+\): ", "", message)
+        message = re.sub(r"^failed to compile JSON schema: ", "", message)
+        return re.sub(r'^invalid regex "(?s:.)*?" \(in regex\): ', "", message)
 
     def start(self, vocabulary: Vocabulary) -> GuidanceState:
         found = self._starts.get(vocabulary)
@@ -64,9 +77,9 @@ class GuidanceConstraint(Constraint):
 
         tokens = _tokens_of(vocabulary)
         state = GuidanceState(LLMatcher(tokens.tokenizer, self._grammar, log_level=0), tokens)
-        what = f"{self.name}={self._given!r}"
+        what = self._what
         if state.error:
-            raise ValueError(f"{what}: {state.error}")
+            raise ValueError(f"{what}: {self._plain(state.error)}")
         if not state.goes_on:
             only = "matches only the empty text" if state.is_complete else "matches nothing"
             raise ValueError(f"{what} {only}, so no text of a site can match it")
@@ -87,29 +100,49 @@ class Regex(GuidanceConstraint):
         from llguidance import LLMatcher
 
         if not isinstance(pattern, str):
-            raise TypeError(f"regex takes a string, given {type(pattern).__name__} ({pattern!r})")
+            raise TypeError(
+                f"regex takes a string, given {type(pattern).__name__} ({pattern!r})"
+                + ": give its .pattern" * hasattr(pattern, "pattern")
+            )
+        _check_pattern(pattern)
         described = json.loads(LLMatcher.grammar_from_regex(pattern))
         super().__init__(pattern, described["grammars"][0]["lark_grammar"])
 
 
 class JsonSchema(GuidanceConstraint):
-    """Texts that are JSON of a schema.
+    """Texts that are JSON of a schema, its properties in the schema's order.
 
     Args:
-        schema: a JSON schema as a dict or a string of JSON, or a pydantic model's class.
+        schema: a JSON schema as a dict or a string of JSON, or a pydantic model's class. llguidance's
+            own options may stand in it as ``"x-guidance"``.
         whitespace: allow white space between the parts; else there is none.
+
+    Raises:
+        TypeError: it is none of these.
+        ValueError: it is no schema, one that nothing matches, or one with keywords that llguidance
+            does not know how to check; the message names them.
     """
 
     name = "json_schema"
 
     def __init__(self, schema: Any, *, whitespace: bool = False) -> None:
+        described = dict(_schema_of(schema))
         options = {"whitespace_flexible": bool(whitespace)}
-        described = {**_schema_of(schema), "x-guidance": options}
+        described["x-guidance"] = {**options, **described.get("x-guidance", {})}
         super().__init__(schema, f"start: %json {json.dumps(described)}")
 
 
 class Grammar(GuidanceConstraint):
-    """Texts of a context-free grammar in llguidance's dialect of Lark, from its rule ``start``."""
+    """Texts of a context-free grammar in llguidance's dialect of Lark, from its rule ``start``.
+
+    Terminals are read as a lexer reads them: each takes as much as it can. So ``A A`` with
+    ``A: /a+/`` matches nothing, as the first ``A`` takes all; say it in one terminal, as ``/aa+/``.
+
+    Raises:
+        TypeError: it is no string.
+        ValueError: it is no grammar (the message says in which line and column), or it counts or
+            names tokens, as ``max_tokens=``, ``stop=`` and ``<[...]>`` do: a constraint speaks of text.
+    """
 
     name = "grammar"
 
@@ -118,13 +151,63 @@ class Grammar(GuidanceConstraint):
             raise TypeError(
                 f"grammar takes a Lark grammar as a string, given {type(lark).__name__} ({lark!r})"
             )
+        _check_of_text(lark)
         super().__init__(lark, lark)
+
+    def _plain(self, message: str) -> str:
+        lines = [line for line in message.strip().splitlines() if _NO_FORCING not in line]
+        return re.sub(r"^(?:at )?(\d+)\((\d+)\): ", r"line \1, column \2: ", "\n".join(lines))
+
+
+_NO_FORCING = '%llguidance {"no_forcing": true}'
+
+_LITERAL = re.compile(r'"(?:\\.|[^"\\])*"|/(?:\\.|[^/\\\n])+/|(?://|#)[^\n]*')
+_OF_TOKENS = re.compile(r"\b(?:max_tokens|stop|stop_capture)\s*=|<[^>\s]+>")
+
+
+def _check_of_text(lark: str) -> None:
+    """Refuse what speaks of tokens in a grammar."""
+    found = _OF_TOKENS.search(_LITERAL.sub(lambda literal: " " * len(literal[0]), lark))
+    if found is not None:
+        line = lark.count("\n", 0, found.start()) + 1
+        raise ValueError(
+            f"grammar={_shown(lark)}: line {line} has {found[0]!r}, which speaks of tokens, and a "
+            "constraint speaks of text: leave it out (lm_sample has max_tokens= and stop=)"
+        )
+
+
+def _check_pattern(pattern: str) -> None:
+    """Refuse what llguidance would read in another way."""
+    if (len(pattern) - len(pattern.rstrip("\\"))) % 2:
+        raise ValueError(
+            f"regex={_shown(pattern)} ends in a backslash with nothing after it, at character "
+            f"{len(pattern)}: write two for one"
+        )
+    if "\n" in pattern and re.search(r"\(\?[a-zA-Z]*x", pattern):
+        raise ValueError(
+            f"regex={_shown(pattern)}: with (?x), a pattern must stand in one line, without comments"
+        )
+
+
+def _shown(given: Any) -> str:
+    """What was given, cut to a length that a message can hold."""
+    text = repr(given)
+    return text if len(text) <= _MOST_SHOWN else f"{text[: _MOST_SHOWN - 3]}..."
+
+
+_MOST_SHOWN = 120  # characters
 
 
 def _schema_of(schema: Any) -> Mapping[str, Any]:
     """A schema as a dict of JSON's values."""
-    if isinstance(schema, type) and hasattr(schema, "model_json_schema"):
-        schema = schema.model_json_schema()
+    model_schema = getattr(schema, "model_json_schema", None)
+    if model_schema is not None:
+        if not isinstance(schema, type):
+            raise TypeError(
+                f"json_schema takes a pydantic model's class, given an instance ({schema!r}): give "
+                f"{type(schema).__name__}"
+            )
+        schema = model_schema()
     if isinstance(schema, str):
         try:
             schema = json.loads(schema)
