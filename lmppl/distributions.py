@@ -46,7 +46,8 @@ class DrawnText(NamedTuple):
     """
 
     value: torch.Tensor  # of shape ``event_shape``
-    log_prob: torch.Tensor  # under the distribution, 0-d float32, nats; ``-inf`` without a match
+    # Under the distribution, 0-d float32, nats; ``-inf`` without a match (but of the law of draws).
+    log_prob: torch.Tensor
     log_q: torch.Tensor  # of the draw: the same, but of a text under a global constraint
     drawn: Drawn | None  # its tokens one by one; None for choices
 
@@ -88,7 +89,8 @@ class LMText(TorchDistribution):
     density is still ``prod_k p(t_k | prefix, t_<k)``, and so sums to the probability of a match. A draw
     takes each token among those that the constraint allows, from ``proposal()``. ``constrain="local"``:
     every step is renormalised over the allowed tokens; what comes to a dead end, where none is allowed
-    or ``max_tokens`` are reached without a match, is lost, so the density sums to at most one.
+    or ``max_tokens`` are reached without a match, is lost, so the density sums to at most one. The
+    densities of ``proposal()`` and ``guided()`` are those of draws, dead ends included, and sum to one.
 
     Args:
         lm: the language model.
@@ -113,6 +115,7 @@ class LMText(TorchDistribution):
     arg_constraints: dict[str, constraints.Constraint] = {}
     has_rsample = False
     name = ""  # of the site that it stands at, for error messages
+    steered = True  # whether draws under a constraint avoid what is known to come to a dead end
     texts_in_prefix: frozenset[tuple[int, ...]]  # the tokens of each ``Text`` in it, without EOS
 
     def __init__(
@@ -139,7 +142,9 @@ class LMText(TorchDistribution):
                 f"{constraint.name}, and the choices that do not match; or drop choices, and say "
                 "max_tokens"
             )
+        self.constrain = constrain
         self.law: Law = constrain
+        self.steered = constrain == "global"
         limits: Any = (stop, max_tokens, constraint)
         self.stopping = Stopping(lm.vocabulary, *limits)
         if num_tokens is not None:
@@ -190,13 +195,21 @@ class LMText(TorchDistribution):
         return self.stopping.constraint is not None
 
     def proposal(self) -> LMText:
-        """What draws of it are drawn from: itself, but under a global constraint. There each step is
-        renormalised over the tokens that the constraint allows, without those after which it is known
-        that no match can be reached in time."""
-        if not self.is_constrained or self.law != "global":
+        """The law of its draws; without a constraint, itself. Each step is renormalised over the tokens
+        that the constraint allows, under a global one without those after which it is known that no
+        match can be reached in time. What comes to a dead end has density, too."""
+        return self._as_proposal(self.steered)
+
+    def guided(self) -> LMText:
+        """As a guide draws it, for which dead ends are of no use: as ``proposal()`` of a global
+        constraint, whatever the law."""
+        return self._as_proposal(True)
+
+    def _as_proposal(self, steered: bool) -> LMText:
+        if not self.is_constrained:
             return self
         new = self._with_rows(self._rows, self.batch_shape)
-        new.law = "proposal"
+        new.law, new.steered = "proposal", steered
         return new
 
     @property
@@ -204,7 +217,7 @@ class LMText(TorchDistribution):
         """Over which tokens each step of its density is renormalised; None: all."""
         if not self.is_constrained or self.law == "global":
             return None
-        return Allowed(self.stopping, steered=self.law == "proposal")
+        return Allowed(self.stopping, steered=self.steered)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LMText:
         return self  # it never changes, and holds a language model
@@ -235,7 +248,7 @@ class LMText(TorchDistribution):
     @property
     def _identity(self) -> tuple[Any, ...]:
         stopping = self.stopping
-        limits = stopping.stop, stopping.max_tokens, stopping.constraint, self.law
+        limits = stopping.stop, stopping.max_tokens, stopping.constraint, self.law, self.steered
         rows = self._rows, self.batch_shape, self.event_shape
         return self.lm, rows, self.choices, limits, self.temperature
 
@@ -311,7 +324,8 @@ class LMText(TorchDistribution):
         raise ValueError(f"a value has {what} (short ones are padded with {PAD} on the right)")
 
     def supports(self, value: torch.Tensor) -> bool:
-        """Whether one value is a sequence that the site could have produced."""
+        """Whether one value is a sequence that the site could have produced (under the law of draws,
+        also one that came to a dead end)."""
         padded = value.tolist()
         ids = tuple(padded[: padded.index(PAD)] if PAD in padded else padded)
         if padded.count(PAD) != len(padded) - len(ids):
@@ -323,7 +337,10 @@ class LMText(TorchDistribution):
         if self.stopping.max_tokens is None:
             return len(ids) == self.event_shape[0]
         if self.is_constrained:
-            return self.stopping.is_value(ids)
+            may_die = self.law == "proposal"
+            return self.stopping.is_value(ids) or (
+                may_die and self.stopping.is_dead_end(ids, steered=self.steered)
+            )
         if ids in self._texts:
             return self._texts[ids].finish_reason is not None
         closed = self.stopping.scan(ids)
@@ -474,8 +491,7 @@ def draw_texts(
 
 
 def draw_request(d: LMText, uniforms: torch.Tensor, name: str, begun: tuple[int, ...] = ()) -> Draw:
-    steered = d.law != "local"
-    return Draw(d.prefix_ids, d.stopping, uniforms, d.temperature, name, steered, begun)
+    return Draw(d.prefix_ids, d.stopping, uniforms, d.temperature, name, d.steered, begun)
 
 
 def drawn_text(d: LMText, drawn: Drawn, begun: tuple[int, ...] = ()) -> DrawnText:
@@ -484,7 +500,7 @@ def drawn_text(d: LMText, drawn: Drawn, begun: tuple[int, ...] = ()) -> DrawnTex
     if drawn.log_masses is not None:
         log_q = log_prob - drawn.log_masses.sum()
         log_prob = log_prob if d.law == "global" else log_q
-    if not drawn.matches:
+    if not drawn.matches and d.law != "proposal":
         log_prob = torch.tensor(-math.inf)
     return DrawnText(d.value((*begun, *drawn.token_ids)), log_prob, log_q, drawn)
 

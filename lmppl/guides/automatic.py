@@ -1,8 +1,9 @@
 """The automatic guide: the model's latent sites, drawn from an adapted copy of its LM.
 
-Text sites copy ``stop``, ``max_tokens``, ``choices`` and ``temperature`` of the model's, so their
-support is the model's, and differ in the prompt (``prompts.py``) and the weights (LoRA). Other
-sites get a head (``heads.py``). What neither can stand for is left to the model.
+Text sites copy ``stop``, ``max_tokens``, ``choices``, the constraint and ``temperature`` of the
+model's, so their support is the model's, and differ in the prompt (``prompts.py``) and the weights
+(LoRA). Under a constraint they draw among the tokens that it allows (``LMText.guided``). Other sites
+get a head (``heads.py``). What neither can stand for is left to the model.
 """
 
 from __future__ import annotations
@@ -278,7 +279,7 @@ class AutomaticProposer(Proposer):
             if self.sites is not None:
                 self.sites.check(name, fn)
             prompt = prompts.guide_prompt(site, trace, self.observations, guide.told_of_cuts)
-            q = fn.with_prefix_ids(prompt, guide.adapter_for(name), fn.temperature).proposal()
+            q = fn.with_prefix_ids(prompt, guide.adapter_for(name), fn.temperature).guided()
             return TextDraw(q, value)
         moves = num_moves(fn)
         if moves is None:
@@ -359,4 +360,6 @@ def _law_of(fn: LMText) -> Law:
         "stop": list(fn.stopping.stop),
         "choices": fn.choices is not None,  # which ones may depend on the input
         "temperature": fn.temperature,
+        "constraint": repr(fn.stopping.constraint) if fn.is_constrained else None,
+        "constrain": fn.constrain if fn.is_constrained else None,
     }

@@ -53,7 +53,9 @@ class ProgramGuide(Guide):
         program = self.program
         if temperature == math.inf:
             return lambda slot, seed: PriorProposer(program, args)
-        return lambda slot, seed: ProgramProposer(Particle(program, args, seed=seed, slot=slot))
+        return lambda slot, seed: ProgramProposer(
+            Particle(program, args, seed=seed, is_guide=True, slot=slot)
+        )
 
     def recaller(self, args: Args, observations: Observations) -> PriorProposer:
         self._restore(args)
@@ -64,7 +66,7 @@ class ProgramGuide(Guide):
         runs = []
         for slot, proposer in enumerate(proposers):
             given = {name: Given(node["value"]) for name, node in proposer.draws.items()}
-            options: Any = {"score_closing": True, "grad": grad, "slot": slot}
+            options: Any = {"score_closing": True, "grad": grad, "is_guide": True, "slot": slot}
             runs.append(Particle(self.program, proposer.args, seed=slot, given=given, **options))
         with runtime.ending(runs):
             runtime.resume(runs)
@@ -285,7 +287,9 @@ def _text_value(name: str, model_fn: Any, guide_fn: Any, value: Any) -> Any:
             f"site '{name}': the guide draws up to {guide_fn.event_shape[0]} tokens, the model's "
             f"site holds {model_fn.event_shape[0]}: give both the same max_tokens and stop"
         )
-    closed = None if model_fn.choices is not None else model_fn.stopping.scan(ids)
+    # (What goes on after a match of a constraint is dead, as what does not match.)
+    is_judged = model_fn.choices is not None or model_fn.is_constrained
+    closed = None if is_judged else model_fn.stopping.scan(ids)
     if closed is not None and closed[0] < len(ids):
         raise ValueError(
             f"site '{name}': the guide draws {str(guide_fn.text(value))!r}, and the model's site ends "

@@ -93,6 +93,7 @@ class Particle:
             weighs on the way: fewer switches and larger batches. (Not where a hard condition or
             a handler of the program may depend on it.) Such a run is not forked.
         grad: run with gradients enabled.
+        is_guide: the program is a guide, so that it draws constrained texts by ``LMText.guided``.
         slot: its number, for error messages.
 
     Attributes:
@@ -119,6 +120,7 @@ class Particle:
         score_closing: bool = False,
         score_late: bool = False,
         grad: bool = False,
+        is_guide: bool = False,
         slot: int = 0,
     ) -> None:
         self.program, self.args = program, args
@@ -132,6 +134,7 @@ class Particle:
         self._replay = Replay({}, {}) if replay is None else replay
         self._uncounted: list[Site] = []
         self._enumerate, self._score_closing, self._grad = enumerate_latents, score_closing, grad
+        self._is_guide = is_guide
         self._late: list[ScoreWait] | None = [] if score_late else None
         self._site = ""
         self._at: tuple[str, Any] | None = None  # the site that it is at, and its distribution
@@ -227,6 +230,7 @@ class Particle:
     def _again(self, replay: Replay, given: Any, streams: Any = None, **options: Any) -> Particle:
         """A run of the same program, at its first wait."""
         options |= {"replay": replay, "given": given, "shared": self._recorder.shared}
+        options["is_guide"] = self._is_guide
         new = Particle(self.program, self.args, **options)
         if streams is not None:
             new.coroutine.global_state.take_streams(streams.coroutine.global_state)
@@ -290,6 +294,8 @@ class Particle:
         """Find the value and the log-probability of a site, and record it."""
         name, replay = site["name"], self._replay
         self._site = name
+        if self._is_guide and is_latent(site) and is_text(site["fn"]):
+            dict.__setitem__(site, "fn", site["fn"].guided())
         if name in replay.left:
             recorded = replay.repeat(site)
             if len(_PYRO_STACK) > 1:  # handlers of the program may read what was found
@@ -449,7 +455,9 @@ class _Recorder(TraceMessenger, CallMemory):
             return
         node = self.trace.nodes[name] = dict(msg)
         particle._uncounted.append(node)
-        is_hard = msg["infer"].get("hard") or (is_text(msg["fn"]) and msg["fn"].is_constrained)
+        fn = msg["fn"]
+        is_site = is_text(fn) and fn.is_constrained and fn.law != "proposal"  # no guide's draw
+        is_hard = msg["infer"].get("hard") or is_site
         if is_hard and float(msg["log_prob_sum"]) == -math.inf:
             particle.rejected_by = name
             raise Rejected(name)

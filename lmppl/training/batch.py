@@ -11,7 +11,7 @@ import torch
 
 from lmppl import runtime
 from lmppl.distributions import LMText, SiteScore
-from lmppl.training.samples import Origin, Sample, Truncation
+from lmppl.training.samples import Origin, Sample, Truncation, score_own_draws
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +51,12 @@ class Batch:
         """The same with the reward ``R ** beta``, and a learned log evidence."""
         log_r = torch.where(self.log_r == -math.inf, -math.inf, self.log_r * beta)
         return replace(self, log_r=log_r, beta=beta, log_z=log_z)
+
+    def log_own(self) -> torch.Tensor:
+        """(N,) the log-density of the latents as the program draws them itself: ``log_prior``, but
+        where a text has a constraint."""
+        score_own_draws(self.samples)
+        return self.log_prior.new_tensor([sample.log_own() for sample in self.samples])
 
     def figures(self) -> dict[str, float]:
         """What the guide's own draws say of it; NaN if there are none."""
@@ -121,11 +127,12 @@ def batches_of(
 
 def _log_q_of_traces(samples: Sequence[Sample], scores: Sequence[Scores]) -> torch.Tensor:
     """(N,) log-densities of whole traces, nats. Latents that the guide has not are drawn from the
-    model, so they have its density."""
+    model, so they have the density of its draws."""
     width = max(map(len, scores), default=0)
     terms = [log_prob for score in scores for log_prob, _ in score.values()]
     places = [i * width + j for i, score in enumerate(scores) for j in range(len(score))]
-    left = torch.tensor([s.log_left(score) for s, score in zip(samples, scores, strict=True)])
+    score_own_draws(samples, scores)
+    left = torch.tensor([s.log_own(score) for s, score in zip(samples, scores, strict=True)])
     if not terms:
         return left
     home = next((term for term in terms if term.requires_grad), terms[0])
@@ -178,6 +185,7 @@ def _check_support(samples: Sequence[Sample], scores: Sequence[Scores]) -> None:
                 value = str(node["fn"].text(node["value"])) if is_text else node["value"].tolist()
                 raise ValueError(
                     f"site '{name}': the guide gives probability zero to {value!r}, which the "
-                    "program can draw: give both the same support (stop, max_tokens, choices). Or "
-                    "train with loss='elbo', which learns from the guide's own draws only"
+                    "program can draw: give both the same support (stop, max_tokens, choices, "
+                    "constraint). Or train with loss='elbo', which learns from the guide's own draws "
+                    "only"
                 )

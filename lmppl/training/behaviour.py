@@ -27,6 +27,7 @@ from lmppl.guides.automatic import TextDraw
 from lmppl.guides.guide import Guide, TrainableGuide
 from lmppl.runtime import Particle
 from lmppl.runtime.records import Record, rescore
+from lmppl.runtime.sites import is_text
 from lmppl.training.fingerprints import digest_of
 from lmppl.training.inputs import Input, observe
 from lmppl.training.options import FitOptions
@@ -222,9 +223,12 @@ class Behaviour:
 
 def _check_given(input_: Input, sample: Sample) -> None:
     if sample.log_r == -math.inf:
+        node = sample.sites[sample.particle.killed_by or ""]
+        why = node["fn"].mismatch(node["value"]) if is_text(node["fn"]) else ""
+        why = f", where {why}" if why else ""
         raise ValueError(
             f"a demonstration of input {input_.index} has probability zero under the program, by "
-            f"site '{sample.particle.killed_by}': correct it, or leave it out"
+            f"site '{node['name']}'{why}: correct it, or leave it out"
         )
 
 

@@ -17,6 +17,7 @@ import torch
 
 from lmppl.guides.guide import TrainableGuide
 from lmppl.guides.parameters import adapter_config, base_state
+from lmppl.lm.tokens.constraints.constraint import Constraint
 from lmppl.training.inputs import Source
 from lmppl.training.options import FitOptions
 
@@ -142,10 +143,10 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
 
 
 def _is_constant(value: Any) -> bool:
-    """Whether a value cannot change: a number, a string, a tuple of those."""
+    """Whether a value cannot change: a number, a string, a constraint, a tuple of those."""
     if isinstance(value, (tuple, frozenset)):
         return all(map(_is_constant, value))
-    return isinstance(value, (str, bytes, int, float, type(None)))
+    return isinstance(value, (str, bytes, int, float, type(None), Constraint))
 
 
 def _constant(value: Any) -> bytes:
@@ -163,6 +164,8 @@ def digest_of(data: Any) -> str:
         inside = (*within, id(item))
         if isinstance(item, (str, bytes, int, float, type(None))):
             digest.update(f"{type(item).__name__}:{item!s};".encode())
+        elif isinstance(item, Constraint):
+            digest.update(repr(item).encode())
         elif isinstance(item, Mapping):
             for key, value in item.items():
                 feed(key, inside)

@@ -28,7 +28,7 @@ from lmppl.training.behaviour import Drawn, Recalled
 from lmppl.training.inputs import Input, observe
 from lmppl.training.optimizer import Optimizer
 from lmppl.training.options import FitOptions
-from lmppl.training.samples import Sample
+from lmppl.training.samples import Sample, score_own_draws
 from lmppl.training.trainer import mean
 
 
@@ -69,7 +69,7 @@ class _Mixture:
         """log R less the log-density of a trace in the mixture, nats; ``scores``: of the guide."""
         if sample.log_r == -math.inf:
             return -math.inf
-        terms = [(self._of_guide, sample.log_q(scores)), (self._of_program, sample.log_p)]
+        terms = [(self._of_guide, sample.log_q(scores)), (self._of_program, sample.log_own())]
         if (key := sample.record.discrete_key) in self._kept:
             terms.append((self._of_buffer, self._kept[key][1]))
         log_terms = [math.log(num / self._num) + log_prob for num, log_prob in terms if num]
@@ -167,6 +167,7 @@ class MStep:
                 particles += mixture.start(self.guide)
             runtime.run_to_end(particles)
         samples = [Sample.of(particle, "guide") for particle in particles]
+        score_own_draws([sample for sample in samples if sample.log_r > -math.inf])
         scores = self.guide.score([sample.proposer for sample in samples], grad=False)
         records, log_weights = [], []
         for k, (sample, of_sample) in enumerate(zip(samples, scores, strict=True)):

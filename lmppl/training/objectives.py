@@ -42,7 +42,7 @@ def vargrad(log_r: torch.Tensor, log_q: torch.Tensor, huber: float = torch.inf) 
     """
     live = log_r > -torch.inf
     if int(live.sum()) < 2:
-        return log_q.sum() * 0.0
+        return _nothing(log_q)
     u = log_r[live] - log_q[live]
     distance = (u - _centre(u.detach(), huber)).abs()
     excess = (distance - huber).clamp_min(0.0)  # d^2 - (d - h)^2 = 2 h d - h^2
@@ -67,7 +67,7 @@ def tb(log_r: torch.Tensor, log_q: torch.Tensor, log_z: torch.Tensor) -> torch.T
     """
     live = log_r > -torch.inf
     if not bool(live.any()):
-        return (log_q.sum() + log_z) * 0.0
+        return _nothing(log_q) + log_z * 0.0
     return ((log_z + log_q[live] - log_r[live]) ** 2).mean()
 
 
@@ -101,7 +101,7 @@ def subtb(
         raise ValueError(f"lam={lam}: the weight of a pair of truncations must be positive")
     live = log_r > -torch.inf
     if int(live.sum()) < 2:
-        return log_q.sum() * 0.0
+        return _nothing(log_q)
     u = log_r[live] - log_q[live]
     if lam == 1.0:
         return 2.0 * u.var()
@@ -129,12 +129,13 @@ def alive(
             Veach & Guibas, 1995). None: they are samples of q.
     """
     live = (log_r > -torch.inf).to(log_q.dtype)
-    log_weights = log_q.detach() * 0.0 if log_drawn is None else log_q.detach() - log_drawn
-    weights = torch.softmax(log_weights, dim=0)
+    is_drawable = log_q.detach() > -torch.inf  # what q cannot draw has no weight
+    log_weights = log_q.new_zeros(len(log_q)) if log_drawn is None else log_q.detach() - log_drawn
+    weights = torch.softmax(torch.where(is_drawable, log_weights, -torch.inf), dim=0)
     fraction = (weights * live).sum()
-    if bool((live == live[0]).all()) or float(fraction) == 0.0:
-        return log_q.sum() * 0.0
-    drawable_log_q = torch.where(weights > 0.0, log_q, 0.0)  # what q cannot draw has no weight
+    if bool((live == live[0]).all()) or not float(fraction) > 0.0:
+        return _nothing(log_q)
+    drawable_log_q = torch.where(is_drawable, log_q, 0.0)
     return -(weights * (live - fraction) / fraction * drawable_log_q).sum()
 
 
@@ -151,7 +152,7 @@ def elbo(log_r: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
     """
     live = log_r > -torch.inf
     if int(live.sum()) < 2:
-        return log_q.sum() * 0.0
+        return _nothing(log_q)
     u = (log_r - log_q)[live].detach()
     # u_i less the mean of the others is (u_i - mean of all) n / (n - 1); the estimate is a mean over n.
     return -((u - u.mean()) * log_q[live]).sum() / (len(u) - 1)
@@ -172,9 +173,14 @@ def wake(log_weights: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
         log_q: (N,).
     """
     if not bool((log_weights > -torch.inf).any()):
-        return log_q.sum() * 0.0
+        return _nothing(log_q)
     weights = torch.softmax(log_weights.detach(), dim=0)
     return -((weights - 1.0 / len(weights)) * log_q).sum()
+
+
+def _nothing(log_q: torch.Tensor) -> torch.Tensor:
+    """0 with a gradient of 0, whatever q cannot draw among the samples."""
+    return torch.where(log_q.detach() > -torch.inf, log_q, 0.0).sum() * 0.0
 
 
 def sft(log_q: torch.Tensor) -> torch.Tensor:
@@ -218,7 +224,7 @@ def ppo(
         raise ValueError(f"clip={clip}: the ratio's largest change must be between 0 and 1")
     live = log_r > -torch.inf
     if len(log_r) < 2 or not bool(live.any()):
-        return log_q.sum() * 0.0
+        return _nothing(log_q)
     reward = (log_r - kl * (log_q_old - log_q_ref)).detach()
     reward = torch.where(live, reward, reward[live].min() - 1.0)
     # Differences below 1e-4 nats are rounding: they must not be scaled up.

@@ -18,6 +18,7 @@ import torch
 
 from lmppl import runtime
 from lmppl.distributions import LMText, SiteScore, ToolCall
+from lmppl.guides.scoring import is_constrained, own_draw_log_probs
 from lmppl.runtime import Given, Particle, is_latent
 from lmppl.runtime.records import Record, ReplayProposer, discrete_key, is_count, record_of
 from lmppl.runtime.sites import is_text
@@ -25,6 +26,9 @@ from lmppl.runtime.sites import is_text
 Origin = Literal["guide", "tempered", "prior", "replay", "given"]
 """Where latents come from: drawn from the guide itself; from the guide at another temperature; from the
 program; from the replay buffer; or given: by the user, or simulated together with the observations."""
+
+
+_NOTHING: Mapping[str, Any] = {}
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +41,8 @@ class Sample:
     origin: Origin
     # log R of its truncations, as far as they are known, by length; None: not legal
     cut_rewards: dict[int, float | None] = field(default_factory=dict)
+    # The log-density of latents as the program draws them itself, as far as it is known, by name
+    own_draws: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, particle: Particle, origin: Origin) -> Sample:
@@ -76,18 +82,40 @@ class Sample:
         """The program's own log-density (unscaled, nats) of all latents."""
         return math.fsum(self.log_priors.values())
 
-    def log_left(self, scores: Mapping[str, Any]) -> float:
-        """log-density (nats) of the latents that a guide with these scores leaves to the model."""
-        return math.fsum(log_p for name, log_p in self.log_priors.items() if name not in scores)
+    def log_own(self, without: Mapping[str, Any] = _NOTHING) -> float:
+        """log-density (unscaled, nats) of the latents that are not in ``without``, as the program draws
+        them itself: that of a constrained text is not its own."""
+        score_own_draws([self], [without])
+        return math.fsum(log_p for name, log_p in self.own_draws.items() if name not in without)
 
     def log_q(self, scores: Mapping[str, SiteScore]) -> float:
         """log q of the whole trace (nats), without gradient."""
-        return math.fsum(float(log_q) for log_q, _ in scores.values()) + self.log_left(scores)
+        return math.fsum(float(log_q) for log_q, _ in scores.values()) + self.log_own(scores)
 
     @cached_property
     def num_tokens(self) -> int:
         """Tokens of all its texts."""
         return sum(map(_num_tokens, self.sites.values()))
+
+
+def score_own_draws(
+    samples: Sequence[Sample], without: Sequence[Mapping[str, Any]] | None = None
+) -> None:
+    """Find ``own_draws`` of some samples in one batch, but for the sites that each has in ``without``.
+    Only constrained texts need a language model."""
+    without = [_NOTHING] * len(samples) if without is None else without
+    sites = [
+        (sample, name)
+        for sample, names in zip(samples, without, strict=True)
+        for name in sample.log_priors
+        if name not in names and name not in sample.own_draws
+    ]
+    constrained = [(s, name) for s, name in sites if is_constrained(s.sites[name])]
+    for sample, name in sites:
+        sample.own_draws[name] = sample.log_priors[name]
+    found = own_draw_log_probs([sample.sites[name] for sample, name in constrained])
+    for (sample, name), log_prob in zip(constrained, found, strict=True):
+        sample.own_draws[name] = log_prob
 
 
 def _num_tokens(node: Any) -> int:
@@ -116,10 +144,11 @@ def truncate(
     need no language model (nothing is observed after the text) are free, and all of them are taken.
 
     Everything after the cut is run again on the truncated value: factors, tools, branches and
-    observations. A truncation after which the program comes to another latent is not legal.
+    observations. A truncation is not legal if the program comes to another latent after it, or if what
+    is left of the text does not match its constraint.
     """
     texts = [_CutText(sample, name) for sample in samples if (name := _last_text(sample))]
-    cuts = [(text, length) for text in texts for length in range(text.full_length)]
+    cuts = [(text, length) for text in texts for length in text.lengths()]
     chosen = [(text, length) for text, length in cuts if not text.cost]
     costly = [(text, length) for text, length in cuts if text.cost]
     spent = 0
@@ -192,6 +221,18 @@ class _CutText:
     def key(self, length: int) -> tuple[Any, ...]:
         """Equal for truncations to the same trace of the same input, continuous values included."""
         return *self._key, self._ids[:length]
+
+    def lengths(self) -> list[int]:
+        """After how many tokens c closes the text, so that it is one of the site's."""
+        if not self._fn.is_constrained:
+            return list(range(self.full_length))
+        assert self._closing is not None
+        found, state = [], self._fn.stopping.start()
+        for length in range(self.full_length):
+            if state.allows(self._closing):
+                found.append(length)
+            state.push(self._ids[length])
+        return found
 
     def run(self, length: int) -> Particle:
         """The model on the truncated value; its own density is known from the complete trace."""

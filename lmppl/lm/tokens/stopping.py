@@ -129,6 +129,18 @@ class Stopping:
             state.push(token)
         return state.reason is not None and state.matches
 
+    def is_dead_end(self, ids: Sequence[int], *, steered: bool) -> bool:
+        """Whether a draw under the constraint (there must be one) can come to ``ids`` and end there
+        without a match: no further token is allowed, or ``max_tokens`` are reached."""
+        state = self.start()
+        for token in ids:
+            if state.reason is not None or not state.mask(steered=steered)[token]:
+                return False
+            state.push(token)
+        if state.reason is not None:
+            return not state.matches
+        return not bool(state.mask(steered=steered).any())
+
     def masks(self, ids: Sequence[int], *, steered: bool) -> Tensor:
         """(n, V) bool: of each of n tokens, those that the constraint (there must be one) allowed in its
         place; see ``TextMatch.mask``."""
