@@ -1,5 +1,6 @@
 """What every engine returns."""
 
-from lmppl.posterior.posterior import Posterior, ZeroEvidenceError
+from lmppl.posterior.posterior import Posterior
+from lmppl.posterior.weighted import ZeroEvidenceError
 
 __all__ = ["Posterior", "ZeroEvidenceError"]
