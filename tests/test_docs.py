@@ -31,6 +31,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 PAGES = {
     "programs.md": 0.05,
     "engines.md": 0.1,
+    "posteriors.md": 0.05,
     "new_engine.md": 0.1,
     "guides.md": 0.3,
     "training.md": 0.3,

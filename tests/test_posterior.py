@@ -615,7 +615,7 @@ def test_the_table_has_a_marginal_a_site():
     lines = repr(two_sites()).splitlines()
     assert lines[0] == "Posterior by importance: 3 samples, ESS 2.8 (93%)"
     assert lines[1].startswith("log evidence -1.099 nats (standard error 0.2")
-    assert lines[2] == "don't trust these figures: the effective sample size, 2.8, is below 10"
+    assert lines[2] == "don't trust these figures: ESS 2.8 is below 10"
     assert lines[3] == "1,234 tokens drawn, 567 tokens scored, 3.2 s"
     assert [line.split() for line in lines if line and "─" not in line][4:-2] == [
         ["weight", "a"], ["60.0%", "█" * 10, "'x'"], ["40.0%", "██████▋", "'y'"],
@@ -714,13 +714,13 @@ def heavy(k: float, count: int = 400) -> Posterior:
 def test_a_table_says_when_its_figures_cannot_be_trusted():
     few = posterior_of(list("abcdefghijkl"), [50.0, *[1.0] * 11], info={"iid": True})
     assert few.ess < 10 and few.log_evidence_stderr < 1
-    line = f"don't trust these figures: the effective sample size, {few.ess:.1f}, is below 10"
+    line = f"don't trust these figures: ESS {few.ess:.1f} is below 10"
     assert repr(few).splitlines()[2] == line and line.replace("'", "&#x27;") in few._repr_html_()
     enough = posterior_of(list("abcdefghijkl"), [1.0] * 12, info={"iid": True})
     assert "trust" not in repr(enough) and enough.summary()["doubts"] == []
     tail = heavy(0.85)
     assert tail.ess > 10 and tail.summary()["pareto_k"] > 0.7
-    assert tail.summary()["doubts"] == [f"Pareto k, {tail.summary()['pareto_k']:.2f}, is above 0.7"]
+    assert tail.summary()["doubts"] == [f"Pareto k {tail.summary()['pareto_k']:.2f} is above 0.7"]
     assert heavy(0.3).summary()["doubts"] == [] and heavy(0.3).summary()["pareto_k"] < 0.7
 
 
@@ -733,7 +733,7 @@ def test_nothing_is_doubted_where_nothing_is_estimated():
 
 def test_chains_that_disagree_are_doubted():
     posterior = posterior_of(list("abab"), [1.0] * 4, info=CHAINS, claims_evidence=False)
-    doubt = "R-hat of 'length of z', 1.20, is above 1.01: the chains disagree"
+    doubt = "R-hat of 'length of z' is 1.20, above 1.01: the chains disagree"
     assert posterior.summary()["doubts"] == [doubt] and doubt in repr(posterior)
 
 

@@ -88,13 +88,13 @@ def doubts(
     """
     found = []
     if ess < LEAST_ESS:
-        found.append(f"the effective sample size, {ess:.1f}, is below {LEAST_ESS}")
+        found.append(f"ESS {ess:.1f} is below {LEAST_ESS}")
     if pareto_k is not None and pareto_k > WORST_PARETO_K:
-        found.append(f"Pareto k, {pareto_k:.2f}, is above {WORST_PARETO_K}")
+        found.append(f"Pareto k {pareto_k:.2f} is above {WORST_PARETO_K}")
     for name, r_hat in (r_hats or {}).items():
         if r_hat is not None and r_hat > WORST_R_HAT:
             found.append(
-                f"R-hat of '{name}', {r_hat:.2f}, is above {WORST_R_HAT}: the chains disagree"
+                f"R-hat of '{name}' is {r_hat:.2f}, above {WORST_R_HAT}: the chains disagree"
             )
     return found
 

@@ -241,7 +241,7 @@ def test_latents_that_cannot_be_posterior_draws_are_noted():
 def test_estimates_by_a_few_samples_are_doubted():
     """The standard error is harmless, being computed from these few samples."""
     few, many = run(ONE, num_samples=8), run(ONE, num_samples=400)
-    reason = f"the effective sample size, {few.samples.ess:.1f}, is below 10"
+    reason = f"ESS {few.samples.ess:.1f} is below 10"
     assert few.doubts["iw_bound"] == [reason]
     assert f"don't trust the log mean weight and its standard error: {reason}" in few.notes
     (row,) = [line for line in repr(few).splitlines() if line.startswith("log Z >=, log mean")]
