@@ -258,7 +258,8 @@ class GuidanceState(ConstraintState):
     @cached_property
     def _bits(self) -> np.ndarray:
         """Of 0 and 1: which of llguidance's tokens may come next."""
-        packed = np.frombuffer(self._matcher.deep_copy().compute_bitmask(), np.uint8)
+        # Not of a copy: what the matcher finds out about the grammar, later copies of it know.
+        packed = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         return np.unpackbits(packed, bitorder="little")
 
     def mask(self) -> Tensor:
