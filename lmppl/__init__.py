@@ -3,7 +3,18 @@
 from lmppl import constraints
 from lmppl.diagnostics.diagnose import Diagnosis, diagnose
 from lmppl.distributions import LMText
-from lmppl.engines import SMC, Engine, Exact, GFlowNet, Importance, register_engine
+from lmppl.engines import (
+    MCMC,
+    SMC,
+    Engine,
+    Exact,
+    GFlowNet,
+    Importance,
+    RandomWalk,
+    Redraw,
+    Suffix,
+    register_engine,
+)
 from lmppl.engines.dispatch import infer
 from lmppl.engines.infer_batch import infer_batch
 from lmppl.lm import LM
@@ -21,8 +32,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "LM", "SMC", "Diagnosis", "Engine", "Exact", "GFlowNet", "Importance", "LMGuide", "LMText",
-    "Memory", "Posterior", "Profile", "ReplayError", "Text", "ZeroEvidenceError", "chat",
-    "constraints", "diagnose",
-    "infer", "infer_batch", "learn", "lm_sample", "losses", "profile", "register_engine", "require",
-    "tool", "use",
+    "MCMC", "Memory", "Posterior", "Profile", "RandomWalk", "Redraw", "ReplayError", "Suffix", "Text",
+    "ZeroEvidenceError", "chat", "constraints", "diagnose", "infer", "infer_batch", "learn", "lm_sample",
+    "losses", "profile", "register_engine", "require", "tool", "use",
 ]  # fmt: skip

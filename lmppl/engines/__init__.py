@@ -9,15 +9,17 @@ from lmppl.engines.base import Engine, EngineLike, State
 from lmppl.engines.exact import Exact
 from lmppl.engines.gflownet import GFlowNet
 from lmppl.engines.importance import Importance
+from lmppl.engines.kernels import RandomWalk, Redraw, SiteKernel, Suffix
+from lmppl.engines.mcmc import MCMC
 from lmppl.engines.smc import SMC
 
 __all__ = [
-    "ENGINES", "Engine", "EngineLike", "Exact", "GFlowNet", "Importance", "SMC", "State",
-    "register_engine",
+    "ENGINES", "Engine", "EngineLike", "Exact", "GFlowNet", "Importance", "MCMC", "RandomWalk",
+    "Redraw", "SMC", "SiteKernel", "State", "Suffix", "register_engine",
 ]  # fmt: skip
 
 ENGINES: dict[str, Callable[..., EngineLike]] = {
-    engine.name: engine for engine in (Importance, SMC, GFlowNet, Exact)
+    engine.name: engine for engine in (Importance, SMC, MCMC, GFlowNet, Exact)
 }
 
 

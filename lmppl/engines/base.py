@@ -96,8 +96,9 @@ class State:
         particles: the runs; always the same list.
         log_weights: one for each, float64, nats: the mean of w estimates the evidence of what was
             observed so far.
-        stage: how often they were extended.
+        stage: how many stages are done: how often they were extended.
         proposer: what makes a particle's proposer, once they have started; None: the program.
+        has_proposed: whether a guide, if there is one, has proposed a value.
         generator: of the engine's own random choices.
         iid: whether the weights are independent and identically distributed.
         claims_evidence: whether the mean of w estimates the evidence.
@@ -126,7 +127,7 @@ class State:
         self.notes: list[str] = []
         self.info: dict[str, Any] = {}
         self._began, self._usage = time.perf_counter(), own_usage()
-        self._has_proposed = False
+        self.has_proposed = False
 
     def start(self, num: int | None = None, *, prior_fraction: float = 0.0, **options: Any) -> None:
         """Make ``num`` particles (None: ``num_samples``) of weight 1, and run each to its first latent
@@ -135,7 +136,7 @@ class State:
         num = self.num_samples if num is None else num
         factory = proposer_factory(self.guide, self.args)
         self.proposer = None if factory is None else mixed(factory, prior_fraction)
-        self._has_proposed = factory is None
+        self.has_proposed = factory is None
         self.particles[:] = runtime.start(
             self.model, self.args, num, seed=self.seed, proposer=self.proposer, **options
         )
@@ -151,20 +152,23 @@ class State:
         runtime.run_to_draws(self.particles)
         increments = [particle.take_log_weight() for particle in self.particles]
         self.log_weights = self.log_weights + torch.tensor(increments, dtype=torch.float64)
-        self._has_proposed |= any(getattr(p.proposer, "draws", True) for p in self.particles)
+        self.has_proposed |= any(getattr(p.proposer, "draws", True) for p in self.particles)
         for particle, log_weight in zip(self.particles, self.log_weights.tolist(), strict=True):
             if log_weight == -math.inf and not particle.finished:
                 particle.close()  # nothing that it does can matter any more
         num, finished = len(self.particles), sum(p.finished for p in self.particles)
-        figures: dict[str, Any] = {"stage": self.stage, "ess": self.ess}
-        figures |= {"finished": finished, "of": num}
+        self.report(ess=self.ess, finished=finished, of=num)
+        return finished < num
+
+    def report(self, **figures: Any) -> None:
+        """Say that a stage is done: to the progress bar and to who asked to be called."""
         if self.stage == 0:
             self.bar.__enter__()
+        figures = {"stage": self.stage, **figures}
         self.bar.advance(**figures)
         if self.callback is not None:
             self.callback({"engine": self.engine, **figures})
         self.stage += 1
-        return finished < num
 
     def draw(self) -> None:
         """Let every particle that waits at a latent site draw it, in one batched call."""
@@ -197,7 +201,7 @@ class State:
                 "the program has no latent site, so there is nothing to infer: leave out obs= at "
                 "the site that you want the posterior of"
             )
-        if not self._has_proposed:
+        if not self.has_proposed:
             self.warn(
                 f"the guide {getattr(self.guide, '__name__', repr(self.guide))} proposed nothing: all "
                 "latents of all particles were drawn from the program. A guide draws the program's "

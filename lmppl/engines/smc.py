@@ -4,6 +4,7 @@
     until all have ended:
         if ESS(w) < threshold * N:
             ancestors ~ w;  fork;  log w = log mean w
+            (rejuvenate: k Markov moves of each, up to here;  w stays)
         every particle draws its latent site (from the guide, or the program's prior)
         and runs on, scoring observations and factors, to the next latent site: the *barrier*
         log w_i += log p - log q of what happened since the last barrier
@@ -29,8 +30,10 @@ from lmppl import runtime
 from lmppl.checks import check_choice, check_int, check_number
 from lmppl.engines import twists
 from lmppl.engines.base import Engine, State
+from lmppl.engines.rejuvenation import rejuvenate
 from lmppl.engines.resampling import SCHEMES, settle_in_place
 from lmppl.engines.twists import Twist
+from lmppl.guides.laws import laws_of
 from lmppl.guides.mixture import check_prior_fraction
 from lmppl.runtime import log_mean_exp
 
@@ -59,6 +62,8 @@ class SMC(Engine):
             most half.
         prior_fraction: as of ``Importance``, at every site: who draws it is chosen by the
             probability that the guide, or the program, has drawn the latents so far.
+        rejuvenate: so many Markov moves of each particle (those of ``lmppl.MCMC``) after a resampling
+            at a barrier.
     """
 
     ess_threshold: float = 0.5
@@ -67,6 +72,7 @@ class SMC(Engine):
     twist_every: int = 1
     twist_defense: float | None = None
     prior_fraction: float = 0.0
+    rejuvenate: int = 0
 
     name = "smc"
 
@@ -82,7 +88,13 @@ class SMC(Engine):
                 f"twist={self.twist!r}, allowed: None, 'lookahead', 'flow', a callable that gives "
                 "log psi of a text, or a dict of callables by site name"
             )
-        check_prior_fraction(self.prior_fraction)
+        check_int("rejuvenate", self.rejuvenate, least=0)
+        if check_prior_fraction(self.prior_fraction) and self.rejuvenate:
+            raise ValueError(
+                "rejuvenate= with prior_fraction=: who draws the next site, the guide or the program, "
+                "depends on who drew the last ones, which a moved particle has not. Leave out one of "
+                "the two"
+            )
 
     def sample(self, state: State) -> None:
         if self.twist == "flow" and state.guide is None:
@@ -91,6 +103,7 @@ class SMC(Engine):
                 "guide program, or take twist='lookahead'"
             )
         state.start(prior_fraction=self.prior_fraction)
+        laws = laws_of(state.guide, state.args) if self.rejuvenate else None
         state.info["resamplings"] = 0
         sites: set[str] = set()  # at which texts were drawn token by token
         while state.extend():
@@ -100,6 +113,9 @@ class SMC(Engine):
                 state.select(self._ancestors(weights, state.generator).tolist())
                 state.log_weights = torch.full_like(log_weights, log_mean_exp(log_weights))
                 state.info["resamplings"] += 1
+                if laws is not None:
+                    acceptance = rejuvenate(state, laws, self.rejuvenate)
+                    state.info.setdefault("rejuvenation", []).append(acceptance)
             sites |= {wait.name for wait in twists.text_waits(state.particles).values()}
             self._draw(state)
         unmet = self.twist.keys() - sites if isinstance(self.twist, Mapping) else ()

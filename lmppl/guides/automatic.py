@@ -268,6 +268,19 @@ class AutomaticProposer(Proposer):
         with torch.no_grad():
             return None if draw is None else draw.guide_fn().log_prob(value).sum()
 
+    def law(self, site: Any, trace: Trace) -> Any:
+        """The distribution that the guide draws a site from; None: it leaves the site to the model. See
+        ``laws.Laws``."""
+        draw = self._draw_at(site, trace)
+        if isinstance(draw, HeadDraw):
+            with torch.no_grad():
+                return draw.guide_fn()
+        return None if draw is None else draw.fn
+
+    def resumed(self, latents: Mapping[str, Any], streams: Proposer) -> AutomaticProposer:
+        """A proposer that goes on after latents that are given; it does not remember them."""
+        return replace(self, draws={})
+
     def _draw_at(
         self, site: Any, trace: Trace, value: Any = None, features: Any = None
     ) -> TextDraw | HeadDraw | None:

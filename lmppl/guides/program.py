@@ -22,7 +22,16 @@ from lmppl.guides.guide import Guide
 from lmppl.guides.parameters import SavedParams, Trainables, adapter_state, load_adapter_state
 from lmppl.guides.prompts import Observations
 from lmppl.lm import LM
-from lmppl.runtime import Given, Particle, Proposer, ProposerFactory, latents_of, suspend
+from lmppl.runtime import (
+    ChoiceWait,
+    DrawWait,
+    Given,
+    Particle,
+    Proposer,
+    ProposerFactory,
+    latents_of,
+    suspend,
+)
 from lmppl.runtime.arguments import Args, check_program, name_of
 
 
@@ -144,6 +153,7 @@ class ProgramProposer(Proposer):
     def __init__(self, run: Particle) -> None:
         self.run, self.args = run, run.args
         self.trace = Trace()
+        self._left: set[str] = set()  # sites that it is known to leave to the model
 
     @property
     def draws(self) -> dict[str, Any]:
@@ -177,8 +187,58 @@ class ProgramProposer(Proposer):
         node = self._advance_to(name)
         if node is None:
             return None
-        _check_alike(name, site["fn"], node["fn"])
+        check_alike(name, site["fn"], node["fn"])
         return node["unscaled_log_prob"].sum()
+
+    def law(self, site: Any, trace: Trace) -> Any:
+        """The distribution that the guide draws a site from, after the latents in ``trace``; None: it
+        leaves the site to the model. See ``laws.Laws``. The guide is run again up to there."""
+        name = site["name"]
+        if name in self._left:
+            return None
+        run = self._run_after(latents_of(trace), enumerate_latents=True)
+        try:
+            run.resume()
+            while run.waiting is not None and not isinstance(run.waiting, (DrawWait, ChoiceWait)):
+                run.resume(suspend(run.waiting))
+            wait = run.waiting
+        finally:
+            run.close()
+        if wait is not None and wait.name == name:
+            return wait.fn
+        if wait is not None:
+            self._check_left(name, wait.name, latents_of(trace))
+        return None
+
+    def _check_left(self, name: str, other: str, latents: Mapping[str, Any]) -> None:
+        """Remember that the guide, which goes on to another site, leaves this one to the model. Raises
+        ``ValueError`` if it does draw it, after the other."""
+        run = self._run_after(latents)
+        try:
+            run.resume()
+            while not run.finished and name not in run.trace.nodes:
+                run.resume(suspend(run.waiting))
+        finally:
+            run.close()
+        if name in run.latents:
+            raise ValueError(
+                f"the guide draws site '{other}' before '{name}', the program after it. For Markov "
+                f"moves a guide must draw in the program's order: its law of '{name}' alone is not "
+                "known otherwise"
+            )
+        self._left.add(name)
+
+    def _run_after(self, latents: Mapping[str, Any], **options: Any) -> Particle:
+        """A run of the guide, not begun, in which latents (their nodes, by site) are given."""
+        given = {name: Given(node["value"], torch.zeros(())) for name, node in latents.items()}
+        return Particle(self.run.program, self.args, seed=0, given=given, **options)
+
+    def resumed(self, latents: Mapping[str, Any], streams: ProgramProposer) -> ProgramProposer:
+        """A proposer that goes on after latents (their nodes, by site) that are given, with another's
+        random streams."""
+        run = self._run_after(latents, slot=streams.run.slot)
+        run.coroutine.global_state.take_streams(streams.run.coroutine.global_state)
+        return ProgramProposer(run)
 
     def _advance_to(self, name: str | None) -> Any:
         """Run the guide on to a latent site, whose node is returned if it draws it, or to its end.
@@ -263,7 +323,7 @@ def _scores(run: Particle, proposer: Any) -> dict[str, SiteScore]:
     return scores
 
 
-def _check_alike(name: str, model_fn: Any, guide_fn: Any) -> None:
+def check_alike(name: str, model_fn: Any, guide_fn: Any) -> None:
     """Raise ``ValueError`` unless both draw texts of one tokenizer, or neither draws a text."""
     texts = [isinstance(fn, LMText) for fn in (model_fn, guide_fn)]
     if any(texts) and not all(texts):
@@ -280,7 +340,7 @@ def _check_alike(name: str, model_fn: Any, guide_fn: Any) -> None:
 
 def _text_value(name: str, model_fn: Any, guide_fn: Any, value: Any) -> Any:
     """The guide's text as a value of the model's site."""
-    _check_alike(name, model_fn, guide_fn)
+    check_alike(name, model_fn, guide_fn)
     ids = guide_fn.token_ids(value)
     if len(ids) > model_fn.event_shape[0]:
         raise ValueError(

@@ -221,11 +221,20 @@ class Particle:
         )
 
     def rerun(
-        self, before: Mapping[str, Site], given: Mapping[str, Given], *, seed: int
+        self,
+        before: Mapping[str, Site],
+        given: Mapping[str, Given],
+        *,
+        seed: int,
+        proposer: Proposer | None = None,
+        streams: Particle | None = None,
     ) -> Particle:
         """A run of the same program, at its first wait, that repeats the recorded sites ``before``, has
-        given values at later ones, and draws the others with ``seed``."""
-        return self._again(Replay(before, self.calls), given, seed=seed, slot=self.slot)
+        given values at later ones, and takes the others from ``proposer`` (None: the program), with
+        the random streams of ``seed``, or those with which another run would go on."""
+        slot = self.slot if streams is None else streams.slot
+        options: Any = {"seed": seed, "proposer": proposer, "slot": slot}
+        return self._again(Replay(before, self.calls), given, streams, **options)
 
     def _again(self, replay: Replay, given: Any, streams: Any = None, **options: Any) -> Particle:
         """A run of the same program, at its first wait."""

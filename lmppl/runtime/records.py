@@ -100,6 +100,13 @@ def record_of(particle: Particle, draws: Mapping[str, Any]) -> Record:
     )
 
 
+def record_of_trace(trace: Trace) -> Record:
+    """The latents and the results of tools of a trace, whose log-probabilities are to be found anew."""
+    nodes = {name: node for name, node in trace.nodes.items() if node["type"] == "sample"}
+    values = {name: node["value"] for name, node in latents_of(trace).items()}
+    return Record(values=values, tools=_tools(nodes))
+
+
 def is_count(node: Any) -> bool:
     """Whether a latent site is no text and has discrete values."""
     return not isinstance(node["fn"], LMText) and not is_continuous(node)
@@ -150,9 +157,11 @@ class Recaller(Proposer, Protocol):
 
 class ReplayProposer:
     """Proposes the values of a record, and lets another proposer, ``inner``, remember them as its own
-    draws. The other arguments are those of ``rescore``."""
+    draws (None: nobody). The other arguments are those of ``rescore``."""
 
-    def __init__(self, inner: Recaller, record: Record, what: str, *, complete: bool) -> None:
+    def __init__(
+        self, inner: Recaller | None, record: Record, what: str, *, complete: bool
+    ) -> None:
         self.inner, self._record = inner, record
         self._what, self._complete = what, complete
 
@@ -164,9 +173,10 @@ class ReplayProposer:
                     f"{self._what} has no value for latent site '{name}', to which the program "
                     f"comes; it has: {', '.join(values) or 'none'}"
                 )
-            return self.inner.propose(site, trace)
+            return None if self.inner is None else self.inner.propose(site, trace)
         value = self._tensor(site, values[name])
-        self.inner.recall(site, trace, value, self._record.features.get(name))
+        if self.inner is not None:
+            self.inner.recall(site, trace, value, self._record.features.get(name))
         return Given(value)
 
     def _tensor(self, site: Any, value: Value) -> torch.Tensor:
@@ -201,20 +211,22 @@ class ReplayProposer:
                 f"{self._what} has a value for '{extra[0]}', which is no latent site of the program "
                 f"on this input and branch; its latents: {', '.join(latents) or 'none'}"
             )
-        self.inner.finish(trace)
+        if self.inner is not None:
+            self.inner.finish(trace)
 
     def fork(self, streams: Proposer) -> Proposer:
         raise NotImplementedError("a run on the values of a record is not forked")
 
     def close(self) -> None:
-        self.inner.close()
+        if self.inner is not None:
+            self.inner.close()
 
 
 def rescore(
     record: Record,
     program: Callable[..., Any],
     args: tuple[Any, ...],
-    proposer: Recaller,
+    proposer: Recaller | None = None,
     *,
     what: str = "a record",
     complete: bool = False,
@@ -226,7 +238,7 @@ def rescore(
 
     Args:
         record: the latents.
-        proposer: whose draws they are to be.
+        proposer: whose draws they are to be; None: nobody's, and the program draws what is missing.
         what: the record is, for messages.
         complete: whether it must have all latents; else ``proposer`` draws the others.
         program, args, seed, slot: as of ``Particle``.

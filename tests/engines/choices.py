@@ -65,7 +65,7 @@ def every_way(monkeypatch) -> Iterator[Choices]:
     """Every way to make the choices of the engines, which are routed here."""
     choices = Choices()
     with monkeypatch.context() as patch:
-        _route(patch, choices)
+        route(patch, choices)
         while True:
             choices.restart()
             yield choices
@@ -83,7 +83,9 @@ class Coin(dist.Bernoulli):
         return torch.tensor(float(self.choices.pick([1 - p, p])))
 
 
-def _route(patch, choices: Choices) -> None:
+def route(patch, choices: Choices) -> None:
+    """Let engines make their choices here."""
+
     def invert(logits, uniforms, temperature=1.0):
         log_probs = torch.log_softmax(tempered(logits, temperature).float(), -1)
         table = log_probs.double().exp().tolist()
