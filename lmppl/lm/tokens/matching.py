@@ -152,8 +152,15 @@ class TextMatch:
                 impossible.
         """
         mask = self._mask(left > 0 or not steered)
-        within = None if self.state is None or not steered else self.state.within(left)
-        return mask if within is None else mask & (within | self._stop_tokens.either)
+        if self.state is None or not steered:
+            return mask
+        within = self.state.within(left, cut=bool(self.matching.stops))
+        if within is None:
+            return mask
+        eos = list(self.matching.vocabulary.eos_ids)
+        steered_mask = mask & within
+        steered_mask[eos] = mask[eos]
+        return steered_mask
 
     @property
     def _stop_tokens(self) -> StopTokens:
@@ -234,7 +241,6 @@ class StopTokens:
         closing, closing_body: (n,) tokens that complete a stop string, and the number of the body.
         beginning, beginning_body: (m,) tokens at whose end one may begin, and the number of the body
             if it does; a token may stand here several times.
-        either: (V,) bool: all of them, and EOS.
     """
 
     bodies: list[Body]
@@ -242,7 +248,6 @@ class StopTokens:
     closing_body: Tensor
     beginning: Tensor
     beginning_body: Tensor
-    either: Tensor
 
 
 @lru_cache(maxsize=256)
@@ -255,9 +260,7 @@ def _stop_tokens(vocabulary: Vocabulary, stops: tuple[bytes, ...], tail: bytes) 
         pairs[closes] += [(token, numbers.setdefault(body, len(numbers))) for body in bodies]
     closing, closing_body = torch.tensor(pairs[True], dtype=torch.long).reshape(-1, 2).T
     beginning, beginning_body = torch.tensor(pairs[False], dtype=torch.long).reshape(-1, 2).T
-    either = torch.zeros(vocabulary.size, dtype=torch.bool)
-    either[[*vocabulary.eos_ids]] = either[closing] = either[beginning] = True
-    return StopTokens(list(numbers), closing, closing_body, beginning, beginning_body, either)
+    return StopTokens(list(numbers), closing, closing_body, beginning, beginning_body)
 
 
 def _begun_stops(text: bytes, stops: tuple[bytes, ...]) -> list[int]:

@@ -82,9 +82,13 @@ class Stopping:
 
     def _check_length(self) -> None:
         assert self.matching is not None and self.constraint is not None
-        state = self.matching.start.state
-        needed = math.inf if state is None else state.needed()
-        if self.max_tokens is not None and self.max_tokens < needed < math.inf:
+        state, cut = self.matching.start.state, bool(self.stop)
+        if state is None or self.max_tokens is None:
+            return
+        if state.can_match_within(self.max_tokens, cut=cut):
+            return
+        needed = state.needed(cut=cut)
+        if needed < math.inf:
             raise ValueError(
                 f"max_tokens={self.max_tokens} is too small for any match of "
                 f"{self.constraint!r}: it needs at least {needed:.0f} tokens"

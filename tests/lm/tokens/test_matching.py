@@ -67,12 +67,16 @@ def test_values_and_masks_are_those_of_the_definition(case):
             state = stopping.start()
             if any(state.push(token) is not None for token in ids):
                 continue
+            steered = state.mask(steered=True).tolist()
             for token, allowed in enumerate(state.mask().tolist()):
                 new = (*ids, token)
                 assert stopping.is_value(new) == (new in want), new
                 assert allowed == state.allows(token)
                 # A mask may not see that no text comes to its end in time, or that a stop cuts it.
                 assert allowed or new not in begun
+                # Steering leaves out only what begins no value; without stop strings all of that.
+                assert allowed >= steered[token] >= (new in begun)
+                assert stop or steered[token] == (new in begun)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -50,7 +50,8 @@ class ByteAutomaton:
     def __init__(self, tree: Node) -> None:
         graph = _graph(tree)
         self._classes = _Classes(graph.bits)
-        self._holds = [self._classes.within(bits) for bits in graph.bits]
+        within = {bits: self._classes.within(bits) for bits in set(graph.bits)}
+        self._holds = [within[bits] for bits in graph.bits]
         self._predecessors: list[list[int]] = [[] for _ in graph.bits]
         for position, following in enumerate(graph.follow):
             for after in following:

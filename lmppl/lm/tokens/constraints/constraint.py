@@ -99,13 +99,23 @@ class ConstraintState(ABC):
         """(V,) bool: the tokens after whose bytes a match may still come. (What is said of special
         tokens and of those without bytes does not count.)"""
 
-    def needed(self) -> float:
-        """A lower bound of the number of further tokens to a match; infinite if there is none."""
+    def needed(self, *, cut: bool = False) -> float:
+        """A lower bound of the number of further tokens to a match; infinite if there is none.
+
+        Args:
+            cut: whether a stop string may cut the text, so that one whose beginning matches counts as a
+                match too.
+        """
         return 0.0 if self.is_complete else 1.0
 
-    def within(self, left: int) -> Tensor | None:
+    def can_match_within(self, left: int, *, cut: bool = False) -> bool:
+        """Whether a match within ``left`` further tokens is not ruled out; ``cut`` as in ``needed``."""
+        return self.needed(cut=cut) <= left
+
+    def within(self, left: int, *, cut: bool = False) -> Tensor | None:
         """(V,) bool: the tokens after which a match within ``left`` further ones is not ruled out; None:
-        nothing is ruled out, beside what ``mask`` does. To rule out too much is an error."""
+        nothing is ruled out, beside what ``mask`` does. To rule out too much is an error; ``cut`` as in
+        ``needed``."""
         return None
 
 

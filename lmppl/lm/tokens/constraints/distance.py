@@ -18,6 +18,7 @@ Step 1 costs a look-up, so a text of which much is left costs nothing.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -67,8 +68,8 @@ class Distance:
         Args:
             pattern: the regular expression.
             vocabulary: of the model.
-            cut: whether a stop string may cut the text within a token, so that a match which ends
-                before the token does counts too.
+            cut: whether a stop string may cut the text, so that one whose beginning matches counts
+                as a match too.
 
         Returns:
             None if the pattern has syntax that is not read here, or more than 6,000 sets of bytes,
@@ -77,7 +78,7 @@ class Distance:
         if not vocabulary.concatenates:
             return None
         try:
-            tree = parse(pattern)
+            tree = parse(pattern, _TokenTrie.of(vocabulary).characters)
             return Distance(
                 ByteAutomaton(Sequence((tree, any_bytes())) if cut else tree), vocabulary
             )
@@ -101,7 +102,7 @@ class Distance:
         fewest_bytes = min(self._bytes_needed[p] for p in positions)
         return float(math.ceil(fewest_bytes / self._tokens.longest))
 
-    def can_reach(self, state: int, left: int) -> bool:
+    def can_match_within(self, state: int, left: int) -> bool:
         """Whether a match within ``left`` further tokens is not ruled out."""
         positions = self._automaton.positions(state)
         if any(self._most_needed[p] <= left for p in positions):
@@ -144,6 +145,40 @@ class Distance:
             return None
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a text has come to on its way to a match.
+
+    Attributes:
+        distance: to the match.
+        state: of the text, by ``distance``.
+    """
+
+    distance: Distance
+    state: int
+
+    @staticmethod
+    def at_start(distance: Distance) -> Place:
+        """That of the empty text."""
+        return Place(distance, distance.start)
+
+    def after(self, data: bytes) -> Place:
+        """Where it comes to by some more bytes."""
+        return Place(self.distance, self.distance.after(self.state, data))
+
+    def needed(self) -> float:
+        """See ``Distance.needed``."""
+        return self.distance.needed(self.state)
+
+    def can_match_within(self, left: int) -> bool:
+        """See ``Distance.can_match_within``."""
+        return self.distance.can_match_within(self.state, left)
+
+    def within(self, left: int) -> Tensor | None:
+        """See ``Distance.within``."""
+        return self.distance.within(self.state, left)
+
+
 class _Tables:
     """What tokens do in every state of an automaton.
 
@@ -183,6 +218,7 @@ class _TokenTrie:
         size: number of nodes.
         longest: number of bytes of the longest token.
         single_bytes: the bytes that are tokens of their own, as bits.
+        characters: those beyond ASCII that are whole in some token.
     """
 
     _known: WeakKeyDictionary[Vocabulary, _TokenTrie] = WeakKeyDictionary()
@@ -203,6 +239,8 @@ class _TokenTrie:
         for text in texts:
             if len(text) == 1:
                 self.single_bytes |= 1 << text[0]
+        whole = b"".join(text for text in texts if not text.isascii()).decode(errors="ignore")
+        self.characters = frozenset(c for c in whole if not c.isascii())
         node = np.zeros(len(texts), np.int64)  # where each token has come to; the root is 0
         lengths = np.array([len(text) for text in texts])
         levels: list[tuple[np.ndarray, np.ndarray]] = []  # per depth: parents and bytes

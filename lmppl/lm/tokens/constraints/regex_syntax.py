@@ -3,8 +3,8 @@
 The tree's language *contains* that of the pattern: what is hard to tell exactly is read as more than
 it is, never as less. Exact are literals, escapes, classes of listed characters (their negation,
 union, intersection and difference too), ``.``, ``\\s``, groups, alternatives and repetitions. Read as
-more are: ``\\d``, ``\\w`` and general categories such as ``\\p{Lu}``, which are exact in ASCII and
-beyond U+07FF made of whole blocks; any other ``\\p{..}``, which holds every character; a class
+more are: ``\\d``, ``\\w`` and general categories such as ``\\p{Lu}``, which are exact in ASCII and for
+*familiar* characters, and may hold others; any other ``\\p{..}``, which holds every character; a class
 without regard to case, which if it holds any character beyond ASCII holds all; anchors and word
 boundaries, which always hold; and a repetition counted beyond a limit, which has no end. A text is
 in UTF-8.
@@ -24,6 +24,7 @@ from __future__ import annotations
 import re
 import string
 import unicodedata
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -69,13 +70,18 @@ class Repeated:
 Node = Byte | Sequence | Alternatives | Repeated
 
 
-def parse(pattern: str) -> Node:
+def parse(pattern: str, familiar: frozenset[str] = frozenset()) -> Node:
     """The tree of a pattern; its language contains the pattern's.
+
+    Args:
+        pattern: in the syntax of Rust's regular expressions.
+        familiar: characters beyond ASCII of which it should be exact whether ``\\d``, ``\\w`` and
+            ``\\p{..}`` hold them.
 
     Raises:
         UnknownSyntax: syntax that is not read here, or that Rust's regular expressions lack.
     """
-    parser = _Parser(pattern)
+    parser = _Parser(pattern, familiar)
     tree = parser.alternatives()
     if not parser.ended:
         raise UnknownSyntax(f"unopened group at {parser.at} of {pattern!r}")
@@ -127,29 +133,6 @@ class Characters:
         characters = _complement(_complement(ranges))  # less the surrogates
         return Characters(characters, characters)
 
-    @staticmethod
-    def of_categories(surely: str, perhaps: str = "", also: Ranges = ()) -> Characters:
-        """The characters of general categories, given by the beginnings of their names.
-
-        Exact in ASCII. Beyond, Rust may know characters that Python does not: the set may hold those
-        that are unassigned, or in a plane above the first two. From U+0800 on it is made of whole
-        blocks of equal first bytes, so that it is short.
-
-        Args:
-            surely: categories whose characters the set holds, separated by spaces.
-            perhaps: categories of which it may hold characters beyond ASCII.
-            also: characters that it holds too.
-        """
-        holds, may_hold = tuple(surely.split()), ("Cn", *surely.split(), *perhaps.split())
-        certain, possible = list(also), [*also, (0x20000, 0x10FFFF)]
-        for low, high, category in _categories():
-            if category.startswith(holds):
-                certain.append((low, high))
-            if category.startswith(may_hold if low > 127 else holds):
-                possible.append((low, high))
-        least = _complement(_blocks(_complement(_normal(certain))))
-        return Characters(least, _complement(_complement(_blocks(possible))))
-
     def __or__(self, other: Characters) -> Characters:
         return Characters(_normal(self.least + other.least), _normal(self.most + other.most))
 
@@ -174,26 +157,40 @@ class Characters:
 
 @cache
 def _categories() -> list[tuple[int, int, str]]:
-    """First and last characters of runs of one general category, in the first two planes; a run is
-    in ASCII or beyond."""
+    """First and last characters of runs of one general category, in the first two planes."""
     runs, start = [], 0
     for category, members in groupby(map(unicodedata.category, map(chr, range(0x20000)))):
         end = start + sum(1 for _ in members)
-        parts = ((start, min(end, 128)), (max(start, 128), end))
-        runs += [(first, last - 1, category) for first, last in parts if first < last]
+        runs.append((start, end - 1, category))
         start = end
     return runs
 
 
-def _blocks(ranges: Iterable[tuple[int, int]]) -> Ranges:
-    """The ranges, widened to blocks of 64 characters from U+0800 on, and of 4,096 from U+10000 on."""
-    widened = []
+def _simplified(ranges: Ranges, familiar: frozenset[str]) -> Ranges:
+    """Fewer and rounder ranges that hold all of ``ranges``, and of characters in ASCII or ``familiar``
+    no others: in UTF-8 they have a small tree."""
+    lows = [low for low, _ in ranges]
+
+    def is_new(point: int) -> bool:
+        place = bisect_right(lows, point) - 1
+        return place < 0 or ranges[place][1] < point
+
+    spared = sorted(filter(is_new, {*range(128), *map(ord, familiar)}))
+
+    def is_free(low: int, high: int) -> bool:
+        return bisect_left(spared, low) == bisect_right(spared, high)
+
+    joined: list[tuple[int, int]] = []
     for low, high in ranges:
-        for first, last, size in ((0, 0x7FF, 1), (0x800, 0xFFFF, 64), (0x10000, 0x10FFFF, 4096)):
-            inner_low, inner_high = max(low, first), min(high, last)
-            if inner_low <= inner_high:
-                widened.append((inner_low & -size, inner_high | (size - 1)))
-    return _normal(widened)
+        for size in (1 << 18, 1 << 12, 1 << 6):  # blocks of equal first bytes
+            low = low & -size if is_free(low & -size, low - 1) else low
+            end = min(high | (size - 1), 0x10FFFF)
+            high = end if is_free(high + 1, end) else high
+        if joined and is_free(joined[-1][1] + 1, low - 1):
+            joined[-1] = (joined[-1][0], max(high, joined[-1][1]))
+        else:
+            joined.append((low, high))
+    return _complement(_complement(_normal(joined)))  # less the surrogates
 
 
 def _points(characters: Iterable[str]) -> list[tuple[int, int]]:
@@ -238,20 +235,44 @@ _CATEGORIES = frozenset((
 ))  # fmt: skip
 
 
-@cache
-def _perl(name: str) -> Characters:
+@lru_cache(maxsize=64)
+def _of_categories(surely: str, perhaps: str, also: Ranges, familiar: frozenset[str]) -> Characters:
+    """The characters of general categories, given by the beginnings of their names.
+
+    Exact in ASCII and for familiar characters, but that Rust may know characters that Python does
+    not: the set may hold those that are unassigned, or in a plane above the first two.
+
+    Args:
+        surely: categories whose characters the set holds, separated by spaces.
+        perhaps: categories beyond ASCII of which it may hold characters.
+        also: characters that it holds too.
+        familiar: see ``parse``.
+    """
+    holds, may_hold = tuple(surely.split()), ("Cn", *surely.split(), *perhaps.split())
+    certain, possible = list(also), [*also, (0x20000, 0x10FFFF)]
+    for low, high, category in _categories():
+        if category.startswith(holds):
+            certain.append((low, high))
+        if category.startswith(may_hold):
+            possible.append((low, high))
+    least = _complement(_simplified(_complement(_normal(certain)), familiar))
+    return Characters(least, _simplified(_normal(possible), familiar))
+
+
+def _perl(name: str, familiar: frozenset[str]) -> Characters:
     """What ``\\d``, ``\\s`` or ``\\w`` holds."""
     if name == "d":
-        return Characters.of_categories("Nd")
+        return _of_categories("Nd", "", (), familiar)
     if name == "w":  # alphabetic (with letters in circles, So), marks, digits, joiners
-        return Characters.of_categories("L M Nd Nl Pc", "So", ((0x200C, 0x200D),))
+        return _of_categories("L M Nd Nl Pc", "So", ((0x200C, 0x200D),), familiar)
     return _SPACE
 
 
-@cache
-def _property(name: str) -> Characters:
+def _property(name: str, familiar: frozenset[str]) -> Characters:
     """What ``\\p{name}`` holds: any character unless it names a general category."""
-    return Characters.of_categories(name) if name in _CATEGORIES else Characters((), _ANY.most)
+    if name in _CATEGORIES:
+        return _of_categories(name, "", (), familiar)
+    return Characters((), _ANY.most)
 
 
 # From characters to bytes.
@@ -309,8 +330,9 @@ _DEEPEST = 50  # groups within groups
 class _Parser:
     """A recursive descent over one pattern; ``at`` is where it has come to."""
 
-    def __init__(self, pattern: str) -> None:
+    def __init__(self, pattern: str, familiar: frozenset[str]) -> None:
         self.pattern = pattern
+        self._familiar = familiar
         self.at = 0
         self._ignore_case = self._dot_all = False
         self._depth = 0
@@ -456,12 +478,13 @@ class _Parser:
         found = _PROPERTY.match(self.pattern, self.at)
         if found:
             self.at = found.end()
-            named = _property(found[1] or found[2])
+            named = _property(found[1] or found[2], self._familiar)
             named = named.without_case() if self._ignore_case else named
             return ~named if found[0][0] == "P" else named
         if not self.ended and self._next in "dswDSW":
             name = self._take_any()
-            return _perl(name) if name.islower() else ~_perl(name.lower())
+            named = _perl(name.lower(), self._familiar)
+            return named if name.islower() else ~named
         self.at -= 1
         return self._characters(self._character())
 
