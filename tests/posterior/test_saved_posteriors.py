@@ -207,6 +207,22 @@ def test_another_tokenizer_is_refused(folder):
         Posterior.load(folder, lm=[3])
 
 
+def constrained(regex="a[ab]*", constrain="global"):
+    return lm_sample("z", "ab", max_tokens=3, regex=regex, constrain=constrain)
+
+
+@pytest.mark.parametrize("constrain", ["global", "local"])
+def test_constrained_texts(constrain, folder):
+    options = {"lm": LM, "kwargs": {"constrain": constrain}}
+    posterior = lmppl.infer(constrained, method="importance", num_samples=10, seed=0, **options)
+    posterior.save(folder)
+    assert_same(posterior, Posterior.load(folder, constrained, **options))
+    other = {"constrain": "local" if constrain == "global" else "global"}
+    for changed in (other, {"regex": "a[ab]+", "constrain": constrain}):
+        with pytest.raises(ValueError, match="another distribution.*at site 'z'"):
+            Posterior.load(folder, constrained, lm=LM, kwargs=changed)
+
+
 def test_texts_of_two_models(folder):
     def two(x):
         z = lm_sample("z", x, max_tokens=2, lm=LM)
