@@ -11,12 +11,14 @@ import copy
 import hashlib
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from itertools import permutations
 from typing import Any, Literal, NamedTuple
 
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
+from pyro.poutine.runtime import am_i_wrapped
 from torch.distributions import constraints
 
 from lmppl.checks import check_choice, check_int, check_number
@@ -349,6 +351,12 @@ class LMText(TorchDistribution):
         is no constraint."""
         return self.stopping.mismatch(self.token_ids(value)) if self.is_constrained else ""
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """A draw at a site, outside of lmppl's engines."""
+        if self.is_constrained and self.law == "global" and am_i_wrapped():
+            _warn_of_global_draw(self.name)
+        return super().__call__(*args, **kwargs)
+
     @exclusive()
     def sample(self, sample_shape: Sequence[int] = ()) -> torch.Tensor:
         """Shape ``sample_shape + batch_shape + (max_tokens,)``; uses torch's random stream."""
@@ -380,6 +388,22 @@ class LMText(TorchDistribution):
         values = torch.stack([self.value(choice) for choice in self.choices])
         values = values.reshape(-1, *[1] * len(self.batch_shape), *self.event_shape)
         return values.expand(-1, *self.batch_shape, *self.event_shape) if expand else values
+
+
+_warned_of_draws: set[str] = set()
+
+
+def _warn_of_global_draw(name: str) -> None:
+    """Warn, once a site, that Pyro would take a density for that of the draw."""
+    if name not in _warned_of_draws:
+        _warned_of_draws.add(name)
+        warnings.warn(
+            f"site '{name}': its text is drawn under the masks of its constraint, and its density is "
+            "the model's (constrain='global'). Pyro's own tools take the one for the other, so what "
+            "they weigh a draw of the program with (Importance, an ELBO whose guide has this site) is "
+            "wrong. Use lmppl.infer, which knows both, or constrain='local'",
+            stacklevel=2,
+        )
 
 
 def _check_constraint(constraint: Any) -> None:
