@@ -15,8 +15,8 @@ the old values of later latents that were not kept. Where the reverse move canno
 is rejected: the cut is none of those of the new value, or a later latent was drawn although the reverse
 would keep what was drawn.
 
-In SMC's barrier the trace ends where the next text would be drawn, and the same holds of the joint up to
-there.
+At a barrier of SMC a trace ends where the next text would be drawn, the target is the joint up to there,
+and proposals that come to no such barrier are rejected.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -113,7 +114,8 @@ class Plan:
         cut: of the kernel's.
         turn: number of the move.
         keep: whether later latents keep values that are still legal.
-        barrier: of how many texts the run is to draw; None: all.
+        barrier: the run has to come to where so many texts are drawn and a further one is to be, and
+            stays there; None: it has to end.
     """
 
     site: str
@@ -154,7 +156,7 @@ class MoveProposer(Proposer):
         log_q, log_q_old: of all values that it has drawn, and of those that the reverse move would
             have to draw (nats).
         is_possible: whether the reverse move can come back, as far as is known.
-        has_ended: whether the run is complete: the program has ended, or the barrier is reached.
+        has_ended: whether the run has come to where it has to.
         site_laws: see ``ChainState``.
     """
 
@@ -171,7 +173,7 @@ class MoveProposer(Proposer):
     def propose(self, site: Any, trace: Trace) -> Given | None:
         name, plan = site["name"], self._plan
         if is_text(site["fn"]) and num_texts(latents_of(trace)) == plan.barrier:
-            self.finish(trace)
+            self._end()
             suspend(BarrierWait(name))
         if name == plan.site:
             return self._move(site)
@@ -215,6 +217,11 @@ class MoveProposer(Proposer):
         raise Rejected(name)
 
     def finish(self, trace: Trace) -> None:
+        if self._plan.barrier is None:
+            self._end()
+
+    def _end(self) -> None:
+        """The run is where it has to come to: count what the reverse move would have to draw."""
         for name in self._left:
             law = self._old.site_law(name)
             assert law.terms is not None
@@ -255,13 +262,13 @@ def carried(node: Any, site: Any) -> torch.Tensor | None:
 
 def plan_move(
     state: ChainState,
-    kernels: Mapping[str, SiteKernel],
     rng: np.random.Generator,
     *,
     turn: int,
+    kernels: Mapping[str, SiteKernel] = MappingProxyType({}),
     block: int | None = None,
     keep: bool = True,
-    barrier: int | None = None,
+    at_barrier: bool = False,
 ) -> Plan:
     """The random choices with which a move begins."""
     names = list(state.latents)
@@ -269,6 +276,7 @@ def plan_move(
     node = state.latents[name]
     kernel = kernel_at(node, kernels, block)
     cuts = kernel.cuts(node, turn)
+    barrier = num_texts(state.latents) if at_barrier else None
     return Plan(name, kernel, cuts[pick(rng, len(cuts))], turn, keep, barrier)
 
 
@@ -362,8 +370,7 @@ def move_all(
     """
     rngs = [np.random.default_rng(np.random.SeedSequence(s, spawn_key=(turn,))) for s in seeds]
     plans = [
-        plan_move(state, rng=rng, turn=turn, **options)
-        for state, rng in zip(states, rngs, strict=True)
+        plan_move(state, rng, turn=turn, **options) for state, rng in zip(states, rngs, strict=True)
     ]
     run_seeds = [int(rng.integers(2**63)) for rng in rngs]
     return [

@@ -4,7 +4,7 @@
     until all have ended:
         if ESS(w) < threshold * N:
             ancestors ~ w;  fork;  log w = log mean w
-            (rejuvenate: k Markov moves of each, up to here;  w stays)
+        (rejuvenate: k Markov moves of each that waits, up to here;  w stays)
         every particle draws its latent site (from the guide, or the program's prior)
         and runs on, scoring observations and factors, to the next latent site: the *barrier*
         log w_i += log p - log q of what happened since the last barrier
@@ -62,8 +62,8 @@ class SMC(Engine):
             most half.
         prior_fraction: as of ``Importance``, at every site: who draws it is chosen by the
             probability that the guide, or the program, has drawn the latents so far.
-        rejuvenate: so many Markov moves of each particle (those of ``lmppl.MCMC``) after a resampling
-            at a barrier.
+        rejuvenate: so many Markov moves (those of ``lmppl.MCMC``) of each particle at every barrier,
+            after the resampling if there is one.
     """
 
     ess_threshold: float = 0.5
@@ -104,6 +104,8 @@ class SMC(Engine):
             )
         state.start(prior_fraction=self.prior_fraction)
         laws = laws_of(state.guide, state.args) if self.rejuvenate else None
+        if laws is not None:
+            state.info["rejuvenation"] = []
         state.info["resamplings"] = 0
         sites: set[str] = set()  # at which texts were drawn token by token
         while state.extend():
@@ -113,9 +115,9 @@ class SMC(Engine):
                 state.select(self._ancestors(weights, state.generator).tolist())
                 state.log_weights = torch.full_like(log_weights, log_mean_exp(log_weights))
                 state.info["resamplings"] += 1
-                if laws is not None:
-                    acceptance = rejuvenate(state, laws, self.rejuvenate)
-                    state.info.setdefault("rejuvenation", []).append(acceptance)
+            if laws is not None:
+                acceptance = rejuvenate(state, laws, self.rejuvenate)
+                state.info["rejuvenation"] += [] if acceptance is None else [acceptance]
             sites |= {wait.name for wait in twists.text_waits(state.particles).values()}
             self._draw(state)
         unmet = self.twist.keys() - sites if isinstance(self.twist, Mapping) else ()

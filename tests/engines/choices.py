@@ -22,7 +22,7 @@ import pyro.distributions as dist
 import torch
 
 from lmppl import distributions
-from lmppl.engines import resampling
+from lmppl.engines import moves, resampling
 from lmppl.engines.resampling import SCHEMES
 from lmppl.guides import mixture
 from lmppl.lm.batches import rows
@@ -110,6 +110,12 @@ def route(patch, choices: Choices) -> None:
     def flip(probability):
         return bool(choices.pick([1.0 - probability, probability]))
 
+    def accepts(rng, log_ratio):
+        accepted = math.exp(min(0.0, log_ratio))
+        return bool(choices.pick([1.0 - accepted, accepted]))
+
+    patch.setattr(moves, "pick", lambda rng, num: choices.pick([1 / num] * num))
+    patch.setattr(moves, "accepts", accepts)
     patch.setattr(rows, "invert", invert)
     patch.setattr(rows, "invert_among", invert_among)
     patch.setattr(distributions, "inverse_cdf", inverse_cdf)

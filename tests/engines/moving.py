@@ -112,15 +112,18 @@ def constrained_locally(x, y):
 
 
 def three_texts(x, y):
-    """For barriers: the first text decides how many follow, and coins lie between them."""
+    """For barriers: the first text decides which sites follow, and whether any do."""
     z = lm_sample("z", x, max_tokens=1, temperature=3.0)
     lm_sample("early", [x, z], obs=y, temperature=4.0)
     k = pyro.sample("k", Toss(SOMETIMES))
-    if "a" in z:
-        pyro.factor("short", torch.tensor(-5.0, dtype=torch.float64))
+    if not z:
         return
-    w = lm_sample("w", [x, z] if k else [z, x], max_tokens=1, temperature=3.0)
+    if "a" in z:
+        w = lm_sample("u", [x, z], max_tokens=1, temperature=3.0)
+        m = k
+    else:
+        w = lm_sample("w", [x, z] if k else [z, x], max_tokens=1, temperature=3.0)
+        m = pyro.sample("m", Toss(SOMETIMES if k else 1 - SOMETIMES))
     lm_sample("late", [x, w], obs=y, temperature=4.0)
-    m = pyro.sample("m", Toss(SOMETIMES if k else 1 - SOMETIMES))
     v = lm_sample("v", [x, w] if m else [w, x], max_tokens=1, temperature=3.0)
     lm_sample("last", [x, v], obs=y, temperature=4.0)

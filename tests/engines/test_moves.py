@@ -127,10 +127,10 @@ class _Endless:
 
 
 def forget_what_vanished(patch):
-    def finish(self, trace):
+    def end(self):
         self.has_ended = True
 
-    patch.setattr(MoveProposer, "finish", finish)
+    patch.setattr(MoveProposer, "_end", end)
 
 
 def forget_that_the_reverse_keeps(patch):

@@ -102,15 +102,17 @@ class Kernel:
 
     Args:
         patch: pytest's monkeypatch.
+        barrier: of how many texts the traces are drawn, at a barrier of SMC; None: they are complete.
         table: whether language models answer by a table in ``dtype``; else they are asked (once).
         options: those of ``moves.plan_move``, and ``guide`` and ``temperature`` of its laws.
     """
 
     def __init__(self, patch, program, args, lm, *, guide=None, temperature=1.0, dtype=torch.float64,
-                 kernels=None, turn=0, table=True, **options):  # fmt: skip
+                 kernels=None, turn=0, table=True, barrier=None, **options):  # fmt: skip
         self.choices = Choices()
         self.program, self.args, self.lm = program, args, lm
-        self.barrier = options.get("barrier")
+        self.barrier = barrier
+        options |= {"at_barrier": barrier is not None}
         self.options = {"kernels": kernels or {}, "turn": turn, **options}
         patch.setattr(lmppl.primitives, "_lasting", [lmppl.use(lm)])
         self.laws = laws_of(guide, args, temperature)
@@ -133,7 +135,7 @@ class Kernel:
         states = {}
         for trace in exact.traces:
             state = self.state(trace) if self.barrier is None else self.state_at_barrier(trace)
-            if state.log_joint > -math.inf:
+            if state is not None and state.log_joint > -math.inf:
                 states.setdefault(key_of(state.particle), state)
         return list(states.values())
 
@@ -150,7 +152,7 @@ class Kernel:
         return ChainState(run, self.laws)
 
     def state_at_barrier(self, trace):
-        """The same, as SMC has it: it waits at the first text that is not closed yet."""
+        """The same, as SMC has it: it waits at the first text that is not closed yet; None: it ends."""
         given, texts = {}, 0
         for name, node in latents_of(trace).items():
             texts += isinstance(node["fn"], lmppl.LMText)
@@ -160,7 +162,9 @@ class Kernel:
         run = Particle(self.program, self.args, seed=0, given=given)
         run.resume()
         lmppl.runtime.run_to_draws([run])
-        assert run.finished or isinstance(run.waiting, DrawWait)
+        if run.finished:
+            return None
+        assert isinstance(run.waiting, DrawWait)
         return ChainState(run, self.laws)
 
     def row(self, state):
