@@ -467,7 +467,7 @@ class _Recorder(TraceMessenger, CallMemory):
         fn = msg["fn"]
         is_site = is_text(fn) and fn.is_constrained and fn.law != "proposal"  # no guide's draw
         is_hard = msg["infer"].get("hard") or is_site
-        if is_hard and float(msg["log_prob_sum"]) == -math.inf:
+        if is_hard and float(msg["log_prob_sum"].detach()) == -math.inf:
             particle.rejected_by = name
             raise Rejected(name)
 
