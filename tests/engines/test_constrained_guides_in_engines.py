@@ -16,33 +16,45 @@ FLOW = {"method": "smc", "twist": "flow", "num_samples": 2, "ess_threshold": 1.0
 IMPORTANCE = {"method": "importance", "num_samples": 1}
 
 
+class Known:
+    """An automatic guide, far from the prior, that has read its input: whose draws are the only ones."""
+
+    def __init__(self, case):
+        self._guide = shaken(lmppl.LMGuide(case.program, lm=case.lm))
+        (self._seen,) = self._guide.observations_of([(case.program, case.args)])
+
+    def proposer_factory(self, args):
+        return self._guide.proposer_factory(args, observations=self._seen)
+
+
 def check_by_enumeration(monkeypatch, case, guide, **options):
     ways, languages = every_way(monkeypatch), case.languages()
     options |= {"guide": guide, "languages": languages}
     check_unbiased(ways, case.program, case.args, case.lm, **options)
 
 
-@pytest.mark.parametrize("case", [*CASES.values(), *SMALL.values()], ids=str)
-def test_importance_with_a_guide_is_unbiased_by_enumeration(remembered, monkeypatch, case):
-    guide = shaken(lmppl.LMGuide(case.program, lm=case.lm))
-    check_by_enumeration(monkeypatch, case, guide, **IMPORTANCE)
+SOME = [name for name in CASES if name.split(",")[0] in ("alternatives", "nested", "predicate")]
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_importance_with_a_guide_is_unbiased_by_enumeration(remembered, monkeypatch, name):
+    check_by_enumeration(monkeypatch, CASES[name], Known(CASES[name]), **IMPORTANCE)
 
 
 @pytest.mark.parametrize("case", SMALL.values(), ids=str)
 def test_smc_with_a_guide_and_its_flow_is_unbiased_by_enumeration(remembered, monkeypatch, case):
-    guide = shaken(lmppl.LMGuide(case.program, lm=case.lm))
-    ways, languages = every_way(monkeypatch), case.languages()
-    check_unbiased(ways, case.program, case.args, case.lm, languages=languages, guide=guide, **FLOW)
+    check_by_enumeration(monkeypatch, case, Known(case), **FLOW)
 
 
 @pytest.mark.parametrize("constrain", ["global", "local"])
-def test_a_guide_program_with_another_constraint_is_unbiased(remembered, monkeypatch, constrain):
-    """It allows more than the program, and steers on its own."""
+def test_importance_with_a_guide_program_is_unbiased(remembered, monkeypatch, constrain):
+    """Its constraint masks it, whatever the program's makes of the density."""
     case = CASES[f"alternatives, {constrain}"]
     q = case.lm.adapter()
 
     def guide(x, y, constrain):
-        lm_sample("z", [y, x], max_tokens=3, regex="[ab]+", temperature=1.5, lm=q)
+        regex = "bb+a|a|ab|b(ab)*"
+        lm_sample("z", [y, x], max_tokens=3, regex=regex, temperature=1.5, lm=q)
 
     check_by_enumeration(monkeypatch, case, guide, **IMPORTANCE)
 
