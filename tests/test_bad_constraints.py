@@ -54,6 +54,7 @@ _BROKEN = [
     ({"regex": "(?x)a\n b"}, ValueError, "must stand in one line"),
     ({"regex": re.compile("a")}, TypeError, r"regex takes a string, given Pattern .*its \.pattern"),
     ({"regex": "x+"}, ValueError, "the model can't spell any"),
+    ({"regex": "ax"}, ValueError, "no tokens of the vocabulary make up a match"),
     ({"json_schema": {"type": "nope"}}, ValueError, r"'type': 'nope'}: Invalid type: nope"),
     (
         {"json_schema": {"uniqueItems": True}},
@@ -106,6 +107,15 @@ def test_a_message_repeats_the_beginning_of_a_long_grammar():
     ) as caught:
         infer(grammar=f'start: "{"a" * 1000}" x')
     assert len(str(caught.value).splitlines()[0]) < 250
+
+
+@pytest.mark.parametrize("stop", [None, "."])
+def test_too_few_tokens_for_any_match(stop):
+    with pytest.raises(
+        ValueError, match="site 'z': max_tokens=3 is too small .* at least 4 tokens"
+    ):
+        infer(regex="b{4}|a{5}b", stop=stop)
+    assert infer(regex="b{3}|a{5}b", stop=stop).log_evidence < 0
 
 
 # --- beside other arguments ---
