@@ -11,7 +11,7 @@ import sys
 import pytest
 
 import lmppl
-from benchmarks import pattern_set, patterns
+from benchmarks import pattern_set, patterns, steering
 from benchmarks.pattern_set import Pattern
 from lmppl.testing import tiny_lm
 
@@ -87,3 +87,16 @@ def test_runs_without_a_live_particle_count():
     assert patterns.spread(runs) == math.inf
     assert patterns.relative_error(runs, math.log(2.0)) == pytest.approx(math.sqrt(0.625))
     assert patterns.bias(runs, 0.0) == pytest.approx(math.log(1.5))
+
+
+def test_steering(monkeypatch, capsys):
+    monkeypatch.setattr(lmppl.LM, "from_pretrained", lambda name: tiny_lm("ab.", seed=3))
+    monkeypatch.setattr(steering, "CASES", {"a": "b[ab]|a[ab]{2}|a{9}|b{9}"})
+    steering.main(["--particles", "50", "--seeds", "3", "--more-tokens", "0", "1"])
+    rows = [
+        [*map(str.strip, line.split("|"))]
+        for line in capsys.readouterr().out.splitlines()
+        if "a{9}" in line
+    ]
+    assert [row[-7] for row in rows] == ["2", "3"]
+    assert all(row[-6] == "100%" != row[-5] for row in rows)
