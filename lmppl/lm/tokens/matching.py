@@ -157,9 +157,9 @@ class TextMatch:
         within = self.state.within(left, cut=bool(self.matching.stops))
         if within is None:
             return mask
-        eos = list(self.matching.vocabulary.eos_ids)
         steered_mask = mask & within
-        steered_mask[eos] = mask[eos]
+        if self.is_complete:
+            steered_mask[list(self.matching.vocabulary.eos_ids)] = True
         return steered_mask
 
     @property

@@ -56,7 +56,7 @@ class Distance:
         self._most_needed = {p: spelled.get(p, math.inf) for p in self._bytes_needed}
         self._most_needed_later = automaton.farthest(self._most_needed)
         self._bounds: dict[int, float] = {}
-        self._mask = lru_cache(maxsize=256)(self._find_mask)
+        self._needed_after = lru_cache(maxsize=128)(self._find_needed_after)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Distance:
         return self  # what it computes later does not change what it says
@@ -121,7 +121,7 @@ class Distance:
             return None
         if self._tables.farthest[state] <= left:
             return None
-        return self._mask(state, left)
+        return torch.from_numpy(self._needed_after(state) <= left)
 
     def _later_bound(self, state: int) -> float:
         """At most so many tokens are needed after any token from here that can go on."""
@@ -131,10 +131,10 @@ class Distance:
             bound = self._bounds[state] = max(later, default=0.0)
         return bound
 
-    def _find_mask(self, state: int, left: int) -> Tensor:
+    def _find_needed_after(self, state: int) -> np.ndarray:
+        """(V,) how many tokens are needed after each token; infinity for those that can't go on."""
         assert self._tables is not None
-        after = self._tables.after_tokens(state)
-        return torch.from_numpy(self._tables.needed[after] <= left)
+        return self._tables.needed[self._tables.after_tokens(state)]
 
     @cached_property
     def _tables(self) -> _Tables | None:
@@ -195,7 +195,7 @@ class _Tables:
         for state in range(states):
             follows[state, self.after_tokens(state)] = True
         follows[:, DEAD] = False
-        self.needed = np.full(states + 1, np.inf)
+        self.needed = np.full(states + 1, np.inf, np.float32)
         reached = np.array([END in automaton.positions(s) for s in range(states)] + [False])
         count = 0
         while reached.any():
