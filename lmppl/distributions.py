@@ -25,7 +25,7 @@ from lmppl.checks import check_choice, check_int, check_number
 from lmppl.exclusive import exclusive
 from lmppl.lm import LM
 from lmppl.lm.batches.inverse_cdf import inverse_cdf
-from lmppl.lm.batches.requests import Allowed, Draw, Drawn, Score, Scored
+from lmppl.lm.batches.requests import Allowed, Draw, Drawn, Score, Scored, Way
 from lmppl.lm.tokens.constraints.constraint import Constraint
 from lmppl.lm.tokens.stopping import Stopping
 from lmppl.lm.tokens.text import Text
@@ -39,6 +39,12 @@ SiteScore = tuple[torch.Tensor, Scored | None]
 Law = Literal["global", "local", "proposal"]
 """What the density of a constrained text is: see ``LMText``."""
 
+Purpose = Literal["density", "weights", "simulation"]
+"""What a text under a global constraint is drawn for. ``"density"``: log q is the density of
+``LMText.proposal()``. ``"weights"``: p / q is a proper weight of the draw, and need be no more: a
+constraint that is cheaper to ask about a few tokens is, and log q is a pseudo-density then.
+``"simulation"``: as the model writes it, so that what does not match comes up as often as there."""
+
 
 class DrawnText(NamedTuple):
     """A value that was drawn of a distribution over texts.
@@ -50,7 +56,8 @@ class DrawnText(NamedTuple):
     value: torch.Tensor  # of shape ``event_shape``
     # Under the distribution, 0-d float32, nats; ``-inf`` without a match (but of the law of draws).
     log_prob: torch.Tensor
-    log_q: torch.Tensor  # of the draw: the same, but of a text under a global constraint
+    # Of the draw: the same, but of a text under a global constraint (see ``Purpose``).
+    log_q: torch.Tensor
     drawn: Drawn | None  # its tokens one by one; None for choices
 
 
@@ -364,7 +371,7 @@ class LMText(TorchDistribution):
         repeats = torch.Size(sample_shape).numel()
         members = [self._with_rows((row,), ()) for row in self._rows] * repeats
         uniforms = [torch.rand(self.num_uniforms, dtype=torch.float64) for _ in members]
-        values = [drawn.value for drawn in draw_texts(members, uniforms)]
+        values = [drawn.value for drawn in draw_texts(members, uniforms, purpose="weights")]
         return torch.stack(values).reshape(shape + self.event_shape)
 
     def log_prob(self, value: torch.Tensor) -> torch.Tensor:
@@ -486,6 +493,7 @@ def draw_texts(
     uniforms: Sequence[torch.Tensor],
     names: Sequence[str] | None = None,
     begun: Sequence[tuple[int, ...]] | None = None,
+    purpose: Purpose | Sequence[Purpose] = "density",
 ) -> list[DrawnText]:
     """Draw one value of each (unbatched) distribution, of any models, prefixes and kinds; log-densities
     are under the very logits that it was drawn from.
@@ -494,10 +502,17 @@ def draw_texts(
         uniforms: for each distribution, ``(num_uniforms,)`` float64 in [0, 1).
         names: the sites' names, for error messages; by default the distributions'.
         begun: the tokens that each value begins with, which are not drawn; by default none.
+        purpose: what all, or each, are drawn for.
     """
-    begun = [()] * len(distributions) if begun is None else begun
+    num = len(distributions)
+    begun = [()] * num if begun is None else begun
+    purposes = [purpose] * num if isinstance(purpose, str) else purpose
     members = list(zip(distributions, uniforms, _names(distributions, names), begun, strict=True))
-    texts = [(d.lm, draw_request(d, u, n, b)) for d, u, n, b in members if d.choices is None]
+    texts = [
+        (d.lm, draw_request(d, u, n, b, p))
+        for (d, u, n, b), p in zip(members, purposes, strict=True)
+        if d.choices is None
+    ]
     drawn = _served("draw", texts)
     chosen = [(d, name) for d, _, name, _ in members if d.choices is not None]
     tables = iter(choice_log_probs([d for d, _ in chosen], [name for _, name in chosen]))
@@ -512,8 +527,21 @@ def draw_texts(
     return results
 
 
-def draw_request(d: LMText, uniforms: torch.Tensor, name: str, begun: tuple[int, ...] = ()) -> Draw:
-    return Draw(d.prefix_ids, d.stopping, uniforms, d.temperature, name, d.steered, begun)
+def draw_request(
+    d: LMText,
+    uniforms: torch.Tensor,
+    name: str,
+    begun: tuple[int, ...] = (),
+    purpose: Purpose = "density",
+) -> Draw:
+    """What draws a text; the other arguments are as of ``draw_texts``."""
+    way: Way = "masks"
+    if d.stopping.constraint is not None and d.law == "global":
+        if purpose == "simulation":
+            way = "model"
+        elif purpose == "weights" and d.stopping.constraint.is_lazy:
+            way = "rejection"
+    return Draw(d.prefix_ids, d.stopping, uniforms, d.temperature, name, d.steered, begun, way)
 
 
 def drawn_text(d: LMText, drawn: Drawn, begun: tuple[int, ...] = ()) -> DrawnText:

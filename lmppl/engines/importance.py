@@ -33,6 +33,6 @@ class Importance(Engine):
 
     def sample(self, state: State) -> None:
         state.iid = True
-        state.start(prior_fraction=self.prior_fraction)
+        state.start(prior_fraction=self.prior_fraction, purpose="weights")
         while state.extend():
             state.draw()

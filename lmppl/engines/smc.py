@@ -13,9 +13,10 @@
 (Del Moral, 2004, section 7.4). Particles meet at barriers, because comparing one that has paid for its
 observation with one that has not would favour whoever pays late.
 
-*Within* a site only a twist distinguishes one partial text from another (twisted SMC; Zhao et al.,
-2024, arXiv 2404.17546; ``twists.py``). Without one and with the prior as proposal, SMC on a program with
-one latent site *is* importance sampling with resampling.
+*Within* a site two things distinguish one partial text from another: what a global constraint has cost
+it so far, where the program itself draws it, and a twist (twisted SMC; Zhao et al., 2024, arXiv
+2404.17546); see ``twists.py``. Without both and with the prior as proposal, SMC on a program with one
+latent site *is* importance sampling with resampling.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ class SMC(Engine):
         ess_threshold: resample when the effective sample size falls below this fraction of N;
             0: never, 1: at every barrier.
         resampling: ``"systematic"``, ``"stratified"``, ``"multinomial"`` or ``"residual"``.
-        twist: how texts are compared within a site. None: not at all. ``"lookahead"``: by the
+        twist: how texts are compared within a site, beside what a constraint on them has cost so far,
+            which always counts. None: not at all. ``"lookahead"``: by the
             likelihood of what follows, up to the next latent site, were the text closed here.
             ``"flow"``, for the last text of a program: by R / q of a run on the text closed here,
             where q is of ``guide=``; equal for all texts if it is perfect. A callable
@@ -102,7 +104,7 @@ class SMC(Engine):
                 "twist='flow' compares texts by what a guide knows: give guide=, an LMGuide or a "
                 "guide program, or take twist='lookahead'"
             )
-        state.start(prior_fraction=self.prior_fraction)
+        state.start(prior_fraction=self.prior_fraction, purpose="weights")
         laws = laws_of(state.guide, state.args) if self.rejuvenate else None
         if laws is not None:
             state.info["rejuvenation"] = []
@@ -133,22 +135,22 @@ class SMC(Engine):
         return settle_in_place(SCHEMES[self.resampling](weights, generator))
 
     def _draw(self, state: State) -> None:
-        """Every waiting particle draws its site: texts of which the twist knows something token by
+        """Every waiting particle draws its site: texts of which something is known on the way token by
         token, the others at once."""
         twist = twists.twist_function_of(self.twist, state)
         waits = twists.text_waits(state.particles)
-        twisted = [i for i in waits if twist is not None and twist.takes(state.particles[i])]
-        others = [state.particles[i] for i in set(range(len(state.particles))) - set(twisted)]
-        # Twisted ones first, as their forks still wait at this draw.
-        if twist is not None and twisted:
+        known = [i for i in waits if twist.is_known(state.particles[i])]
+        others = [state.particles[i] for i in set(range(len(state.particles))) - set(known)]
+        # Known ones first, as their forks still wait at this draw.
+        if known:
             state.info["resamplings"] += twists.draw(
                 state,
-                twisted,
+                known,
                 twist,
                 lambda weights: self._ancestors(weights, state.generator),
                 threshold=self.ess_threshold,
                 every=self.twist_every,
-                defense=self._defense(len(twisted)),
+                defense=self._defense(len(known)),
             )
         runtime.serve_draws(others)
 

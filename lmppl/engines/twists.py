@@ -1,22 +1,36 @@
-"""Twists: guesses of how well a text that is under way will end, by which SMC compares texts.
+"""What is known of texts under way, by which SMC compares them: what constraints have cost them, and
+twists, guesses of how well they will end.
 
     M slots draw their texts side by side; each time these have grown by a few tokens:
         psi_i = twist of text i so far
-        a_i   = (1 - eps) w_i psi_i / sum(w psi)  +  eps w_i / sum(w)
+        L_i   = product of the local masses of text i so far; 0 if it can't match any more
+        a_i   = (1 - eps) w_i L_i psi_i / sum(w L psi)  +  eps w_i L_i / sum(w L)
         if 1 / sum(a^2) < threshold * M:
-            ancestors ~ a;  a copy of i weighs w_i / (M a_i)
+            ancestors ~ a;  a copy of i weighs w_i / (M a_i), and goes on with the L of text i
 
-Here w is what a slot's particle weighs without a twist. The expectation of any function of the texts is
-the same as before, whatever the numbers psi are and whatever they depend on, since i has M a_i copies on
-average. So nothing has to be undone when the texts have closed.
+Here w is what a slot's particle weighs without its text. The expectation of any function of the texts is
+the same as before, whatever the numbers psi and L are and whatever they depend on, since i has M a_i
+copies on average. So nothing has to be undone when the texts have closed.
 
-A twist may mislead by tens of nats, and with eps = 0 all slots would follow it: an estimate that is
-unbiased on paper, and far too small in every run. The second term is a *defence* (Hesterberg, 1995): a
-share eps of the slots goes by w alone, and no copy weighs more than mean(w) / eps.
+*Constraints.* A text that the program itself draws under a global constraint is drawn among the tokens
+that this allows, and pays for it in its weight, p / q: the product, token by token, of the *local mass*,
+the model's probability of all that was allowed (or an unbiased estimate of it, by rejection). So part of
+the weight is known before the text closes, and it is the text's alone: two texts may be compared by it,
+whatever site or branch they are of, and also with one that pays nothing. (One that pays less on the way
+than another will at its end looks better than it is until then. That is noise, no bias.) A closed text
+keeps its L. A guide's text pays p / q of another kind, of which nothing is known, and one under a local
+constraint pays nothing: for both L is 1, as long as they may match.
 
-A text of which a twist has no number *keeps its share* of the weight of all slots: its psi grows by the
-factor by which the weight of the others has grown, so that resampling neither favours nor kills it.
-(psi = 1 would take all slots from neighbours with a sentence of evidence, e^-30, still to come.)
+*Defence.* A twist may mislead by tens of nats, and with eps = 0 all slots would follow it: an estimate
+that is unbiased on paper, and far too small in every run. The second term is a *defence* (Hesterberg,
+1995): a share eps of the slots goes by w L alone, and no copy weighs more than mean(w L) / eps, when it
+has paid L. L needs no defence, since it is no guess: it is paid whatever comes. Where nothing has a psi,
+both terms are the same, whatever eps is.
+
+A text of which a twist has no number (it can't close here, say, as it is no match yet) *keeps its
+share* of the weight of all slots: its psi grows by the factor by which the weight of the others has
+grown, so that resampling neither favours nor kills it. (psi = 1 would take all slots from neighbours
+with a sentence of evidence, e^-30, still to come.)
 """
 
 from __future__ import annotations
@@ -49,16 +63,31 @@ class TwistFunction(ABC):
         """Whether it has anything to say of the text that the particle waits to draw."""
         return True
 
+    def is_known(self, particle: Particle) -> bool:
+        """Whether anything is known of that text while it is under way: by the twist, or by what its
+        constraint costs."""
+        return self.takes(particle) or _wait(particle).is_weighed_on_the_way
+
     @abstractmethod
     def __call__(self, particles: list[Particle], decoding: Decoding, slots: list[int]) -> LogPsi:
         """log psi (nats) of the texts so far of some slots; some may have closed. None: nothing is
         known of it; ``-inf``: it is certain to end badly. ``particles`` wait to draw these texts."""
 
 
+class NoTwist(TwistFunction):
+    """Nothing is known of how texts will end."""
+
+    def takes(self, particle: Particle) -> bool:
+        return False
+
+    def __call__(self, particles: list[Particle], decoding: Decoding, slots: list[int]) -> LogPsi:
+        return [None] * len(slots)
+
+
 @dataclass(eq=False)
 class Texts:
-    """The texts that ``members``, M of the particles, draw side by side, one a slot, with log psi of
-    each, (M,) float64, nats. ``programs`` are the particles whose program each slot carries."""
+    """The texts that ``members``, M of the particles, draw side by side, one a slot, with log psi and
+    log L of each, (M,) float64, nats. ``programs`` are the particles whose program each slot carries."""
 
     twist: TwistFunction
     particles: Sequence[Particle]
@@ -68,18 +97,40 @@ class Texts:
     def __post_init__(self) -> None:
         num, self.programs = len(self.members), list(self.members)
         self.log_psi = torch.zeros(num, dtype=torch.float64)
+        self.log_masses = torch.zeros(num, dtype=torch.float64)
+        self._taken = {i for i in self.members if self.twist.takes(self.particles[i])}
+        self._weighed = {i for i in self.members if _wait(self.particles[i]).is_weighed_on_the_way}
         self._known = torch.zeros(num, dtype=torch.bool)  # whether psi is of the twist
         self._judged = [0] * num  # tokens of the text that the twist has seen
 
     def update(self, log_weights: torch.Tensor) -> bool:
-        """Judge the texts as they are now, of particles with these ``log_weights`` (M,) without twist.
+        """Judge the texts as they are now, of particles with these ``log_weights`` (M,) without them.
         Returns whether anything is known of any that is new.
 
         A text that has closed keeps its psi until all have, as its neighbours carry theirs: without
         it, it would seem the better the less likely its end is.
         """
+        masses = [self._log_mass(k) for k in range(len(self.programs))]
+        before, self.log_masses = self.log_masses, torch.tensor(masses, dtype=torch.float64)
+        judges = bool(self._taken) and self._judge(log_weights + self.log_masses)
+        return judges or not torch.equal(before, self.log_masses)
+
+    def _log_mass(self, slot: int) -> float:
+        """log L of a slot's text."""
+        if self.decoding.is_dead(slot):
+            return -math.inf
+        is_weighed = self.programs[slot] in self._weighed
+        return math.fsum(self.decoding.log_masses[slot]) if is_weighed else 0.0
+
+    def _judge(self, log_weights: torch.Tensor) -> bool:
+        """Find psi of texts that have grown, and may match; see ``update``."""
         lengths = [len(ids) for ids in self.decoding.token_ids]
-        slots = [k for k, length in enumerate(lengths) if length > self._judged[k]]
+        alive = log_weights > -math.inf
+        slots = [
+            k
+            for k, length in enumerate(lengths)
+            if length > self._judged[k] and alive[k] and self.programs[k] in self._taken
+        ]
         particles = [self.particles[self.programs[k]] for k in slots]
         values = self.twist(particles, self.decoding, slots)
         log_psi = self.log_psi.clone()
@@ -93,7 +144,7 @@ class Texts:
             self._known[k] = value is not None
             if value is not None:
                 log_psi[k] = value
-        others = self._known & (log_psi > -math.inf)
+        others = self._known & (log_psi > -math.inf) & alive
         if bool(others.any()):
             after, before = (log_weights + log_psi)[others], (log_weights + self.log_psi)[others]
             log_psi[~self._known] += after.logsumexp(0) - before.logsumexp(0)
@@ -106,14 +157,15 @@ class Texts:
         self.programs = [self.programs[a] for a in ancestors]
         self._judged = [self._judged[a] for a in ancestors]
         self.log_psi, self._known = self.log_psi[index], self._known[index]
+        self.log_masses = self.log_masses[index]
 
 
 def twist_function_of(
     twist: str | Twist | Mapping[str, Twist] | None, state: State
-) -> TwistFunction | None:
+) -> TwistFunction:
     """The twist of one barrier."""
     if not isinstance(twist, str):
-        return None if twist is None else OfText(twist)
+        return NoTwist() if twist is None else OfText(twist)
     return Lookahead(_aside(state)) if twist == "lookahead" else Flow(_aside(state))
 
 
@@ -137,7 +189,7 @@ def draw(
     every: int,
     defense: float,
 ) -> int:
-    """Draw texts token by token, resampling among them under the twisted target.
+    """Draw texts token by token, resampling among them by what is known of them on the way.
 
     Args:
         members: M particles that wait to draw a text, one a slot.
@@ -158,7 +210,8 @@ def draw(
         missing = longest - len(wait.uniforms)
         more = torch.rand(missing, generator=state.generator, dtype=torch.float64)
         uniforms = torch.cat([wait.uniforms, more])
-        requests.append((wait.fn.lm, draw_request(wait.fn, uniforms, wait.name)))
+        request = draw_request(wait.fn, uniforms, wait.name, wait.begun, wait.purpose)
+        requests.append((wait.fn.lm, request))
     decoding = begin_draws(requests)
     texts = Texts(twist, particles, members, decoding)
     index = torch.tensor(members)
@@ -168,7 +221,7 @@ def draw(
         log_weights = state.log_weights[index]
         if decoding.done or decoding.num_steps % every or not texts.update(log_weights):
             continue
-        a = shares(log_weights, texts.log_psi, defense)
+        a = shares(log_weights + texts.log_masses, texts.log_psi, defense)
         if 1.0 / float((a**2).sum()) < threshold * num:
             ancestors = ancestors_of(a)
             decoding.select(ancestors.tolist())
@@ -180,7 +233,7 @@ def draw(
     state.select([taken.get(slot, slot) for slot in range(len(particles))], is_drawing=True)
     drawing = [particles[slot] for slot in members]
     answers = [
-        drawn_text(_wait(particle).fn, drawn)
+        drawn_text(_wait(particle).fn, drawn, _wait(particle).begun)
         for particle, drawn in zip(drawing, decoding.results(), strict=True)
     ]
     resume(drawing, answers)
@@ -194,8 +247,9 @@ def _wait(particle: Particle) -> DrawWait:
 
 def shares(log_weights: torch.Tensor, log_psi: torch.Tensor, defense: float) -> torch.Tensor:
     """The share a of the next generation that each slot is to have, (M,) float64; it sums to 1.
-    ``log_weights``, without twist, are finite; ``log_psi`` of ``-inf`` has no share. Both (M,) nats."""
-    lost = log_psi == -math.inf
+    ``log_weights`` are without twist, and what texts have paid is in them (at least one is finite);
+    ``-inf`` there or in ``log_psi`` has no share. Both (M,) nats."""
+    lost = (log_psi == -math.inf) | (log_weights == -math.inf)
     if bool(lost.all()):
         return torch.softmax(log_weights, 0)
     plain = torch.softmax(log_weights.masked_fill(lost, -math.inf), 0)
@@ -206,7 +260,8 @@ def shares(log_weights: torch.Tensor, log_psi: torch.Tensor, defense: float) -> 
 def log_weights_of_copies(
     log_weights: torch.Tensor, a: torch.Tensor, ancestors: torch.Tensor
 ) -> torch.Tensor:
-    """What copies of slots with these weights and shares weigh, (M,) nats: w / (M a)."""
+    """What copies of slots with these weights and shares weigh, (M,) nats: w / (M a). (The weights are
+    without what their texts have paid, with which copies go on.)"""
     return (log_weights - (len(a) * a).log())[ancestors]
 
 
@@ -231,13 +286,14 @@ class OfText(TwistFunction):
 
 @dataclass(eq=False)
 class Lookahead(TwistFunction):
-    """The likelihood of what follows, up to the next latent site, were the text closed here."""
+    """The likelihood of what follows, up to the next latent site, were the text closed here. Nothing is
+    known of one that its constraint does not let close."""
 
     aside: Particle  # whose random streams it uses
 
     def __call__(self, particles: list[Particle], decoding: Decoding, slots: list[int]) -> LogPsi:
-        forks = []
-        for particle, slot in zip(particles, slots, strict=True):
+        forks: dict[int, Particle] = {}
+        for k, (particle, slot) in enumerate(zip(particles, slots, strict=True)):
             wait, ids = _wait(particle), _closed(decoding, slot)
             if ids is None:
                 raise ValueError(
@@ -245,14 +301,17 @@ class Lookahead(TwistFunction):
                     "has no EOS token and no stop string that is one token: give stop=, or another "
                     "twist"
                 )
+            if decoding.reasons[slot] is None and not decoding.may_close(slot):
+                continue
             # Its own density is the proposal's business, so it is given as 1 here.
             one = torch.zeros(())
             given = Given(wait.fn.value(ids), log_prob=one, proposal_log_prob=one)
-            forks.append(particle.fork(streams=self.aside, given={wait.name: given}))
-        with ending(forks):
-            run_to_draws(forks)
-            weights = [fork.take_log_weight() for fork in forks]
-        return [None if weight == -math.inf else weight for weight in weights]
+            forks[k] = particle.fork(streams=self.aside, given={wait.name: given})
+        with ending(list(forks.values())) as runs:
+            run_to_draws(runs)
+            weights = {k: fork.take_log_weight() for k, fork in forks.items()}
+        found = [weights.get(k, -math.inf) for k in range(len(slots))]
+        return [None if weight == -math.inf else weight for weight in found]
 
 
 @dataclass(eq=False)
@@ -294,7 +353,7 @@ class Flow(TwistFunction):
         members = zip(particles, slots, sites, strict=True)
         for k, (particle, slot, (name, fn)) in enumerate(members):
             ids = _closed(decoding, slot)
-            log_q = math.fsum(decoding.log_probs[slot])
+            log_q = math.fsum(decoding.log_probs[slot]) - math.fsum(decoding.log_masses[slot])
             if decoding.reasons[slot] is None:
                 log_q += close_log_probs[slot]
             if ids is None or name in self._followed or log_q == -math.inf:

@@ -28,6 +28,7 @@ from pyro.poutine.subsample_messenger import _Subsample
 from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.poutine.trace_struct import Trace
 
+from lmppl.distributions import Purpose
 from lmppl.lm.tokens.text import Text
 from lmppl.primitives import Call, CallMemory
 from lmppl.runtime.arguments import call, name_of
@@ -92,6 +93,7 @@ class Particle:
         score_late: score texts after the program has ended, all in one wait, in a run that nobody
             weighs on the way: fewer switches and larger batches. (Not where a hard condition or
             a handler of the program may depend on it.) Such a run is not forked.
+        purpose: what texts that it draws of the model itself are drawn for.
         grad: run with gradients enabled.
         is_guide: the program is a guide, so that it draws constrained texts by ``LMText.guided``.
         slot: its number, for error messages.
@@ -119,12 +121,13 @@ class Particle:
         enumerate_latents: bool = False,
         score_closing: bool = False,
         score_late: bool = False,
+        purpose: Purpose = "density",
         grad: bool = False,
         is_guide: bool = False,
         slot: int = 0,
     ) -> None:
         self.program, self.args = program, args
-        self.proposer = proposer
+        self.proposer, self.purpose = proposer, purpose
         self.given = dict(given or {})
         self._known = dict(known or {})
         self.slot = slot
@@ -239,7 +242,7 @@ class Particle:
     def _again(self, replay: Replay, given: Any, streams: Any = None, **options: Any) -> Particle:
         """A run of the same program, at its first wait."""
         options |= {"replay": replay, "given": given, "shared": self._recorder.shared}
-        options["is_guide"] = self._is_guide
+        options |= {"is_guide": self._is_guide, "purpose": self.purpose}
         new = Particle(self.program, self.args, **options)
         if streams is not None:
             new.coroutine.global_state.take_streams(streams.coroutine.global_state)
@@ -359,7 +362,7 @@ class Particle:
             site["value"], log_prob = suspend(ChoiceWait(name, fn))
             site["proposal_log_prob"] = None
         else:
-            value, log_prob, log_q = draw_value(site)
+            value, log_prob, log_q = draw_value(site, self.purpose)
             dict.__setitem__(site, "value", value)  # which is one of the site's, without a check
             site["proposal_log_prob"] = log_q if log_q.dim() == 0 else log_q.sum()
         self._record(site, log_prob)
@@ -490,14 +493,16 @@ _FOUND = (
 )  # fmt: skip
 
 
-def draw_value(site: Site) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def draw_value(
+    site: Site, purpose: Purpose = "density"
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Draw a latent site, inside a particle's run, from its own distribution: a value, its log-density,
     and log q of the draw, which differs from it under a global constraint (unscaled, nats, of the
     distribution's batch shape)."""
     name, fn = site["name"], site["fn"]
     if is_text(fn):
         uniforms = torch.rand(fn.num_uniforms, dtype=torch.float64, device="cpu")
-        return suspend(DrawWait(name, fn, uniforms))[:3]
+        return suspend(DrawWait(name, fn, uniforms, purpose=purpose))[:3]
     value = fn(*site["args"], **site["kwargs"])
     log_prob = fn.log_prob(value)
     return value, log_prob, log_prob

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lmppl.distributions import LMText, draw_texts, score_texts
+from lmppl.distributions import LMText, Purpose, draw_texts, score_texts
 from lmppl.lm import LM
 
 ScoredTokens = tuple[LM, bool, tuple[int, ...], tuple[int, ...]]
@@ -51,6 +51,15 @@ class DrawWait(ModelWait):
     fn: LMText
     uniforms: torch.Tensor  # (num_uniforms,) float64, in [0, 1)
     begun: tuple[int, ...] = ()
+    purpose: Purpose = "density"
+
+    @property
+    def is_weighed_on_the_way(self) -> bool:
+        """Whether the program itself draws a text under a global constraint for its weight, which is
+        the product of what the constraint left of the model's probability at each token: so that part
+        of it is known of a text under way."""
+        fn = self.fn
+        return fn.is_constrained and fn.law == "global" and self.purpose == "weights"
 
     @classmethod
     def answer(cls, waits: Sequence[DrawWait], *, grad: bool = False) -> list[Any]:
@@ -59,6 +68,7 @@ class DrawWait(ModelWait):
             [wait.uniforms for wait in waits],
             [wait.name for wait in waits],
             [wait.begun for wait in waits],
+            [wait.purpose for wait in waits],
         )
 
     def work(self, answer: Any) -> tuple[int, set[ScoredTokens]]:

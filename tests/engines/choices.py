@@ -8,8 +8,9 @@ few, that expectation is a finite sum, and no test statistic is needed:
         total += choices.probability * estimate
 
 Tokens are drawn by ``lmppl.lm.batches.rows.invert``, or by ``invert_among`` those that are allowed:
-piecewise constant functions of a uniform, so their cells are the tokens. A resampling scheme is one of
-its uniforms, too: it is run as it is, on one point of every cell.
+piecewise constant functions of a uniform, so their cells are the tokens; by rejection, one draw from the
+pool after another. A resampling scheme is a function of its uniforms of that kind, too: it is run as it
+is, on one point of every cell.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from lmppl import distributions
 from lmppl.engines import moves, resampling
 from lmppl.engines.resampling import SCHEMES
 from lmppl.guides import mixture
-from lmppl.lm.batches import rows
+from lmppl.lm.batches import rejection, rows
 from lmppl.lm.batches.inverse_cdf import tempered
 
 
@@ -103,6 +104,9 @@ def route(patch, choices: Choices) -> None:
         )  # fmt: skip
         return tokens, log_probs.gather(1, tokens.unsqueeze(1)).squeeze(1), log_masses
 
+    def draw(self, uniform):
+        return choices.pick((self.masses / self.masses.sum()).tolist())
+
     def inverse_cdf(weights, uniforms):
         weights = weights.double()
         return torch.tensor([choices.pick((weights / weights.sum()).tolist()) for _ in uniforms])
@@ -118,6 +122,7 @@ def route(patch, choices: Choices) -> None:
     patch.setattr(moves, "accepts", accepts)
     patch.setattr(rows, "invert", invert)
     patch.setattr(rows, "invert_among", invert_among)
+    patch.setattr(rejection.Pool, "draw", draw)
     patch.setattr(distributions, "inverse_cdf", inverse_cdf)
     patch.setattr(mixture, "flip", flip)
     patch.setattr(Coin, "choices", choices, raising=False)

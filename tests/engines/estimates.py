@@ -77,15 +77,24 @@ def relative_errors(found: dict, expected: dict) -> dict:
 
 
 def check_unbiased(
-    every_way: Any, program: Any, args: Any, lm: Any, *, languages: Any = None, **options: Any
+    every_way: Any,
+    program: Any,
+    args: Any,
+    lm: Any,
+    *,
+    languages: Any = None,
+    expected: Any = None,
+    **options: Any,
 ) -> int:
     """Assert E[Z-hat * weighted indicator of z] = R(z) for every z, to 1e-4 of each.
     ``languages`` says what matches the program's constraints, if it has any.
 
-    For SMC it is also asserted that some way resamples. Returns the number of ways.
+    For SMC it is also asserted that some way resamples. ``expected`` is R, if it is known. Returns the
+    number of ways.
     """
     seen: list[lmppl.Posterior] = []
-    expected = joint_of(enumerate_program(program, *args, lm=lm, languages=languages))
+    if expected is None:
+        expected = joint_of(enumerate_program(program, *args, lm=lm, languages=languages))
     found, probability, number = expectation(
         every_way, lambda: estimate(program, *args, lm=lm, seed=0, seen=seen, **options)
     )

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 
 from lmppl.lm import LM
-from lmppl.lm.batches import decoding, rows
+from lmppl.lm.batches import decoding
 from lmppl.lm.batches.rows import Rows
 
 
-class TableRows:
+class TableRows(Rows):
     """``Rows`` that looks the logits up, by model and tokens. See ``lmppl.lm.batches.rows``."""
 
     def __init__(self, runner, sequences, table):
@@ -19,18 +19,15 @@ class TableRows:
     def logits(self):
         return torch.stack([self._of(ids) for ids in self._sequences])
 
-    def draw(self, uniforms, temperatures):
-        return rows.invert(self.logits, uniforms, temperatures)
+    @property
+    def _states(self):
+        return self.logits
 
-    def draw_among(self, allowed, uniforms, temperatures):
-        return rows.invert_among(allowed, self.logits, uniforms, temperatures)
+    def _parts(self):
+        yield slice(None), self.logits
 
-    def log_probs(self, tokens, temperatures, allowed=None):
-        logits = rows.tempered(self.logits, temperatures).float()
-        if allowed is not None:
-            logits = logits.masked_fill(~allowed, -torch.inf)
-        log_probs = torch.log_softmax(logits, -1)
-        return log_probs.gather(1, torch.tensor(tokens).unsqueeze(1)).squeeze(1)
+    def __len__(self):
+        return len(self._sequences)
 
     def _of(self, ids):
         key = (id(self._runner), ids)

@@ -15,7 +15,7 @@ from solved import lm_that_draws
 import lmppl
 from lmppl import lm_sample, require, tool
 from lmppl.engines import smc, twists
-from lmppl.runtime import Particle
+from lmppl.runtime import DrawWait, Particle
 from lmppl.testing import enumerate_program, tiny_lm
 from lmppl.testing.programs import CASES
 
@@ -222,12 +222,30 @@ def test_unbiased_with_a_shaken_guide(remembered, name):
 # --- where there is no flow ----------------------------------------------------------------------
 
 
+class Says(twists.TwistFunction):
+    """What a function says."""
+
+    def __init__(self, judge):
+        self.judge = judge
+
+    def __call__(self, particles, decoding, slots):
+        return self.judge(slots)
+
+
+def texts_under_way(judge, token_ids):
+    """Texts with these tokens, and the decoding that they are of."""
+    num = len(token_ids)
+    fn = lmppl.LMText(small.small_lm(), "ab", max_tokens=9)
+    particle = SimpleNamespace(waiting=DrawWait("z", fn, torch.zeros(9)))
+    decoding = SimpleNamespace(token_ids=token_ids, is_dead=lambda slot: False)
+    return twists.Texts(Says(judge), [particle] * num, range(num), decoding), decoding
+
+
 def test_a_text_without_a_psi_keeps_its_share():
     """Of the weight of all, whatever psi the others have; and after resampling, too."""
     psi = [[-20.0, None, -23.0, None], [-3.0, None, None, -5.0]]
     steps = iter(psi)
-    decoding = SimpleNamespace(token_ids=[[0], [0], [0], [0]])
-    texts = twists.Texts(lambda *_: next(steps), [None] * 4, range(4), decoding)
+    texts, decoding = texts_under_way(lambda slots: next(steps), [[0], [0], [0], [0]])
     weights = torch.tensor([0.1, -0.5, 1.2, 0.4], dtype=torch.float64)
 
     def shares():
@@ -245,14 +263,13 @@ def test_a_text_without_a_psi_keeps_its_share():
 
 
 def test_texts_that_have_not_grown_are_not_judged_again():
-    decoding = SimpleNamespace(token_ids=[[0, 0], [0]])
     asked = []
 
-    def judge(particles, decoding, slots):
+    def judge(slots):
         asked.append(slots)
         return [1.0] * len(slots)
 
-    texts = twists.Texts(judge, [None] * 2, range(2), decoding)
+    texts, decoding = texts_under_way(judge, [[0, 0], [0]])
     weights = torch.zeros(2, dtype=torch.float64)
     texts.update(weights)
     texts.select([1, 0])
@@ -262,15 +279,13 @@ def test_texts_that_have_not_grown_are_not_judged_again():
 
 
 def test_with_no_psi_at_all_nothing_changes():
-    decoding = SimpleNamespace(token_ids=[[0], [0]])
-    texts = twists.Texts(lambda *_: [None, None], [None] * 2, range(2), decoding)
+    texts, _ = texts_under_way(lambda slots: [None, None], [[0], [0]])
     assert not texts.update(torch.tensor([0.0, 3.0], dtype=torch.float64))
     assert texts.log_psi.tolist() == [0.0, 0.0]
 
 
 def test_one_that_is_lost_takes_nobody_with_it():
-    decoding = SimpleNamespace(token_ids=[[0], [0]])
-    texts = twists.Texts(lambda *_: [-math.inf, None], [None] * 2, range(2), decoding)
+    texts, _ = texts_under_way(lambda slots: [-math.inf, None], [[0], [0]])
     assert texts.update(torch.zeros(2, dtype=torch.float64))
     assert texts.log_psi.tolist() == [-math.inf, 0.0]
 

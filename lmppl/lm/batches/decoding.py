@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -45,7 +46,8 @@ class Decoding:
             runner.check_request(len(draw.prefix), _longest(draw), draw.name)
         self._uniforms: list[list[float]] = [draw.uniforms.tolist() for _, draw in self._draws]
         self.token_ids: list[list[int]] = [[] for _ in self._draws]  # of each slot
-        # Of each token, and of all that its constraint allowed in its place, under the model, in nats.
+        # Of each token, and of all that its constraint allowed in its place (by rejection, an estimate),
+        # under the model, in nats.
         self.log_probs: list[list[float]] = [[] for _ in self._draws]
         self.log_masses: list[list[float]] = [[] for _ in self._draws]
         # Why each slot's sequence closed; None while it is open, and of a dead end.
@@ -104,7 +106,8 @@ class Decoding:
                     continue
                 self.token_ids[slot].append(int(token))
                 self.log_probs[slot].append(log_prob)
-                reason = self._states[slot].push(int(token))
+                with self._naming(slot):
+                    reason = self._states[slot].push(int(token))
                 if reason is None and len(self.token_ids[slot]) == _longest(self._draws[slot][1]):
                     reason = "length"  # a draw of a given number of tokens, which nothing closes
                 self.reasons[slot] = reason
@@ -115,36 +118,70 @@ class Decoding:
     def _drawn(self, batch: _Batch) -> list[list[float]]:
         """A token for each row of a batch, its log-probability, and that of all allowed ones."""
         draws = [self._draws[slot][1] for slot in batch.slots]
-        uniforms = torch.tensor([self._uniform(slot) for slot in batch.slots], dtype=torch.float64)
+        numbers = [self._uniform(slot) for slot in batch.slots]
+        uniforms = torch.tensor(numbers, dtype=torch.float64)
         temperatures = [draw.temperature for draw in draws]
-        allowed = self._allowed(batch)
+        by_rejection = [draw.way == "rejection" for draw in draws]
         # The one wait for the device in a step: all at once. (float32 holds every id.)
-        if allowed is None:
+        found: list[list[float]] = [[0.0] * len(draws) for _ in range(3)]
+        if all(by_rejection):
+            pass
+        elif (allowed := self._allowed(batch)) is None:
             tokens, log_probs = batch.rows.draw(uniforms, temperatures)
-            found = torch.stack([tokens.to(log_probs.dtype), log_probs]).tolist()
-            return [*found, [0.0] * len(draws)]
-        tokens, *rest = batch.rows.draw_among(allowed, uniforms, temperatures)
-        return torch.stack([tokens.to(rest[0].dtype), *rest]).tolist()
+            found[:2] = torch.stack([tokens.to(log_probs.dtype), log_probs]).tolist()
+        else:
+            tokens, *rest = batch.rows.draw_among(allowed, uniforms, temperatures)
+            found = torch.stack([tokens.to(rest[0].dtype), *rest]).tolist()
+        if any(by_rejection):
+            allows = [
+                self._allows(slot) if asked else None
+                for slot, asked in zip(batch.slots, by_rejection, strict=True)
+            ]
+            drawn = batch.rows.draw_by_rejection(allows, numbers, temperatures)
+            for row, accepted in enumerate(drawn):
+                if accepted is not None:
+                    for column, value in zip(found, accepted, strict=True):
+                        column[row] = value
+        return found
+
+    def _allows(self, slot: int) -> Callable[[int], bool]:
+        """Whether the constraint of a slot's sequence allows a next token."""
+        state = self._states[slot]
+
+        def allows(token: int) -> bool:
+            with self._naming(slot):
+                return state.allows(token)
+
+        return allows
+
+    def may_close(self, slot: int) -> bool:
+        """Whether the slot's sequence is open, has a closing token, and its constraint allows that."""
+        stopping, state = self._draws[slot][1].stopping, self._states[slot]
+        closing_token = stopping.closing_token
+        if state.reason is not None or closing_token is None:
+            return False
+        return stopping.constraint is None or self._allows(slot)(closing_token)
 
     def _allowed(self, batch: _Batch) -> Tensor | None:
-        """(B, V) bool: the tokens that constraints allow each row; None if there are none."""
+        """(B, V) bool: the tokens among which each row is drawn by masks; None if those are all."""
         draws = [self._draws[slot][1] for slot in batch.slots]
-        if all(draw.stopping.constraint is None for draw in draws):
+        masked = [draw.stopping.constraint is not None and draw.way == "masks" for draw in draws]
+        if not any(masked):
             return None
-        everything = torch.ones(batch.runner.size, dtype=torch.bool)
-        masks = [
-            everything if draw.stopping.constraint is None
-            else self._states[slot].mask(steered=draw.steered)
-            for slot, draw in zip(batch.slots, draws, strict=True)
-        ]  # fmt: skip
+        masks = [torch.ones(batch.runner.size, dtype=torch.bool)] * len(draws)
+        for row, (slot, draw) in enumerate(zip(batch.slots, draws, strict=True)):
+            if masked[row]:
+                with self._naming(slot):
+                    masks[row] = self._states[slot].mask(steered=draw.steered)
         return torch.stack(masks)
 
     def _drop_dead_ends(self) -> None:
         """Keep the rows of open sequences alone."""
         for batch in self._batches:
-            is_open = [
-                self.reasons[slot] is None and not self.is_dead(slot) for slot in batch.slots
-            ]
+            is_open = []
+            for slot in batch.slots:
+                with self._naming(slot):
+                    is_open.append(self.reasons[slot] is None and not self.is_dead(slot))
             batch.keep([row for row, keeps in enumerate(is_open) if keeps])
         self._batches = [batch for batch in self._batches if batch.slots]
 
@@ -215,6 +252,17 @@ class Decoding:
                 "many as the largest max_tokens"
             )
         return uniforms[position]
+
+    @contextmanager
+    def _naming(self, slot: int) -> Iterator[None]:
+        """Let what a constraint raises name the site and the text so far."""
+        try:
+            yield
+        except Exception as error:
+            runner, draw = self._draws[slot]
+            text = runner.decode([*draw.begun, *self.token_ids[slot]])
+            error.add_note(f"raised at site {draw.name!r}, whose text so far is {text!r}")
+            raise
 
     def _invalid(self, slot: int) -> ValueError:
         runner, draw = self._draws[slot]

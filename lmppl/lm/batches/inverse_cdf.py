@@ -31,7 +31,7 @@ def invert(
         +inf, or every token has probability zero) the log-probability is NaN, and the token is
         arbitrary but within the vocabulary: to check would be to wait for the device.
     """
-    tokens, mass, total = _invert(_probs(logits, temperature), uniforms)
+    tokens, mass, total = _invert(probabilities(logits, temperature), uniforms)
     return tokens, (mass / total).log().float().to(logits.device)
 
 
@@ -48,7 +48,7 @@ def invert_among(
         probability of all that are allowed, (B,): ``-inf`` where there is none, and then the token
         is arbitrary. Both float32, in nats.
     """
-    probs = _probs(logits, temperature)
+    probs = probabilities(logits, temperature)
     everything = probs.sum(-1)  # 1, up to rounding; NaN of what defines no distribution
     tokens, mass, total = _invert(probs * allowed, uniforms)
     everything = everything.to(mass.device).double()
@@ -56,8 +56,8 @@ def invert_among(
     return tokens, log_probs.to(logits.device), log_masses.to(logits.device)
 
 
-def _probs(logits: Tensor, temperature: float | Sequence[float] | Tensor) -> Tensor:
-    """(B, V) float32."""
+def probabilities(logits: Tensor, temperature: float | Sequence[float] | Tensor) -> Tensor:
+    """(B, V) float32: ``softmax(logits / temperature)``. NaNs of a row that defines none."""
     # To float32 first: softmax with dtype= took 6 times as long from bfloat16 on a CPU.
     return torch.softmax(tempered(logits, temperature).float(), -1)
 

@@ -7,18 +7,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Literal
 
 from torch import Tensor
 
 from lmppl.lm.tokens.stopping import Stopping
 from lmppl.lm.tokens.text import FinishReason
 
+Way = Literal["masks", "rejection", "model"]
+"""How the tokens of a constrained sequence are drawn: among those that a mask over the vocabulary
+allows; among the same by rejection, which asks about a few tokens (``rejection.py``); or from the model,
+until the sequence can't match any more."""
+
 
 @dataclass(frozen=True, eq=False)
 class Draw:
     """Draw one sequence that continues ``prefix`` until ``stopping`` closes it: token k is the
     inverse of the k-th conditional distribution function at ``uniforms[k]``. Where there is a
-    constraint, that is the function of the tokens which it allows."""
+    constraint, that is the function of the tokens which it allows; by ``"rejection"``, the uniform
+    is the seed of the draw."""
 
     prefix: tuple[int, ...]
     stopping: Stopping
@@ -27,6 +34,7 @@ class Draw:
     name: str = ""  # the site, for error messages
     steered: bool = False  # leave out tokens after which the constraint can't be met in time
     begun: tuple[int, ...] = ()  # the tokens that the sequence begins with, which are not drawn
+    way: Way = "masks"
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,14 +42,16 @@ class Drawn:
     """The tokens that were drawn of a sequence, with their log-probabilities under the model.
 
     It was drawn from these where there is no constraint; else each token had ``log_probs -
-    log_masses``.
+    log_masses``. By rejection that is no density, but what makes the draw properly weighted: the masses
+    are unbiased estimates then, independent of the tokens.
     """
 
     token_ids: tuple[int, ...]
     log_probs: Tensor  # (n,) float32, nats, on the CPU
     reason: FinishReason | None  # None: the constraint allowed no further token
     matches: bool = True  # whether it matches the constraint
-    # (n,) float32, nats: of the model's probability of all tokens that were allowed; None: all were.
+    # (n,) float32, nats: of the model's probability of all tokens that were allowed, in whose place each
+    # was drawn; None: there is no constraint.
     log_masses: Tensor | None = None
 
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from lmppl.lm.batches.inverse_cdf import invert, invert_among, tempered
+from lmppl.lm.batches.inverse_cdf import invert, invert_among, probabilities, tempered
 from lmppl.lm.batches.packing import group_by_prefix
+from lmppl.lm.batches.rejection import Accepted, draw_allowed
 from lmppl.lm.network.attention import BufferedCache, Group, LayerKV, PrefixCache
 from lmppl.lm.network.cuda_graph import StaticStep
 from lmppl.lm.network.output import chunk_rows
@@ -66,6 +67,22 @@ class Rows(ABC):
             parts.append(invert_among(mask, logits, uniforms[part], temperatures[part]))
         tokens, log_probs, log_masses = map(torch.cat, zip(*parts, strict=True))
         return tokens, log_probs, log_masses
+
+    @without_grad()
+    def draw_by_rejection(
+        self,
+        allows: Sequence[Callable[[int], bool] | None],
+        uniforms: Sequence[float],
+        temperatures: Sequence[float],
+    ) -> list[Accepted | None]:
+        """The next token of each row among those that its ``allows`` allows, as
+        ``rejection.draw_allowed`` gives them; None: of rows without."""
+        drawn: list[Accepted | None] = []
+        for part, logits in self._parts():
+            probs = probabilities(logits, temperatures[part]).cpu().numpy()
+            rows = zip(probs, uniforms[part], allows[part], strict=True)
+            drawn += [f and draw_allowed(row, uniform, f) for row, uniform, f in rows]
+        return drawn
 
     @without_grad()
     def log_probs(

@@ -11,6 +11,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,19 +31,31 @@ class Constraint:
       with a mask over the vocabulary.
 
     Both must be functions of the text alone. Two constraints are the same if their ``key`` is: by
-    default only a constraint and itself.
+    default, if they are of one class and their attributes, all hashable, were equal when they were
+    first used. (So a program may make its constraint anew in every run.)
     """
 
     name = "constraint"
     """What it is called in messages: the argument of ``lm_sample`` that made it."""
 
-    is_lazy = True
-    """Whether it is cheaper to ask about one token than about all of the vocabulary."""
+    @property
+    def is_lazy(self) -> bool:
+        """Whether it is much cheaper to ask about a few tokens than about all of the vocabulary: by
+        default of a constraint by predicates."""
+        return type(self).start is Constraint.start
 
     @property
     def key(self) -> Hashable:
         """Equal for constraints that are the same."""
-        return id(self)
+        known: dict[str, Any] = vars(self)
+        if "_key" not in known:
+            key = type(self), tuple(sorted(known.items()))
+            try:
+                hash(key)
+            except TypeError:  # attributes that may change
+                key = type(self), (("id", id(self)),)
+            known["_key"] = key
+        return known["_key"]
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Constraint) and self.key == other.key

@@ -36,7 +36,7 @@ class GuidanceConstraint(Constraint):
         ValueError: it is none; says where.
     """
 
-    is_lazy = False
+    is_lazy = False  # type: ignore[assignment]
 
     def __init__(self, given: Any, grammar: str) -> None:
         from llguidance import LLMatcher  # when a constraint is wanted

@@ -1,0 +1,353 @@
+"""Constraints in importance sampling and SMC: unbiased by enumeration of the sampler's choices.
+
+R(z) is that of ``method="exact"``, which is compared with brute force elsewhere.
+"""
+
+import math
+
+import numpy as np
+import pyro
+import pytest
+import small
+import torch
+from choices import every_way
+from estimates import check_unbiased, weighted_values
+from pyro import poutine
+
+import lmppl
+from lmppl import lm_sample
+from lmppl.constraints import Constraint
+from lmppl.engines import smc, twists
+from lmppl.lm.batches import rejection
+from lmppl.lm.batches.decoding import Decoding
+from lmppl.testing import tiny_lm
+
+pytestmark = pytest.mark.usefixtures("remembered")
+LM = small.small_lm()  # a, b and EOS
+PAIR = tiny_lm("ab", eos=False, seed=3)
+IMPORTANCE = {"method": "importance", "num_samples": 1}
+SMC = {"method": "smc", "num_samples": 2, "ess_threshold": 1.0}
+
+
+class Words(Constraint):
+    """Texts of a's and b's in which no letter comes three times in a row, and that end with an a."""
+
+    def allows(self, prefix):
+        return "aaa" not in prefix and "bbb" not in prefix
+
+    def complete(self, text):
+        return self.allows(text) and text.endswith("a")
+
+
+class Begins(Constraint):
+    """Texts that begin so."""
+
+    def __init__(self, beginning):
+        self.beginning = beginning
+
+    def allows(self, prefix):
+        length = min(len(prefix), len(self.beginning))
+        return prefix[:length] == self.beginning[:length]
+
+    def complete(self, text):
+        return text.startswith(self.beginning)
+
+
+class FewB(Constraint):
+    """At most one b."""
+
+    def allows(self, prefix):
+        return prefix.count("b") < 2
+
+
+def one_site(x, y):
+    """Matches of different lengths, which lose different shares on the way."""
+    z = lm_sample("z", x, max_tokens=3, regex="aab|abb|ba?", temperature=2.0)
+    lm_sample("y", [x, z], obs=y)
+
+
+def in_the_middle(x, y):
+    k = lm_sample("k", x, choices=["a", "b"], temperature=3.0)
+    z = lm_sample("z", [x, k], max_tokens=2, regex="ab?|b")
+    w = lm_sample("w", [x, z], max_tokens=1, temperature=2.0)
+    lm_sample("y", [x, z, w], obs=y)
+
+
+def branches(x, y):
+    """Texts under a constraint and free ones meet at one barrier."""
+    k = pyro.sample("k", small.Coin(0.5))
+    if k:
+        z = lm_sample("z", x, max_tokens=3, regex="aa?|bab")
+    else:
+        z = lm_sample("w", [x, "b"], max_tokens=1, temperature=2.0)
+    lm_sample("y", [x, z], obs=y)
+
+
+def two_branches(x, y):
+    """So do texts under two constraints of different lengths."""
+    k = pyro.sample("k", small.Coin(0.3))
+    if k:
+        z = lm_sample("z", x, max_tokens=2, regex="ab|bb?")
+    else:
+        z = lm_sample("w", [x, "b"], max_tokens=3, regex="aab|b", temperature=2.0)
+    lm_sample("y", [x, z], obs=y)
+
+
+def scaled(x, y):
+    """log R is scaled, log q is not."""
+    with poutine.scale(scale=0.5):
+        z = lm_sample("z", x, max_tokens=3, regex="a|ba?b", temperature=1.5)
+    lm_sample("y", [x, z], obs=y)
+
+
+def local(x, y):
+    """Dead ends keep their mass."""
+    z = lm_sample("z", x, max_tokens=2, regex="abb|ba?", constrain="local")
+    lm_sample("y", [x, z], obs=y)
+
+
+def stopped(x, y):
+    z = lm_sample("z", x, max_tokens=3, stop="b", regex="a?a", temperature=2.0)
+    lm_sample("y", [x, z], obs=y)
+
+
+def by_predicate(x, y):
+    z = lm_sample("z", x, max_tokens=2, constraint=Words(), temperature=2.0)
+    lm_sample("y", [x, z], obs=y)
+
+
+def rarely(x, y):
+    z = lm_sample("z", x, max_tokens=2, constraint=FewB(), temperature=0.7)
+    lm_sample("y", [x, z], obs=y)
+
+
+def begins(x, y):
+    """Of a model without EOS, as there are few ways to draw by rejection from two tokens."""
+    z = lm_sample("z", x, max_tokens=2, constraint=Begins("a"), temperature=2.0, lm=PAIR)
+    lm_sample("y", [x, z], obs=y, lm=PAIR)
+
+
+def predicate_and_branch(x, y):
+    k = pyro.sample("k", small.Coin(0.5))
+    if k:
+        z = lm_sample("z", x, max_tokens=1, constraint=Words())
+    else:
+        z = lm_sample("w", x, max_tokens=2, regex="ab|b")
+    lm_sample("y", [x, z], obs=y)
+
+
+def free_guide(x, y):
+    """A guide that knows nothing of the constraint."""
+    lm_sample("z", [x, "a"], max_tokens=3, temperature=3.0)
+
+
+def twist(text):
+    return 1.3 * text.count("b") - 0.4 * text.count("a")
+
+
+def check(monkeypatch, program, **options):
+    posterior = lmppl.infer(program, *small.ARGS, lm=LM, method="exact")
+    expected = weighted_values(posterior)
+    return check_unbiased(
+        every_way(monkeypatch), program, small.ARGS, LM, expected=expected, **options
+    )
+
+
+# --- E[Z-hat * weighted indicator of z] = R(z) ---------------------------------------------------
+
+REGEXES = [one_site, in_the_middle, branches, two_branches, scaled, local, stopped]
+PREDICATES = [by_predicate, rarely, begins, predicate_and_branch]
+
+
+@pytest.mark.filterwarnings("ignore:.* is asked about every token")  # by enumeration
+@pytest.mark.parametrize("program", [*REGEXES, *PREDICATES])
+def test_importance_is_unbiased(monkeypatch, program):
+    check(monkeypatch, program, **IMPORTANCE)
+
+
+@pytest.mark.filterwarnings("ignore:.* is asked about every token")
+@pytest.mark.filterwarnings("ignore:twist= names 'z'")  # of runs that all take the other branch
+@pytest.mark.parametrize(
+    "program, its",
+    [
+        (one_site, None),
+        (one_site, "lookahead"),
+        (branches, None),
+        (branches, "lookahead"),
+        (two_branches, None),
+        (two_branches, {"z": twist}),
+        (scaled, twist),
+        (begins, None),
+    ],
+)
+def test_smc_is_unbiased(monkeypatch, program, its):
+    check(monkeypatch, program, twist=its, **SMC)
+
+
+@pytest.mark.parametrize("defense", [0.1, 1.0])
+def test_smc_is_unbiased_whatever_the_defence(monkeypatch, defense):
+    check(monkeypatch, one_site, twist=twist, twist_defense=defense, **SMC)
+
+
+def test_smc_is_unbiased_at_three_particles(monkeypatch):
+    check(monkeypatch, one_site, **{**SMC, "num_samples": 3, "ess_threshold": 0.8})
+
+
+# --- and known mistakes are found ----------------------------------------------------------------
+
+
+def pay_on_the_way(patch):
+    """A copy pays with the resampling for what it pays again at the close."""
+
+    def mutant(log_weights, a, ancestors):
+        mean = torch.full_like(log_weights, float(log_weights.logsumexp(0))) - math.log(len(a))
+        return mean[ancestors]
+
+    patch.setattr(twists, "log_weights_of_copies", mutant)
+
+
+def forget_it_in_one_term(patch):
+    """Drawn with L in the twisted term alone, and divided by shares with L in both."""
+    ancestors, shares, without = smc.SMC._ancestors, twists.shares, []
+
+    def mutant_shares(log_weights, log_psi, defense):
+        right = shares(log_weights, log_psi, defense)
+        alive = torch.where(log_weights > -math.inf, 0.0, -math.inf).double()
+        without[:] = [(1 - defense) * shares(log_weights, log_psi, 0.0)]
+        without[0] += defense * torch.softmax(alive, 0)
+        return right
+
+    patch.setattr(twists, "shares", mutant_shares)
+    patch.setattr(smc.SMC, "_ancestors", lambda self, a, g: ancestors(self, without[0], g))
+
+
+def copy_without_it(patch):
+    """A copy goes on as if its constraint had cost nothing so far."""
+    select = Decoding.select
+
+    def mutant(self, ancestors):
+        select(self, ancestors)
+        self.log_masses = [[0.0] * len(ids) for ids in self.token_ids]
+
+    patch.setattr(Decoding, "select", mutant)
+
+
+@pytest.mark.parametrize("mutate", [pay_on_the_way, forget_it_in_one_term, copy_without_it])
+def test_wrong_masses_are_found(monkeypatch, mutate):
+    mutate(monkeypatch)
+    with pytest.raises(AssertionError):
+        check(monkeypatch, one_site, twist=twist, twist_defense=0.5, **SMC)
+
+
+# --- drawing by rejection ------------------------------------------------------------------------
+
+TABLES = {  # masses, and which tokens are allowed
+    "some": ([0.4, 0.1, 0.3, 0.2], [1, 3]),
+    "one": ([0.5, 0.25, 0.125, 0.125], [2]),
+    "all": ([0.2, 0.8], [0, 1]),
+    "hardly any": ([1.0 - 1e-6, 1e-6], [1]),
+    "none": ([0.6, 0.4], []),
+}
+
+
+def estimates_by_rejection(patch, masses, allowed):
+    """E[L-hat; the token], by token, over all ways to draw."""
+    asked, found = [], dict.fromkeys(range(len(masses)), 0.0)
+
+    def allows(token):
+        assert token not in asked, "asked twice"
+        asked.append(token)
+        return token in allowed
+
+    for choices in every_way(patch):
+        asked.clear()
+        token, log_prob, log_mass = rejection.draw_allowed(np.array(masses), 0.5, allows)
+        if log_mass > -math.inf:
+            assert log_prob == pytest.approx(math.log(masses[token] / sum(masses)))
+        found[token] += choices.probability * math.exp(log_mass)
+    return found
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+@pytest.mark.parametrize("table", TABLES)
+def test_the_estimated_mass_is_unbiased_and_independent_of_the_token(monkeypatch, table, scale):
+    masses, allowed = TABLES[table]
+    found = estimates_by_rejection(monkeypatch, [scale * mass for mass in masses], allowed)
+    # P(token) = p / A, and E[L-hat | token] = A.
+    expected = {k: mass if k in allowed else 0.0 for k, mass in enumerate(masses)}
+    assert found == pytest.approx(expected)
+
+
+def test_numbers_of_one_uniform_draw_tokens_as_often_as_they_should():
+    """Without anything patched."""
+    masses, allowed = np.array([0.5, 0.1, 0.05, 0.35]), {1, 3}
+    drawn = [
+        rejection.draw_allowed(masses, uniform, allowed.__contains__)
+        for uniform in torch.rand(4000, generator=torch.Generator().manual_seed(0)).tolist()
+    ]
+    share = sum(token == 1 for token, *_ in drawn) / len(drawn)
+    assert {token for token, *_ in drawn} == allowed
+    assert abs(share - 0.1 / 0.45) < 4 * math.sqrt(0.1 / 0.45 * 0.35 / 0.45 / len(drawn))
+    mass = np.exp([accepted.log_mass for accepted in drawn])
+    assert abs(mass.mean() - 0.45) < 4 * mass.std() / math.sqrt(len(drawn))
+    again = rejection.draw_allowed(masses, 0.123, allowed.__contains__)
+    assert again == rejection.draw_allowed(masses, 0.123, allowed.__contains__)
+
+
+def test_a_pool_loses_nothing_to_rounding():
+    masses = np.full(1000, 1e-12)
+    masses[::7] = 1.0
+    pool = rejection.Pool(masses)
+    for token in range(0, 1000, 7):
+        pool.remove(token)
+    rest = [token for token in range(1000) if token % 7]
+    assert pool.mass == pytest.approx(1e-12 * len(rest))
+    assert [pool.draw((k + 0.5) / len(rest)) for k in range(len(rest))] == rest
+    assert pool.draw(0.0) == 1 and pool.draw(np.nextafter(1.0, 0.0)) == 999
+
+
+def test_with_a_predicate_that_allows_all_tokens_are_those_of_a_free_text():
+    def program(constraint=None):
+        lm_sample("z", "ab", max_tokens=6, constraint=constraint)
+
+    options = {"lm": LM, "method": "importance", "num_samples": 20, "seed": 3}
+    free = lmppl.infer(program, **options)
+    held = lmppl.infer(program, kwargs={"constraint": Begins("")}, **options)
+    assert list(map(str, free["z"])) == list(map(str, held["z"]))
+    assert held.log_evidence == pytest.approx(0.0, abs=1e-6)
+
+
+def test_few_tokens_are_asked_about_and_nothing_warns():
+    lm = tiny_lm([f"{n:02d}" for n in range(100)], seed=0, contrast=1.0)
+    asked = []
+
+    class Even(Constraint):
+        def allows(self, prefix):
+            asked.append(prefix)
+            return not prefix or int(prefix[-1]) % 2 == 0
+
+    constraint = Even()
+
+    def program(max_tokens=3):
+        lm_sample("z", "00", max_tokens=max_tokens, constraint=constraint)
+
+    for method in ("importance", "smc"):
+        asked.clear()
+        posterior = lmppl.infer(program, lm=lm, method=method, num_samples=10, seed=0)
+        assert posterior.ess > 1 and len(asked) < 10 * 3 * 20  # of 101 tokens each
+    with pytest.warns(UserWarning, match="asked about every token"):
+        lmppl.infer(program, 1, lm=lm, method="exact")
+
+
+def test_an_error_of_a_predicate_names_its_site_and_the_text():
+    class Broken(Constraint):
+        def allows(self, prefix):
+            return "b" not in prefix or 1 / 0
+
+    def program():
+        lm_sample("first", "ab", max_tokens=2, constraint=Broken())
+
+    with pytest.raises(ZeroDivisionError) as caught:
+        lmppl.infer(program, lm=LM, method="importance", num_samples=8, seed=0)
+    notes = " ".join(caught.value.__notes__)
+    assert "Broken.allows('b')" in notes and "site 'first', whose text so far is ''" in notes
