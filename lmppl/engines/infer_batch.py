@@ -134,7 +134,7 @@ def _bound(
             raise TypeError(f"functools.partial has bound {name!r}, give such arguments in kwargs=")
         return bind(model, args, {**shared, **by_name})
     except TypeError as error:
-        raise TypeError(f"item {index} of the data does not fit the program: {error}") from None
+        raise TypeError(f"item {index} of the data does not fit: {error}") from None
 
 
 def _in_order(

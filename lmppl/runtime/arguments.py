@@ -77,8 +77,8 @@ def bind(
     except TypeError as error:
         named = f" and {sorted(kwargs)}" if kwargs else ""
         raise TypeError(
-            f"the program {name_of(program)}{signature} was given {len(args)} positional arguments"
-            f"{named}: {error}"
+            f"the program {name_of(program)}{signature} was given {len(args)} positional "
+            f"argument{'s' * (len(args) != 1)}{named}: {error}"
         ) from None
     if not kwargs:
         return program, args

@@ -150,7 +150,7 @@ def test_an_input_may_be_a_dict_in_infer_as_in_infer_batch():
         *lmppl.infer_batch(of_a_dict, [{"story": item}], seed=0, **options),
     ):
         assert torch.equal(found.log_weights, expected.log_weights)
-    with pytest.raises(TypeError, match=r"item 0 .*does not fit the program: .*'nope'"):
+    with pytest.raises(TypeError, match=r"item 0 .*does not fit: the program .*'nope'"):
         next(lmppl.infer_batch(infill, [{**item, "nope": 1}], **options))
     with pytest.raises(TypeError, match="kwargs= takes a dict"):
         lmppl.infer_batch(infill, [item], kwargs=["x"], **options)
