@@ -144,6 +144,14 @@ def test_the_effective_sample_size_of_chains_is_theirs():
     assert "chain" not in posterior.resample(3, seed=0).info  # these are no chains any more
 
 
+def test_an_effective_sample_size_that_is_not_known():
+    posterior = posterior_of(list("abcd"), [1.0] * 4, info={"engine": "mcmc", "ess": math.nan})
+    assert math.isnan(posterior.ess) and math.isnan(posterior.resample(3, seed=0).ess)
+    lines = repr(posterior).splitlines()
+    assert lines[0] == "Posterior by mcmc: 4 samples, ESS not known"
+    assert "don't trust these figures: ESS is not known" in lines
+
+
 def test_resampling_makes_no_information():
     """Its draws are equal in weight, and yet no better than the samples that they come from."""
     weights = [10.0, 1.0, 1.0, 1.0]

@@ -53,7 +53,7 @@ class Posterior(WeightedTraces, Report):
             - ``reasons``: name of such a site to one sentence, why the first sample ended there;
             - ``notes``: a list of sentences the reader must know ("the target is tempered");
             - ``ess``: the effective sample size, where that of the weights is not it (the draws of
-              Markov chains have equal weights, and depend on each other);
+              Markov chains have equal weights, and depend on each other); NaN: not known;
             - ``chain``: of Markov chains, the pair (chain, draw) of each trace, counted from 0;
             - ``chains``: how these mixed, as the table shows it: a dict of ``num_chains``,
               ``num_draws`` (of each chain), ``acceptance`` (site to the share of moves accepted)
@@ -266,15 +266,16 @@ class Posterior(WeightedTraces, Report):
         ```python
         posterior = lmppl.Posterior.load("runs/infill")                    # to look at
         posterior = lmppl.Posterior.load("runs/infill", lm=lm)             # texts with their tokens
-        posterior = lmppl.Posterior.load("runs/infill", infill, x, y, lm=lm)  # to go on from
+        posterior = lmppl.Posterior.load("runs/infill", infill, x, y, lm=lm)  # whole traces
         ```
 
         Without anything else it answers all questions about values: ``probs``, ``mean``,
         ``quantile``, tables, evidence, ``resample``, ``to_arviz``; texts are plain strings. With
         ``lm`` they are a ``Text`` each, to be used in prefixes. The traces have all values and
-        log-probabilities, but no distributions (``site["fn"]``): what goes on from them, such as
-        Markov chains (``initial=``), needs the program as well. It is run again on the values of
-        every sample that is alive, which asks no language model, and compared site by site.
+        log-probabilities, so Markov chains can begin at them (``MCMC(initial=...)``) and guides
+        learn from them (``demonstrations=``), but no distributions (``site["fn"]``): whoever asks
+        these, as ``poutine`` may, needs the program as well. It is run again on the values of every
+        sample that is alive, which asks no language model, and compared site by site.
 
         Args:
             path: the folder.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -122,7 +123,8 @@ def _run(summary: Mapping[str, Any]) -> list[Block]:
         num = chains["num_chains"]
         first += f" of {num:,} Markov chain{'s' * (num != 1)}"
     if count:
-        first += f", ESS {summary['ess']:.1f} ({summary['ess'] / count:.0%})"
+        known = f"{summary['ess']:.1f} ({summary['ess'] / count:.0%})"
+        first += f", ESS {'not known' if math.isnan(summary['ess']) else known}"
     second = "no claim about the evidence"
     if summary["log_evidence"] is not None:
         second = f"log evidence {summary['log_evidence']:.3f} nats"

@@ -82,12 +82,14 @@ def doubts(
     errors; empty if nothing says so.
 
     Args:
-        ess: effective sample size.
+        ess: effective sample size; NaN: not known.
         pareto_k: shape of the weights' upper tail, if it is known (Vehtari et al., 2024).
         r_hats: of chains, name of a function to its R-hat (Vehtari et al., 2021, arXiv 1903.08008).
     """
     found = []
-    if ess < LEAST_ESS:
+    if math.isnan(ess):
+        found.append("ESS is not known")
+    elif ess < LEAST_ESS:
         found.append(f"ESS {ess:.1f} is below {LEAST_ESS}")
     if pareto_k is not None and pareto_k > WORST_PARETO_K:
         found.append(f"Pareto k {pareto_k:.2f} is above {WORST_PARETO_K}")

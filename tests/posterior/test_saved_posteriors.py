@@ -139,6 +139,41 @@ def test_traces_come_back_whole_with_their_program(folder, monkeypatch):
         Posterior.load(folder).traces[0].nodes["theta"]["fn"].log_prob(torch.tensor(0.0))
 
 
+def small(x, y):
+    z = lm_sample("z", x, max_tokens=2, stop=".")
+    k = pyro.sample("k", dist.Bernoulli(0.5))
+    lm_sample("y", [x, z], temperature=1.0 + float(k), obs=y)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("given", [(), (small, "ab", "b")], ids=["values", "traces"])
+def test_what_is_loaded_can_be_gone_on_from(given, folder):
+    exact = lmppl.infer(small, "ab", "b", lm=LM, method="exact")
+    exact.save(folder)
+    loaded = Posterior.load(folder, *given, lm=LM)
+    options = {"lm": LM, "num_samples": 12, "seed": 0}
+    one, other = (
+        lmppl.infer(small, "ab", "b", method="mcmc", initial=initial, num_chains=3, **options)
+        for initial in (exact, loaded)
+    )
+    assert [str(z) for z in one["z"]] == [str(z) for z in other["z"]]
+    assert torch.equal(one.log_weights, other.log_weights)
+    assert_same(one, saved_again(one, folder.with_name("chains")))
+    assert one.to_arviz()["posterior"]["z"].shape == (3, 4)
+    found = [lmppl.diagnose(small, "ab", "b", posterior=p, **options) for p in (exact, loaded)]
+    assert found[0].eubo == found[1].eubo and found[0].kl_posterior_guide[0] > 0
+    guides = [lmppl.LMGuide(small, lm=LM) for _ in range(2)]
+    for guide, p in zip(guides, (exact, loaded), strict=True):
+        guide.fit([("ab", "b")], steps=1, batch_size=4, seed=0, demonstrations=[p], progress=False)
+    losses = [guide.history[-1]["loss"] for guide in guides]
+    assert losses[0] == losses[1]
+
+
+def saved_again(posterior, folder):
+    posterior.save(folder)
+    return Posterior.load(folder, lm=LM)
+
+
 def test_traces_that_stand_in_several_places_are_one(folder):
     draws = inferred().resample(200, seed=0)
     draws.save(folder)
