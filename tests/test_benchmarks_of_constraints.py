@@ -45,7 +45,7 @@ def test_a_pattern_knows_what_may_yet_match():
     assert [t for t in ("", "a", "ab", "c", "cc") if pattern.complete(t)] == ["a", "ab", "cc"]
 
 
-@pytest.mark.parametrize("kind", ["regex"])
+@pytest.mark.parametrize("kind", ["regex", "predicate"])
 def test_patterns(kind, monkeypatch, tmp_path, capsys):
     lm = tiny_lm("ab.", seed=3)
     monkeypatch.setattr(lmppl.LM, "from_pretrained", lambda name, dtype: lm)
