@@ -158,7 +158,10 @@ def _of_site(name: str, make: Callable[..., Any], *args: Any, **kwargs: Any) -> 
     """``make(...)``, whose refusals of an argument name the site."""
     try:
         return make(*args, **kwargs)
-    except (TypeError, ValueError) as error:
+    except Exception as error:
+        if type(error) not in (TypeError, ValueError):  # one that a constraint's predicate raised
+            error.add_note(f"raised at site '{name}'")
+            raise
         message = str(error).removeprefix(f"site '{name}': ").removeprefix("site '': ")
         raise type(error)(f"site '{name}': {message}") from error
 

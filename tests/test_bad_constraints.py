@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 
+import numpy as np
 import pydantic
 import pytest
 import torch
@@ -246,21 +248,34 @@ _OWN = [
 @pytest.mark.parametrize("method", ["exact", "importance"])
 @pytest.mark.parametrize(("constraint", "error", "message"), _OWN)
 def test_a_constraint_of_ones_own(constraint, error, message, method):
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=message) as caught:
         infer(method, constraint=constraint)
+    assert "site 'z'" in "\n".join([str(caught.value), *getattr(caught.value, "__notes__", [])])
 
 
+@pytest.mark.parametrize("constrain", ["global", "local"])
+@pytest.mark.parametrize("obs", [None, "abb"])
 @pytest.mark.parametrize("method", ["exact", "importance", "smc"])
-def test_a_predicate_that_raises(method):
+def test_a_predicate_that_raises(method, obs, constrain):
     with pytest.raises(KeyError, match="e4") as caught:
-        infer(method, constraint=Raises())
+        infer(method, constraint=Raises(), constrain=constrain, obs=obs)
     notes = "\n".join(caught.value.__notes__)
-    assert re.search(r"raised by Raises.allows\('\w\w'\)", notes)
+    assert re.search(r"raised by Raises.allows\('..+'\)", notes)
+    assert "site 'z'" in notes
+
+
+def test_a_predicate_that_raises_an_error_with_arguments_of_its_own():
+    class Parses(Constraint):
+        def allows(self, prefix):
+            return bool(json.loads(prefix))
+
+    with pytest.raises(json.JSONDecodeError) as caught:
+        infer(constraint=Parses())
+    assert "raised by Parses.allows(''), which must return True or False" in caught.value.__notes__
+    assert "raised at site 'z'" in caught.value.__notes__
 
 
 def test_a_predicate_may_return_a_bool_of_numpy():
-    import numpy as np
-
     class Odd(Constraint):
         def allows(self, prefix):
             return np.equal(len(prefix) % 1, 0)

@@ -102,6 +102,9 @@ class Exact(Engine):
                     )
                 except ValueError as error:
                     raise ValueError(f"site '{wait.name}': {error}") from error
+                except Exception as error:
+                    error.add_note(f"raised at site '{wait.name}'")
+                    raise
                 if sequences is None:
                     raise ValueError(self._too_many(wait.name))
                 pairs = [(fn.value(ids), lp) for ids, lp in sequences]
