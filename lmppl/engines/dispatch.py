@@ -44,7 +44,7 @@ def infer(
             single dict is an input as ``infer_batch`` takes it, the arguments by name, if its keys are
             names of the program's parameters and all required ones are there; else, or with
             ``kwargs={}``, it is an argument like any other.
-        method: ``"smc"``, ``"importance"``, ``"gflownet"``, ``"exact"``, a name given to
+        method: ``"smc"``, ``"importance"``, ``"mcmc"``, ``"gflownet"``, ``"exact"``, a name given to
             ``lmppl.register_engine``, or an engine object: ``lmppl.SMC(ess_threshold=0.5)``.
         lm: the language model of sites that name none.
         num_samples: how many weighted traces.

@@ -1,5 +1,6 @@
 """The kernel of Markov moves: its whole transition matrix leaves the joint invariant."""
 
+import constrained
 import moving
 import numpy as np
 import pyro
@@ -44,6 +45,8 @@ CASES = {
 }
 SLOW = {"branch, redrawn", "constraint, hot, redrawn", "second barrier, redrawn"}
 
+CONSTRAINED = {"alternatives, local", "json, global", "nested, global", "predicate, global"}
+
 
 def kernel(monkeypatch, name, dtype=torch.float64):
     program, options = CASES[name]
@@ -70,6 +73,29 @@ def test_with_a_language_model_it_does_up_to_rounding(monkeypatch, name):
     )
     error, _ = found.error()
     assert error < 1e-6
+
+
+@pytest.mark.filterwarnings("ignore:.*is asked about every token")
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name not in CONSTRAINED))
+        for name in constrained.CASES
+    ],
+)
+def test_constrained_programs_by_brute_force(monkeypatch, name):
+    """The kernel leaves the posterior invariant that is found without asking the constraints."""
+    case = constrained.CASES[name]
+    exact = case.enumerate().posterior(*case.text_latents)
+    found = Kernel(monkeypatch, case.program, case.args, case.lm)
+    states = found.states()
+    keys = [tuple(value for _, value in key_of(state.particle)) for state in states]
+    keys = keys if len(case.text_latents) > 1 else [key[0] for key in keys]
+    assert set(keys) == set(exact)
+    _, P = found.matrix()
+    pi = np.array([exact[key] for key in keys])
+    assert np.abs(pi @ P - pi).max() < 1e-6
+    assert pi @ (1 - np.diag(P)) > 0.01
 
 
 def test_an_automatic_guide_as_proposal(monkeypatch):
