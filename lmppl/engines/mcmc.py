@@ -194,9 +194,10 @@ class MCMC(Engine):
             "diagnostics": found,
         }
         least = min((f["ess_bulk"] or math.nan for f in found.values()), default=math.nan)
-        most = sum(num_draws if moved else 1 for moved in chains.has_moved)
+        stuck = _stuck(chains, draws)
+        most = sum(1 if c in stuck else num_draws for c in range(num))
         state.info["ess"] = min(least, float(most)) if least == least else math.nan
-        self._warn(state, chains)
+        self._warn(state, chains, stuck)
 
     def _mixing(self, state: State, chains: list[list[ChainState]]) -> dict[str, Any]:
         """R-hat and effective sample sizes, by the name of the function; empty without arviz-stats."""
@@ -219,13 +220,12 @@ class MCMC(Engine):
             for name, fn in functions.items()
         }
 
-    def _warn(self, state: State, chains: Chains) -> None:
+    def _warn(self, state: State, chains: Chains, stuck: list[int]) -> None:
         """Say what went wrong."""
-        unmoved = chains.has_moved.count(False)
-        if unmoved:
+        if stuck:
             total = self.warmup + self.thin * -(-state.num_samples // len(chains.states))
             state.warn(
-                f"{unmoved} of {len(chains.states)} chains never came to another trace in {total} "
+                f"{len(stuck)} of {len(chains.states)} chains never came to another trace in {total} "
                 "moves, so their draws are copies of where they began. Make more moves (warmup=, "
                 "thin=), give a guide=, propose smaller changes (block=), or texts nearer to the target "
                 "(proposal_temperature=)"
@@ -289,6 +289,15 @@ class Chains:
     def acceptance_by_site(self) -> dict[str, float]:
         """The same of those that began at a site."""
         return {name: self._accepted[name] / made for name, made in self._made.items()}
+
+
+def _stuck(chains: Chains, draws: list[list[ChainState]]) -> list[int]:
+    """The chains that have never come to another trace, and stay where none of the others comes to.
+    (Most chains may well stay at a trace that has most of the mass.)"""
+    moved = [c for c, has_moved in enumerate(chains.has_moved) if has_moved]
+    visited = {id(row[c]): row[c] for row in draws for c in moved}.values()
+    unmoved = [c for c, has_moved in enumerate(chains.has_moved) if not has_moved]
+    return [c for c in unmoved if not any(moves.is_same(chains.states[c], v) for v in visited)]
 
 
 def _number(name: str, fn: Callable[..., Any] | None, state: ChainState) -> float:
