@@ -66,6 +66,20 @@ def test_vargrad_against_all_pairs():
     torch.testing.assert_close(gradient(loss, log_q), gradient(naive, log_q))
 
 
+@pytest.mark.parametrize("dead", [(0, 1, 2), (0, 2), (2,)])
+@pytest.mark.parametrize(
+    "loss", [objectives.vargrad, objectives.subtb, objectives.elbo, objectives.alive]
+)
+def test_dead_traces_that_q_cannot_draw_leave_no_trace(loss, dead):
+    """They are in a batch where the program drew them."""
+    log_r, log_q = some(3, dead=dead)
+    without = torch.tensor([i != 2 for i in range(3)])
+    value = loss(log_r, torch.where(without, log_q, DEAD))
+    expected = loss(log_r[without], log_q[without])
+    assert value.item() == pytest.approx(expected.item())
+    torch.testing.assert_close(gradient(value, log_q), gradient(expected, log_q))
+
+
 @pytest.mark.parametrize("n", [2, 3])
 def test_vargrad_is_unbiased_whoever_draws(n):
     log_r, log_q, logits = four()
