@@ -236,42 +236,43 @@ _CATEGORIES = frozenset((
 
 
 @lru_cache(maxsize=64)
-def _of_categories(surely: str, perhaps: str, also: Ranges, familiar: frozenset[str]) -> Characters:
+def _of_categories(names: str, also: Ranges, familiar: frozenset[str]) -> Characters:
     """The characters of general categories, given by the beginnings of their names.
 
     Exact in ASCII and for familiar characters, but that Rust may know characters that Python does
     not: the set may hold those that are unassigned, or in a plane above the first two.
 
     Args:
-        surely: categories whose characters the set holds, separated by spaces.
-        perhaps: categories beyond ASCII of which it may hold characters.
+        names: of the categories, separated by spaces.
         also: characters that it holds too.
         familiar: see ``parse``.
     """
-    holds, may_hold = tuple(surely.split()), ("Cn", *surely.split(), *perhaps.split())
-    certain, possible = list(also), [*also, (0x20000, 0x10FFFF)]
-    for low, high, category in _categories():
-        if category.startswith(holds):
-            certain.append((low, high))
-        if category.startswith(may_hold):
-            possible.append((low, high))
-    least = _complement(_simplified(_complement(_normal(certain)), familiar))
-    return Characters(least, _simplified(_normal(possible), familiar))
+    starts = tuple(names.split())
+    runs = [(low, high) for low, high, name in _categories() if name.startswith(starts)]
+    unknown = [(low, high) for low, high, name in _categories() if name == "Cn"]
+    certain = _normal((*runs, *also))
+    possible = _normal((*certain, *unknown, (0x20000, 0x10FFFF)))
+    least = _complement(_simplified(_complement(certain), familiar))
+    return Characters(least, _simplified(possible, familiar))
+
+
+_JOINERS = ((0x200C, 0x200D),)
+_CIRCLED = ((0x24B6, 0x24E9), (0x1F130, 0x1F149), (0x1F150, 0x1F169), (0x1F170, 0x1F189))  # letters
 
 
 def _perl(name: str, familiar: frozenset[str]) -> Characters:
     """What ``\\d``, ``\\s`` or ``\\w`` holds."""
     if name == "d":
-        return _of_categories("Nd", "", (), familiar)
-    if name == "w":  # alphabetic (with letters in circles, So), marks, digits, joiners
-        return _of_categories("L M Nd Nl Pc", "So", ((0x200C, 0x200D),), familiar)
+        return _of_categories("Nd", (), familiar)
+    if name == "w":
+        return _of_categories("L M Nd Nl Pc", (*_JOINERS, *_CIRCLED), familiar)
     return _SPACE
 
 
 def _property(name: str, familiar: frozenset[str]) -> Characters:
     """What ``\\p{name}`` holds: any character unless it names a general category."""
     if name in _CATEGORIES:
-        return _of_categories(name, "", (), familiar)
+        return _of_categories(name, (), familiar)
     return Characters((), _ANY.most)
 
 
