@@ -3,7 +3,8 @@
     q-odds = (1 - eps) / eps
     at each latent site:
         draw from the guide with probability q-odds / (1 + q-odds), else from the program
-        log q, log p = density of the value under both, given the latents so far
+        log q, log p = density of the value under both, given the latents so far (of a draw of the
+                       program: under a global constraint that of a match, by masks)
         proposal     = their mixture, by these odds
         q-odds      *= q / p
 
@@ -24,7 +25,7 @@ from pyro.poutine.trace_struct import Trace
 
 from lmppl.checks import check_number
 from lmppl.runtime import Given, Proposer, ProposerFactory
-from lmppl.runtime.particle import draw_value, score_value
+from lmppl.runtime.particle import draw_value, score_draw, score_value
 
 
 def check_prior_fraction(prior_fraction: Any) -> float:
@@ -96,23 +97,32 @@ class MixtureProposer(Proposer):
         if self._takes_guide:
             given = self._guide.propose(site, trace)
             if given is not None:
-                log_prior = score_value(site, given.value)
-                given = self._weighed(site, trace, given.value, log_prior, given.proposal_log_prob)
+                value, log_q = given.value, given.proposal_log_prob
+                log_prob = score_value(site, value)
+                log_prior = score_draw(site, value, log_prob)
+                given = self._weighed(site, trace, value, log_prob, log_prior, log_q)
         else:
             self._drawn = self._drawn or draw_value(site)
-            value, log_prior, _ = self._drawn
+            value, log_prob, log_prior = self._drawn
             log_q = self._guide.condition(site, trace, value) if self._is_open else None
-            given = self._weighed(site, trace, value, log_prior, log_q)
+            given = self._weighed(site, trace, value, log_prob, log_prior, log_q)
         self._takes_guide, self._drawn, self._is_held = None, None, False
         return given
 
     def _weighed(
-        self, site: Any, trace: Trace, value: torch.Tensor, log_prior: torch.Tensor, log_q: Any
+        self,
+        site: Any,
+        trace: Trace,
+        value: torch.Tensor,
+        log_prob: torch.Tensor,
+        log_prior: torch.Tensor,
+        log_q: Any,
     ) -> Given:
-        """A value with its density in the mixture, by which the odds change (``log_q`` None: the guide
-        leaves the site to the program)."""
+        """A value with its density in the mixture, by which the odds change. ``log_prob`` is under the
+        program's distribution, ``log_prior`` of its draws, ``log_q`` of the guide's (None: it leaves
+        the site to the program)."""
         if log_q is None:
-            return Given(value, log_prior, log_prior.sum())
+            return Given(value, log_prob, log_prior.sum())
         for other in itertools.takewhile(lambda other: other != site["name"], self._guide.draws):
             if other not in trace.nodes:
                 raise ValueError(
@@ -125,7 +135,7 @@ class MixtureProposer(Proposer):
         self._log_odds = odds + (q - prior)
         if not self._is_open:
             self._guide.close()
-        return Given(value, log_prior, torch.tensor(mixture, dtype=torch.float64))
+        return Given(value, log_prob, torch.tensor(mixture, dtype=torch.float64))
 
     @property
     def _is_open(self) -> bool:

@@ -515,6 +515,14 @@ def score_value(site: Site, value: torch.Tensor) -> torch.Tensor:
     return site["fn"].log_prob(value, *site["args"], **site["kwargs"])
 
 
+def score_draw(site: Site, value: torch.Tensor, log_prob: torch.Tensor) -> torch.Tensor:
+    """log q of ``draw_value`` at a value whose log-density is known, in the same way."""
+    fn = site["fn"]
+    if is_text(fn) and fn.is_constrained and fn.law == "global":
+        return suspend(ScoreWait(site["name"], fn.proposal(), value))[0]
+    return log_prob
+
+
 def site_log_weight(node: Site) -> float:
     """What a site adds to the importance weight: log p (scaled), less log q where it was drawn."""
     log_prob = float(node["log_prob_sum"])

@@ -4,9 +4,11 @@
     keep y as the observations; then z is an exact draw of     p(z | y)
 
 That holds where the joint density is what forward simulation draws from, up to hard conditions: a
-run that fails a ``require`` is discarded and drawn again, which draws from p(z, y | it holds). It
-does not hold where the program has factors, scaled sites or distributions with a mask of their own,
-and then an error says so.
+run that fails a ``require`` is discarded and drawn again, which draws from p(z, y | it holds). A text
+under a global constraint is such a condition on a free text: it is drawn as the model writes it, and not
+among the tokens that the constraint allows, until it matches or can't any more. One under a local
+constraint is drawn from its own density, whose dead ends are discarded, too. It does not hold where the
+program has factors, scaled sites or distributions with a mask of their own, and then an error says so.
 """
 
 from __future__ import annotations
@@ -206,7 +208,7 @@ def _simulate_each(
         slots = [i for i in pending for _ in range(repeats)]
         seeds = runtime.slot_seeds(_seed(seed, number), len(slots))
         particles = [
-            Particle(program, inputs[i], seed=run_seed, slot=i)
+            Particle(program, inputs[i], seed=run_seed, purpose="simulation", slot=i)
             for i, run_seed in zip(slots, seeds, strict=True)
         ]
         with torch.no_grad(), runtime.ending(particles):
@@ -225,7 +227,8 @@ def _simulate_each(
             sites = ", ".join(f"'{name}' ({count})" for name, count in rejections.most_common(3))
             raise ValueError(
                 f"{attempts} forward runs of one input were all rejected, so it cannot be simulated. "
-                f"Rejecting sites (rejected runs, of all inputs): {sites}. Loosen them, raise "
+                f"Rejecting sites (rejected runs, of all inputs): {sites}. (A text under a constraint "
+                "is drawn freely here, and is rejected if it does not match.) Loosen them, raise "
                 "max_attempts, or train on given data"
             )
     return [run for run in found if run is not None]

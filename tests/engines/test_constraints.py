@@ -4,6 +4,7 @@ R(z) is that of ``method="exact"``, which is compared with brute force elsewhere
 """
 
 import math
+from collections import Counter
 
 import numpy as np
 import pyro
@@ -18,8 +19,10 @@ import lmppl
 from lmppl import lm_sample
 from lmppl.constraints import Constraint
 from lmppl.engines import smc, twists
+from lmppl.guides import mixture
 from lmppl.lm.batches import rejection
 from lmppl.lm.batches.decoding import Decoding
+from lmppl.runtime.simulation import simulate
 from lmppl.testing import tiny_lm
 
 pytestmark = pytest.mark.usefixtures("remembered")
@@ -141,6 +144,16 @@ def free_guide(x, y):
     lm_sample("z", [x, "a"], max_tokens=3, temperature=3.0)
 
 
+def held_guide(x, y):
+    """A guide with another constraint, some of whose texts do not match."""
+    lm_sample("z", [x, "a"], max_tokens=3, regex="a.*|b", temperature=3.0)
+
+
+def middle_guide(x, y):
+    """The constrained site is left to the program."""
+    lm_sample("k", x, choices=["b", "a"], temperature=5.0)
+
+
 def twist(text):
     return 1.3 * text.count("b") - 0.4 * text.count("a")
 
@@ -193,6 +206,34 @@ def test_smc_is_unbiased_at_three_particles(monkeypatch):
     check(monkeypatch, one_site, **{**SMC, "num_samples": 3, "ess_threshold": 0.8})
 
 
+# --- guides, and a share of the program's own draws ----------------------------------------------
+
+
+def short_guide(x, y):
+    """A guide whose texts need not match the predicate."""
+    lm_sample("z", [x, "a"], max_tokens=2, temperature=3.0)
+
+
+@pytest.mark.filterwarnings("ignore:.* is asked about every token")  # its density must be known
+@pytest.mark.parametrize(
+    "program, guide",
+    [
+        (one_site, free_guide),
+        (one_site, held_guide),
+        (in_the_middle, middle_guide),
+        (by_predicate, short_guide),
+    ],
+)
+def test_a_share_of_the_programs_draws_is_unbiased(monkeypatch, program, guide):
+    check(monkeypatch, program, guide=guide, prior_fraction=0.3, **IMPORTANCE)
+
+
+def test_the_models_density_in_the_place_of_that_of_the_draw_is_found(monkeypatch):
+    monkeypatch.setattr(mixture, "score_draw", lambda site, value, log_prob: log_prob)
+    with pytest.raises(AssertionError):
+        check(monkeypatch, one_site, guide=free_guide, prior_fraction=0.3, **IMPORTANCE)
+
+
 # --- and known mistakes are found ----------------------------------------------------------------
 
 
@@ -237,6 +278,54 @@ def test_wrong_masses_are_found(monkeypatch, mutate):
     mutate(monkeypatch)
     with pytest.raises(AssertionError):
         check(monkeypatch, one_site, twist=twist, twist_defense=0.5, **SMC)
+
+
+# --- forward simulation --------------------------------------------------------------------------
+
+
+def simulated_program(x, y, constrain):
+    z = lm_sample("z", x, max_tokens=3, regex="aab|abb|ba?", temperature=2.0, constrain=constrain)
+    w = lm_sample("w", [x, z], max_tokens=1, temperature=2.0)
+    lm_sample("y", [x, w], max_tokens=2, regex="a|b", constrain=constrain, obs=y)
+
+
+@pytest.mark.parametrize("constrain", ["global", "local"])
+def test_simulations_are_draws_of_the_joint(constrain):
+    """Of the program without its observed value but with its constraint; the shares of what is expected
+    20 times are within 4 standard errors."""
+
+    def unobserved(x, y, constrain):
+        z = lm_sample(
+            "z", x, max_tokens=3, regex="aab|abb|ba?", temperature=2.0, constrain=constrain
+        )
+        w = lm_sample("w", [x, z], max_tokens=1, temperature=2.0)
+        lm_sample("y", [x, w], max_tokens=2, regex="a|b", constrain=constrain)
+
+    args, num = ("ab", "a", constrain), 800
+    exact = weighted_values(lmppl.infer(unobserved, *args, lm=LM, method="exact"))
+    total = math.fsum(exact.values())
+    with lmppl.use(LM):
+        runs = simulate(simulated_program, args, num, seed=0)
+    found = Counter(
+        tuple(
+            sorted((name, site["fn"].token_ids(site["value"])) for name, site in run.sites.items())
+        )
+        for run in runs
+    )
+    assert found.keys() <= exact.keys()
+    for values, joint in exact.items():
+        share = joint / total
+        error = math.sqrt(share * (1.0 - share) / num)
+        assert num * share < 20 or abs(found[values] / num - share) < 4 * error, dict(values)
+
+
+def test_a_constraint_that_never_holds_is_named():
+    def program():
+        lm_sample("z", "ab", max_tokens=8, regex="aaaaaaaa")
+
+    with pytest.raises(ValueError, match="drawn freely here") as caught, lmppl.use(LM):
+        simulate(program, (), 2, seed=0, max_attempts=3)
+    assert "'z' (" in str(caught.value)
 
 
 # --- drawing by rejection ------------------------------------------------------------------------
