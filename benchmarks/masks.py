@@ -7,17 +7,23 @@ what is drawn; and as many tokens without a constraint. (A few texts may end by 
 expression matches, so seconds a token are compared.) Each sequence has a text and, after a few tokens,
 a mask of its own. What is counted is the whole difference: the automaton, the masks, steering, drawing
 by them. Expect at most 15% of a step.
+
+The last row is what a constraint adds to a guide's training: the same texts are scored with gradients,
+each step renormalised over what the regular expression allows, and over everything.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+
+import torch
 
 from benchmarks.bench import Bench
 from benchmarks.measuring import ratios
 from benchmarks.results import Goal, Row
 from lmppl.constraints import Constraint, JsonSchema, Regex
-from lmppl.lm.batches.requests import Draw
+from lmppl.lm.batches.requests import Allowed, Draw, Score
 from lmppl.lm.tokens.stopping import Stopping
 
 GOAL = 0.15
@@ -42,7 +48,54 @@ CONSTRAINTS: dict[str, Callable[[], Constraint]] = {
 def run(bench: Bench) -> list[Row]:
     sizes = bench.choose_particles(smoke=[3], quick=[64], full=[64])
     names = bench.choose(smoke=["regex"], quick=[*CONSTRAINTS], full=[*CONSTRAINTS])
-    return [compare(bench, rows, name) for rows in sizes for name in names]
+    decoding = [compare(bench, rows, name) for rows in sizes for name in names]
+    return [
+        *decoding,
+        compare_training(bench, *bench.choose(smoke=(3, 4), quick=(32, 12), full=(32, 12))),
+    ]
+
+
+def compare_training(bench: Bench, num: int, length: int) -> Row:
+    """``num`` texts of up to ``length`` tokens, scored with gradients with and without masks."""
+    prompt = bench.choose(smoke=8, quick=64, full=64)
+    adapter = bench.lm.adapter()
+    stopping = Stopping(bench.lm.vocabulary, max_tokens=length, constraint=CONSTRAINTS["regex"]())
+    allowed = Allowed(stopping, steered=True)
+    drawn: dict[int, list[Score]] = {}
+
+    def scores(number: int) -> list[Score]:
+        """The requests of a repetition, whose texts are drawn before it is timed."""
+        if number not in drawn:
+            plain = bench.draws(bench.tokens(prompt, number), num, length, seed=number)
+            draws = [Draw(d.prefix, stopping, d.uniforms, steered=True) for d in plain]
+            texts = zip(draws, bench.lm.draw(draws), strict=True)
+            drawn[number] = [Score(draw.prefix, text.token_ids) for draw, text in texts]
+        return drawn[number]
+
+    def work(number: int, constrained: bool) -> int:
+        requests = scores(number)
+        if constrained:
+            requests = [replace(request, allowed=allowed) for request in requests]
+        scored = adapter.score(requests, grad=True)
+        (-torch.stack([text.log_prob for text in scored]).sum()).backward()
+        return sum(len(request.continuation) for request in requests)
+
+    for number in range(bench.repeats + 1):
+        scores(number)
+    sides = bench.in_turns(
+        {
+            "lmppl": lambda number: work(number, True),
+            "without a constraint": lambda number: work(number, False),
+        }
+    )
+    added = [1 / ratio - 1 for ratio in ratios(sides[1], sides[0])]
+    return Row.of(
+        f"training, regex, {num} x {length} tokens, prompt of {prompt}",
+        sides,
+        added,
+        unit="%",
+        goal=Goal(GOAL, at_least=False) if num == 32 else None,
+    )
 
 
 def compare(bench: Bench, rows: int, name: str) -> Row:

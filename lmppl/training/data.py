@@ -13,6 +13,7 @@ import torch
 from lmppl import runtime
 from lmppl.checks import check_int
 from lmppl.guides.guide import TrainableGuide
+from lmppl.guides.scoring import is_constrained
 from lmppl.posterior import Posterior
 from lmppl.report.progress import progress_bar
 from lmppl.runtime.arguments import Args
@@ -142,7 +143,8 @@ def simulated_inputs(
     """The next ``number`` simulations (None: all) as inputs. What they have found out is not computed
     again."""
     for index, (args, one) in enumerate(itertools.islice(pairs, number)):
-        may_reject = any(node["infer"].get("hard") for node in one.sites.values())
+        nodes = one.sites.values()
+        may_reject = any(node["infer"].get("hard") or is_constrained(node) for node in nodes)
         if index == 0 and not one.observations and not may_reject:
             warnings.warn(
                 "the program observes nothing on these inputs, so its posterior is its prior, and "

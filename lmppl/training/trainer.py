@@ -208,8 +208,8 @@ class Trainer:
         if not self._any_alive:
             raise ValueError(
                 "no trace of any input had a positive probability, so the guide learned nothing: the "
-                "program's hard conditions (require, tools that reject) are never met by what the "
-                "model draws. Loosen them, or raise batch_size"
+                "program's hard conditions (require, tools that reject, constraints) are never met by "
+                "what the model draws. Loosen them, or raise batch_size"
             )
         warnings.warn(
             f"inputs {sorted(self._dead)[:10]} of the data were skipped: none of their traces had a "
