@@ -18,7 +18,7 @@ import time
 import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Protocol, final
@@ -195,7 +195,8 @@ class State:
     def posterior(self) -> Posterior:
         """The posterior of finished particles. Raises as ``Engine.run`` does."""
         weights = zip(self.particles, self.log_weights.tolist(), strict=True)
-        killed = Counter(p.killed_by or "(the engine)" for p, w in weights if w == -math.inf)
+        dead = [(p, p.killed_by or "(the engine)") for p, w in weights if w == -math.inf]
+        killed = Counter(name for _, name in dead)
         if not killed and not any(particle.latents for particle in self.particles):
             raise ValueError(
                 "the program has no latent site, so there is nothing to infer: leave out obs= at "
@@ -208,7 +209,7 @@ class State:
                 "sites by their names, and an LMGuide the texts of models with its own vocabulary"
             )
         info = {"engine": self.engine, "iid": self.iid, "killed": killed, "notes": self.notes}
-        info["reasons"] = _reasons(self.particles, killed)
+        info["reasons"] = _reasons(dead)
         info |= asdict(own_usage() - self._usage)
         info |= {"seconds": time.perf_counter() - self._began, **self.info}
         traces = [particle.trace for particle in self.particles]
@@ -224,14 +225,12 @@ class State:
         warnings.warn(message, stacklevel=5)
 
 
-def _reasons(particles: Sequence[Particle], killed: Collection[str]) -> dict[str, str]:
-    """Why the first particle ended at each of these sites, where a constraint says why."""
+def _reasons(dead: Sequence[tuple[Particle, str]]) -> dict[str, str]:
+    """Why the first of dead particles, each with the site that killed it, ended there: by site, where
+    a constraint says why."""
     reasons: dict[str, str] = {}
-    for particle in particles:
-        name = particle.killed_by
-        if name is None or name not in killed or name in reasons:
-            continue
-        node = particle.sites[name]
-        if isinstance(node["fn"], LMText) and (why := node["fn"].mismatch(node["value"])):
+    for particle, name in dead:
+        node = {} if name in reasons else particle.sites.get(name, {})
+        if isinstance(node.get("fn"), LMText) and (why := node["fn"].mismatch(node["value"])):
             reasons[name] = why
     return reasons
