@@ -302,8 +302,8 @@ def _stuck(chains: Chains, draws: list[list[ChainState]]) -> list[int]:
 
 def _number(name: str, fn: Callable[..., Any] | None, state: ChainState) -> float:
     """What a function says of a trace; None: its log joint."""
-    if fn is None:
-        return state.log_joint
+    if fn is None:  # rounded, lest chains at the same trace seem to disagree by their last bits
+        return round(state.log_joint, 2)
     value = fn(values_of(state.particle.trace))
     try:
         return float(value)

@@ -53,7 +53,7 @@ def distance(posterior, exact, names):
 def test_chains_find_the_posterior(name):
     case = CASES[name]
     options = {"num_samples": 720, "num_chains": 24, "warmup": 30, "thin": 3, "later": "redraw"}
-    options |= {"thin": 12} if name in SLOW else {}
+    options |= {"thin": 12} if name in SLOW else {"num_samples": 480}
     posterior = run(case.program, *case.args, lm=case.lm, **options)
     exact, names = case.enumerate(), case.text_latents
     assert posterior.ess > 50
@@ -82,7 +82,7 @@ def test_what_a_posterior_of_chains_says():
 def test_a_trace_keeps_its_exact_joint_over_many_moves():
     exact = enumerate_program(moving.branch, *moving.ARGS, lm=small.small_lm())
     joint = {tuple(trace.values.items()): trace.log_joint for trace in exact}
-    posterior = run(moving.branch, *moving.ARGS, num_samples=200, warmup=50)
+    posterior = run(moving.branch, *moving.ARGS, num_samples=100, warmup=20)
     for trace in posterior.traces:
         found = float(trace.log_prob_sum())
         assert abs(found - joint[tuple(trace_values(trace).items())]) < 1e-4
@@ -239,10 +239,11 @@ def test_a_block_reaches_back_further_at_every_move_and_then_begins_again():
 
 
 def test_blocks_change_all_of_a_text():
-    posterior = run(moving.one_text, *moving.ARGS, num_samples=200, block=1)
+    posterior = run(moving.one_text, *moving.ARGS, num_samples=100, block=1)
     assert len({str(z)[:1] for z in posterior["z"]}) > 1
 
 
+@pytest.mark.slow
 def test_numbers_by_a_random_walk():
     case = CASES["beta and text"]
     options = {"num_samples": 480, "num_chains": 24, "warmup": 20, "thin": 3}

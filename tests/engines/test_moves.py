@@ -43,9 +43,13 @@ CASES = {
     "second barrier": ("three_texts", {"barrier": 2}),
     "second barrier, redrawn": ("three_texts", {"barrier": 2, "keep": False}),
 }
-SLOW = {"branch, redrawn", "constraint, hot, redrawn", "second barrier, redrawn"}
+# One of each kind is fast.
+FAST = {
+    "one text", "one text, last token", "branch", "other kinds", "conditions, guide", "scale",
+    "coins, guide", "local constraint", "first barrier",
+}  # fmt: skip
 
-CONSTRAINED = {"alternatives, local", "json, global", "nested, global", "predicate, global"}
+FAST_CONSTRAINED = {"alternatives, global", "json, local"}
 
 
 def kernel(monkeypatch, name, dtype=torch.float64):
@@ -56,7 +60,7 @@ def kernel(monkeypatch, name, dtype=torch.float64):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(c, marks=[pytest.mark.slow] * (c in SLOW)) for c in CASES]
+    "name", [pytest.param(c, marks=[pytest.mark.slow] * (c not in FAST)) for c in CASES]
 )
 def test_the_kernel_on_a_table_leaves_the_joint_invariant(monkeypatch, name):
     error, moved = kernel(monkeypatch, name).error()
@@ -64,7 +68,13 @@ def test_the_kernel_on_a_table_leaves_the_joint_invariant(monkeypatch, name):
     assert moved > 0.02
 
 
-@pytest.mark.parametrize("name", ["one text", "other kinds", "scale, guide"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "other kinds",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("one text", "scale, guide")),
+    ],
+)
 def test_with_a_language_model_it_does_up_to_rounding(monkeypatch, name):
     """The model's own float32 log-probabilities."""
     program, options = CASES[name]
@@ -79,7 +89,7 @@ def test_with_a_language_model_it_does_up_to_rounding(monkeypatch, name):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[pytest.mark.slow] * (name not in CONSTRAINED))
+        pytest.param(name, marks=[pytest.mark.slow] * (name not in FAST_CONSTRAINED))
         for name in constrained.CASES
     ],
 )
@@ -95,9 +105,10 @@ def test_constrained_programs_by_brute_force(monkeypatch, name):
     _, P = found.matrix()
     pi = np.array([exact[key] for key in keys])
     assert np.abs(pi @ P - pi).max() < 1e-6
-    assert pi @ (1 - np.diag(P)) > 1e-3
+    assert (np.diag(P) < 1).all()
 
 
+@pytest.mark.slow
 def test_an_automatic_guide_as_proposal(monkeypatch):
     lm = small.small_lm()
     guide = lmppl.LMGuide(moving.scaled, lm=lm)
@@ -183,7 +194,6 @@ def scale_the_proposal(patch):
     "mutate, name",
     [
         (forget_the_length, "one text"),
-        (forget_the_length, "two texts"),
         (forget_the_number_of_sites, "branch"),
         (forget_the_window, "one text, last token"),
         (forget_what_vanished, "branch"),
