@@ -89,15 +89,18 @@ class Rows(ABC):
         self, tokens: Sequence[int], temperatures: Sequence[float], allowed: Tensor | None = None
     ) -> Tensor:
         """The log-probability of a given next token of each row, (B,) float32, in nats; with
-        ``allowed`` (B, V) bool, among those tokens."""
+        ``allowed`` (B, V) bool, among those tokens; ``-inf`` where there are none."""
         index = torch.tensor(tokens, device=self._states.device).unsqueeze(1)
         found = []
         for part, logits in self._parts():
             logits = tempered(logits, temperatures[part]).float()
             if allowed is not None:
-                logits = logits.masked_fill(~allowed[part].to(logits.device), -torch.inf)
-            log_probs = torch.log_softmax(logits, -1)
-            found.append(log_probs.gather(1, index[part]).squeeze(1))
+                among = allowed[part].to(logits.device)
+                logits = logits.masked_fill(~among, -torch.inf)
+            log_probs = torch.log_softmax(logits, -1).gather(1, index[part]).squeeze(1)
+            if allowed is not None:  # a softmax over nothing is NaN
+                log_probs = log_probs.masked_fill(~among.any(-1), -torch.inf)
+            found.append(log_probs)
         return torch.cat(found)
 
     def _parts(self) -> Iterator[tuple[slice, Tensor]]:

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lmppl.constraints import Constraint
 from lmppl.lm import begin_draws
 from lmppl.lm.batches.decoding import _compact
 from lmppl.lm.batches.requests import Draw
@@ -299,3 +300,27 @@ def test_closing_log_probs_follow_a_selection():
     assert decoding.closing_log_probs() == pytest.approx(
         [before[a] for a in ancestors], abs=1e-5, nan_ok=True
     )
+
+
+class TwoAs(Constraint):
+    """``aa``; that ``b`` leads nowhere is found out when it has been drawn."""
+
+    def allows(self, prefix):
+        return prefix in ("", "a", "b", "aa")
+
+    def complete(self, text):
+        return text == "aa"
+
+
+@pytest.mark.filterwarnings("ignore:.*asked about every token")
+def test_a_sequence_that_nothing_may_follow_cannot_close():
+    stopping = Stopping(LM.vocabulary, max_tokens=3, constraint=TwoAs())
+    uniforms = torch.tensor([[0.01, 0.5, 0.5], [0.99, 0.5, 0.5]], dtype=torch.float64)
+    decoding = begin_draws([(LM, Draw(PREFIX, stopping, row)) for row in uniforms])
+    decoding.step()
+    assert decoding.token_ids == [[0], [1]]
+    assert decoding.closing_log_probs() == [-math.inf, -math.inf]
+    decoding.step()
+    assert decoding.is_dead(1) and not decoding.is_dead(0)
+    (log_prob, _) = decoding.closing_log_probs()
+    assert log_prob == pytest.approx(0.0, abs=1e-5)  # EOS is all that is allowed
