@@ -53,9 +53,9 @@ def infer_batch(
 
     Each is what ``infer`` gives on that input with the seed ``posterior.info["seed"]`` (up to
     rounding). What the particles of inputs that run side by side ask of a language model at the
-    same time is answered in one batch, but for the draws of SMC within a twisted site and the
-    enumeration of ``"exact"``. Inputs are taken as they are needed: never more than ``at_once``
-    beyond the last posterior that was asked for. Leaving the loop ends what runs.
+    same time is answered in one batch, but for the draws of SMC within a twisted or constrained site
+    and the enumeration of ``"exact"``. Inputs are taken as they are needed: never more than
+    ``at_once`` beyond the last posterior that was asked for. Leaving the loop ends what runs.
 
     Args:
         model, method, lm, num_samples, progress (in inputs), **options: as of ``infer``.
