@@ -157,6 +157,14 @@ _DETERMINISM = (
 
 
 def _other_distribution(name: str, fn: Any, recorded: Any) -> ReplayError:
+    constraints = [f.stopping.constraint for f in (fn, recorded) if isinstance(f, LMText)]
+    if len(constraints) == 2 and constraints[0] != constraints[1]:
+        one, other = constraints
+        return ReplayError(
+            f"at site '{name}' a replayed run has another constraint than the recorded one: {one!r} "
+            f"against {other!r}. A constraint of your own equals only itself: make it once, outside of "
+            f"the program, or let its class define key. {_DETERMINISM}"
+        )
     return ReplayError(
         f"at site '{name}' a replayed run has another distribution, prefix or observation than the "
         f"recorded one: {fn} against {recorded}. {_DETERMINISM}"

@@ -20,6 +20,7 @@ from pyro.poutine.util import prune_subsample_sites, site_is_factor
 
 import lmppl
 from lmppl import LMText, ReplayError, lm_sample, primitives, runtime, tool
+from lmppl.constraints import Constraint
 from lmppl.primitives import _warned
 from lmppl.runtime import Given, Particle
 from lmppl.testing import tiny_lm
@@ -385,3 +386,20 @@ def test_a_finished_run_is_shared_and_not_run_again():
     particle = run(lambda: sites("z"))
     fork = particle.fork()
     assert fork.finished and fork.sites["z"] is particle.sites["z"]
+
+
+class Anything(Constraint):
+    def allows(self, prefix):
+        return True
+
+
+@pytest.mark.filterwarnings("ignore:.*asked about every token")
+def test_a_constraint_that_every_run_makes_anew_is_another_one():
+    def program(x):
+        z = lm_sample("z", x, max_tokens=2, constraint=Anything())
+        lm_sample("w", [x, z], max_tokens=1)
+
+    with pytest.raises(
+        ReplayError, match="'z'.* another constraint .* equals only itself: make it"
+    ):
+        lmppl.infer(program, "a", method="exact")
