@@ -231,6 +231,9 @@ def _reasons(dead: Sequence[tuple[Particle, str]]) -> dict[str, str]:
     reasons: dict[str, str] = {}
     for particle, name in dead:
         node = {} if name in reasons else particle.sites.get(name, {})
-        if isinstance(node.get("fn"), LMText) and (why := node["fn"].mismatch(node["value"])):
-            reasons[name] = why
+        fn = node.get("fn")
+        if isinstance(fn, LMText) and (why := fn.mismatch(node["value"])):
+            ids = fn.token_ids(node["value"])
+            dead_end = "" if node["is_observed"] else fn.stopping.dead_end(ids)
+            reasons[name] = f"{why}; {dead_end}" if dead_end else why
     return reasons

@@ -280,6 +280,43 @@ def test_wrong_masses_are_found(monkeypatch, mutate):
         check(monkeypatch, one_site, twist=twist, twist_defense=0.5, **SMC)
 
 
+# --- dead ends -----------------------------------------------------------------------------------
+
+
+def needs_more(constrain):
+    """A match takes four tokens, which nobody can know beforehand."""
+    lm_sample("z", "ab", max_tokens=3, grammar='start: "a" start "b" | "aabb"', constrain=constrain)
+
+
+@pytest.mark.parametrize("constrain", ["global", "local"])
+@pytest.mark.parametrize("method", ["importance", "smc", "exact"])
+def test_if_all_are_dead_the_error_says_what_they_lacked(method, constrain):
+    with pytest.raises(lmppl.ZeroEvidenceError, match="raise max_tokens") as caught:
+        lmppl.infer(needs_more, constrain, lm=LM, method=method, num_samples=8, seed=0)
+    assert set(caught.value.posterior.killed) == {"z"}
+
+
+def test_a_dead_end_is_no_ones_ancestor():
+    """Some are dead before others close, and are replaced."""
+
+    def program():
+        lm_sample("z", "ab", max_tokens=4, constraint=NoWayOn(), temperature=2.0)
+
+    posterior = lmppl.infer(program, lm=LM, method="smc", num_samples=30, seed=0, ess_threshold=1.0)
+    weights = lmppl.infer(program, lm=LM, method="importance", num_samples=30, seed=0)
+    assert weights.killed["z"] > 3 and posterior.killed.get("z", 0) < weights.killed["z"]
+
+
+class NoWayOn(Constraint):
+    """Texts of a's; ``b`` may begin one, but nothing follows it."""
+
+    def allows(self, prefix):
+        return prefix in ("", "b") or set(prefix) == {"a"}
+
+    def complete(self, text):
+        return len(text) > 2 and set(text) == {"a"}
+
+
 # --- forward simulation --------------------------------------------------------------------------
 
 

@@ -357,6 +357,19 @@ def _check(draw: Draw) -> None:
         raise ValueError(where + f"temperature={draw.temperature}: it must be positive and finite")
 
 
+_MOST_LOGITS = 1 << 24  # numbers that are held at once
+
+
+def _next_log_probs(
+    runner: Runner, sequences: list[tuple[int, ...]], temperature: float
+) -> Iterator[Tensor]:
+    """The log-probabilities of the token after each sequence, (V,) float32, made for some at a time."""
+    step = max(1, _MOST_LOGITS // runner.size)
+    for at in range(0, len(sequences), step):
+        rows = Rows.start(runner, sequences[at : at + step], 1)
+        yield from torch.log_softmax(rows.logits.float() / temperature, -1).cpu()
+
+
 @region("read")
 def enumerate_sequences(
     runner: Runner,
@@ -379,8 +392,7 @@ def enumerate_sequences(
     nothing: tuple[int, ...] = ()
     level = [(nothing, torch.zeros(()), stopping.start())]
     while level:
-        rows = Rows.start(runner, [prefix + ids for ids, _, _ in level], 1)
-        log_probs = torch.log_softmax(rows.logits.float() / temperature, -1).cpu()  # (B, V)
+        log_probs = _next_log_probs(runner, [prefix + ids for ids, _, _ in level], temperature)
         following = []
         for (ids, log_prob, state), row in zip(level, log_probs, strict=True):
             if bool(row.isnan().any()):

@@ -181,6 +181,24 @@ class Stopping:
             return f"the text ends before it matches {constraint!r}: {_shown(text)}"
         return ""
 
+    def dead_end(self, ids: Sequence[int]) -> str:
+        """What a text under way that might have matched lacked to match, in words; empty if it did not
+        come to its end by a dead end."""
+        state = self.start()
+        for token in ids:
+            if state.reason is not None:
+                return ""
+            state.push(token)
+        if state.reason == "length" and not state.matches:
+            return f"max_tokens={self.max_tokens} ended it: raise max_tokens"
+        if state.reason is not None or not state.is_alive or self.max_tokens is None:
+            return ""
+        return (
+            f"no token leads on to a match within the {self.max_tokens - state.length} that "
+            f"max_tokens={self.max_tokens} leaves: raise max_tokens, or see whether the model's tokens "
+            "can spell a match"
+        )
+
     def text(self, ids: Iterable[int]) -> Text:
         """The value of a site whose tokens are ``ids``, open or closed by the last of them;
         ``ValueError`` if they go on after they closed."""
