@@ -162,8 +162,8 @@ def _other_distribution(name: str, fn: Any, recorded: Any) -> ReplayError:
         one, other = constraints
         return ReplayError(
             f"at site '{name}' a replayed run has another constraint than the recorded one: {one!r} "
-            f"against {other!r}. A constraint of your own equals only itself: make it once, outside of "
-            f"the program, or let its class define key. {_DETERMINISM}"
+            f"against {other!r}. A constraint of your own whose attributes may change equals only "
+            f"itself: make it once, outside of the program, or let its class define key. {_DETERMINISM}"
         )
     return ReplayError(
         f"at site '{name}' a replayed run has another distribution, prefix or observation than the "
