@@ -31,7 +31,7 @@ class TwoBs(Constraint):
         return text.count("b") == 2
 
 
-TWO_BS = TwoBs()  # one object, since it equals only itself
+TWO_BS = TwoBs()
 
 
 def first_word(x, y):
