@@ -338,7 +338,7 @@ def test_simulations_are_draws_of_the_joint(constrain):
         w = lm_sample("w", [x, z], max_tokens=1, temperature=2.0)
         lm_sample("y", [x, w], max_tokens=2, regex="a|b", constrain=constrain)
 
-    args, num = ("ab", "a", constrain), 800
+    args, num = ("ab", "a", constrain), 300
     exact = weighted_values(lmppl.infer(unobserved, *args, lm=LM, method="exact"))
     total = math.fsum(exact.values())
     with lmppl.use(LM):
@@ -477,3 +477,41 @@ def test_an_error_of_a_predicate_names_its_site_and_the_text():
         lmppl.infer(program, lm=LM, method="importance", num_samples=8, seed=0)
     notes = " ".join(caught.value.__notes__)
     assert "Broken.allows('b')" in notes and "site 'first', whose text so far is ''" in notes
+
+
+# --- beside others -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["importance", "smc"])
+def test_side_by_side_an_input_gives_what_it_gives_alone(method):
+    def program(x, regex):
+        z = lm_sample("z", x, max_tokens=4, regex=regex, temperature=1.5)
+        w = lm_sample("w", [x, z], max_tokens=3, constraint=FewB())
+        lm_sample("y", [x, z, w], obs="a")
+
+    inputs = [("ab", "a+b|bb"), ("ba", "(ab)+|b")]
+    options = {"lm": LM, "method": method, "num_samples": 12}
+    for args, found in zip(
+        inputs, lmppl.infer_batch(program, inputs, seed=1, **options), strict=True
+    ):
+        alone = lmppl.infer(program, *args, seed=found.info["seed"], **options)
+        assert found.log_weights.tolist() == pytest.approx(alone.log_weights.tolist(), abs=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.* is asked about every token")
+def test_moves_of_particles_take_densities_and_not_estimates():
+    """Rejuvenation after draws by rejection: the kernel has the densities of masks."""
+
+    def program():
+        z = lm_sample("z", "ab", max_tokens=2, constraint=Words(), temperature=2.0)
+        w = lm_sample("w", ["ab", z], max_tokens=1)
+        lm_sample("y", ["ab", w], obs="a")
+
+    exact = lmppl.infer(program, lm=LM, method="exact").log_evidence
+    found = [
+        lmppl.infer(program, lm=LM, method="smc", num_samples=64, rejuvenate=1, seed=seed)
+        for seed in range(8)
+    ]
+    ratios = [math.exp(posterior.log_evidence - exact) for posterior in found]
+    error = torch.tensor(ratios).std() / math.sqrt(len(ratios))
+    assert abs(sum(ratios) / len(ratios) - 1.0) < 4 * float(error)
