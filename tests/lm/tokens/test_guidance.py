@@ -69,7 +69,9 @@ _GRAMMARS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("constraint", "matches"), _GRAMMARS, ids=lambda part: repr(part)[:50])
+@pytest.mark.parametrize(
+    ("constraint", "matches"), _GRAMMARS, ids=[repr(constraint)[:50] for constraint, _ in _GRAMMARS]
+)
 def test_short_texts_are_judged_by_the_definition(constraint, matches):
     pieces = ["a", "b", "&", "B"] if isinstance(constraint, Regex) else ["a", "b"]
     pieces = [*pieces, '"'] if "json" in repr(constraint) else pieces
@@ -102,7 +104,9 @@ _SCHEMAS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("schema", "values"), _SCHEMAS, ids=lambda part: repr(part)[:50])
+@pytest.mark.parametrize(
+    ("schema", "values"), _SCHEMAS, ids=[repr(schema)[:50] for schema, _ in _SCHEMAS]
+)
 def test_json_is_judged_by_the_definition(schema, values):
     documents = ["-0" if value == "-0" else compact(value) for value in values]
     begun = {text[:length] for text in documents for length in range(1, len(text) + 1)}
