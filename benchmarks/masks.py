@@ -6,7 +6,8 @@
 what is drawn; and as many tokens without a constraint. (A few texts may end by EOS where the regular
 expression matches, so seconds a token are compared.) Each sequence has a text and, after a few tokens,
 a mask of its own. What is counted is the whole difference: the automaton, the masks, steering, drawing
-by them. Expect at most 15% of a step.
+by them. Expect at most 15% of a step. On a CPU these are CPU seconds of all threads, which hardly
+depend on what else runs.
 
 The last row is what a constraint adds to a guide's training: the same texts are scored with gradients,
 each step renormalised over what the regular expression allows, and over everything.
@@ -14,13 +15,14 @@ each step renormalised over what the regular expression allows, and over everyth
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 
 from benchmarks.bench import Bench
-from benchmarks.measuring import ratios
+from benchmarks.measuring import Local, ratios
 from benchmarks.results import Goal, Row
 from lmppl.constraints import Constraint, JsonSchema, Regex
 from lmppl.lm.batches.requests import Allowed, Draw, Score
@@ -114,10 +116,11 @@ def compare(bench: Bench, rows: int, name: str) -> Row:
         found = bench.lm.draw(draws(number, constrained))
         return sum(len(drawn.token_ids) for drawn in found)
 
+    clock = time.process_time if bench.device.type == "cpu" else time.perf_counter
     sides = bench.in_turns(
         {
-            "lmppl": lambda number: work(number, True),
-            "without a constraint": lambda number: work(number, False),
+            "lmppl": Local(lambda number: work(number, True), bench.device, clock),
+            "without a constraint": Local(lambda number: work(number, False), bench.device, clock),
         }
     )
     added = [1 / ratio - 1 for ratio in ratios(sides[1], sides[0])]
