@@ -17,7 +17,7 @@ from pyro import poutine
 
 import lmppl
 from lmppl import lm_sample
-from lmppl.constraints import Constraint
+from lmppl.constraints import Constraint, Regex
 from lmppl.engines import smc, twists
 from lmppl.guides import mixture
 from lmppl.lm.batches import rejection
@@ -441,6 +441,22 @@ def test_with_a_predicate_that_allows_all_tokens_are_those_of_a_free_text():
     held = lmppl.infer(program, kwargs={"constraint": Begins("")}, **options)
     assert list(map(str, free["z"])) == list(map(str, held["z"]))
     assert held.log_evidence == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("constrain", ["global", "local"])
+@pytest.mark.parametrize("constraint", [Regex("ab"), Begins("ab")], ids=["masks", "rejection"])
+def test_matches_less_probable_than_a_float_holds(constraint, constrain):
+    """At a low temperature the model is almost certain of what the constraint forbids."""
+
+    def program():
+        options = {"constrain": constrain, "temperature": 0.01}
+        lm_sample("z", "ab", max_tokens=2, constraint=constraint, **options)
+
+    options = {"lm": tiny_lm("ab", seed=3, eos=False), "seed": 0}
+    exact = lmppl.infer(program, method="exact", **options)
+    assert exact.log_evidence < -110.0 if constrain == "global" else exact.log_evidence == 0.0
+    drawn = lmppl.infer(program, method="importance", num_samples=3, **options)
+    assert drawn.log_evidence == pytest.approx(exact.log_evidence, rel=1e-5)
 
 
 def test_few_tokens_are_asked_about_and_nothing_warns():

@@ -31,7 +31,9 @@ def invert(
         +inf, or every token has probability zero) the log-probability is NaN, and the token is
         arbitrary but within the vocabulary: to check would be to wait for the device.
     """
-    tokens, mass, total = _invert(probabilities(logits, temperature), uniforms)
+    # To float32 first: softmax with dtype= took 6 times as long from bfloat16 on a CPU.
+    probs = torch.softmax(tempered(logits, temperature).float(), -1)
+    tokens, mass, total = _invert(probs, uniforms)
     return tokens, (mass / total).log().float().to(logits.device)
 
 
@@ -46,20 +48,16 @@ def invert_among(
     Returns:
         tokens (B,); their log-probabilities (B,) among *all* tokens; and the logarithm of the
         probability of all that are allowed, (B,): ``-inf`` where there is none, and then the token
-        is arbitrary. Both float32, in nats.
+        is arbitrary. Both float32, in nats. Of a row that defines no distribution, the former is NaN.
     """
-    probs = probabilities(logits, temperature)
-    everything = probs.sum(-1)  # 1, up to rounding; NaN of what defines no distribution
-    tokens, mass, total = _invert(probs * allowed, uniforms)
-    everything = everything.to(mass.device).double()
-    log_probs, log_masses = (mass / everything).log().float(), (total / everything).log().float()
-    return tokens, log_probs.to(logits.device), log_masses.to(logits.device)
-
-
-def probabilities(logits: Tensor, temperature: float | Sequence[float] | Tensor) -> Tensor:
-    """(B, V) float32: ``softmax(logits / temperature)``. NaNs of a row that defines none."""
-    # To float32 first: softmax with dtype= took 6 times as long from bfloat16 on a CPU.
-    return torch.softmax(tempered(logits, temperature).float(), -1)
+    log_probs = torch.log_softmax(tempered(logits, temperature).float(), -1)  # of all tokens
+    # A softmax of its own: all that is allowed may have less probability than float32 can hold.
+    among = torch.softmax(torch.where(allowed, log_probs, -torch.inf), -1)
+    tokens, mass, total = _invert(among, uniforms)
+    log_prob = log_probs.gather(1, tokens.unsqueeze(1)).squeeze(1)
+    log_mass = log_prob - (mass / total).log().float().to(logits.device)
+    # A softmax over nothing is NaN; where the logits are, so is ``log_prob``.
+    return tokens, log_prob, log_mass.masked_fill(log_mass.isnan(), -torch.inf)
 
 
 def _invert(probs: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from lmppl.lm.batches.inverse_cdf import invert, invert_among, probabilities, tempered
+from lmppl.lm.batches.inverse_cdf import invert, invert_among, tempered
 from lmppl.lm.batches.packing import group_by_prefix
 from lmppl.lm.batches.rejection import Accepted, draw_allowed
 from lmppl.lm.network.attention import BufferedCache, Group, LayerKV, PrefixCache
@@ -79,7 +79,8 @@ class Rows(ABC):
         ``rejection.draw_allowed`` gives them; None: of rows without."""
         drawn: list[Accepted | None] = []
         for part, logits in self._parts():
-            probs = probabilities(logits, temperatures[part]).cpu().numpy()
+            # float64: all that is allowed may have less probability than float32 can hold.
+            probs = torch.softmax(tempered(logits, temperatures[part]).cpu().double(), -1).numpy()
             rows = zip(probs, uniforms[part], allows[part], strict=True)
             drawn += [f and draw_allowed(row, uniform, f) for row, uniform, f in rows]
         return drawn

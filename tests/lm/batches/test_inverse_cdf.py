@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmppl.lm.batches.inverse_cdf import inverse_cdf, invert, tempered
+from lmppl.lm.batches.inverse_cdf import inverse_cdf, invert, invert_among, tempered
 
 INF = float("inf")
 BELOW_ONE = math.nextafter(1.0, 0.0)
@@ -122,3 +122,28 @@ def test_weights_and_logits_are_inverted_alike():
     picks = inverse_cdf(5 * probs, u)
     assert picks.tolist() == [1, 1, 3, 3, 3, 3]
     assert torch.equal(picks, invert(probs.log().expand(len(u), -1), u)[0])
+
+
+@pytest.mark.parametrize("bad", [[math.nan, 0.0, 0.0], [INF, 0.0, 0.0], [-INF, -INF, -INF]])
+def test_invalid_rows_are_nan_among_some_tokens(bad):
+    logits = torch.zeros(3, 3)
+    logits[1] = torch.tensor(bad)
+    allowed = torch.tensor([[False] * 3, [False, True, True], [True, False, True]])
+    tokens, log_probs, log_masses = invert_among(allowed, logits, uniforms(0.1, 0.2, 0.9))
+    assert torch.isnan(log_probs).tolist() == [False, True, False]
+    assert float(log_masses[0]) == -INF  # nothing is allowed
+    assert int(tokens[2]) == 2 and 0 <= int(tokens.min()) <= int(tokens.max()) < 3
+    assert float(log_masses[2]) == pytest.approx(math.log(2 / 3))
+
+
+@pytest.mark.parametrize("gap", [0.0, 50.0, 95.0, 2000.0])
+def test_what_is_allowed_may_have_less_probability_than_a_float_holds(gap):
+    logits = torch.tensor([[gap, 0.0, math.log(3.0), -INF]])
+    allowed = torch.tensor([[False, True, True, True]])
+    tokens, log_probs, log_masses = invert_among(
+        allowed.expand(4, -1), logits.expand(4, -1), uniforms(0.0, 0.24, 0.26, BELOW_ONE)
+    )
+    assert tokens.tolist() == [1, 1, 2, 2]
+    want = torch.log_softmax(logits[0].double(), 0)
+    assert torch.allclose(log_probs.double(), want[tokens], rtol=1e-6, atol=1e-6)
+    assert torch.allclose(log_masses.double(), want[1:].logsumexp(0), rtol=1e-6, atol=1e-5)
