@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from threading import Lock
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -22,7 +24,9 @@ from lmppl.lm.tokens.constraints.constraint import (
 )
 from lmppl.lm.tokens.vocabulary import Vocabulary
 
-_MOST_NODES = 4096  # texts that are remembered
+_MOST_BYTES = 512 << 20  # of the masks of texts that are remembered
+_MASKS_OF_A_TEXT = 2  # a byte a token: the state's own, and the one with stop strings and EOS
+_COUNTED_AFTER = 64  # texts
 
 
 def first_stop(text: bytes, stops: Sequence[bytes]) -> tuple[int, int] | None:
@@ -57,15 +61,26 @@ class Matching:
         state = checked_state(constraint.start(vocabulary), f"{type(constraint).__name__}.start()")
         self.start = TextMatch(self, b"", state)
         self._nodes: dict[bytes, TextMatch] = {}
+        with _lock:
+            _matchings.add(self)
 
     def node(self, text: bytes, state: ConstraintState | None) -> TextMatch:
         """The one of a text, whose state is known."""
         found = self._nodes.get(text)
         if found is None:
-            if len(self._nodes) >= _MOST_NODES:
-                self._nodes.clear()
+            if len(self._nodes) % _COUNTED_AFTER == 0:
+                _forget_if_many()
             found = self._nodes[text] = TextMatch(self, text, state)
         return found
+
+    @property
+    def remembered_bytes(self) -> int:
+        """The most that the masks of remembered texts may take."""
+        return len(self._nodes) * _MASKS_OF_A_TEXT * self.vocabulary.size
+
+    def forget(self) -> None:
+        """Drop the texts that are remembered."""
+        self._nodes.clear()
 
     def is_match(self, body: bytes) -> bool:
         """Whether a body matches."""
@@ -77,6 +92,19 @@ class Matching:
         """The end of a text, as far as it may belong to a stop string that has not ended."""
         size = max(map(len, self.stops), default=1) - 1
         return text[-size:] if size else b""
+
+
+_matchings: WeakSet[Matching] = WeakSet()
+_lock = Lock()
+
+
+def _forget_if_many() -> None:
+    """Drop all texts, of all constraints, if their masks may take more than ``_MOST_BYTES``."""
+    with _lock:
+        living = list(_matchings)
+    if sum(matching.remembered_bytes for matching in living) > _MOST_BYTES:
+        for matching in living:
+            matching.forget()
 
 
 @dataclass(eq=False)

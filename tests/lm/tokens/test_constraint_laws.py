@@ -153,7 +153,8 @@ def test_what_is_remembered_changes_nothing(pattern, stops):
     old = Stopping(VOCABULARY, stops, 2 * _MOST_POSITIONS, Regex(pattern))
     tokens = range(VOCABULARY.size)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(matching, "_MOST_NODES", 2)
+        patch.setattr(matching, "_MOST_BYTES", 1)
+        patch.setattr(matching, "_COUNTED_AFTER", 1)
         for length in (2, 0, 1):
             for ids in itertools.product(tokens, repeat=length):
                 fresh = matching.Matching(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import re
@@ -11,7 +12,8 @@ import torch
 
 import lmppl
 from lmppl import LMText, lm_sample
-from lmppl.constraints import Regex
+from lmppl.constraints import Constraint, Regex
+from lmppl.lm.tokens import matching
 from lmppl.lm.tokens.stopping import Stopping
 from lmppl.testing import tiny_byte_lm, tiny_lm
 from lmppl.testing.naive import NaiveLM
@@ -129,3 +131,41 @@ def test_an_observation_that_does_not_match_has_probability_zero():
     assert posterior.log_evidence > -math.inf
     with pytest.raises(lmppl.ZeroEvidenceError, match="'y'"):
         lmppl.infer(program, "b.*", lm=TINY, method="importance", num_samples=4, seed=0)
+
+
+def test_what_is_remembered_of_all_constraints_has_a_limit(monkeypatch):
+    most = 200 * 2 * TINY.vocabulary.size  # bytes, of the two masks of 200 texts
+    monkeypatch.setattr(matching, "_MOST_BYTES", most)
+    stoppings = [Stopping(TINY.vocabulary, (), 9, Regex(f"[ab]*{end}")) for end in ("1", "11")]
+    held = []
+    for ids in itertools.product(range(2), repeat=8):
+        for stopping in stoppings:
+            state = stopping.start()
+            for token in ids:
+                state.push(token)
+        held.append(sum(stopping.matching.remembered_bytes for stopping in stoppings))
+    assert max(held) < 2 * most
+    assert min(held[len(held) // 2 :]) < most / 2  # it was dropped, also of the other constraint
+
+
+class OneOf(Constraint):
+    """One of some texts."""
+
+    def __init__(self, texts):
+        self.texts = texts
+
+    def allows(self, prefix):
+        return any(text.startswith(prefix) for text in self.texts)
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_a_copy_with_other_attributes_is_another_constraint(kind):
+    first = OneOf(kind(["a"]))
+    assert first == first and hash(first) == hash(first)  # from now on its key is known
+    second = copy.copy(first)
+    second.texts = kind(["b"])
+    assert first != second
+    assert (
+        not Stopping(TINY.vocabulary, (), 1, second).start().allows(TINY.vocabulary.encode("a")[0])
+    )
+    assert (OneOf(("a",)) == OneOf(("a",))) and (OneOf(["a"]) != OneOf(["a"]))

@@ -48,14 +48,15 @@ class Constraint:
     def key(self) -> Hashable:
         """Equal for constraints that are the same."""
         known: dict[str, Any] = vars(self)
-        if "_key" not in known:
-            key = type(self), tuple(sorted(known.items()))
+        owner, key = known.get("_key", (None, None))
+        if owner != id(self):  # not known yet, or that of the object of which this is a copy
+            key = type(self), tuple(sorted((n, v) for n, v in known.items() if n != "_key"))
             try:
                 hash(key)
             except TypeError:  # attributes that may change
                 key = type(self), (("id", id(self)),)
-            known["_key"] = key
-        return known["_key"]
+            known["_key"] = id(self), key
+        return key
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Constraint) and self.key == other.key
