@@ -31,6 +31,7 @@ from lmppl.lm import LM
 from lmppl.lm.tokens.chat import strings_of
 from lmppl.lm.tokens.constraints.constraint import Constraint
 from lmppl.lm.tokens.constraints.guidance import Grammar, JsonSchema, Regex
+from lmppl.lm.tokens.stopping import Stopping
 from lmppl.lm.tokens.text import Text
 
 # --- which language model ------------------------------------------------------------------------
@@ -389,12 +390,16 @@ def _distribution(
     """The distribution of a text site, and the value that it observes, if it does."""
     if obs is not None and options["max_tokens"] is None and options["choices"] is None:
         ids = obs.token_ids if isinstance(obs, Text) else lm.vocabulary.encode(obs)
-        stop = options["stop"]
+        stop, constraint = options["stop"], options["constraint"]
         is_open = stop is None or (isinstance(stop, (list, tuple)) and not stop)
-        if is_open and options["constraint"] is None:
+        if is_open and constraint is None:
             options["num_tokens"] = len(ids)
-        else:  # no prefix likelihood: room for the text and the EOS that may close it
-            options["max_tokens"] = len(ids) + 1
+        else:  # no prefix likelihood: room for the text and the EOS that may close it, and for a match
+            least = 0
+            if isinstance(constraint, Constraint):
+                limits = {"stop": stop, "constraint": constraint}
+                least = _of_site(name, Stopping, lm.vocabulary, **limits).least_tokens
+            options["max_tokens"] = max(len(ids) + 1, least)
     fn = _of_site(name, LMText, lm, prefix, **options)
     fn.name = name
     return fn, None if obs is None else _of_site(name, fn.encode, obs)

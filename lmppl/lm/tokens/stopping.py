@@ -80,18 +80,23 @@ class Stopping:
             return None
         return matching_of(self.constraint, self.vocabulary, tuple(self._stop_bytes))
 
+    @property
+    def least_tokens(self) -> int:
+        """A lower bound of the number of tokens of a match; 0 without a constraint, or if there is no
+        match."""
+        state = None if self.matching is None else self.matching.start.state
+        least = 0.0 if state is None else state.needed(cut=bool(self.stop))
+        return int(least) if least < math.inf else 0
+
     def _check_length(self) -> None:
-        assert self.matching is not None and self.constraint is not None
-        state, cut = self.matching.start.state, bool(self.stop)
-        if state is None or self.max_tokens is None:
+        assert self.matching is not None
+        state, most = self.matching.start.state, self.max_tokens
+        if state is None or most is None or state.can_match_within(most, cut=bool(self.stop)):
             return
-        if state.can_match_within(self.max_tokens, cut=cut):
-            return
-        needed = state.needed(cut=cut)
-        if needed < math.inf:
+        if least := self.least_tokens:
             raise ValueError(
-                f"max_tokens={self.max_tokens} is too small for any match of "
-                f"{self.constraint!r}: it needs at least {needed:.0f} tokens"
+                f"max_tokens={most} is too small for any match of {self.constraint!r}: it needs at "
+                f"least {least} tokens"
             )
 
     @cached_property

@@ -133,6 +133,19 @@ def test_an_observation_that_does_not_match_has_probability_zero():
         lmppl.infer(program, "b.*", lm=TINY, method="importance", num_samples=4, seed=0)
 
 
+@pytest.mark.parametrize("stop", [None, ".1"])
+def test_an_observation_too_short_for_any_match_has_probability_zero(stop):
+    """No error, as the pattern may depend on latents. (Without ``max_tokens`` the site is as long
+    as its observation.)"""
+
+    def program():
+        z = lm_sample("z", "a", max_tokens=1)
+        lm_sample("y", "b", regex="a{6}" if z == "a" else "a+", stop=stop, obs="a" + (stop or ""))
+
+    posterior = lmppl.infer(program, lm=TINY, method="exact")
+    assert posterior.log_evidence > -math.inf and "a" not in posterior.probs("z")
+
+
 def test_what_is_remembered_of_all_constraints_has_a_limit(monkeypatch):
     most = 200 * 2 * TINY.vocabulary.size  # bytes, of the two masks of 200 texts
     monkeypatch.setattr(matching, "_MOST_BYTES", most)

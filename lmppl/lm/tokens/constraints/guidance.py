@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Hashable, Mapping
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -39,15 +39,12 @@ class GuidanceConstraint(Constraint):
     is_lazy = False  # type: ignore[assignment]
 
     def __init__(self, given: Any, grammar: str) -> None:
-        from llguidance import LLMatcher  # when a constraint is wanted
-
         self._given = given
         # Else a stretch that is certain could only be written in the tokens that llguidance prefers.
         self._grammar = f"{grammar}\n{_NO_FORCING}"
         self._starts: WeakKeyDictionary[Vocabulary, GuidanceState] = WeakKeyDictionary()
-        is_error, messages = LLMatcher.validate_grammar_with_warnings(self._grammar)
-        if is_error:
-            raise ValueError(f"{self._what}: {self._plain(messages[0])}")
+        if message := _error_of(self._grammar):
+            raise ValueError(f"{self._what}: {self._plain(message)}")
 
     @property
     def key(self) -> Hashable:
@@ -90,6 +87,16 @@ class GuidanceConstraint(Constraint):
                 f"{what}: no token of the vocabulary begins a match, so the model can't spell any"
             )
         return state
+
+
+@lru_cache(maxsize=1024)
+def _error_of(grammar: str) -> str:
+    """What is wrong with a grammar; empty if nothing is. (It takes a millisecond, and a program may make
+    its constraints anew in every run.)"""
+    from llguidance import LLMatcher  # when a constraint is wanted
+
+    is_error, messages = LLMatcher.validate_grammar_with_warnings(grammar)
+    return messages[0] if is_error else ""
 
 
 class Regex(GuidanceConstraint):
