@@ -152,3 +152,14 @@ def test_options_of_llguidance_may_stand_in_a_schema():
     with pytest.raises(ValueError, match="coerce_one_of"):
         JsonSchema({"oneOf": [{"type": "integer"}, {"type": "number"}]})
     assert judged(JsonSchema({**schema, "x-guidance": {"coerce_one_of": True}}), "2")[1]
+
+
+def test_a_limit_of_llguidance_is_no_mismatch():
+    """A grammar that reads a text in more ways than llguidance follows."""
+    rules = [f'r{i}: s r{(i + 1) % 30} | r{(i + 7) % 30} s | "a"' for i in range(30)]
+    names = " | ".join(f"r{i}" for i in range(30))
+    state = Grammar("\n".join([f"start: s\ns: {names}", *rules])).start(VOCABULARY)
+    with pytest.raises(ValueError, match="llguidance gave up on a constraint: .*max is 2000"):
+        for _ in range(40):
+            state = state.after(b"a")
+            assert state is not None

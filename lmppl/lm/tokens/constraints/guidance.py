@@ -267,7 +267,10 @@ class GuidanceState(ConstraintState):
         """A matcher that has read some more; None if no match begins so."""
         matcher, of_byte = self.matcher.deep_copy(), self.tokens.of_byte
         read = matcher.try_consume_tokens([of_byte[byte] for byte in data])
-        return None if read < len(data) else matcher
+        if read == len(data):
+            return matcher
+        _check_limits(matcher)
+        return None
 
     @cached_property
     def is_complete(self) -> bool:  # type: ignore[override]
@@ -287,12 +290,27 @@ class GuidanceState(ConstraintState):
         """Of 0 and 1: which of llguidance's tokens may come next."""
         # Not of a copy: what the matcher finds out about the grammar, later copies of it know.
         packed = np.frombuffer(self.matcher.compute_bitmask(), np.uint8)
+        _check_limits(self.matcher)
         return np.unpackbits(packed, bitorder="little")
 
     def mask(self) -> Tensor:
         if self.matcher.is_stopped():
             return torch.zeros(len(self.tokens.of_token), dtype=torch.bool)
         return torch.from_numpy(self._bits[self.tokens.of_token].view(np.bool_))
+
+
+_NO_MATCH = "NoExtensionBias"  # the error of a matcher that nothing can match
+
+
+def _check_limits(matcher: Any) -> None:
+    """Raise ``ValueError`` if a matcher has come to a limit of llguidance's. (Else what it gave up on
+    would count as no match.)"""
+    reason = matcher.get_error().strip().split("\n")[0]
+    if reason and reason != _NO_MATCH:
+        raise ValueError(
+            f"llguidance gave up on a constraint: {reason}. Write it so that a text can be read in "
+            "fewer ways, or lower max_tokens"
+        )
 
 
 class RegexState(GuidanceState):
