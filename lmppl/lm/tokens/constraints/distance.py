@@ -56,7 +56,6 @@ class Distance:
         self._most_needed = {p: spelled.get(p, math.inf) for p in self._bytes_needed}
         self._most_needed_later = automaton.farthest(self._most_needed)
         self._bounds: dict[int, float] = {}
-        self._needed_after = lru_cache(maxsize=128)(self._find_needed_after)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Distance:
         return self  # what it computes later does not change what it says
@@ -121,7 +120,7 @@ class Distance:
             return None
         if self._tables.farthest[state] <= left:
             return None
-        return torch.from_numpy(self._needed_after(state) <= left)
+        return torch.from_numpy(_needed_after(self, state) <= left)
 
     def _later_bound(self, state: int) -> float:
         """At most so many tokens are needed after any token from here that can go on."""
@@ -131,11 +130,6 @@ class Distance:
             bound = self._bounds[state] = max(later, default=0.0)
         return bound
 
-    def _find_needed_after(self, state: int) -> np.ndarray:
-        """(V,) how many tokens are needed after each token; infinity for those that can't go on."""
-        assert self._tables is not None
-        return self._tables.needed[self._tables.after_tokens(state)]
-
     @cached_property
     def _tables(self) -> _Tables | None:
         most = min(_MOST_STATES, _MOST_STEPS // self._tokens.size)
@@ -143,6 +137,14 @@ class Distance:
             return _Tables(self._automaton, self._tokens, most)
         except TooLarge:
             return None
+
+
+@lru_cache(maxsize=256)  # of all patterns together, as each takes 4 bytes a token
+def _needed_after(distance: Distance, state: int) -> np.ndarray:
+    """(V,) how many tokens are needed after each token; infinity for those that can't go on."""
+    tables = distance._tables
+    assert tables is not None
+    return tables.needed[tables.after_tokens(state)]
 
 
 @dataclass(frozen=True)
