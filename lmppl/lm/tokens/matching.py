@@ -301,5 +301,6 @@ def _begun_stops(text: bytes, stops: tuple[bytes, ...]) -> list[int]:
     ]
 
 
-_NEVER = bytes([0xFF])
-"""Stands for a text with a special token, or one without bytes: it can't match."""
+_NEVER = bytes([0xFF, 0xFF])
+"""Stands for a text with a special token, or one without bytes: it can't match. It is known by
+identity. (Of one byte, Python has one object only.)"""

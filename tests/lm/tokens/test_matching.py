@@ -12,7 +12,7 @@ import torch
 
 import lmppl
 from lmppl import LMText, lm_sample
-from lmppl.constraints import Constraint, Regex
+from lmppl.constraints import Constraint, ConstraintState, Regex
 from lmppl.lm.tokens import matching
 from lmppl.lm.tokens.stopping import Stopping
 from lmppl.testing import tiny_byte_lm, tiny_lm
@@ -182,3 +182,33 @@ def test_a_copy_with_other_attributes_is_another_constraint(kind):
         not Stopping(TINY.vocabulary, (), 1, second).start().allows(TINY.vocabulary.encode("a")[0])
     )
     assert (OneOf(("a",)) == OneOf(("a",))) and (OneOf(["a"]) != OneOf(["a"]))
+
+
+class OneText(ConstraintState):
+    """The one text of ``Bytes``, which is no UTF-8."""
+
+    def __init__(self, text=b""):
+        self.text = text
+
+    def after(self, data):
+        text = self.text + data
+        return OneText(text) if b"\xffa".startswith(text) else None
+
+    @property
+    def is_complete(self):
+        return self.text == b"\xffa"
+
+    def mask(self):
+        return torch.ones(3).bool()
+
+
+class Bytes(Constraint):
+    """By states, over any bytes."""
+
+    def start(self, vocabulary):
+        return OneText()
+
+
+def test_a_text_of_any_byte_may_match():
+    vocabulary = tiny_byte_lm([b"a", b"\xff"]).vocabulary
+    assert Stopping(vocabulary, (), 3, Bytes()).is_value([1, 0, vocabulary.eos_id])
