@@ -100,7 +100,12 @@ class MCMC(Engine):
         laws = laws_of(state.guide, state.args, self.proposal_temperature)
         starts = self._start(state, laws)
         if not all(start.latents for start in starts):
-            state.posterior()  # says that there is nothing to infer
+            state.posterior()  # says so if there is nothing to infer in any
+            raise ValueError(
+                "a chain would begin at a trace without latent sites, where a tool's result decides "
+                "that there are none: no move leads out of it. Let the program draw what decides "
+                "(pyro.sample), or use method='smc'"
+            )
         chains = Chains(self, state.seed, starts)
         num_draws = -(-state.num_samples // len(chains.states))
         draws: list[list[ChainState]] = []

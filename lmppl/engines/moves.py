@@ -30,7 +30,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from pyro.distributions import MaskedDistribution
+from pyro.distributions.torch_distribution import ExpandedDistribution
 from pyro.poutine.trace_struct import Trace
+from torch.distributions import Independent
 
 from lmppl import runtime
 from lmppl.engines.kernels import Latent, SiteKernel, SiteLaw, draw_from, kernel_at
@@ -239,22 +242,31 @@ def num_texts(latents: Mapping[str, Any]) -> int:
 
 def carried(node: Any, site: Any) -> torch.Tensor | None:
     """A recorded value as one of a site of the same name in another trace; None: it is not legal there.
-    A text keeps its tokens."""
+    A text keeps its tokens. A number has to be of a distribution of the same class, as others may have
+    a density by another measure (a coin's 1 is no draw of a Beta), and of positive density."""
     value, before, fn = node["value"], node["fn"], site["fn"]
-    if is_text(fn) != is_text(before):
-        return None
-    if is_text(fn):
+    if is_text(fn) and is_text(before):
         ids = before.token_ids(value)
         if len(ids) > fn.event_shape[0] or not fn.lm.vocabulary.same_as(before.lm.vocabulary):
             return None
         value = fn.value(ids)
         return value if fn.supports(value) else None
-    if value.shape != fn.shape():
+    if _class(fn) is not _class(before) or value.shape != fn.shape():
         return None
     try:
-        return value if bool(fn.support.check(value).all()) else None
+        if not bool(fn.support.check(value).all()):
+            return None
     except NotImplementedError:
-        return value  # its density says the rest
+        pass  # its density says all
+    log_prob = fn.log_prob(value, *site["args"], **site["kwargs"])
+    return None if bool((log_prob == -math.inf).any()) else value
+
+
+def _class(fn: Any) -> type:
+    """The class of a distribution, or of the one that is repeated or masked in it."""
+    while isinstance(fn, Independent | ExpandedDistribution | MaskedDistribution):
+        fn = fn.base_dist
+    return type(fn)
 
 
 # --- many moves side by side ---------------------------------------------------------------------

@@ -153,7 +153,8 @@ class ProgramProposer(Proposer):
     def __init__(self, run: Particle) -> None:
         self.run, self.args = run, run.args
         self.trace = Trace()
-        self._left: set[str] = set()  # sites that it is known to leave to the model
+        # Sites that it leaves to the model where it goes on to another one: pairs of both.
+        self._left: set[tuple[str, str]] = set()
 
     @property
     def draws(self) -> dict[str, Any]:
@@ -194,8 +195,6 @@ class ProgramProposer(Proposer):
         """The distribution that the guide draws a site from, after the latents in ``trace``; None: it
         leaves the site to the model. See ``laws.Laws``. The guide is run again up to there."""
         name = site["name"]
-        if name in self._left:
-            return None
         run = self._run_after(latents_of(trace), enumerate_latents=True)
         try:
             run.resume()
@@ -206,7 +205,7 @@ class ProgramProposer(Proposer):
             run.close()
         if wait is not None and wait.name == name:
             return wait.fn
-        if wait is not None:
+        if wait is not None and (name, wait.name) not in self._left:
             self._check_left(name, wait.name, latents_of(trace))
         return None
 
@@ -226,7 +225,7 @@ class ProgramProposer(Proposer):
                 f"moves a guide must draw in the program's order: its law of '{name}' alone is not "
                 "known otherwise"
             )
-        self._left.add(name)
+        self._left.add((name, other))
 
     def _run_after(self, latents: Mapping[str, Any], **options: Any) -> Particle:
         """A run of the guide, not begun, in which latents (their nodes, by site) are given."""

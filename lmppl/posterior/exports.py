@@ -86,9 +86,7 @@ def to_arviz(
         elif is_observation(nodes[0]) and len(nodes) == len(traces):
             values = [value_of(node) for node in nodes]
             if len(set(map(key_of, values))) == 1:
-                add(
-                    "observed_data", name, _array(values[:1])[0:1].reshape(_shape(values[0])), False
-                )
+                add("observed_data", name, _array(values[:1]).reshape(_shape(values[0])), False)
             scores = [node.get("unscaled_log_prob") for node in nodes]
             if all(score is not None for score in scores):
                 add("log_likelihood", name, _array(scores))

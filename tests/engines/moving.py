@@ -1,6 +1,7 @@
 """Small programs for Markov moves: each can go wrong in a way of its own."""
 
 import pyro
+import pyro.distributions as dist
 import torch
 from choices import Coin
 from pyro import poutine
@@ -127,3 +128,17 @@ def three_texts(x, y):
     lm_sample("late", [x, w], obs=y, temperature=4.0)
     v = lm_sample("v", [x, w] if m else [w, x], max_tokens=1, temperature=3.0)
     lm_sample("last", [x, v], obs=y, temperature=4.0)
+
+
+def two_measures(x, y):
+    """A site with a density on one branch and probabilities on the other: both allow 0 and 1."""
+    if pyro.sample("which", dist.Bernoulli(0.3)):
+        pyro.sample("number", dist.Bernoulli(0.3))
+    else:
+        pyro.sample("number", dist.Uniform(-1.0, 2.0))
+
+
+def copied(x, y):
+    """A point mass that an earlier site moves."""
+    k = pyro.sample("k", dist.Bernoulli(0.3))
+    pyro.sample("copy", dist.Delta(k + 1.0))

@@ -1,6 +1,7 @@
 """Chains as an engine: what they draw, where they begin, and what they say of themselves."""
 
 import gc
+import itertools
 import math
 import weakref
 from collections import Counter
@@ -178,6 +179,17 @@ def test_all_starts_dead_says_what_to_do():
         run(never, "ab")
     assert "'impossible': 64" in str(caught.value)
     assert len(caught.value.posterior) == 64
+
+
+def test_a_tool_that_leaves_no_latent_site_on_a_branch():
+    results = itertools.cycle([True, False])
+
+    def program():
+        if tool("coin", lambda: next(results)):
+            lm_sample("z", "a", max_tokens=2)
+
+    with pytest.raises(ValueError, match="begin at a trace without latent sites"):
+        run(program)
 
 
 def test_a_program_without_a_latent_site():

@@ -9,12 +9,15 @@ import pytest
 import small
 import torch
 from moving import ARGS
+from pyro import poutine
+from pyro.poutine import Trace
 from transitions import Kernel, key_of
 
 import lmppl
 from lmppl import RandomWalk, Redraw, Suffix, lm_sample
 from lmppl.engines import kernels, moves
 from lmppl.engines.moves import MoveProposer, Plan
+from lmppl.guides.laws import laws_of
 
 CASES = {
     "one text": ("one_text", {}),
@@ -206,6 +209,56 @@ def test_mistakes_are_found(monkeypatch, mutate, name):
     mutate(monkeypatch)
     error, _ = kernel(monkeypatch, name).error()
     assert error > 1e-4
+
+
+# --- numbers --------------------------------------------------------------------------------------
+
+
+def chains_of(program):
+    return lmppl.infer(
+        program, *ARGS, lm=small.small_lm(), method="mcmc", num_chains=100, num_samples=300,
+        warmup=15, thin=3, seed=0,
+    )  # fmt: skip
+
+
+def test_a_value_is_not_kept_where_it_has_another_measure():
+    """The branches have odds of 0.3 to 0.7, whatever the number is."""
+    found = chains_of(moving.two_measures)
+    assert abs(float(found.mean("which")) - 0.3) < 0.1
+    numbers = [float(v) for v, w in zip(found["number"], found["which"], strict=True) if not w]
+    assert not {0.0, 1.0} & set(numbers)
+
+
+def test_a_point_mass_moves_with_what_it_is_of():
+    found = chains_of(moving.copied)
+    assert found.info["chains"]["acceptance"]["k"] > 0.3
+    assert abs(float(found.mean("k")) - 0.3) < 0.1
+
+
+# --- guides ---------------------------------------------------------------------------------------
+
+
+def test_a_guide_that_leaves_a_site_on_one_branch_draws_it_on_the_other():
+    def program():
+        k = pyro.sample("k", dist.Bernoulli(0.5))
+        pyro.sample("m", dist.Bernoulli(0.5))
+        pyro.sample("j", dist.Bernoulli(0.5))
+        return k
+
+    def guide():
+        if pyro.sample("k", dist.Bernoulli(0.5)):
+            pyro.sample("m", dist.Bernoulli(0.1))
+        pyro.sample("j", dist.Bernoulli(0.5))
+
+    laws = laws_of(guide, ())
+    found = {}
+    for value in (1.0, 0.0, 1.0):
+        trace = poutine.trace(poutine.condition(program, {"k": torch.tensor(value)})).get_trace()
+        trace.nodes["k"]["is_observed"] = False
+        before = Trace()
+        before.nodes["k"] = trace.nodes["k"]
+        found.setdefault(value, []).append(float(laws.law(trace.nodes["m"], before).probs))
+    assert found == {1.0: [pytest.approx(0.1)] * 2, 0.0: [0.5]}
 
 
 # --- random walks ----------------------------------------------------------------------------------
