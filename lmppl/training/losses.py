@@ -227,7 +227,8 @@ def _dead_traces(batch: Batch) -> torch.Tensor | float:
     if by_guide < 2:
         return 0.0
     share, log_drawn = by_guide / drawn.num, None
-    if share < 1.0:
+    # Where none is dead the term is 0, and the law of the program's draws may take a pass to know.
+    if share < 1.0 and bool((drawn.log_r == -math.inf).any()):
         by_program = drawn.log_own() + math.log(1.0 - share)
         log_drawn = torch.logaddexp(drawn.log_q.detach() + math.log(share), by_program)
     return objectives.alive(drawn.log_r, drawn.log_q, log_drawn)

@@ -163,6 +163,8 @@ def test_the_programs_draws_help_to_unlearn_dead_traces(loss, monkeypatch):
             while not one.rejects:
                 trainer._behaviour.draw([one], one.visits)
             batches = trainer._behaviour.draw([one], one.visits)
+            while all(sample.log_r > -math.inf for sample in batches[0]):
+                batches = trainer._behaviour.draw([one], one.visits)
         (batch,) = trainer._score(batches, [])
         trainer._losses([one], [batch], 1)
     origins = Counter(sample.origin for sample in batches[0])
