@@ -8,6 +8,7 @@ model's answers are exact to 1e-16, so that what is wrong with a kernel cannot h
 from __future__ import annotations
 
 import math
+from contextvars import ContextVar
 
 import choices
 import numpy as np
@@ -114,7 +115,7 @@ class Kernel:
         self.barrier = barrier
         options |= {"at_barrier": barrier is not None}
         self.options = {"kernels": kernels or {}, "turn": turn, **options}
-        patch.setattr(lmppl.primitives, "_lasting", [lmppl.use(lm)])
+        patch.setattr(lmppl.primitives, "_default_lm", ContextVar("lm of a kernel", default=lm))
         self.laws = laws_of(guide, args, temperature)
         if table:
             table_in_float64(patch, self.choices, dtype)
