@@ -14,6 +14,7 @@ import lmppl
 from lmppl import LMText, lm_sample
 from lmppl.constraints import Constraint, ConstraintState, Regex
 from lmppl.lm.tokens import matching
+from lmppl.lm.tokens.constraints.constraint import split_characters
 from lmppl.lm.tokens.stopping import Stopping
 from lmppl.testing import tiny_byte_lm, tiny_lm
 from lmppl.testing.naive import NaiveLM
@@ -212,3 +213,24 @@ class Bytes(Constraint):
 def test_a_text_of_any_byte_may_match():
     vocabulary = tiny_byte_lm([b"a", b"\xff"]).vocabulary
     assert Stopping(vocabulary, (), 3, Bytes()).is_value([1, 0, vocabulary.eos_id])
+
+
+def test_what_can_begin_a_text_is_what_begins_a_character():
+    points = itertools.chain(range(0x80, 0xD800), range(0xE000, 0x110000))
+    characters = (chr(point).encode() for point in points)
+    begun = {data[:length] for data in characters for length in range(1, len(data))}
+    for data in (bytes(pair) for pair in itertools.product(range(256), repeat=2)):
+        for length in (0, 1, 2):
+            whole, rest = data[: 2 - length], data[2 - length :]
+            if (not rest or rest in begun) and (text := _decoded(whole)) is not None:
+                assert split_characters(data) == (text, rest)
+                break
+        else:
+            assert split_characters(data) == (None, b"")
+
+
+def _decoded(data):
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return None

@@ -7,6 +7,7 @@ stands for a text so far.
 
 from __future__ import annotations
 
+import codecs
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
@@ -222,30 +223,12 @@ def _warn_of_masks(constraint: Constraint) -> None:
 def split_characters(data: bytes) -> tuple[str | None, bytes]:
     """The whole characters that ``data`` begins with and the bytes of one that has begun; None and
     nothing if ``data`` can't be the beginning of UTF-8."""
-    for cut in range(min(4, len(data) + 1)):
-        head, rest = data[: len(data) - cut], data[len(data) - cut :]
-        try:
-            text = head.decode()
-        except UnicodeDecodeError:
-            continue
-        return (text, rest) if _begins_character(rest) else (None, b"")
-    return None, b""
-
-
-def _begins_character(rest: bytes) -> bool:
-    """Whether some bytes, fewer than a character has, are the first of one."""
-    if not rest:
-        return True
-    length = {6: 2, 14: 3, 30: 4}.get(
-        next((rest[0] >> shift for shift in (5, 4, 3) if rest[0] >> shift in (6, 14, 30)), 0), 0
-    )
-    if len(rest) >= length:
-        return False
-    for low, high in ((b"\x80", b"\xbf"), (b"\xa0", b"\x8f")):
-        for filler in (low, high):
-            try:
-                (rest + filler + b"\x80" * (length - len(rest) - 1)).decode()
-            except UnicodeDecodeError:
-                continue
-            return True
-    return False
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
+        text = decoder.decode(data)
+    except UnicodeDecodeError:
+        return None, b""
+    rest = decoder.getstate()[0]
+    if rest[:1] == b"\xed" and rest[1:2] > b"\x9f":  # a surrogate, which Python waits to refuse
+        return None, b""
+    return text, rest
