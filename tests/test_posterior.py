@@ -739,7 +739,8 @@ def test_nothing_is_doubted_where_nothing_is_estimated():
     assert exact.resample(3, seed=0).summary()["doubts"], "three draws are few"
 
 
-def test_chains_that_disagree_are_doubted():
+def test_chains_that_disagree_are_doubted(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")  # so that no line is broken
     posterior = posterior_of(list("abab"), [1.0] * 4, info=CHAINS, claims_evidence=False)
     doubt = "R-hat of 'length of z' is 1.20, above 1.01: the chains disagree"
     assert posterior.summary()["doubts"] == [doubt] and doubt in repr(posterior)
