@@ -52,7 +52,8 @@ def invert_among(
     """
     log_probs = torch.log_softmax(tempered(logits, temperature).float(), -1)  # of all tokens
     # A softmax of its own: all that is allowed may have less probability than float32 can hold.
-    among = torch.softmax(torch.where(allowed, log_probs, -torch.inf), -1)
+    among = torch.where(allowed, log_probs, -torch.inf)
+    torch.softmax(among, -1, out=among)  # in place, as new memory costs more than the arithmetic
     tokens, mass, total = _invert(among, uniforms)
     log_prob = log_probs.gather(1, tokens.unsqueeze(1)).squeeze(1)
     log_mass = log_prob - (mass / total).log().float().to(logits.device)
