@@ -18,6 +18,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -29,6 +31,7 @@ from lmppl.lm.batches.requests import Allowed, Draw, Score
 from lmppl.lm.tokens.stopping import Stopping
 
 GOAL = 0.15
+SIDES = {"lmppl": True, "without a constraint": False}  # whether there is a constraint
 
 CONSTRAINTS: dict[str, Callable[[], Constraint]] = {
     "regex": lambda: Regex(r"( ?([A-Z][a-z]*|[a-z]+|[0-9]+)[,;:.]?)*"),
@@ -84,20 +87,9 @@ def compare_training(bench: Bench, num: int, length: int) -> Row:
 
     for number in range(bench.repeats + 1):
         scores(number)
-    sides = bench.in_turns(
-        {
-            "lmppl": lambda number: work(number, True),
-            "without a constraint": lambda number: work(number, False),
-        }
-    )
-    added = [1 / ratio - 1 for ratio in ratios(sides[1], sides[0])]
-    return Row.of(
-        f"training, regex, {num} x {length} tokens, prompt of {prompt}",
-        sides,
-        added,
-        unit="%",
-        goal=Goal(GOAL, at_least=False) if num == 32 else None,
-    )
+    case = f"training, regex, {num} x {length} tokens, prompt of {prompt}"
+    sides = {side: partial(work, constrained=value) for side, value in SIDES.items()}
+    return row_of(bench, case, sides, has_goal=num == 32)
 
 
 def compare(bench: Bench, rows: int, name: str) -> Row:
@@ -117,17 +109,17 @@ def compare(bench: Bench, rows: int, name: str) -> Row:
         return sum(len(drawn.token_ids) for drawn in found)
 
     clock = time.process_time if bench.device.type == "cpu" else time.perf_counter
-    sides = bench.in_turns(
-        {
-            "lmppl": Local(lambda number: work(number, True), bench.device, clock),
-            "without a constraint": Local(lambda number: work(number, False), bench.device, clock),
-        }
-    )
-    added = [1 / ratio - 1 for ratio in ratios(sides[1], sides[0])]
-    return Row.of(
-        f"{name}, {rows} x {length} tokens, prompt of {prompt}",
-        sides,
-        added,
-        unit="%",
-        goal=Goal(GOAL, at_least=False) if rows == 64 else None,
-    )
+    sides = {
+        side: Local(partial(work, constrained=value), bench.device, clock)
+        for side, value in SIDES.items()
+    }
+    case = f"{name}, {rows} x {length} tokens, prompt of {prompt}"
+    return row_of(bench, case, sides, has_goal=rows == 64)
+
+
+def row_of(bench: Bench, case: str, sides: dict[str, Any], *, has_goal: bool) -> Row:
+    """What the constraint adds to the seconds a token of the other side."""
+    measured = bench.in_turns(sides)
+    added = [1 / ratio - 1 for ratio in ratios(measured[1], measured[0])]
+    goal = Goal(GOAL, at_least=False) if has_goal else None
+    return Row.of(case, measured, added, unit="%", goal=goal)
