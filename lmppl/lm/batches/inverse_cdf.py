@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _BLOCK = 256
+_FAINT = 1e-20  # far above the least number that float32 holds, 1e-38
 
 
 def invert(
@@ -50,15 +51,33 @@ def invert_among(
         probability of all that are allowed, (B,): ``-inf`` where there is none, and then the token
         is arbitrary. Both float32, in nats. Of a row that defines no distribution, the former is NaN.
     """
-    log_probs = torch.log_softmax(tempered(logits, temperature).float(), -1)  # of all tokens
-    # A softmax of its own: all that is allowed may have less probability than float32 can hold.
-    among = torch.where(allowed, log_probs, -torch.inf)
-    torch.softmax(among, -1, out=among)  # in place, as new memory costs more than the arithmetic
-    tokens, mass, total = _invert(among, uniforms)
-    log_prob = log_probs.gather(1, tokens.unsqueeze(1)).squeeze(1)
-    log_mass = log_prob - (mass / total).log().float().to(logits.device)
-    # A softmax over nothing is NaN; where the logits are, so is ``log_prob``.
+    logits = tempered(logits, temperature).float()
+    probs = torch.softmax(logits, -1)
+    whole = probs.sum(-1).double()
+    # A product, as a choice by a mask (torch.where, masked_fill) takes a CPU ten times as long.
+    tokens, mass, total = _invert(probs.mul_(allowed), uniforms)
+    log_prob = (mass / whole.to(mass.device)).log().float().to(logits.device)
+    log_mass = (total / whole.to(total.device)).log().float().to(logits.device)
+    # float32 holds too few digits of what is allowed if that has next to no probability.
+    faint = (total < _FAINT).to(logits.device)
+    if bool(faint.any()):
+        found = _invert_faint(allowed[faint], logits[faint], uniforms[faint.to(uniforms.device)])
+        for column, values in zip((tokens, log_prob, log_mass), found, strict=True):
+            column[faint] = values
     return tokens, log_prob, log_mass.masked_fill(log_mass.isnan(), -torch.inf)
+
+
+def _invert_faint(
+    allowed: Tensor, logits: Tensor, uniforms: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``invert_among``, however little probability is allowed: by a softmax over that alone."""
+    log_probs = torch.log_softmax(logits, -1)  # of all tokens
+    tokens, mass, total = _invert(
+        torch.softmax(log_probs.masked_fill(~allowed, -torch.inf), -1), uniforms
+    )
+    log_prob = log_probs.gather(1, tokens.unsqueeze(1)).squeeze(1)
+    # A softmax over nothing is NaN; where the logits are, so is ``log_prob``.
+    return tokens, log_prob, log_prob - (mass / total).log().float().to(logits.device)
 
 
 def _invert(probs: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
