@@ -5,9 +5,9 @@
 64 sequences are drawn with a regular expression, and with a JSON schema, and as many tokens without a
 constraint. Either way hardly any text ends before its last token, so that all steps have as many rows:
 the schema needs more tokens than are drawn, the regular expression ends in a character that no text
-holds elsewhere. Each sequence has a text and, after a few tokens, a mask of its own. What is counted is the whole difference: the automaton, the masks, steering, drawing
-by them. Expect at most 15% of a step. On a CPU these are CPU seconds of all threads, which hardly
-depend on what else runs.
+holds elsewhere. Each sequence has a text and, after a few tokens, a mask of its own. What is counted
+is the whole difference: the automaton, the masks, steering, drawing by them. Expect at most 15% of a
+step. On a CPU these are CPU seconds of all threads, which hardly depend on what else runs.
 
 The last row is what a constraint adds to a guide's training: the same texts are scored with gradients,
 each step renormalised over what the regular expression allows, and over everything.
