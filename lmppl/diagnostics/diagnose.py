@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from lmppl import runtime
-from lmppl.checks import check_int
+from lmppl.checks import check_int, check_number
 from lmppl.diagnostics.diversity import TextDiversity, text_diversity
 from lmppl.distributions import check_lm
 from lmppl.engines.dispatch import infer
@@ -70,7 +70,8 @@ class Diagnosis(Report):
             averaged over the exact draws: a tighter upper bound than ``eubo``.
         exact_source: ``"posterior"``, ``"latents"`` or None: where exact draws came from.
         log_z: a second estimate of log Z, independent of the guide; None if there is none.
-        log_z_source: ``"exact"``, ``"prior"`` (importance sampling from the prior) or None.
+        log_z_source: ``"exact"``, ``"prior"`` (importance sampling from the prior), ``"given"`` or
+            None.
         z_score: ``iw_bound`` less ``log_z`` in standard errors (and 0.001 nats for rounding).
         kl_guide_posterior: bracket of KL(q || p); infinite if a draw is dead.
         kl_alive_posterior: the same of the guide conditioned on being alive.
@@ -139,6 +140,7 @@ def diagnose(
     num_samples: int = 256,
     posterior: Posterior | None = None,
     latents: Sequence[Mapping[str, Any]] | None = None,
+    log_z: tuple[float, float] | None = None,
     seed: int | None = None,
     progress: bool | None = None,
     kwargs: Mapping[str, Any] | None = None,
@@ -155,18 +157,23 @@ def diagnose(
 
     Args:
         model, *args, kwargs, guide, lm, seed, progress: as of ``infer``.
-        num_samples: draws of the guide (and as many of the prior, without ``posterior``).
+        num_samples: draws of the guide (and as many of the prior, without ``posterior`` or ``log_z``).
         posterior: of ``infer(model, *args, method="exact")``: makes log Z and EUBO exact.
         latents: exact posterior draws, each a dict from every latent site to its text or tensor,
             say those that the observation was simulated with. A ``str`` stands for its canonical
             tokens; a ``Text`` keeps its own.
+        log_z: an estimate of log Z and its standard error (nats) by other means, such as a long run
+            of another engine; without it the prior's draws make one.
 
     Raises:
+        TypeError: ``log_z`` that is not two numbers.
         ValueError: ``num_samples`` below 2; a posterior that is not exact or of another program or
-            input; latents that are no complete, possible trace of the program.
+            input; latents that are no complete, possible trace of the program; ``log_z`` beside an
+            exact posterior, or with a negative standard error.
     """
     num_samples = check_int("num_samples", num_samples, least=2)
     _check_exact(posterior, latents)
+    given = _given_log_z(log_z, posterior)
     model, args = bind(model, args, kwargs)
     seeds = runtime.slot_seeds(runtime.fresh_seed(seed), 2)
     common: dict[str, Any] = {"method": "importance", "num_samples": num_samples}
@@ -178,7 +185,7 @@ def diagnose(
         except ZeroEvidenceError as error:
             return error.posterior  # that all are dead is a finding
 
-    log_z: _Estimate = (None, None)
+    second: _Estimate = (None, None)
     exact = source = None
     doubts: dict[str, list[str]] = {}
     with nullcontext() if lm is None else use(check_lm("diagnose", lm)):
@@ -187,13 +194,15 @@ def diagnose(
             exact = _of_draws(score_latents(guide, model, args, latents))
         if posterior is not None:
             exact = _of_posterior(posterior, partial(score_latents, guide, model, args))
-            log_z, source = (posterior.log_evidence, 0.0), "exact"
+            second, source = (posterior.log_evidence, 0.0), "exact"
+        elif given is not None:
+            second, source = given, "given"
         elif guide is not None:
             prior = draws(None, seeds[1])
-            log_z, source = (prior.log_evidence, prior.log_evidence_stderr), "prior"
+            second, source = (prior.log_evidence, prior.log_evidence_stderr), "prior"
             doubts["log_z"] = _doubts(prior)
-    figures = _figures(samples.log_weights, samples.log_evidence_stderr, exact, posterior, log_z)
-    z_score = estimates.z_score(*figures["iw_bound"], *log_z)
+    figures = _figures(samples.log_weights, samples.log_evidence_stderr, exact, posterior, second)
+    z_score = estimates.z_score(*figures["iw_bound"], *second)
     live = samples.log_weights[samples.log_weights > -math.inf]
     pareto_k, threshold, tail_notes = _tail(live)
     doubts["iw_bound"] = _doubts(samples)
@@ -289,7 +298,8 @@ def _notes(
         yield "EUBO is below log Z: are the latents exact posterior draws?"
     if z_score is not None and abs(z_score) > 3:
         by = f"{abs(z_score):.1f} standard errors"
-        yield f"the guide's estimate of log Z and that of the {source} disagree by {by}"
+        other = "the one given" if source == "given" else f"that of the {source}"
+        yield f"the guide's estimate of log Z and {other} disagree by {by}"
     if source == "prior" and figures["log_z"][0] == -math.inf:
         yield "every draw of the prior is dead, so it estimates no log Z"
 
@@ -312,6 +322,18 @@ def _check_exact(posterior: Posterior | None, latents: Sequence[Mapping[str, Any
             raise TypeError(f"{takes}, given {latents!r}")
         if not latents:
             raise ValueError("latents=[] holds no draw: give at least one, or leave it out")
+
+
+def _given_log_z(log_z: Any, posterior: Posterior | None) -> tuple[float, float] | None:
+    """What was given as ``log_z``, checked."""
+    if log_z is None:
+        return None
+    if posterior is not None:
+        raise ValueError("give posterior= or log_z=, not both: an exact posterior knows log Z")
+    if not isinstance(log_z, Sequence) or len(log_z) != 2:
+        raise TypeError(f"log_z={log_z!r}: give an estimate and its standard error, (-12.3, 0.1)")
+    estimate = check_number("log_z, the estimate", log_z[0])
+    return estimate, check_number("log_z, the standard error", log_z[1], least=0.0)
 
 
 def _tail(live: torch.Tensor) -> tuple[float | None, float | None, list[str]]:

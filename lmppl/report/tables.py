@@ -243,14 +243,14 @@ def _bounds(summary: Mapping[str, Any]) -> list[list[str]]:
         return [label, lower if lower == upper else bracket, error]
 
     dead = summary["dead_fraction"] > 0
-    is_exact, has_exact = summary["log_z_source"] == "exact", summary["eubo"] is not None
-    by = "exact" if is_exact else "by the prior's draws"
+    source, has_exact = summary["log_z_source"], summary["eubo"] is not None
+    by = "by the prior's draws" if source == "prior" else source
     rows = [
         (True, "ELBO", "elbo"),
         (dead, "ELBO of the live part", "elbo_alive"),
         (True, "log Z >=, log mean weight", "iw_bound"),
         (summary["log_z"] is not None, f"log Z, {by}", "log_z"),
-        (has_exact and not is_exact, "log Z <=, with an exact draw", "iw_upper_bound"),
+        (has_exact and source != "exact", "log Z <=, with an exact draw", "iw_upper_bound"),
         (has_exact, "EUBO", "eubo"),
         (True, "KL(guide || posterior)", "kl_guide_posterior"),
         (dead, "  of the live part", "kl_alive_posterior"),

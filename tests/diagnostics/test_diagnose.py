@@ -215,6 +215,30 @@ def test_a_guide_that_misses_the_posterior():
     assert by_prior.log_z_source == "prior" and by_prior.z_score < -3
 
 
+def test_an_estimate_of_log_z_that_is_given_stands_in_for_the_priors():
+    log_z = exact_posterior(ONE).log_evidence
+    found = run(ONE, log_z=(log_z, 0.05))
+    assert (found.log_z, found.log_z_stderr, found.log_z_source) == (log_z, 0.05, "given")
+    assert abs(found.z_score) < 4 and "log Z, given" in repr(found)
+    assert found.iw_bound == run(ONE).iw_bound, "the guide's draws are the same"
+    far = run(ONE, log_z=(log_z + 5, 0.05))
+    assert far.z_score < -3 and any("and the one given disagree" in note for note in far.notes)
+
+
+@pytest.mark.parametrize(
+    "log_z, error, message",
+    [
+        (-3.0, TypeError, "an estimate and its standard error"),
+        ((-3.0, -0.1), ValueError, "at least 0"),
+        ((-3.0, 0.1), ValueError, "not both"),
+    ],
+)
+def test_a_wrong_estimate_of_log_z_is_refused(log_z, error, message):
+    posterior = exact_posterior(ONE) if message == "not both" else None
+    with pytest.raises(error, match=message):
+        run(ONE, log_z=log_z, posterior=posterior)
+
+
 def test_all_dead():
     def impossible(x):
         require("never", lm_sample("z", x, max_tokens=2) == "?")
