@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -31,8 +30,9 @@ import torch
 
 import lmppl
 from benchmarks.infilling_task import Task
-from benchmarks.machine import machine
 from lmppl import use
+from lmppl.report.machine import machine
+from lmppl.states import write_text
 from lmppl.training.data import simulated_inputs, simulations
 from lmppl.training.evaluation import evaluate
 from lmppl.training.options import FitOptions
@@ -83,9 +83,7 @@ def main() -> None:
         print(json.dumps(row), flush=True)
         rows.append({**row, "machine": machine(lm.device)})
         if args.out:
-            temporary = args.out.with_suffix(".tmp")
-            temporary.write_text(json.dumps(rows, indent=1))
-            os.replace(temporary, args.out)
+            write_text(args.out, json.dumps(rows, indent=1))
 
     def new_guide() -> lmppl.LMGuide:
         return lmppl.LMGuide(infill, lm=lm, condition_on=["ending"])

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks.measuring import memory_method
+from lmppl.report.machine import machine
 
 PACKAGES = ("lmppl", "torch", "transformers", "peft")
 ROOT = Path(__file__).parent.parent
@@ -37,15 +38,6 @@ def circumstances(lm: Any, mode: str, repeats: int) -> dict[str, Any]:
     }
 
 
-def machine(device: torch.device) -> str:
-    """The processor or accelerator, in words."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    words = f"{_processor()}, {cores} cores{_features()}, {platform.system()}"
-    if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}; {words}"
-    return words
-
-
 def revision() -> str:
     """The commit that is checked out, with ``+`` if files differ from it; "" outside git."""
     changed = _git(ROOT, "status", "--porcelain", "--", ".", ":!benchmarks/results", ":!docs")
@@ -65,23 +57,6 @@ def _git(folder: Path, *arguments: str) -> str:
     except (OSError, subprocess.SubprocessError):
         return ""
     return done.stdout.strip()
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def _features() -> str:
-    """What decides how fast bfloat16 is."""
-    checks = {"AMX": "_is_amx_tile_supported", "AVX512-BF16": "_is_avx512_bf16_supported"}
-    found = [name for name, check in checks.items() if getattr(torch.cpu, check, bool)()]
-    return f" with {' and '.join(found)}" if found else ""
 
 
 def _load() -> float | None:

@@ -42,15 +42,16 @@ import torch
 
 import lmppl
 from benchmarks.bench import GENLM_PYTHON
-from benchmarks.machine import machine, revision
+from benchmarks.machine import revision
 from benchmarks.pattern_set import Pattern, messages, plain, read
 from benchmarks.peers.process import PeerProcess
-from benchmarks.results import write
 from lmppl import chat, lm_sample
 from lmppl.constraints import Constraint
 from lmppl.engines import Engine
 from lmppl.lm import embedded
+from lmppl.report.machine import machine
 from lmppl.runtime import log_mean_exp
+from lmppl.states import write_text
 
 WARM_UP = 1_000_000  # a seed that no measured run has
 PEER = "genlm-control"
@@ -342,7 +343,7 @@ def main() -> None:
             rows.append({**case, **found, **circumstances})
             print(f"{case['pattern']!r} {found.get('skipped', '')}", file=sys.stderr, flush=True)
             if options.out:
-                write(options.out, json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+                write_text(options.out, json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
     own = [row for row in rows if any(case.items() <= row.items() for case in chosen)]
     print(table(own))
 

@@ -6,8 +6,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,9 +13,11 @@ from statistics import median
 from typing import Any, Literal
 
 from benchmarks.measuring import Timed
+from lmppl.states import write_text
 
 FOLDER = Path(__file__).parent / "results"
 LOCAL = "local"  # the machine whose results nobody publishes
+TASKS = "tasks"  # no machine: the folder of benchmarks.tasks
 
 
 class Skipped(Exception):
@@ -97,7 +97,7 @@ class Result:
     def save(self, folder: Path) -> Path:
         """Write it to its file in ``folder``; the file appears whole or not at all."""
         path = folder / self.file_name
-        write(path, json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n")
+        write_text(path, json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n")
         return path
 
     @classmethod
@@ -111,20 +111,6 @@ class Result:
 def load_all(folder: Path) -> list[Result]:
     """The results in a folder, in the order of their names."""
     return [Result.load(path) for path in sorted(folder.glob("*.json"))]
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file under another name, then rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
 
 
 def _row(content: dict[str, Any]) -> Row:

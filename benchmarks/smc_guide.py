@@ -35,11 +35,11 @@ import torch
 import lmppl
 from benchmarks.amortized import SEED_OF_HELD_OUT
 from benchmarks.infilling_task import Task
-from benchmarks.machine import machine
-from benchmarks.results import write
 from lmppl import use
 from lmppl.engines import Engine
+from lmppl.report.machine import machine
 from lmppl.runtime import log_mean_exp
+from lmppl.states import write_text
 from lmppl.training.data import simulations
 
 METHODS: dict[str, Engine] = {
@@ -156,7 +156,7 @@ def main() -> None:
         print(json.dumps(row), flush=True)
         rows.append({**row, "model": lm.name, "machine": machine(lm.device)})
         if args.out:
-            write(args.out, json.dumps(rows, indent=1))
+            write_text(args.out, json.dumps(rows, indent=1))
     print(table(rows))
 
 

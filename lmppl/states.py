@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
@@ -152,7 +153,25 @@ def _split(state: State) -> tuple[Any, dict[str, torch.Tensor]]:
     return written, large | {entry: torch.cat(parts) for entry, parts in small.items()}
 
 
-# --- folders -------------------------------------------------------------------------------------
+# --- files and folders ---------------------------------------------------------------------------
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file (UTF-8) under a temporary name, and rename it: it is there whole or not at all.
+
+    Raises:
+        OSError: if it cannot be written; what was there before is kept.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
 
 
 def replace_folder(path: Path, kind: str, write: Callable[[Path], None]) -> None:

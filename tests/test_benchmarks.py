@@ -21,7 +21,7 @@ from benchmarks.overhead import Case, Import, Side
 from benchmarks.peers import gfn_lm_tuning
 from benchmarks.peers.process import PeerContender, PeerProcess
 from benchmarks.products import Products
-from benchmarks.results import LOCAL, Goal, Result, Row, Skipped, load_all, write
+from benchmarks.results import LOCAL, Goal, Result, Row, Skipped, load_all
 from lmppl.lm.batches.requests import Score
 from lmppl.testing import tiny_lm
 
@@ -127,14 +127,6 @@ def test_a_result_is_what_was_saved(tmp_path):
     assert load_all(path.parent) == [result] and Result.load(path) == result
     assert [each.name for each in path.parent.iterdir()] == [path.name]
     assert json.loads(path.read_text())["circumstances"]["revision"] == "abcdef123456"
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / "file"
-    write(path, "old")
-    with pytest.raises(TypeError):
-        write(path, None)
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
 def test_ratios_are_those_of_neighbouring_repetitions():
