@@ -28,12 +28,13 @@ TORCH_VERSION := from importlib.metadata import version; print("    torch", vers
 
 say = @printf '==> %s\n'
 
-.PHONY: help setup demo test test-all test-long test-fast lint types docs format lock clean distclean
+.PHONY: help setup demo demo-guide test test-all test-long test-fast lint types docs format lock clean distclean
 .PHONY: bench bench-full bench-peers bench-report
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make demo          set up, then run the story-infilling example with every engine'
+	@echo 'make demo-guide    set up, then train a guide that draws random numbers, before your eyes'
 	@echo 'make test          set up, then lint, types, tests, docs'
 	@echo 'make test-all      the same, and the tests that take minutes'
 	@echo 'make test-fast     set up, then the tests that take seconds'
@@ -48,6 +49,10 @@ help:
 demo: setup
 	$(say) 'demo: one story, every engine'
 	@$(BIN)/python examples/story_infilling.py --method all
+
+demo-guide: setup
+	$(say) 'demo: a language model learns to draw a random number'
+	@$(BIN)/python examples/random_number.py --quick
 
 test: lint types
 	$(say) 'tests'

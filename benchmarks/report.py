@@ -13,8 +13,9 @@ from pathlib import Path
 
 from benchmarks import plots
 from benchmarks.measuring import Timed
-from benchmarks.results import FOLDER, LOCAL, Goal, Result, Row, load_all, write
+from benchmarks.results import FOLDER, LOCAL, TASKS, Goal, Result, Row, load_all
 from benchmarks.suite import BENCHMARKS
+from lmppl.states import write_text
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE = DOCS / "performance.md"
@@ -98,7 +99,7 @@ def render(folder: Path, images: Path, link: str) -> str:
 def machines(root: Path) -> list[Path]:
     """Folders with results to be published."""
     found = [path.parent for path in root.glob("*/*.json")]
-    return sorted({path for path in found if path.name != LOCAL})
+    return sorted({path for path in found if path.name not in (LOCAL, TASKS)})
 
 
 def update(page: str, content: str) -> str:
@@ -210,10 +211,10 @@ def main() -> None:
     if options.machine == LOCAL:
         folder = FOLDER / LOCAL
         path = folder / "report.md"
-        write(path, f"# Benchmarks\n\n{render(folder, folder, '')}\n")
+        write_text(path, f"# Benchmarks\n\n{render(folder, folder, '')}\n")
     else:
         path = PAGE
-        write(path, update(PAGE.read_text(), published(FOLDER, DOCS / IMAGES)))
+        write_text(path, update(PAGE.read_text(), published(FOLDER, DOCS / IMAGES)))
     print(f"written: {path}")
 
 

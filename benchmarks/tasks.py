@@ -1,0 +1,115 @@
+"""The results of the five tasks, as docs/results.md.
+
+python -m benchmarks.tasks     remakes the results part of the page from benchmarks/results/tasks/,
+                               and the pictures beside it
+
+The files there are written by the scripts in examples/, each with ``--out``; the page says by which
+command. A picture needs matplotlib, the extra ``bench``; without it there are none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.report import DOCS, IMAGES, update
+from benchmarks.results import FOLDER, TASKS
+from lmppl.states import write_text
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+if str(EXAMPLES) not in sys.path:  # where the scripts have it when they are run
+    sys.path.insert(0, str(EXAMPLES))
+
+from paper.rows import Column, Group, Results, groups_of  # noqa: E402
+
+PAGE = DOCS / "results.md"
+
+
+def table(groups: Sequence[Group], columns: dict[str, Column]) -> str:
+    """Methods of one setting, as Markdown; the goals of the guide's figures in the last row."""
+    cells = [group.cells(columns) for group in groups]
+    shown = [heading for heading in cells[0] if any(row[heading] for row in cells)]
+    goals = {column.title: _goal(groups, name, column) for name, column in columns.items()}
+    if any(goals.values()):
+        cells.append({"method": "goal of the guide", **goals})
+    lines = [
+        "| " + " | ".join(shown) + " |",
+        "| --- |" + " ---: |" * (len(shown) - 1),
+        *("| " + " | ".join(row.get(heading, "") for heading in shown) + " |" for row in cells),
+    ]
+    return "\n".join(lines)
+
+
+def section(results: Results, images: Path | None) -> str:
+    """All that was found of a task: a table for each setting, its command and its machine.
+
+    Args:
+        results: of the task.
+        images: folder for its picture; None: there is none.
+    """
+    parts = [f"### {results.title}"]
+    groups = groups_of(results.rows)
+    settings = list({str(group.settings): group.settings for group in groups}.values())
+    for number, setting in enumerate(settings):
+        own = [group for group in groups if group.settings == setting]
+        rows = [row for group in own for row in group.rows]
+        methods = " ".join(f"'{g.method}'" if " " in g.method else g.method for g in own)
+        seeds = 1 + max(row.seed for row in rows)
+        command = (
+            f"{rows[0].command} --method {methods} --seeds {seeds} "
+            f"--out benchmarks/results/{TASKS}/{results.task}.json"
+        )
+        machines = "; ".join(dict.fromkeys(row.machine for row in rows))
+        parts += [table(own, results.columns), f"`{command}`\n\n{machines}."]
+        name = f"{results.task}-{number}.svg"
+        if images is not None and _draw(results.task, rows, images / name):
+            parts.append(f"![{results.title}, by method]({IMAGES}/{name})")
+    return "\n\n".join(parts)
+
+
+def published(folder: Path, images: Path | None) -> str:
+    """The results part of the page: the tasks in the order of their files' names."""
+    found = [Results.load(path) for path in sorted(folder.glob("*.json"))]
+    if not found:
+        return "No results have been recorded yet."
+    return "\n\n".join(section(results, images) for results in found)
+
+
+def _goal(groups: Sequence[Group], name: str, column: Column) -> str:
+    """What the guide is meant to reach, and whether it did in the mean; "" if there is no such goal."""
+    values = [
+        row.figures[name] for g in groups if g.method == "guide" for row in g.rows
+        if name in row.figures
+    ]  # fmt: skip
+    if not column.goal() or not values:
+        return ""
+    met = column.met_by(sum(values) / len(values))
+    return f"{column.goal()}: {'met' if met else '**missed**'}"
+
+
+def _draw(task: str, rows: Sequence[object], path: Path) -> bool:
+    """Draw the rows as the task's script does, if it does and matplotlib is there."""
+    plot = importlib.import_module(task).TASK.plot
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    if plot is None:
+        return False
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context({"svg.hashsalt": "lmppl", "svg.fonttype": "none"}):
+        plot(rows).savefig(path, facecolor="white", metadata={"Date": None})
+    return True
+
+
+def main() -> None:
+    argparse.ArgumentParser(prog="python -m benchmarks.tasks", description=__doc__).parse_args()
+    write_text(PAGE, update(PAGE.read_text(), published(FOLDER / TASKS, DOCS / IMAGES)))
+    print(f"written: {PAGE}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""The command line of a task: its methods with each seed, a row each, and a table of them."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import shlex
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import lmppl
+from lmppl.report.machine import machine
+from lmppl.report.tables import Block, Kind, Table, as_text
+
+from .inputs import BadInput, package
+from .rows import Column, Results, Row, groups_of
+from .training import Trainer
+
+_NOT_SETTINGS = ("method", "seeds", "out", "plot", "quick")
+
+
+@dataclass
+class Run:
+    """One method with one seed, as ``Task.measure`` gets it.
+
+    Attributes:
+        lm: the language model.
+        args: the command line's options.
+        method, seed: what is to be measured.
+        shared: for what all runs of the command have in common, such as ``log Z`` of the inputs.
+        training: what ``train`` has cost.
+    """
+
+    lm: lmppl.LM
+    args: argparse.Namespace
+    method: str
+    seed: int
+    shared: dict[str, Any]
+    training: dict[str, Any] = field(default_factory=dict)
+
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        """What ``make`` gives, the first time that it is asked for under this name."""
+        if name not in self.shared:
+            self.shared[name] = make()
+        return self.shared[name]
+
+    def train(self, make_trainer: Callable[[], Trainer], **options: Any) -> lmppl.LMGuide:
+        """A guide trained by the run's method; see ``Trainer.train``."""
+        trainer = self.once("trainer", make_trainer)
+        guide, self.training = trainer.train(self.method, self.seed, **options)
+        return guide
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task.
+
+    Args:
+        name: of the script, without ``.py``.
+        title: of its table.
+        methods: what can be measured; the first ones are the default, up to and with ``"guide"``.
+        columns: what is shown of a row's figures.
+        measure: finds the figures of a run.
+        quick: options under ``--quick``.
+        show: prints of a row what the table has no room for, once it is there.
+        plot: makes a picture (a matplotlib ``Figure``) of the rows.
+    """
+
+    name: str
+    title: str
+    methods: Sequence[str]
+    columns: Mapping[str, Column]
+    measure: Callable[[Run], dict[str, Any]]
+    quick: Mapping[str, Any]
+    show: Callable[[Row], None] | None = None
+    plot: Callable[[Sequence[Row]], Any] | None = None
+
+    def parser(self, description: str) -> argparse.ArgumentParser:
+        """The options that all tasks have; a task adds its own."""
+        parser = argparse.ArgumentParser(
+            prog=f"{self.name}.py",
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        few = list(self.methods[: self.methods.index("guide") + 1])
+        parser.add_argument(
+            "--method", nargs="+", default=few, choices=[*self.methods, "all"], metavar="METHOD",
+            help=f"of {', '.join(self.methods)}; or all. By default {', '.join(few)}",
+        )  # fmt: skip
+        parser.add_argument("--model", default="smollm2-135m-instruct", help="any causal LM")
+        parser.add_argument("--dtype", help="by default what suits the machine")
+        parser.add_argument("--quick", action="store_true", help="small settings, about 2 minutes")
+        parser.add_argument("--seeds", type=_positive, default=1, help="how many: 0, 1, ...")
+        parser.add_argument("--steps", type=_positive, default=100, help="of the guide's training")
+        parser.add_argument("--batch-size", type=_positive, default=64, help="traces a step")
+        parser.add_argument("--samples", type=_positive, default=1024, help="draws an input")
+        parser.add_argument("--out", type=Path, help="JSON file of rows; those in it are kept")
+        if self.plot is not None:
+            parser.add_argument("--plot", type=Path, help="draw the rows (PNG, SVG, PDF)")
+        return parser
+
+    def main(self, parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> Results:
+        """Run the command. What the user can put right ends it with a message and status 2."""
+        usual = parser.parse_args([])
+        if parser.parse_args(argv).quick:
+            parser.set_defaults(**self.quick)
+        args = parser.parse_args(argv)
+        try:
+            return self._run(args, _command(self.name, args, usual))
+        except BadInput as error:
+            parser.exit(2, f"{parser.prog}: {error}\n")
+
+    def _run(self, args: argparse.Namespace, command: str) -> Results:
+        results = Results(self.name, self.title, dict(self.columns))
+        if args.out is not None and args.out.exists():
+            kept = Results.load(args.out)
+            if kept.task != self.name:
+                raise BadInput(f"{args.out} has rows of {kept.task}: give another file")
+            results.rows = kept.rows
+        if getattr(args, "plot", None) is not None:
+            package("matplotlib", "lmppl[plot]", "--plot")
+        lm = lmppl.LM.from_pretrained(args.model, dtype=args.dtype)
+        words = f"{machine(lm.device)}, {torch.get_num_threads()} threads"
+        methods = self.methods if "all" in args.method else args.method
+        settings, shared, shown = _settings(args), {}, []
+        for seed in range(args.seeds):
+            for method in methods:
+                row = results.find(method, seed, settings)
+                if row is None:
+                    run = Run(lm, args, method, seed, shared)
+                    row = self._measured(run, settings, command=command, machine=words)
+                    results.rows.append(row)
+                    if args.out is not None:
+                        results.save(args.out)
+                shown.append(row)
+                if self.show is not None:
+                    self.show(row)
+        print(as_text(self._blocks(shown)))
+        if getattr(args, "plot", None) is not None:
+            assert self.plot is not None
+            args.plot.parent.mkdir(parents=True, exist_ok=True)
+            self.plot(shown).savefig(args.plot, facecolor="white")
+        return results
+
+    def _measured(self, run: Run, settings: dict[str, Any], **circumstances: str) -> Row:
+        print(f"{run.method}, seed {run.seed} ...", file=sys.stderr, flush=True)
+        began = time.perf_counter()
+        figures = self.measure(run)
+        minutes = (time.perf_counter() - began) / 60
+        date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        return Row(
+            run.method, run.seed, settings, figures, minutes=minutes, date=date, **run.training,
+            **circumstances,
+        )  # fmt: skip
+
+    def _blocks(self, rows: Sequence[Row]) -> list[Block]:
+        """The table, as the library's reports have it."""
+        cells = [group.cells(self.columns) for group in groups_of(rows)]
+        columns: list[tuple[str, Kind]] = [
+            (heading, "name" if heading == "method" else "figure") for heading in cells[0]
+        ]
+        return ["", self.title, "", Table(columns, [list(of_group.values()) for of_group in cells])]
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The options that a row depends on, in JSON's types."""
+    found = {name: value for name, value in vars(args).items() if name not in _NOT_SETTINGS}
+    return {name: str(v) if isinstance(v, Path) else v for name, v in found.items()}
+
+
+def _command(name: str, args: argparse.Namespace, usual: argparse.Namespace) -> str:
+    """What was run, without method and seeds."""
+    words = ["python", f"examples/{name}.py"]
+    for option, value in _settings(args).items():
+        if value != _settings(usual)[option]:
+            words += [f"--{option.replace('_', '-')}"]
+            words += (
+                [] if value is True else map(str, value if isinstance(value, list) else [value])
+            )
+    return shlex.join(words)
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number

@@ -1,0 +1,243 @@
+"""What the five tasks share, on tiny language models."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+
+import pytest
+from paper import inputs
+from paper.command import Task
+from paper.evaluation import held_out, log_z_by_runs
+from paper.inputs import BadInput, check_fits, lines_of, package
+from paper.rows import Column, Results, Row, groups_of
+from paper.training import LOSSES, Trainer, tokens
+
+import lmppl
+from benchmarks import report, tasks
+from benchmarks.results import TASKS
+from lmppl import lm_sample, require
+from lmppl.testing import tiny_lm
+
+LM = tiny_lm("ab.", seed=0)
+
+
+def infill(x, y):
+    z = lm_sample("z", x, max_tokens=3, stop=".")
+    lm_sample("y", [x, z], obs=y)
+    return z
+
+
+# --- the command ---------------------------------------------------------------------------------
+
+
+def task(measure, **options):
+    columns = {"share": Column("share", ".1%", least=0.5)}
+    return Task(
+        "a_task", "A task", ("prior", "guide", "ppo"), columns, measure, {"steps": 2}, **options
+    )
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    monkeypatch.setattr(lmppl.LM, "from_pretrained", lambda name, dtype=None: LM)
+
+
+def call(task, *words):
+    return task.main(task.parser("A task."), list(map(str, words)))
+
+
+def test_rows_have_what_it_takes_to_repeat_them(tmp_path):
+    out = tmp_path / "rows.json"
+    found = call(
+        task(lambda run: {"share": run.seed + 0.25}), "--seeds", 2, "--quick", "--out", out
+    )
+    assert [(row.method, row.seed) for row in found.rows] == [
+        ("prior", 0), ("guide", 0), ("prior", 1), ("guide", 1),
+    ]  # fmt: skip
+    row = found.rows[-1]
+    assert row.settings["steps"] == 2 and row.settings["samples"] == 1024
+    assert row.command == "python examples/a_task.py --steps 2" and "threads" in row.machine
+    assert Results.load(out) == found
+    assert "seeds" not in row.settings and "out" not in row.settings
+
+
+def test_what_the_command_line_says_wins_over_quick():
+    found = call(task(lambda run: {"share": 0.5}), "--quick", "--steps", 7, "--method", "prior")
+    assert found.rows[0].settings["steps"] == 7
+
+
+def test_an_interrupted_run_keeps_its_rows_and_goes_on(tmp_path, capsys):
+    out, measured = tmp_path / "rows.json", []
+
+    def measure(run):
+        measured.append(run.method)
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        return {"share": 0.5}
+
+    with pytest.raises(KeyboardInterrupt):
+        call(task(measure), "--method", "all", "--out", out)
+    assert [row.method for row in Results.load(out).rows] == ["prior"]
+    assert list(tmp_path.iterdir()) == [out]
+    call(task(measure), "--method", "all", "--out", out)
+    assert measured == ["prior", "guide", "guide", "ppo"]
+    call(task(measure), "--method", "all", "--out", out)
+    assert len(measured) == 4 and "50.0%" in capsys.readouterr().out
+    call(task(measure), "--method", "prior", "--steps", 9, "--out", out)
+    assert len(measured) == 5, "another setting is another row"
+
+
+def test_what_the_user_can_put_right_has_no_traceback(tmp_path, capsys):
+    def measure(run):
+        raise BadInput("the file is empty")
+
+    other = tmp_path / "other.json"
+    Results("another_task", "", {}).save(other)
+    (tmp_path / "broken.json").write_text('{"rows": 3}')
+    for words, message in (
+        ([], "a_task.py: the file is empty"),
+        (["--out", other], "has rows of another_task"),
+        (["--out", tmp_path / "broken.json"], "holds no results of a task"),
+        (["--seeds", "0"], "--seeds"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            call(task(measure), *words)
+        assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_plot_without_matplotlib_is_refused_before_the_work(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit):
+        call(task(lambda run: 1 / 0, plot=lambda rows: None), "--plot", "picture.png")
+    assert "--plot needs matplotlib: pip install 'lmppl[plot]'" in capsys.readouterr().err
+
+
+# --- inputs --------------------------------------------------------------------------------------
+
+
+def test_files_of_prompts(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("ab\n\n  ba. \n")
+    assert lines_of(path) == ["ab", "ba."]
+    path.write_text(" \n\n")
+    with pytest.raises(BadInput, match="has no line of text"):
+        lines_of(path)
+    path.write_bytes(b"ab\xff")
+    with pytest.raises(BadInput, match="no text in UTF-8, see byte 2"):
+        lines_of(path)
+    with pytest.raises(BadInput, match="cannot be read: No such file"):
+        lines_of(tmp_path / "nothing")
+
+
+def test_prompts_have_to_fit_the_context():
+    short = tiny_lm("ab.", context_length=8)
+    check_fits(short, ["ab", "abab"], 4)
+    with pytest.raises(BadInput, match=r"prompt 2 of 2 \('ababab'...\) has 6 tokens: with 4 more"):
+        check_fits(short, ["ab", "ababab"], 4)
+    with pytest.raises(BadInput, match="prompt 1 of 1 is empty"):
+        check_fits(short, [" "], 4)
+
+
+def test_a_missing_package_is_named_with_its_command():
+    assert package("paper.inputs", "nothing", "this") is inputs
+    with pytest.raises(BadInput, match=r"scoring needs no_such_module: pip install 'gt-x\[y\]'"):
+        package("no_such_module", "gt-x[y]", "scoring")
+
+
+# --- training and evaluation ---------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_all_methods_train_at_equal_tokens():
+    few = {"batch_size": 8}
+    options = dict.fromkeys(("guide", "ppo", "elbo", "wake"), few)
+    options["sft"] = {**few, "demonstrations": [{"z": "ab."}]}
+    trainer = Trainer(lambda: lmppl.LMGuide(infill, lm=LM), [("ab.", "ab")], options, 16)
+    costs = {}
+    for method in LOSSES:
+        guide, costs[method] = trainer.train(method, seed=0, progress=False)
+        assert len(guide.history) == costs[method]["steps"]
+    for method in ("sft", "elbo", "wake"):
+        assert costs[method]["tokens"] == pytest.approx(costs["guide"]["tokens"], rel=0.3)
+    # Draws that have become all alike cost less, as the model is asked once.
+    assert 0.3 < costs["ppo"]["tokens"] / costs["guide"]["tokens"] < 1.3
+    assert costs["guide"]["steps"] == 16 < costs["sft"]["steps"]
+    before = tokens(LM)
+    trainer.train("guide", seed=1, progress=False)
+    assert tokens(LM) - before == pytest.approx(costs["guide"]["tokens"], rel=0.1), "counted once"
+
+
+def test_log_z_by_independent_runs():
+    exact = lmppl.infer(infill, "ab.", "ab", lm=LM, method="exact").log_evidence
+    for method in ("importance", "smc"):
+        log_z, stderr = log_z_by_runs(
+            infill, ("ab.", "ab"), lm=LM, method=method, num_samples=64, runs=8
+        )
+        assert 0 < stderr < 0.3 and abs(log_z - exact) < 4 * stderr
+
+    def impossible(x):
+        require("never", lm_sample("z", x, max_tokens=2) == "?")
+
+    found = log_z_by_runs(impossible, ("ab.",), lm=LM, num_samples=4, runs=2)
+    assert found == (-math.inf, math.inf)
+
+
+def test_the_ess_counts_only_where_log_z_agrees():
+    """Of a proposal that misses most of the posterior, too: its ESS is the larger."""
+
+    def program(x):
+        z = lm_sample("z", x, choices=["a", "b.", "bb"])
+        require("not a", z != "a")
+
+    def blind(x):
+        lm_sample("z", x, choices=["a", "b."])
+
+    exact = lmppl.infer(program, "ab.", lm=LM, method="exact")
+    log_z = [(exact.log_evidence, 0.0)]
+    options = {"lm": LM, "num_samples": 200, "seed": 0}
+    prior = held_out(program, [("ab.",)], log_z, guide=None, **options)
+    assert prior["agrees"] == 1 and prior["counted"] == prior["ess"]
+    found = held_out(program, [("ab.",)], log_z, guide=blind, **options)
+    assert found["agrees"] == found["counted"] == 0 < found["ess"]
+    assert 0 < found["alive"] < 1 and found["kl_low"] < found["kl_high"]
+
+
+# --- the page ------------------------------------------------------------------------------------
+
+
+def results(*rows, columns=None):
+    columns = columns or {"share": Column("share", ".1%", least=0.5)}
+    return Results("random_number", "A task", columns, list(rows))
+
+
+def row(method, seed, share, **options):
+    settings, figures = {"steps": 3}, {} if share is None else {"share": share}
+    given = {"command": "python examples/random_number.py", "machine": "A machine", **options}
+    return Row(method, seed, settings, figures, **given)
+
+
+def test_the_table_has_means_deviations_and_goals():
+    found = results(
+        row("low temperature", 0, None), row("guide", 0, 0.4, steps=10, tokens=1000, minutes=2.0),
+        row("guide", 1, 0.8, steps=10, tokens=2000, minutes=3.0),
+    )  # fmt: skip
+    text = tasks.section(found, None)
+    assert "| method | share | steps | tokens | minutes | seeds |" in text
+    assert "| low temperature |  |  |  | 0.0 | 1 |" in text
+    assert "| guide | 60.0% ± 28.3% | 10 | 1,500 | 2.5 | 2 |" in text
+    assert "| goal of the guide | at least 50.0%: met |" in text
+    assert "--method 'low temperature' guide --seeds 2 --out benchmarks/results/tasks/" in text
+    assert "**missed**" in tasks.section(results(row("guide", 0, 0.4)), None)
+    assert Column("", ".1f", most=2.0).met_by(2.0) and not Column("", ".1f", most=2.0).met_by(2.1)
+    assert len(groups_of(found.rows)) == 2
+
+
+def test_the_page_is_made_of_all_files(tmp_path):
+    assert "No results" in tasks.published(tmp_path / TASKS, None)
+    results(row("guide", 0, 0.4)).save(tmp_path / TASKS / "random_number.json")
+    assert "### A task" in tasks.published(tmp_path / TASKS, None)
+    assert report.machines(tmp_path) == [], "their folder is no machine"
+    assert report.update(tasks.PAGE.read_text(), "text")
+    assert json.loads((tmp_path / TASKS / "random_number.json").read_text())["rows"][0]["seed"] == 0
