@@ -127,13 +127,20 @@ class RandomWalk(SiteKernel):
 
     def check(self, node: Any) -> None:
         fn = node["fn"]
-        if not isinstance(fn, LMText) and not fn.support.is_discrete:
-            return
-        what = "a text" if isinstance(fn, LMText) else f"discrete, {type(fn).__name__}"
-        raise ValueError(
-            f"kernels= gives site '{node['name']}' the kernel {self}, which takes continuous values, "
-            f"but the site is {what}: take lmppl.Redraw()"
-        )
+        given = f"kernels= gives site '{node['name']}' the kernel {self}, which"
+        if isinstance(fn, LMText) or fn.support.is_discrete:
+            what = "a text" if isinstance(fn, LMText) else f"discrete, {type(fn).__name__}"
+            raise ValueError(
+                f"{given} takes continuous values, but the site is {what}: take lmppl.Redraw()"
+            )
+        try:
+            biject_to(fn.support)
+        except NotImplementedError:
+            raise ValueError(
+                f"{given} walks on the unconstrained space of the site, but "
+                f"torch.distributions.biject_to knows none for {type(fn).__name__}, whose support is "
+                f"{fn.support}: take lmppl.Redraw(), independent redraws"
+            ) from None
 
     def propose(self, latent: Latent, site: Any, cut: int) -> NewValue:
         old, law = latent.node["value"], latent.node["fn"]

@@ -40,10 +40,11 @@ class Trainables:
         self.adapters: list[LM] = []
         self.param_names: list[str] = []
 
-    def find(self, program: Callable[..., Any], args: Args) -> None:
-        """Add what some runs of the program use, whose sites that name no model use ``base``."""
+    def find(self, program: Callable[..., Any], args: Args, *, is_guide: bool = False) -> None:
+        """Add what some runs of the program use, whose sites that name no model use ``base``;
+        ``is_guide`` as of ``Particle``."""
         with nullcontext() if self._base is None else use(self._base):
-            runs = runtime.start(program, args, _RUNS, seed=0)
+            runs = runtime.start(program, args, _RUNS, seed=0, is_guide=is_guide)
             with runtime.ending(runs):
                 runtime.run_to_end(runs)
         self.add(runs)

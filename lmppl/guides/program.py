@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -87,7 +88,7 @@ class ProgramGuide(Guide):
     # --- parameters and state --------------------------------------------------------------------
 
     def find_parameters(self, args: Args) -> None:
-        self._trainables.find(self.program, args)
+        self._trainables.find(self.program, args, is_guide=True)
         if not self.named_parameters():
             raise ValueError(
                 "the guide program has nothing to train: draw its texts from an adapter, "
@@ -133,7 +134,7 @@ class ProgramGuide(Guide):
         adapters, params = self._pending["adapters"], self._pending["params"]
         self._saved.waiting = dict(params)
         if args is not None:
-            self._trainables.find(self.program, args)
+            self._trainables.find(self.program, args, is_guide=True)
         known = not params or bool(set(self.param_names) & set(params))
         if len(self.adapters()) != len(adapters) or not known:
             raise ValueError(
@@ -230,7 +231,8 @@ class ProgramProposer(Proposer):
     def _run_after(self, latents: Mapping[str, Any], **options: Any) -> Particle:
         """A run of the guide, not begun, in which latents (their nodes, by site) are given."""
         given = {name: Given(node["value"], torch.zeros(())) for name, node in latents.items()}
-        return Particle(self.run.program, self.args, seed=0, given=given, **options)
+        options |= {"given": given, "is_guide": True}
+        return Particle(self.run.program, self.args, seed=0, **options)
 
     def resumed(self, latents: Mapping[str, Any], streams: ProgramProposer) -> ProgramProposer:
         """A proposer that goes on after latents (their nodes, by site) that are given, with another's
@@ -346,15 +348,33 @@ def _text_value(name: str, model_fn: Any, guide_fn: Any, value: Any) -> Any:
             f"site '{name}': the guide draws up to {guide_fn.event_shape[0]} tokens, the model's "
             f"site holds {model_fn.event_shape[0]}: give both the same max_tokens and stop"
         )
-    # (What goes on after a match of a constraint is dead, as what does not match.)
-    is_judged = model_fn.choices is not None or model_fn.is_constrained
-    closed = None if is_judged else model_fn.stopping.scan(ids)
-    if closed is not None and closed[0] < len(ids):
+    closed = None if model_fn.choices is not None else model_fn.stopping.scan(ids)
+    if closed is None or closed[0] == len(ids):
+        return model_fn.value(ids)
+    if not model_fn.is_constrained:
         raise ValueError(
             f"site '{name}': the guide draws {str(guide_fn.text(value))!r}, and the model's site ends "
             f"after token {closed[0]} of it: give both the same max_tokens and stop"
         )
-    return model_fn.value(ids)
+    if closed[1] == "constraint" and not guide_fn.is_constrained:
+        _warn_of_no_end(name, model_fn.stopping.constraint)
+    return model_fn.value(ids)  # which is dead, as what does not match
+
+
+_warned_of_no_end: set[str] = set()
+
+
+def _warn_of_no_end(name: str, constraint: Any) -> None:
+    """Warn, once a site, that a guide program does not end its texts where a constraint does."""
+    if name not in _warned_of_no_end:
+        _warned_of_no_end.add(name)
+        warnings.warn(
+            f"site '{name}': the guide's text goes on after a match of {constraint!r} that nothing "
+            "extends, where the model's text ends without EOS. So the guide never draws that text, only "
+            "the program's own share of the draws does (prior_fraction=, if there is one). Give the "
+            "guide's site the same constraint",
+            stacklevel=2,
+        )
 
 
 def as_guide(guide: Any) -> Guide | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -95,7 +96,12 @@ def to_arviz(
         add("sample_stats", "lp", np.array(log_joint))
     if weights is not None:
         add("sample_stats", "log_weight", weights[order].log().numpy())
-    return base.from_dict(groups, attrs={"/": dict(attributes)})
+    with warnings.catch_warnings():
+        # ArviZ suspects that the two were mixed up where there are fewer draws than chains.
+        warnings.filterwarnings(
+            "ignore", "Found chain dimension to be longer than draw", UserWarning
+        )
+        return base.from_dict(groups, attrs={"/": dict(attributes)})
 
 
 def _names(traces: Sequence[Trace]) -> list[str]:

@@ -399,7 +399,7 @@ class Particle:
         site["unscaled_log_prob"] = log_prob
         scale, mask = site["scale"], site["mask"]
         if mask is not None or type(scale) is not float or scale != 1.0:
-            log_prob = scale_and_mask(log_prob, scale, mask)
+            log_prob = _scaled(site, log_prob)
         site["log_prob"] = log_prob
         site["log_prob_sum"] = log_prob.sum() if log_prob.dim() else log_prob
 
@@ -467,10 +467,7 @@ class _Recorder(TraceMessenger, CallMemory):
             return
         node = self.trace.nodes[name] = dict(msg)
         particle._uncounted.append(node)
-        fn = msg["fn"]
-        is_site = is_text(fn) and fn.is_constrained and fn.law != "proposal"  # no guide's draw
-        is_hard = msg["infer"].get("hard") or is_site
-        if is_hard and float(msg["log_prob_sum"].detach()) == -math.inf:
+        if _is_hard(msg) and float(msg["log_prob_sum"].detach()) == -math.inf:
             particle.rejected_by = name
             raise Rejected(name)
 
@@ -491,6 +488,28 @@ class _Recorder(TraceMessenger, CallMemory):
 _FOUND = (
     "value", "unscaled_log_prob", "log_prob", "log_prob_sum", "proposal_log_prob", "scored",
 )  # fmt: skip
+
+
+def _is_hard(site: Site) -> bool:
+    """Whether a site of probability zero ends the run: a hard condition, or a text under a constraint
+    (but for what a guide draws, which is no condition)."""
+    fn = site["fn"]
+    is_condition = is_text(fn) and fn.is_constrained and fn.law != "proposal"
+    return bool(site["infer"].get("hard")) or is_condition
+
+
+def _scaled(site: Site, log_prob: torch.Tensor) -> torch.Tensor:
+    """The log-probability (nats) of a site with its scale and mask. Of 0 times ``-inf``, which is no
+    number, an observation or a factor counts as nothing, which is what scale 0 says; a hard condition
+    that has failed, and a latent value that is none of its site's, stay impossible."""
+    scale, mask = site["scale"], site["mask"]
+    if not (isinstance(scale, (int, float)) and scale):
+        is_undefined = (log_prob == -math.inf) & (torch.as_tensor(scale) == 0)
+        if _is_hard(site) or is_latent(site):
+            scale = torch.where(is_undefined, 1.0, scale)
+        else:
+            log_prob = torch.where(is_undefined, 0.0, log_prob)
+    return scale_and_mask(log_prob, scale, mask)
 
 
 def draw_value(

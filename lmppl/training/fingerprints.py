@@ -18,6 +18,7 @@ import torch
 from lmppl.guides.guide import TrainableGuide
 from lmppl.guides.parameters import adapter_config, base_state
 from lmppl.lm.tokens.constraints.constraint import Constraint
+from lmppl.lm.tokens.constraints.guidance import is_schema_class
 from lmppl.training.inputs import Source
 from lmppl.training.options import FitOptions
 
@@ -143,10 +144,20 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
 
 
 def _is_constant(value: Any) -> bool:
-    """Whether a value cannot change: a number, a string, a constraint, a tuple of those."""
+    """Whether a value cannot change: a number, a string, a constraint, a pydantic class (which
+    ``json_schema=`` takes), a tuple of those."""
     if isinstance(value, (tuple, frozenset)):
         return all(map(_is_constant, value))
-    return isinstance(value, (str, bytes, int, float, type(None), Constraint))
+    is_plain = isinstance(value, (str, bytes, int, float, type(None), Constraint))
+    return is_plain or is_schema_class(value)
+
+
+def _schema_text(schema_class: Any) -> str:
+    """The schema of a pydantic class; of one that has none, its name."""
+    try:
+        return json.dumps(schema_class.model_json_schema())
+    except Exception:  # its fields are of types that JSON has not, so it is no constraint
+        return schema_class.__qualname__
 
 
 def _constant(value: Any) -> bytes:
@@ -155,7 +166,8 @@ def _constant(value: Any) -> bytes:
 
 
 def digest_of(data: Any) -> str:
-    """A hash of the texts and numbers in the data; of other objects only the type counts."""
+    """A hash of the texts, numbers, constraints and pydantic classes in the data; of other objects only
+    the type counts."""
     digest = hashlib.sha256()
 
     def feed(item: Any, within: tuple[int, ...] = ()) -> None:
@@ -166,6 +178,8 @@ def digest_of(data: Any) -> str:
             digest.update(f"{type(item).__name__}:{item!s};".encode())
         elif isinstance(item, Constraint):
             digest.update(repr(item).encode())
+        elif is_schema_class(item):
+            digest.update(_schema_text(item).encode())
         elif isinstance(item, Mapping):
             for key, value in item.items():
                 feed(key, inside)

@@ -139,6 +139,9 @@ def predicate_and_branch(x, y):
     lm_sample("y", [x, z], obs=y)
 
 
+without_the_constraint = pytest.mark.filterwarnings("ignore:.*the guide's site the same constraint")
+
+
 def free_guide(x, y):
     """A guide that knows nothing of the constraint."""
     lm_sample("z", [x, "a"], max_tokens=3, temperature=3.0)
@@ -218,7 +221,7 @@ def short_guide(x, y):
 @pytest.mark.parametrize(
     "program, guide",
     [
-        (one_site, free_guide),
+        pytest.param(one_site, free_guide, marks=without_the_constraint),
         (one_site, held_guide),
         (in_the_middle, middle_guide),
         (by_predicate, short_guide),
@@ -228,6 +231,7 @@ def test_a_share_of_the_programs_draws_is_unbiased(monkeypatch, program, guide):
     check(monkeypatch, program, guide=guide, prior_fraction=0.3, **IMPORTANCE)
 
 
+@without_the_constraint
 def test_the_models_density_in_the_place_of_that_of_the_draw_is_found(monkeypatch):
     monkeypatch.setattr(mixture, "score_draw", lambda site, value, log_prob: log_prob)
     with pytest.raises(AssertionError):
@@ -457,6 +461,28 @@ def test_matches_less_probable_than_a_float_holds(constraint, constrain):
     assert exact.log_evidence < -110.0 if constrain == "global" else exact.log_evidence == 0.0
     drawn = lmppl.infer(program, method="importance", num_samples=3, **options)
     assert drawn.log_evidence == pytest.approx(exact.log_evidence, rel=1e-5)
+
+
+def test_an_observed_text_that_a_model_without_eos_cannot_end():
+    def log_evidence(*args):
+        return lmppl.infer(program, *args, lm=PAIR, method="exact").log_evidence
+
+    def program(regex, most=3, stop=None):
+        lm_sample("k", "a", choices=["a", "b"])
+        lm_sample("y", "ab", max_tokens=most, regex=regex, stop=stop, obs="ab")
+
+    advice = (
+        "say max_tokens=2, which it has, or give a constraint of which nothing longer is a match"
+    )
+    with pytest.raises(ValueError, match=f"'y'.*'ab' does not close.*max_tokens=3.*{advice}"):
+        log_evidence("ab*")
+    with pytest.raises(ValueError, match="end as the site would, by a stop string; or say max_tok"):
+        log_evidence("ab*", 3, "ba")
+    exact = float(PAIR.log_prob("ab", ["ab"]))
+    assert log_evidence("ab*", 2) == pytest.approx(exact, abs=1e-5)
+    assert log_evidence("ab") == pytest.approx(exact, abs=1e-5)
+    with pytest.raises(lmppl.ZeroEvidenceError, match="ends before it matches"):
+        log_evidence("abb+")  # no error of the program, as the constraint may depend on latents
 
 
 def test_few_tokens_are_asked_about_and_nothing_warns():

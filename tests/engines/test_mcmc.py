@@ -241,6 +241,23 @@ def test_tools_after_the_cut_run_anew_and_those_before_do_not():
     assert all(first == str(z) for first, z in zip(posterior["first"], posterior["z"], strict=True))
 
 
+def test_a_tool_before_the_first_latent_is_called_once_a_start_also_with_a_guide():
+    calls = Counter()
+
+    def program(x, y):
+        tool("first", lambda: calls.update(["first"]) or sum(calls.values()))
+        z = lm_sample("z", x, max_tokens=1)
+        lm_sample("y", [x, z], obs=y)
+
+    def guide(x, y):
+        lm_sample("z", y, max_tokens=1)
+
+    posterior = run(program, *moving.ARGS, num_samples=40, guide=guide)
+    assert calls["first"] == 64
+    chains = [chain for chain, _ in posterior.info["chain"]]
+    assert len(set(zip(chains, posterior["first"], strict=True))) == len(set(chains))
+
+
 def test_a_block_reaches_back_further_at_every_move_and_then_begins_again():
     fn = lmppl.LMText(small.small_lm(), "ab", max_tokens=7)
     node = {"name": "z", "fn": fn, "value": fn.value([0, 1, 0, 0, 2])}
@@ -299,6 +316,7 @@ def test_without_arviz_stats_the_chains_say_what_is_missing(monkeypatch):
 
 def coin(x, y):
     k = pyro.sample("k", dist.Bernoulli(0.4))
+    pyro.sample("v", dist.ProjectedNormal(torch.ones(2)))  # on a circle
     z = lm_sample("z", x, max_tokens=2)
     lm_sample("y", [x, z] if k else [z, x], obs=y)
 
@@ -322,6 +340,11 @@ def unstopped(x, y):
         ({"kernels": {"z": RandomWalk()}}, ValueError, "'z'.*is a text.*Redraw"),
         ({"kernels": {"k": RandomWalk()}}, ValueError, "'k'.*discrete, Bernoulli.*Redraw"),
         ({"kernels": {"k": Suffix()}}, ValueError, "'k'.*is no text.*Redraw"),
+        (
+            {"kernels": {"v": RandomWalk()}},
+            ValueError,
+            "'v'.*none for ProjectedNormal, whose support is .*: take .*Redraw.*independent redraws",
+        ),
         ({"functions": {}}, TypeError, "functions"),
         ({"functions": {"n": 3}}, TypeError, "functions"),
         ({"guide": unstopped}, ValueError, "'z': the guide draws with max_tokens=2, stop=.'b'"),
@@ -342,5 +365,5 @@ def test_a_guide_that_draws_in_another_order_is_refused():
 
 
 def test_a_kernel_for_no_site_is_warned_of():
-    with pytest.warns(UserWarning, match="names 'zz', where no chain chose to move.*: k, z"):
+    with pytest.warns(UserWarning, match="names 'zz', where no chain chose to move.*: k, v, z"):
         run(coin, *moving.ARGS, kernels={"zz": Redraw()})

@@ -3,6 +3,8 @@
 import functools
 import math
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from constrained_programs import CASES, LM, TWO_BS, exact_joint, naive_masked, sequences
@@ -13,6 +15,7 @@ from lmppl import lm_sample, runtime
 from lmppl.constraints import Regex
 from lmppl.distributions import LMText, draw_texts, score_texts
 from lmppl.guides.automatic import AutomaticProposer
+from lmppl.guides.program import _warned_of_no_end
 from lmppl.guides.scoring import score_latents
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*asked about every token")
@@ -268,7 +271,11 @@ def test_draws_of_a_guide_program_without_the_constraint_may_be_dead():
         lm_sample("z", [y, x], max_tokens=3, lm=q, temperature=4.0)
 
     guide = lmppl.LMGuide(case.program, lm=LM, program=guide_program)
-    samples = draw_samples(guide, case.program, case.args, 60)
+    _warned_of_no_end.clear()
+    message = "site 'z': the guide's text goes on after a match of Regex.*the same constraint"
+    with pytest.warns(UserWarning, match=message) as warned:
+        samples = draw_samples(guide, case.program, case.args, 60)
+    assert len(warned) == 1
     joint = exact_joint(case)
     by_ids = {key[0][1:]: log_r for key, log_r in joint.items()}
     texts = [s.sites["z"]["fn"].token_ids(s.sites["z"]["value"]) for s in samples]
@@ -276,6 +283,45 @@ def test_draws_of_a_guide_program_without_the_constraint_may_be_dead():
     for sample, ids in zip(samples, texts, strict=True):
         expected = by_ids.get(ids, -math.inf)
         assert sample.log_r == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_parameters_after_a_dead_end_of_a_guide_program_are_found():
+    """No draw of a guide ends its run."""
+
+    def program(x):
+        z = lm_sample("z", x, max_tokens=1, constraint=TWO_BS)
+        pyro.sample("k", dist.Normal(float("b" in z), 1.0))
+
+    def guide_program(x):
+        lm_sample("z", x, max_tokens=1, constraint=TWO_BS)
+        pyro.sample("k", dist.Normal(pyro.param("late", torch.tensor(0.3)), 1.0))
+
+    pyro.clear_param_store()
+    guide = lmppl.LMGuide(program, lm=LM, program=guide_program)
+    guide.inner.find_parameters(("a",))
+    assert list(guide.inner.named_parameters()) == ["params.late"]
+
+
+def test_a_guide_program_that_goes_on_after_a_move_draws_by_the_masked_law():
+    def program(x):
+        u = lm_sample("u", x, max_tokens=1)
+        lm_sample("z", [x, u], max_tokens=3, regex="b|ab|ab[ab.]")
+
+    with lmppl.use(LM):
+        proposer = lmppl.guides.program.as_guide(program).proposer_factory(("a",))(0, 0)
+        moved = runtime.Particle(program, ("a",), seed=1)
+        with runtime.ending([moved]):
+            runtime.resume([moved])
+            runtime.run_to_draws([moved])
+            runtime.serve_draws([moved])  # it waits for "z"
+            goes_on = proposer.resumed(moved.latents, proposer)
+            run = moved.rerun(moved.sites, {}, seed=0, proposer=goes_on)
+            with runtime.ending([run]):
+                runtime.run_to_end([run])
+        node = run.sites["z"]
+        ((log_q, _),) = score_texts([node["fn"].guided()], [node["value"]])
+    assert float(node["proposal_log_prob"]) == pytest.approx(float(log_q), abs=1e-5)
+    assert float(node["proposal_log_prob"]) > float(node["unscaled_log_prob"]) + 0.01
 
 
 def test_what_a_guide_leaves_to_the_program_has_the_density_of_its_draws():

@@ -158,6 +158,13 @@ def test_chains_stay_chains():
         posterior.to_arviz()
 
 
+def test_more_chains_than_draws_is_no_mistake():
+    """ArviZ's warning that the two may be mixed up is not heard (it would be an error here)."""
+    info = {"engine": "mcmc", "chain": [(0, 0), (1, 0), (2, 0)]}
+    posterior = posterior_of(list("abc"), [1.0, 2.0, 1.0], info=info, claims_evidence=False)
+    assert posterior.to_arviz(weighted=True)["posterior"]["z"].shape == (3, 1)
+
+
 def test_bad_arguments():
     with pytest.raises(ValueError, match="num_draws= is of draws that are resampled"):
         mixed().to_arviz(weighted=True, num_draws=3)

@@ -53,6 +53,35 @@ def test_drawn_from_the_prior_the_weight_is_the_likelihood():
     assert particle.take_log_weight() == 0.0  # each site once
 
 
+def test_at_scale_zero_only_what_is_possible_is_one():
+    """0 times -inf: soft factors count as nothing, hard conditions and supports hold. (Pyro refuses 0
+    itself, but for a tensor that it does not look into, and scales within scales.)"""
+
+    def program(what, scale):
+        with poutine.scale(scale=scale), poutine.scale(scale=scale):
+            if what == "factor":
+                pyro.factor("f", torch.tensor([-math.inf, 1.0]))
+            elif what == "number":
+                pyro.sample("n", dist.Uniform(0.0, 1.0), obs=torch.tensor(2.0))
+            elif what == "latent":
+                pyro.sample("z", dist.Uniform(0.0, 1.0, validate_args=False))
+            elif what == "condition":
+                require("r", False)
+            elif what == "constrained":
+                lm_sample("c", "a", max_tokens=2, regex="b", obs="a")
+            else:
+                lm_sample("t", "a", max_tokens=2, obs="a")
+
+    given = {"z": Given(torch.tensor(2.0))}
+    for scale in (1e-200, torch.tensor(0.0)):
+        with pyro.validation_enabled(False):
+            for what in ("factor", "number", "text"):
+                assert run(program, what, scale).log_joint == 0.0, (what, scale)
+            for what in ("latent", "condition", "constrained"):
+                assert run(program, what, scale, given=given).log_joint == -math.inf, (what, scale)
+    assert run(program, "factor", 0.5).log_joint == -math.inf
+
+
 def test_scale_and_mask_are_applied_once_and_the_proposal_is_unscaled():
     def program():
         with poutine.scale(scale=0.5):

@@ -1,5 +1,6 @@
 """Training guides of constrained programs: truncations, dead ends, records, checkpoints."""
 
+import functools
 import itertools
 import math
 
@@ -268,6 +269,38 @@ def test_another_constraint_makes_another_program():
 
     assert of(Regex("a+")) == of(Regex("a+")) != of(Regex("b+"))
     assert digest_of(Regex("a+")) != digest_of(TWO_BS)
+
+
+def test_another_schema_makes_another_program():
+    pydantic = pytest.importorskip("pydantic")
+
+    def made(**fields):
+        given = {name: (kind, ...) for name, kind in fields.items()}
+        return pydantic.create_model("Answer", **given)
+
+    def closing_over(schema):
+        def program(x):
+            return lm_sample("z", x, max_tokens=3, json_schema=schema)
+
+        return program
+
+    def bound(schema):
+        return functools.partial(lambda schema, x: None, schema)
+
+    unwritable = made(a=type("Odd", (), {"__get_pydantic_core_schema__": any_schema}))
+    for of in (closing_over, bound):
+        one, other, turned, odd = (
+            program_fingerprint(of(schema))
+            for schema in (made(a=int), made(a=str), made(b=int, a=int), unwritable)
+        )
+        assert one == program_fingerprint(of(made(a=int)))
+        assert len({one, other, turned, odd, program_fingerprint(of(made(a=int, b=int)))}) == 5
+
+
+def any_schema(*_):
+    from pydantic_core import core_schema
+
+    return core_schema.is_instance_schema(object)
 
 
 def test_learning_a_constrained_program_estimates_its_evidence():

@@ -7,6 +7,7 @@ body that matches.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -283,8 +284,20 @@ def _stop_tokens(vocabulary: Vocabulary, stops: tuple[bytes, ...], tail: bytes) 
     """It goes through the whole vocabulary, once for all texts with this end."""
     numbers: dict[Body, int] = {}
     pairs: dict[bool, list[tuple[int, int]]] = {True: [], False: []}
+    # Most tokens have nothing of a stop string, which is seen at once.
+    search = re.compile(b"|".join(map(re.escape, stops))).search
+    begins = tuple({stop[:length] for stop in stops for length in range(1, len(stop))})
+    following = tuple({
+        stop[length : length + 1]
+        for length in _begun_stops(tail, stops)
+        for stop in stops
+        if len(stop) > length and tail.endswith(stop[:length])
+    })  # fmt: skip
     for token in vocabulary.text_tokens.nonzero().flatten().tolist() if stops else ():
-        closes, bodies = _bodies(tail, vocabulary.token_bytes(token), stops)
+        data = vocabulary.token_bytes(token)
+        if not (data.startswith(following) or data.endswith(begins) or search(data)):
+            continue
+        closes, bodies = _bodies(tail, data, stops)
         pairs[closes] += [(token, numbers.setdefault(body, len(numbers))) for body in bodies]
     closing, closing_body = torch.tensor(pairs[True], dtype=torch.long).reshape(-1, 2).T
     beginning, beginning_body = torch.tensor(pairs[False], dtype=torch.long).reshape(-1, 2).T

@@ -394,12 +394,21 @@ def encode_observed(obs: str, stopping: Stopping, site: str = "") -> tuple[int, 
     if closed is None:
         if vocabulary.eos_id is not None:
             return (*ids, vocabulary.eos_id)
+        matching = stopping.matching
+        if matching is not None and not matching.is_match(vocabulary.bytes_of(ids)):
+            return ids  # which has probability zero
         closers = {"stop": list(stopping.stop) or None, "max_tokens": stopping.max_tokens}
         closing = ", ".join(f"{name}={value!r}" for name, value in closers.items() if value)
+        advice = (
+            "leave out stop and max_tokens to score it as the beginning of a text"
+            if matching is None
+            else f"say max_tokens={len(ids)}, which it has, or give a constraint of which nothing "
+            "longer is a match"
+        )
         raise ValueError(
             f"{site}the observed text {str(obs)!r} does not close the site ({closing}), and the "
-            "model has no EOS token that could be appended. Let it end as the site would, or leave "
-            "out stop and max_tokens to score it as the beginning of a text."
+            f"model has no EOS token that could be appended. Let it end as the site would"
+            f"{', by a stop string' if stopping.stop else ''}; or {advice}."
         )
     length, reason, stop = closed
     if length == len(ids):

@@ -66,7 +66,8 @@ class Constraint:
         return hash(self.key)
 
     def allows(self, prefix: str) -> bool:
-        """Whether a matching text may begin with ``prefix``, whole characters."""
+        """Whether a matching text may begin with ``prefix``, whole characters. It is monotone: False of
+        a text means False of every longer one that begins so."""
         raise NotImplementedError
 
     def complete(self, text: str) -> bool:

@@ -221,16 +221,20 @@ def _shown(given: Any) -> str:
 _MOST_SHOWN = 120  # characters
 
 
+def is_schema_class(given: Any) -> bool:
+    """Whether ``given`` is a pydantic model's class, which has a JSON schema."""
+    return isinstance(given, type) and hasattr(given, "model_json_schema")
+
+
 def _schema_of(schema: Any) -> Mapping[str, Any]:
     """A schema as a dict of JSON's values."""
-    model_schema = getattr(schema, "model_json_schema", None)
-    if model_schema is not None:
-        if not isinstance(schema, type):
-            raise TypeError(
-                f"json_schema takes a pydantic model's class, given an instance ({schema!r}): give "
-                f"{type(schema).__name__}"
-            )
-        schema = model_schema()
+    if is_schema_class(type(schema)):
+        raise TypeError(
+            f"json_schema takes a pydantic model's class, given an instance ({schema!r}): give "
+            f"{type(schema).__name__}"
+        )
+    if is_schema_class(schema):
+        schema = schema.model_json_schema()
     if isinstance(schema, str):
         try:
             schema = json.loads(schema)
