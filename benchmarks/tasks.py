@@ -56,7 +56,7 @@ def section(results: Results, images: Path | None) -> str:
     for number, setting in enumerate(settings):
         own = [group for group in groups if group.settings == setting]
         rows = [row for group in own for row in group.rows]
-        methods = " ".join(f"'{g.method}'" if " " in g.method else g.method for g in own)
+        methods = " ".join(group.method for group in own)
         seeds = 1 + max(row.seed for row in rows)
         command = (
             f"{rows[0].command} --method {methods} --seeds {seeds} "

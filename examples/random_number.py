@@ -9,7 +9,7 @@ mostly the same few. The program keeps what is a number, and makes the model's o
 nothing: its posterior is uniform, and its evidence the number of numbers, 101. That is known exactly,
 and so is what each method draws: the probabilities of all the numbers are computed, nothing is counted.
 
-"prior" is the model itself, "low temperature" the same at --temperature; the others train a guide:
+"prior" is the model itself, "low_temperature" the same at --temperature; the others train a guide:
 "guide" by the default loss, "sft" by maximum likelihood on as many draws of the uniform distribution as
 "guide" draws texts in its training, the others as lmppl.losses says; all at the same number of
 language-model tokens. Expect a guide that draws a number 99.9 times in 100 or more, and each with nearly
@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from paper.command import Run, Task
+from paper.command import Run, Task, positive
 from paper.evaluation import held_out
 from paper.inputs import BadInput, check_fits
 from paper.rows import Column, Row
@@ -109,7 +109,7 @@ def measure(run: Run) -> dict[str, Any]:
     check_fits(run.lm, [PROMPT.format(most=most)], len(str(most)) + 1)
     run.once("tokens", lambda: check_unique(run.lm, texts))
     guide: Any = None
-    if run.method == "low temperature":
+    if run.method == "low_temperature":
         guide = lambda most: colder(most, run.args.temperature)  # noqa: E731
     elif run.method != "prior":
         guide = run.train(lambda: trainer(run, texts))
@@ -165,7 +165,7 @@ def plot(rows: Sequence[Row]) -> Any:
 TASK = Task(
     name="random_number",
     title="A uniform random number",
-    methods=("prior", "guide", "low temperature", "sft", "ppo", "elbo", "wake"),
+    methods=("prior", "guide", "low_temperature", "sft", "ppo", "elbo", "wake"),
     columns={
         "valid": Column("valid", ".2%", least=0.999),
         "kl": Column("KL to uniform", ".4f", most=0.002),
@@ -182,7 +182,8 @@ TASK = Task(
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = TASK.parser(__doc__)
-    parser.add_argument("--most", type=int, default=100, help="the largest number")
+    parser.set_defaults(steps=156)  # of 64 traces: 10,000 in all, of which a quarter is replayed
+    parser.add_argument("--most", type=positive, default=100, help="the largest number")
     parser.add_argument("--temperature", type=float, default=0.5, help="of low temperature")
     with warnings.catch_warnings():
         # The space at its end is a token of its own for models that split numbers into digits.

@@ -96,10 +96,10 @@ class Task:
         parser.add_argument("--model", default="smollm2-135m-instruct", help="any causal LM")
         parser.add_argument("--dtype", help="by default what suits the machine")
         parser.add_argument("--quick", action="store_true", help="small settings, about 2 minutes")
-        parser.add_argument("--seeds", type=_positive, default=1, help="how many: 0, 1, ...")
-        parser.add_argument("--steps", type=_positive, default=100, help="of the guide's training")
-        parser.add_argument("--batch-size", type=_positive, default=64, help="traces a step")
-        parser.add_argument("--samples", type=_positive, default=1024, help="draws an input")
+        parser.add_argument("--seeds", type=positive, default=1, help="how many: 0, 1, ...")
+        parser.add_argument("--steps", type=positive, default=100, help="of the guide's training")
+        parser.add_argument("--batch-size", type=positive, default=64, help="traces a step")
+        parser.add_argument("--samples", type=positive, default=1024, help="draws an input")
         parser.add_argument("--out", type=Path, help="JSON file of rows; those in it are kept")
         if self.plot is not None:
             parser.add_argument("--plot", type=Path, help="draw the rows (PNG, SVG, PDF)")
@@ -162,10 +162,13 @@ class Task:
     def _blocks(self, rows: Sequence[Row]) -> list[Block]:
         """The table, as the library's reports have it."""
         cells = [group.cells(self.columns) for group in groups_of(rows)]
+        headings = [heading for heading in cells[0] if any(of_group[heading] for of_group in cells)]
         columns: list[tuple[str, Kind]] = [
-            (heading, "name" if heading == "method" else "figure") for heading in cells[0]
+            (heading.replace(" ", "\n"), "name" if heading == "method" else "figure")
+            for heading in headings
         ]
-        return ["", self.title, "", Table(columns, [list(of_group.values()) for of_group in cells])]
+        table = [[of_group[heading] for heading in headings] for of_group in cells]
+        return ["", self.title, "", Table(columns, table, gap=1)]
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -186,7 +189,8 @@ def _command(name: str, args: argparse.Namespace, usual: argparse.Namespace) -> 
     return shlex.join(words)
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """A whole number above 0, as argparse takes a type."""
     number = int(text)
     if number < 1:
         raise ValueError

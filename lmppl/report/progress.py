@@ -41,14 +41,22 @@ class progress_bar:
         if self._show and not _live:
             from rich import progress
             from rich.console import Console
+            from rich.table import Column
+            from rich.text import Text
+
+            class Figures(progress.ProgressColumn):
+                """Cut where there is no room, so that the bar keeps its width."""
+
+                def render(self, task: progress.Task) -> Text:
+                    return Text(task.fields["figures"], no_wrap=True, overflow="ellipsis")
 
             # No refresh thread: it would run beside programs that swap global state.
             self._bar = progress.Progress(
                 progress.TextColumn("{task.description}", markup=False),
-                progress.BarColumn(bar_width=30),
+                progress.BarColumn(bar_width=20),
                 progress.MofNCompleteColumn(),
                 progress.TimeElapsedColumn(),
-                progress.TextColumn("{task.fields[figures]}", markup=False),
+                Figures(Column()),
                 console=Console(stderr=True),
                 transient=True,
                 auto_refresh=False,

@@ -220,15 +220,15 @@ def row(method, seed, share, **options):
 
 def test_the_table_has_means_deviations_and_goals():
     found = results(
-        row("low temperature", 0, None), row("guide", 0, 0.4, steps=10, tokens=1000, minutes=2.0),
+        row("low_temperature", 0, None), row("guide", 0, 0.4, steps=10, tokens=1000, minutes=2.0),
         row("guide", 1, 0.8, steps=10, tokens=2000, minutes=3.0),
     )  # fmt: skip
     text = tasks.section(found, None)
     assert "| method | share | steps | tokens | minutes | seeds |" in text
-    assert "| low temperature |  |  |  | 0.0 | 1 |" in text
+    assert "| low_temperature |  |  |  | 0.0 | 1 |" in text
     assert "| guide | 60.0% ± 28.3% | 10 | 1,500 | 2.5 | 2 |" in text
     assert "| goal of the guide | at least 50.0%: met |" in text
-    assert "--method 'low temperature' guide --seeds 2 --out benchmarks/results/tasks/" in text
+    assert "--method low_temperature guide --seeds 2 --out benchmarks/results/tasks/" in text
     assert "**missed**" in tasks.section(results(row("guide", 0, 0.4)), None)
     assert Column("", ".1f", most=2.0).met_by(2.0) and not Column("", ".1f", most=2.0).met_by(2.1)
     assert len(groups_of(found.rows)) == 2

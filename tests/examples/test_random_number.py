@@ -70,3 +70,15 @@ def test_every_method(tmp_path, capsys):
     random_number.main([*words.split(), str(out), "--plot", str(tmp_path / "picture.png")])
     assert (tmp_path / "picture.png").stat().st_size > 1000
     assert "random_number-0.svg" in tasks.section(Results.load(out), tmp_path)
+
+
+def test_a_prompt_that_does_not_fit_is_named(monkeypatch, capsys):
+    short = tiny_lm("0123456789.", context_length=6)
+    monkeypatch.setattr(lmppl.LM, "from_pretrained", lambda name, dtype=None: short)
+    for words, message in (
+        (["--most", "9999"], "with 5 more it does not fit the context"),
+        (["--most", "0"], "argument --most"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            random_number.main(words)
+        assert ended.value.code == 2 and message in capsys.readouterr().err

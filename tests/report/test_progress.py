@@ -44,6 +44,14 @@ def test_nothing_is_written_where_nobody_watches(capsys, show):
     assert captured.out == "" and captured.err == ""
 
 
+def test_the_bar_keeps_its_width_where_figures_have_no_room(watched, monkeypatch):
+    terminal = watched()
+    monkeypatch.setenv("COLUMNS", "60")
+    run(loss=0.123456, a_long_name=1.0, another=2.0)
+    assert "━" * 20 in terminal.getvalue() and "…" in terminal.getvalue()
+    assert "3/3" in terminal.getvalue() and "another 2" not in terminal.getvalue()
+
+
 def test_progress_false_is_silent_on_a_terminal(watched):
     terminal = watched()
     run(False)
