@@ -20,7 +20,6 @@ from lmppl.states import write_text
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE = DOCS / "performance.md"
 IMAGES = "images"
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
 
 def table(results: Sequence[Result]) -> str:
@@ -102,17 +101,18 @@ def machines(root: Path) -> list[Path]:
     return sorted({path for path in found if path.name not in (LOCAL, TASKS)})
 
 
-def update(page: str, content: str) -> str:
-    """The page with other content between the markers.
+def update(page: str, content: str, part: str = "results") -> str:
+    """The page with other content between the markers of one part of it.
 
     Raises:
-        ValueError: it has no markers.
+        ValueError: it has no such markers.
     """
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    first, last = f"<!-- {part}:begin -->", f"<!-- {part}:end -->"
+    before, begin, rest = page.partition(first)
+    _, end, after = rest.partition(last)
     if not begin or not end:
-        raise ValueError(f"the page has no {BEGIN} ... {END}")
-    return f"{before}{BEGIN}\n\n{content}\n\n{END}{after}"
+        raise ValueError(f"the page has no {first} ... {last}")
+    return f"{before}{first}\n\n{content}\n\n{last}{after}"
 
 
 def published(root: Path, images: Path) -> str:

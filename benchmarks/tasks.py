@@ -1,7 +1,7 @@
 """The results of the five tasks, as docs/results.md.
 
-python -m benchmarks.tasks     remakes the results part of the page from benchmarks/results/tasks/,
-                               and the pictures beside it
+python -m benchmarks.tasks     remakes the tables of the page from benchmarks/results/tasks/, each
+                               between the markers of its task, and the pictures beside it
 
 The files there are written by the scripts in examples/, each with ``--out``; the page says by which
 command. A picture needs matplotlib, the extra ``bench``; without it there are none.
@@ -26,6 +26,8 @@ if str(EXAMPLES) not in sys.path:  # where the scripts have it when they are run
 from paper.rows import Column, Group, Results, groups_of  # noqa: E402
 
 PAGE = DOCS / "results.md"
+MOST_TIMES, ENOUGH = 10, 0.5
+"""The goal of a guide: an ESS of so many times the prior's, or of so large a share of the draws."""
 
 
 def table(groups: Sequence[Group], columns: dict[str, Column]) -> str:
@@ -50,7 +52,7 @@ def section(results: Results, images: Path | None) -> str:
         results: of the task.
         images: folder for its picture; None: there is none.
     """
-    parts = [f"### {results.title}"]
+    parts: list[str] = []
     groups = groups_of(results.rows)
     settings = list({str(group.settings): group.settings for group in groups}.values())
     for number, setting in enumerate(settings):
@@ -63,31 +65,46 @@ def section(results: Results, images: Path | None) -> str:
             f"--out benchmarks/results/{TASKS}/{results.task}.json"
         )
         machines = "; ".join(dict.fromkeys(row.machine for row in rows))
-        parts += [table(own, results.columns), f"`{command}`\n\n{machines}."]
+        parts += [table(own, results.columns), *gain(own), f"`{command}`\n\n{machines}."]
         name = f"{results.task}-{number}.svg"
         if images is not None and _draw(results.task, rows, images / name):
             parts.append(f"![{results.title}, by method]({IMAGES}/{name})")
     return "\n\n".join(parts)
 
 
-def published(folder: Path, images: Path | None) -> str:
-    """The results part of the page: the tasks in the order of their files' names."""
-    found = [Results.load(path) for path in sorted(folder.glob("*.json"))]
-    if not found:
-        return "No results have been recorded yet."
-    return "\n\n".join(section(results, images) for results in found)
+def gain(groups: Sequence[Group]) -> list[str]:
+    """A sentence on what the guide's training gains as a proposal, with the goal; none if the rows do not
+    say it: those of guide and prior have the figure ``counted``."""
+    found = {group.method: group.mean("counted") for group in groups}
+    guide, prior = found.get("guide"), found.get("prior")
+    if guide is None or prior is None:
+        return []
+    met = "met" if guide >= min(MOST_TIMES * prior, ENOUGH) else "**missed**"
+    times = f"{guide / prior:.1f} times the prior's {prior:.1%}" if prior else "the prior's is 0"
+    return [
+        f"ESS of the guide, where log Z agrees: {guide:.1%}, {times}. Goal: {MOST_TIMES} times, or "
+        f"{ENOUGH:.0%}: {met}."
+    ]
+
+
+def updated(page: str, folder: Path, images: Path | None) -> str:
+    """The page with what the folder's files say in its part of each task.
+
+    Raises:
+        ValueError: it has no such part, from ``<!-- NAME:begin -->`` to ``<!-- NAME:end -->``.
+    """
+    for path in sorted(folder.glob("*.json")):
+        results = Results.load(path)
+        page = update(page, section(results, images), results.task)
+    return page
 
 
 def _goal(groups: Sequence[Group], name: str, column: Column) -> str:
     """What the guide is meant to reach, and whether it did in the mean; "" if there is no such goal."""
-    values = [
-        row.figures[name] for g in groups if g.method == "guide" for row in g.rows
-        if name in row.figures
-    ]  # fmt: skip
-    if not column.goal() or not values:
+    means = [group.mean(name) for group in groups if group.method == "guide"]
+    if not column.goal() or not means or means[0] is None:
         return ""
-    met = column.met_by(sum(values) / len(values))
-    return f"{column.goal()}: {'met' if met else '**missed**'}"
+    return f"{column.goal()}: {'met' if column.met_by(means[0]) else '**missed**'}"
 
 
 def _draw(task: str, rows: Sequence[object], path: Path) -> bool:
@@ -107,7 +124,7 @@ def _draw(task: str, rows: Sequence[object], path: Path) -> bool:
 
 def main() -> None:
     argparse.ArgumentParser(prog="python -m benchmarks.tasks", description=__doc__).parse_args()
-    write_text(PAGE, update(PAGE.read_text(), published(FOLDER / TASKS, DOCS / IMAGES)))
+    write_text(PAGE, updated(PAGE.read_text(), FOLDER / TASKS, DOCS / IMAGES))
     print(f"written: {PAGE}")
 
 

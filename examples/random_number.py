@@ -119,7 +119,8 @@ def measure(run: Run) -> dict[str, Any]:
         random_number, [(most,)], log_z, guide=guide, lm=run.lm, num_samples=run.args.samples,
         seed=run.seed,
     )  # fmt: skip
-    return found | {name: drawn[name] for name in ("ess", "agrees", "log_z", "log_z_stderr")}
+    names = ("ess", "agrees", "counted", "log_z", "log_z_stderr")
+    return found | {name: drawn[name] for name in names}
 
 
 def show(row: Row) -> None:

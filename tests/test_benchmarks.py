@@ -151,7 +151,7 @@ def test_the_table_shows_values_and_goals():
 
 
 def test_the_page_gets_published_results_only(tmp_path):
-    page = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
+    page = "before\n<!-- results:begin -->\nold\n<!-- results:end -->\nafter\n"
     images = tmp_path / "images"
     sampling_result().save(tmp_path / LOCAL)
     content = report.published(tmp_path, images)

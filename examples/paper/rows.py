@@ -117,17 +117,29 @@ class Group:
     settings: dict[str, Any]
     rows: list[Row]
 
+    def values(self, name: str) -> list[float]:
+        """A figure of the rows that have it."""
+        return [row.figures[name] for row in self.rows if row.figures.get(name) is not None]
+
+    def mean(self, name: str) -> float | None:
+        """The mean of a figure; None if no row has it."""
+        values = self.values(name)
+        return statistics.fmean(values) if values else None
+
     def cells(self, columns: Mapping[str, Column]) -> dict[str, str]:
         """What a table says of them, by heading; "" for a figure that they have not."""
         cells = {"method": self.method}
         for name, column in columns.items():
-            values = [row.figures[name] for row in self.rows if row.figures.get(name) is not None]
-            cells[column.title] = column.written(*_mean(values)) if values else ""
-        trained = self.rows[0].steps > 0
-        for title, name, form in (("steps", "steps", ",.0f"), ("tokens", "tokens", ",.0f")):
-            mean, _ = _mean([getattr(row, name) for row in self.rows])
-            cells[title] = format(mean, form) if trained else ""
-        cells["minutes"] = format(_mean([row.minutes for row in self.rows])[0], ".1f")
+            values = self.values(name)
+            deviation = statistics.stdev(values) if len(values) > 1 else None
+            cells[column.title] = (
+                column.written(statistics.fmean(values), deviation) if values else ""
+            )
+        trained = [row for row in self.rows if row.steps]
+        for name in ("steps", "tokens"):
+            spent = [getattr(row, name) for row in trained]
+            cells[name] = f"{statistics.fmean(spent):,.0f}" if spent else ""
+        cells["minutes"] = f"{statistics.fmean(row.minutes for row in self.rows):.1f}"
         cells["seeds"] = str(len(self.rows))
         return cells
 
@@ -142,9 +154,3 @@ def groups_of(rows: Sequence[Row]) -> list[Group]:
         else:
             groups.append(Group(row.method, row.settings, [row]))
     return groups
-
-
-def _mean(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and standard deviation; None: there is none."""
-    deviation = statistics.stdev(values) if len(values) > 1 else None
-    return statistics.fmean(values), deviation

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 
@@ -234,10 +233,41 @@ def test_the_table_has_means_deviations_and_goals():
     assert len(groups_of(found.rows)) == 2
 
 
-def test_the_page_is_made_of_all_files(tmp_path):
-    assert "No results" in tasks.published(tmp_path / TASKS, None)
-    results(row("guide", 0, 0.4)).save(tmp_path / TASKS / "random_number.json")
-    assert "### A task" in tasks.published(tmp_path / TASKS, None)
+def test_the_gain_of_the_guide_is_compared_with_its_goal():
+    def found(prior, guide):
+        rows = row("prior", 0, 0.1), row("guide", 0, 0.2)
+        for of_method, counted in zip(rows, (prior, guide), strict=True):
+            of_method.figures["counted"] = counted
+        return tasks.gain(groups_of(rows))
+
+    assert found(0.02, 0.3) == [
+        "ESS of the guide, where log Z agrees: 30.0%, 15.0 times the prior's 2.0%. Goal: 10 times, or "
+        "50%: met."
+    ]
+    assert "3.0 times the prior's 5.0%. Goal: 10 times, or 50%: **missed**" in found(0.05, 0.15)[0]
+    assert found(0.2, 0.51)[0].endswith(": met.")
+    assert "the prior's is 0" in found(0.0, 0.51)[0]
+    assert tasks.gain(groups_of([row("prior", 0, 0.1), row("guide", 0, 0.2)])) == []
+
+
+def test_the_page_gets_the_tables_of_all_files(tmp_path):
+    page = "before\n<!-- random_number:begin -->\nold\n<!-- random_number:end -->\nafter\n"
+    assert tasks.updated(page, tmp_path / TASKS, None) == page
+    found = results(row("guide", 0, 0.4))
+    found.save(tmp_path / TASKS / "random_number.json")
+    updated = tasks.updated(page, tmp_path / TASKS, None)
+    assert "| guide | 40.0% |" in updated and "old" not in updated
+    assert updated.startswith("before\n") and updated.endswith("after\n")
+    assert tasks.updated(updated, tmp_path / TASKS, None) == updated
     assert report.machines(tmp_path) == [], "their folder is no machine"
-    assert report.update(tasks.PAGE.read_text(), "text")
-    assert json.loads((tmp_path / TASKS / "random_number.json").read_text())["rows"][0]["seed"] == 0
+    found.task = "another"
+    found.save(tmp_path / TASKS / "another.json")
+    with pytest.raises(ValueError, match="another:begin"):
+        tasks.updated(page, tmp_path / TASKS, None)
+
+
+def test_the_page_of_the_docs_has_a_part_for_each_task():
+    page = tasks.PAGE.read_text()
+    for script in sorted(tasks.EXAMPLES.glob("*.py")):
+        if "paper.command" in script.read_text():
+            assert report.update(page, "text", script.stem)
