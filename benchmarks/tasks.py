@@ -73,8 +73,8 @@ def section(results: Results, images: Path | None) -> str:
 
 
 def gain(groups: Sequence[Group]) -> list[str]:
-    """A sentence on what the guide's training gains as a proposal, with the goal; none if the rows do not
-    say it: those of guide and prior have the figure ``counted``."""
+    """A sentence on what the guide's training gains as a proposal, with the goal. None if the rows don't
+    say: those of guide and prior have the figure ``counted``."""
     found = {group.method: group.mean("counted") for group in groups}
     guide, prior = found.get("guide"), found.get("prior")
     if guide is None or prior is None:
