@@ -18,6 +18,7 @@ the same probability, and ppo to draw numbers, but not all.
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 import warnings
@@ -26,17 +27,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from paper.command import Run, Task, positive
-from paper.evaluation import held_out
-from paper.inputs import BadInput, check_fits
-from paper.rows import Column, Row
-from paper.training import Trainer
 from pyro import poutine
 
 import lmppl
 from lmppl import lm_sample, require
 from lmppl.guides.scoring import score_latents
 from lmppl.report.tables import Table, as_text
+from paper.command import Run, Task, positive
+from paper.evaluation import held_out
+from paper.inputs import BadInput, check_fits
+from paper.rows import Column, Row
+from paper.training import Trainer
 
 PROMPT = "The following is a random integer drawn uniformly between 0 and {most}: "
 
@@ -55,9 +56,10 @@ def colder(most: int, temperature: float) -> None:
     lm_sample("z", prompt, max_tokens=max_tokens, stop=".", temperature=temperature)
 
 
-def numbers(most: int) -> dict[str, int]:
+@functools.cache
+def numbers(most: int) -> tuple[str, ...]:
     """What the program accepts: canonical decimals, with the full stop that ends the text."""
-    return {f"{number}.": number for number in range(most + 1)}
+    return tuple(f"{number}." for number in range(most + 1))
 
 
 def check_unique(lm: lmppl.LM, texts: Sequence[str]) -> None:
@@ -105,7 +107,7 @@ def trainer(run: Run, texts: Sequence[str]) -> Trainer:
 
 def measure(run: Run) -> dict[str, Any]:
     """The exact law of a method, and its draws as a proposal."""
-    most, texts = run.args.most, list(numbers(run.args.most))
+    most, texts = run.args.most, numbers(run.args.most)
     check_fits(run.lm, [PROMPT.format(most=most)], len(str(most)) + 1)
     run.once("tokens", lambda: check_unique(run.lm, texts))
     guide: Any = None

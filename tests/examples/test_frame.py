@@ -6,18 +6,18 @@ import math
 import sys
 
 import pytest
-from paper import inputs
-from paper.command import Task
-from paper.evaluation import held_out, log_z_by_runs
-from paper.inputs import BadInput, check_fits, lines_of, package
-from paper.rows import Column, Results, Row, groups_of
-from paper.training import LOSSES, Trainer, tokens
 
 import lmppl
 from benchmarks import report, tasks
 from benchmarks.results import TASKS
 from lmppl import lm_sample, require
 from lmppl.testing import tiny_lm
+from paper import inputs
+from paper.command import Task
+from paper.evaluation import held_out, log_z_by_runs
+from paper.inputs import BadInput, check_fits, lines_of, package
+from paper.rows import Column, Results, Row, groups_of
+from paper.training import LOSSES, Trainer, tokens
 
 LM = tiny_lm("ab.", seed=0)
 
