@@ -162,7 +162,8 @@ def importance(bench: Bench) -> list[Case]:
 def fit(bench: Bench) -> list[Case]:
     size = bench.choose(smoke=4, quick=512, full=512)
     words = f"fit, {size:,} traces a step, three sites"
-    return [Case(words, fitting(size), plain_traces(2 * size), 1.5)]
+    side = fitting(size, bench.choose(smoke=1, quick=FIT_STEPS, full=FIT_STEPS))
+    return [Case(words, side, plain_traces(2 * size), 1.5)]
 
 
 def fit_growth(bench: Bench) -> list[Case]:
@@ -228,8 +229,8 @@ def plain_traces(traces: int) -> Side:
     return Side("plain Pyro", counted(work), traces)
 
 
-def fitting(size: int) -> Side:
-    return Side(f"fit, {size:,}", Fitting(frozen_lm(), size), FIT_STEPS * size)
+def fitting(size: int, steps: int = FIT_STEPS) -> Side:
+    return Side(f"fit, {size:,}", Fitting(frozen_lm(), size, steps), steps * size)
 
 
 @dataclass
@@ -239,6 +240,7 @@ class Fitting:
 
     lm: lmppl.LM
     size: int
+    steps: int
 
     def warm_up(self) -> None:
         self.repeat(0)
@@ -248,7 +250,7 @@ class Fitting:
         guide = lmppl.LMGuide(story, lm=self.lm)
         options = {"batch_size": self.size, "inputs_per_step": 1, "seed": number}
         options |= {"progress": False, "callback": lambda _: ends.append(time.process_time())}
-        guide.fit([("ab.", "aba")], steps=1 + FIT_STEPS, **options)
+        guide.fit([("ab.", "aba")], steps=1 + self.steps, **options)
         return ends[-1] - ends[0], 0
 
 
