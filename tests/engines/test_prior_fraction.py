@@ -89,7 +89,7 @@ def test_unbiased_by_enumeration(monkeypatch, program, guide):
     check(monkeypatch, program, guide, num_samples=1, **IMPORTANCE)
 
 
-@pytest.mark.parametrize("guide", [forgets_b, choices_half])
+@pytest.mark.parametrize("guide", [forgets_b, pytest.param(choices_half, marks=pytest.mark.slow)])
 def test_unbiased_by_enumeration_in_smc(monkeypatch, guide):
     check(monkeypatch, two_choices, guide, **SMC)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import stat
 import threading
@@ -230,12 +231,20 @@ DAMAGE = [
 ]
 
 
-@pytest.mark.parametrize("file, damage", DAMAGE)
-def test_a_damaged_guide_is_refused_by_the_name_of_the_file(file, damage, tmp_path):
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A saved guide that can be loaded, to be copied."""
+    path = tmp_path_factory.mktemp("whole") / "guide"
     guide = lmppl.LMGuide(BETA.program, lm=BETA.lm)
     guide.prepare(BETA.args)
-    shaken(guide).save(tmp_path / "guide")
-    lmppl.LMGuide.load(tmp_path / "guide", BETA.program, lm=BETA.lm)
+    shaken(guide).save(path)
+    lmppl.LMGuide.load(path, BETA.program, lm=BETA.lm)
+    return path
+
+
+@pytest.mark.parametrize("file, damage", DAMAGE)
+def test_a_damaged_guide_is_refused_by_the_name_of_the_file(file, damage, whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "guide")
     damage(tmp_path / "guide" / file)
     if damage is os.remove and file == "guide.json":
         with pytest.raises(FileNotFoundError, match="is no guide: it has no guide.json"):

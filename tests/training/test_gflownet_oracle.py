@@ -28,7 +28,18 @@ _SOON = {"one site": 350, "scale": 350, "tool": 350}
 _WIDER = {"beta and text": 0.015, "hard constraint": 0.015}
 
 
-@pytest.mark.parametrize("case", _CASES, ids=str)
+# One of each kind; the others learn what these do, in other programs.
+_EACH_KIND = {"one site", "chain", "beta and text", "hard constraint", "choices"}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=[] if case.name in _EACH_KIND else pytest.mark.long)
+        for case in _CASES
+    ],
+    ids=str,
+)
 def test_a_trained_guide_is_the_posterior(case):
     guide = lmppl.LMGuide(case.program, lm=case.lm)
     guide.fit([case.args], steps=_SOON.get(case.name, _STEPS), seed=0)
