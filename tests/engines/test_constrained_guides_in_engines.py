@@ -68,9 +68,18 @@ TRAINED = [
 ]
 
 
-# Over two seeds, 150 steps end at a TV of .006 and a gap of .002 at most.
+# One law of each program: a guide draws alike under both, only what it is trained on differs.
+SOON = {
+    "alternatives, global", "json, local", "balanced, global", "predicate, local",
+    "second of three, global",
+}  # fmt: skip
+
+
+# Over two seeds, 150 steps end at a TV of .008 and a gap of .003 at most.
 @pytest.mark.slow
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in SOON else pytest.mark.long) for name in TRAINED]
+)
 def test_a_guide_trained_on_a_constrained_program_is_its_posterior(name):
     case = CASES[name]
     guide = lmppl.LMGuide(case.program, lm=case.lm)

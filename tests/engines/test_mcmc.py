@@ -34,7 +34,11 @@ def run(program, *args, lm=None, **options):
     return lmppl.infer(program, *args, lm=lm, method="mcmc", progress=False, **options)
 
 
-SLOW = ["branch", "chain", "choices", "hard constraint", "scale", "tool"]  # they mix slowly
+# These mix slowly. (That a kernel leaves the posterior invariant is seen exactly in ``test_moves``.)
+SLOW = {
+    "branch": pytest.mark.slow, "choices": pytest.mark.slow, "hard constraint": pytest.mark.slow,
+    "chain": pytest.mark.long, "scale": pytest.mark.long, "tool": pytest.mark.long,
+}  # fmt: skip
 
 
 def distance(posterior, exact, names):
@@ -49,7 +53,7 @@ def distance(posterior, exact, names):
 
 
 @pytest.mark.parametrize(
-    "name", ["one site", *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW)]
+    "name", ["one site", *(pytest.param(name, marks=mark) for name, mark in SLOW.items())]
 )
 def test_chains_find_the_posterior(name):
     case = CASES[name]
