@@ -140,18 +140,27 @@ def scaled(x, y):
     lm_sample("y", [x, z], obs=y)
 
 
+# Programs with a guide, and the schemes that take seconds with it, and many seconds.
+_ENUMERATED = [
+    (small.longer, small.longer_guide, {"multinomial": pytest.mark.slow}),
+    (small.long, small.long_guide, {"multinomial": pytest.mark.slow}),
+    (chain, chain_guide, {"systematic": pytest.mark.slow, "multinomial": pytest.mark.long}),
+    (hard, small.longer_guide, {"multinomial": pytest.mark.slow}),
+    (
+        sometimes,
+        small.long_guide,
+        {"systematic": pytest.mark.slow, "multinomial": pytest.mark.long},
+    ),
+    (scaled, small.long_guide, {"multinomial": pytest.mark.slow}),
+]
+
+
 @pytest.mark.parametrize(
-    "scheme", ["systematic", pytest.param("multinomial", marks=pytest.mark.slow)]
-)
-@pytest.mark.parametrize(
-    "program, guide",
+    "program, guide, scheme",
     [
-        (small.longer, small.longer_guide),
-        (small.long, small.long_guide),
-        pytest.param(chain, chain_guide, marks=pytest.mark.slow),
-        (hard, small.longer_guide),
-        pytest.param(sometimes, small.long_guide, marks=pytest.mark.slow),
-        (scaled, small.long_guide),
+        pytest.param(program, guide, scheme, marks=marks.get(scheme, []))
+        for program, guide, marks in _ENUMERATED
+        for scheme in ("systematic", "multinomial")
     ],
 )
 def test_unbiased_by_enumeration(remembered, monkeypatch, program, guide, scheme):
