@@ -13,7 +13,6 @@ ranked steps; with --compare, how many of the particles live. A minute on a lapt
 from __future__ import annotations
 
 import argparse
-import operator
 import re
 from functools import partial
 
@@ -22,6 +21,7 @@ from rich.table import Table
 
 import lmppl
 from lmppl import lm_sample, tool
+from paper.calculator import calculate
 
 EXAMPLES = [
     """\
@@ -38,20 +38,17 @@ Steps: 20 - 6 = 14; 14 + 9 = 23; 23 + 4 = 27; 27 - 7 = 20; done.
 QUESTION = "Anna has 12 pens, finds 7, gives away 4, buys 10 and loses 2. How many does she have?"
 STEP = r" \d+ [+-] \d+ ="
 NUM_STEPS = 4
-OPERATIONS = {"+": operator.add, "-": operator.sub}
 
 
-def calculate(step: str) -> int:
+def result_of(step: str) -> int:
     """The result of a step.
 
     Raises:
         ValueError: it is none.
     """
-    match = re.fullmatch(r" (\d+) ([+-]) (\d+) =", step)
-    if match is None:
-        raise ValueError(f"{step!r} is no sum")
-    left, sign, right = match.groups()
-    return OPERATIONS[sign](int(left), int(right))
+    if re.fullmatch(STEP, step) is None:
+        raise ValueError(f"{step!r} is no step")
+    return calculate(step)
 
 
 def solve(question: str, *, constrained: bool = True, examples: int = 2) -> int:
@@ -61,7 +58,7 @@ def solve(question: str, *, constrained: bool = True, examples: int = 2) -> int:
     result = 0
     for number in range(1, NUM_STEPS + 1):
         step = lm_sample(f"step_{number}", text, max_tokens=12, **how)
-        result = tool(f"result_{number}", calculate, step, on_error="reject")
+        result = tool(f"result_{number}", result_of, step, on_error="reject")
         text = [*text, step, f" {result};"]
     return result
 

@@ -24,7 +24,8 @@ class Trainer:
     Args:
         new_guide: makes an untrained guide.
         data: the inputs, as ``fit`` takes them.
-        options: of ``fit``, for each method of ``LOSSES`` that is used, without ``loss`` and ``steps``.
+        options: of ``fit``, for each method of ``LOSSES`` that is used, without ``loss`` and ``steps``;
+            ``data`` among them are other inputs for this method.
         steps: of ``"guide"``.
     """
 
@@ -49,13 +50,13 @@ class Trainer:
             )
         guide = self.new_guide()
         before, began = tokens(guide.base), time.perf_counter()
-        guide.fit(self.data, steps, seed=seed, **self._options(method), **run)
+        guide.fit(steps=steps, seed=seed, **self._options(method), **run)
         spent = tokens(guide.base) - before
         minutes = (time.perf_counter() - began) / 60
         return guide, {"steps": len(guide.history), "tokens": spent, "training_minutes": minutes}
 
     def _options(self, method: str) -> dict[str, Any]:
-        return {"loss": LOSSES[method], **self.options[method]}
+        return {"data": self.data, "loss": LOSSES[method], **self.options[method]}
 
     def _tokens_a_step(self, method: str) -> float:
         """Counted once, by two short runs, whose difference is all of steps."""
@@ -67,7 +68,7 @@ class Trainer:
             for steps in (few, 2 * few):
                 guide = self.new_guide()
                 before = tokens(guide.base)
-                guide.fit(self.data, steps, seed=0, progress=False, **options)
+                guide.fit(steps=steps, seed=0, progress=False, **options)
                 spent.append(tokens(guide.base) - before)
             self._costs[method] = max(1.0, (spent[1] - spent[0]) / few)
         return self._costs[method]
