@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import math
 import shlex
 import sys
 import time
@@ -22,6 +23,8 @@ from .inputs import BadInput, package
 from .rows import Column, Results, Row, groups_of
 from .training import Trainer
 
+_COSTS = ("steps", "tokens", "minutes", "seeds")
+_MOST_FIGURES = 6  # beside which the costs have room on a terminal
 _NOT_SETTINGS = ("method", "seeds", "out", "plot", "quick")
 
 
@@ -160,15 +163,21 @@ class Task:
         )  # fmt: skip
 
     def _blocks(self, rows: Sequence[Row]) -> list[Block]:
-        """The table, as the library's reports have it."""
+        """The table, as the library's reports have it; the costs in one of their own if it is wide."""
         cells = [group.cells(self.columns) for group in groups_of(rows)]
         headings = [heading for heading in cells[0] if any(of_group[heading] for of_group in cells)]
-        columns: list[tuple[str, Kind]] = [
-            (heading.replace(" ", "\n"), "name" if heading == "method" else "figure")
-            for heading in headings
-        ]
-        table = [[of_group[heading] for heading in headings] for of_group in cells]
-        return ["", self.title, "", Table(columns, table, gap=1)]
+        costs = [heading for heading in headings if heading in _COSTS]
+        figures = [heading for heading in headings[1:] if heading not in _COSTS]
+        parts = [[*figures, *costs]] if len(figures) <= _MOST_FIGURES else [figures, costs]
+        return ["", self.title, *(line for part in parts for line in ("", _table(cells, part)))]
+
+
+def _table(cells: Sequence[Mapping[str, str]], headings: Sequence[str]) -> Table:
+    """What each method's cells say under some headings."""
+    columns: list[tuple[str, Kind]] = [("method", "name")]
+    columns += [(heading.replace(" ", "\n"), "figure") for heading in headings]
+    rows = [[of_group[name] for name in ("method", *headings)] for of_group in cells]
+    return Table(columns, rows, gap=1)
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -193,5 +202,21 @@ def positive(text: str) -> int:
     """A whole number above 0, as argparse takes a type."""
     number = int(text)
     if number < 1:
+        raise ValueError
+    return number
+
+
+def several(text: str) -> int:
+    """A whole number above 1."""
+    number = int(text)
+    if number < 2:
+        raise ValueError
+    return number
+
+
+def above_0(text: str) -> float:
+    """A finite number above 0."""
+    number = float(text)
+    if not 0 < number < math.inf:
         raise ValueError
     return number

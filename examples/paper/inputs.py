@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import lmppl
 
@@ -15,7 +16,12 @@ class BadInput(Exception):
 
 
 def lines_of(path: Path) -> list[str]:
-    """The lines of a text file that are not blank, without spaces around them.
+    """The lines of a text file; see ``numbered_lines``."""
+    return [line for _, line in numbered_lines(path)]
+
+
+def numbered_lines(path: Path) -> list[tuple[int, str]]:
+    """The lines of a text file that are not blank, without spaces around them, and their numbers.
 
     Raises:
         BadInput: if there is no such file, it is no text, or it has no such line.
@@ -26,9 +32,10 @@ def lines_of(path: Path) -> list[str]:
         raise BadInput(f"{path} cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise BadInput(f"{path} is no text in UTF-8, see byte {error.start}") from error
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    numbered = enumerate(text.split("\n"), 1)
+    lines = [(number, line.strip()) for number, line in numbered if line.strip()]
     if not lines:
-        raise BadInput(f"{path} has no line of text: give one prompt a line")
+        raise BadInput(f"{path} has no line of text: give one input a line")
     return lines
 
 
@@ -48,6 +55,20 @@ def check_fits(lm: lmppl.LM, prompts: Sequence[str], max_tokens: int) -> None:
                 f"{max_tokens} more it does not fit the context of {lm.name!r}, {context:,} tokens. "
                 "Shorten it"
             )
+
+
+def split(items: Sequence[Any], held_out: int, what: str) -> tuple[list[Any], list[Any]]:
+    """What is trained on, and the last ``held_out``, which are not.
+
+    Raises:
+        BadInput: if nothing is left to train on; ``what`` has the items.
+    """
+    if len(items) <= held_out:
+        raise BadInput(
+            f"{what} has {len(items)} inputs, and the last {held_out} are held out, so none is left to "
+            "train on: give more, or a smaller --held-out"
+        )
+    return list(items[:-held_out]), list(items[-held_out:])
 
 
 def package(name: str, requirement: str, purpose: str) -> ModuleType:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 
@@ -13,9 +14,9 @@ from benchmarks.results import TASKS
 from lmppl import lm_sample, require
 from lmppl.testing import tiny_lm
 from paper import inputs
-from paper.command import Task
+from paper.command import Task, above_0, positive, several
 from paper.evaluation import held_out, log_z_by_runs
-from paper.inputs import BadInput, check_fits, lines_of, package
+from paper.inputs import BadInput, check_fits, lines_of, numbered_lines, package, split
 from paper.rows import Column, Results, Row, groups_of
 from paper.training import LOSSES, Trainer, tokens
 
@@ -106,6 +107,30 @@ def test_what_the_user_can_put_right_has_no_traceback(tmp_path, capsys):
         assert ended.value.code == 2 and message in capsys.readouterr().err
 
 
+def test_a_wide_table_has_its_costs_apart(capsys):
+    names = [f"figure{number}" for number in range(7)]
+    wide = task(lambda run: dict.fromkeys(names, 0.5))
+    for few in (names[:6], names):
+        columns = {name: Column(name) for name in few}
+        call(dataclasses.replace(wide, columns=columns), "--method", "prior")
+        head = [line for line in capsys.readouterr().out.splitlines() if "method" in line]
+        assert len(head) == 1 + (len(few) == 7) and all(len(line) < 80 for line in head)
+        assert "…" not in "".join(head)
+
+
+def test_numbers_of_the_command_line_have_bounds():
+    assert (positive("1"), several("2"), above_0("0.5")) == (1, 2, 0.5)
+    for kind, text in (
+        (positive, "0"),
+        (several, "1"),
+        (above_0, "0"),
+        (above_0, "nan"),
+        (above_0, "inf"),
+    ):
+        with pytest.raises(ValueError):
+            kind(text)
+
+
 def test_a_plot_without_matplotlib_is_refused_before_the_work(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(SystemExit):
@@ -120,6 +145,7 @@ def test_files_of_prompts(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text("ab\n\n  ba. \n")
     assert lines_of(path) == ["ab", "ba."]
+    assert numbered_lines(path) == [(1, "ab"), (3, "ba.")]
     path.write_text(" \n\n")
     with pytest.raises(BadInput, match="has no line of text"):
         lines_of(path)
@@ -128,6 +154,12 @@ def test_files_of_prompts(tmp_path):
         lines_of(path)
     with pytest.raises(BadInput, match="cannot be read: No such file"):
         lines_of(tmp_path / "nothing")
+
+
+def test_the_last_inputs_are_held_out():
+    assert split([1, 2, 3, 4], 1, "a file") == ([1, 2, 3], [4])
+    with pytest.raises(BadInput, match="a file has 2 inputs, and the last 2 are held out"):
+        split([1, 2], 2, "a file")
 
 
 def test_prompts_have_to_fit_the_context():
