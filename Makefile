@@ -7,6 +7,10 @@ STAMPS := $(VENV)/.stamps
 # One process a core, each with one thread: tests are small, and threads of several processes on one
 # core wait for each other.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal
+# glibc gives buffers of some megabytes back to the system and gets them anew, page by page, in every
+# step of a language model on a CPU; see docs/performance.md.
+export MALLOC_TRIM_THRESHOLD_ ?= 4000000000
+export MALLOC_MMAP_THRESHOLD_ ?= 33554432
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 LOCK   := requirements.lock
 CPU_INDEX := https://download.pytorch.org/whl/cpu
@@ -33,7 +37,7 @@ say = @printf '==> %s\n'
 .DELETE_ON_ERROR:
 
 help:
-	@echo 'make demo          set up, then run the story-infilling example with every engine'
+	@echo 'make demo          set up, then five small scenes: each prior beside its posterior'
 	@echo 'make demo-guide    set up, then train a guide that draws random numbers, before your eyes'
 	@echo 'make test          set up, then lint, types, tests, docs'
 	@echo 'make test-all      the same, and the tests that take minutes'
@@ -47,8 +51,8 @@ help:
 # --- what people run -----------------------------------------------------------------------
 
 demo: setup
-	$(say) 'demo: one story, every engine'
-	@$(BIN)/python examples/story_infilling.py --method all
+	$(say) 'demo: five scenes'
+	@$(BIN)/python examples/demo.py
 
 demo-guide: setup
 	$(say) 'demo: a language model learns to draw a random number'

@@ -1,7 +1,7 @@
 """Story infilling: a beginning and an ending are given, what happened in between?
 
     python examples/story_infilling.py --method smc
-    python examples/story_infilling.py --method all        # what `make demo` runs
+    python examples/story_infilling.py --method all
 
 Prints the ranked middles of one engine, or of three engines side by side. On a laptop's CPU the
 three take about three minutes; expect `gflownet`, which learns to propose, to end with a larger
