@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from lmppl.guides.scoring import score_latents
 from lmppl.lm.tokens.stopping import Stopping
 from lmppl.runtime import nth_seed
 from paper import decoding
-from paper.command import Run, Task, above_0, positive, several
+from paper.command import Run, Task, above_0, positive, several, share
 from paper.evaluation import held_out, log_z_by_runs
 from paper.inputs import check_fits, lines_of, split
 from paper.rows import Column, Row, groups_of
@@ -68,11 +69,11 @@ def token_temperature(prompt: str, temperature: float, max_tokens: int) -> None:
 
 def inputs_of(run: Run) -> tuple[list[Input], list[Input]]:
     """The program's arguments on the prompts to train on and on the held-out ones."""
-    args = run.args
-    prompts = lines_of(args.prompts)
+    args, path = run.args, run.args.prompts or OPENINGS
+    prompts = lines_of(path)
     check_fits(run.lm, prompts, args.max_tokens)
     found = [(prompt, args.temperature, args.max_tokens) for prompt in prompts]
-    return split(found, args.held_out, str(args.prompts))
+    return split(found, args.held_out, str(path))
 
 
 def reference(run: Run, input_: Input) -> tuple[float, float]:
@@ -128,12 +129,10 @@ def _decoded(run: Run, prompt: str, seed: int) -> Texts:
         texts = [decoding.greedy(lm, prompt, site)] * num
         return texts[::TIMES], texts
     if run.method == "beam":
-        few, more = (decoding.beams(lm, prompt, site, size) for size in (args.draws, num))
-        return few, more
-    few, more = (
-        decoding.diverse_beams(lm, prompt, site, size, args.penalty) for size in (args.draws, num)
-    )
-    return few, more
+        search = partial(decoding.beams, lm, prompt, site)
+    else:
+        search = partial(decoding.diverse_beams, lm, prompt, site, penalty=args.penalty)
+    return search(num=args.draws), search(num=num)
 
 
 def worth(run: Run, encoder: Encoder, input_: Input, texts: Texts) -> dict[str, float]:
@@ -240,13 +239,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = TASK.parser(__doc__)
     parser.set_defaults(steps=120, batch_size=32)
     add = parser.add_argument
-    add("--prompts", type=Path, default=OPENINGS, help="a file of them, one a line")
+    add("--prompts", type=Path, help="a file of them, one a line; by default 60 that are here")
     add("--held-out", type=positive, default=12, help="prompts at its end, not trained on")
     add("--temperature", type=above_0, default=0.8, help="T: the target is p ** (1 / T)")
     add("--max-tokens", type=positive, default=16, help="of a text")
     add("--draws", type=several, default=20, help="texts of each prompt, K")
     add("--reference", type=several, default=512, help="draws for log Z; 8 times as many in all")
-    add("--top-p", type=above_0, default=0.9, help="of nucleus sampling")
+    add("--top-p", type=share, default=0.9, help="of nucleus sampling")
     add("--penalty", type=above_0, default=1.0, help="of diverse beams, nats")
     add("--warmup", type=positive, default=30, help="moves of a chain before its first draw")
     add("--thin", type=positive, default=5, help="moves from one of its draws to the next")

@@ -119,8 +119,8 @@ def _fields(line: str) -> list[Any]:
 
 def data_of(run: Run) -> tuple[list[Story], list[Story]]:
     """The stories to train on and the held-out ones, all of which the program can write."""
-    args, lm = run.args, run.lm
-    stories = stories_of(args.stories)
+    args, lm, path = run.args, run.lm, run.args.stories or STORIES
+    stories = stories_of(path)
     whole = [story.beginning + 2 * story.ending for story in stories]  # a prompt, and what follows
     check_fits(lm, whole, args.max_tokens + _AROUND)
     site = Stopping(lm.vocabulary, ENDS, args.max_tokens)
@@ -129,10 +129,10 @@ def data_of(run: Run) -> tuple[list[Story], list[Story]]:
             lm.encode_observed(story.middle, site)
         except ValueError as error:
             raise BadInput(
-                f"{args.stories}, line {story.line}: the middle is no sentence that the program can "
+                f"{path}, line {story.line}: the middle is no sentence that the program can "
                 f"write: {error}"
             ) from error
-    return split(stories, args.held_out, str(args.stories))
+    return split(stories, args.held_out, str(path))
 
 
 def input_of(run: Run, story: Story) -> Input:
@@ -260,7 +260,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = TASK.parser(__doc__)
     parser.set_defaults(batch_size=32)
     add = parser.add_argument
-    add("--stories", type=Path, default=STORIES, help="a file of them, one a line")
+    add("--stories", type=Path, help="a file of them, one a line; by default 60 that are here")
     add("--held-out", type=positive, default=12, help="stories at its end, not trained on")
     add("--max-tokens", type=positive, default=20, help="of a middle")
     add("--draws", type=positive, default=16, help="middles of each story that are judged")

@@ -102,7 +102,7 @@ class Task:
         parser.add_argument("--seeds", type=positive, default=1, help="how many: 0, 1, ...")
         parser.add_argument("--steps", type=positive, default=100, help="of the guide's training")
         parser.add_argument("--batch-size", type=positive, default=64, help="traces a step")
-        parser.add_argument("--samples", type=positive, default=1024, help="draws an input")
+        parser.add_argument("--samples", type=several, default=1024, help="draws an input")
         parser.add_argument("--out", type=Path, help="JSON file of rows; those in it are kept")
         if self.plot is not None:
             parser.add_argument("--plot", type=Path, help="draw the rows (PNG, SVG, PDF)")
@@ -218,5 +218,13 @@ def above_0(text: str) -> float:
     """A finite number above 0."""
     number = float(text)
     if not 0 < number < math.inf:
+        raise ValueError
+    return number
+
+
+def share(text: str) -> float:
+    """A number above 0 and at most 1."""
+    number = above_0(text)
+    if number > 1:
         raise ValueError
     return number

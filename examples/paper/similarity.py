@@ -83,7 +83,7 @@ def diversity(vectors: Tensor) -> float:
     """1 - mean cosine of two of N >= 2 different draws, whose vectors (N, D) have length 1."""
     num = len(vectors)
     total = vectors.double().sum(0)
-    return 1.0 - float(total @ total - num) / (num * (num - 1))
+    return 0.0 + round(1.0 - float(total @ total - num) / (num * (num - 1)), 6)  # no "-0.000"
 
 
 def matching(candidate: Tensor, reference: Tensor) -> float:

@@ -153,6 +153,8 @@ def test_bad_input(prompts, monkeypatch, tmp_path, capsys):
         ([*few, "--held-out", 5], "prompts.txt has 5 inputs, and the last 5 are held out"),
         ([*few, "--temperature", 0], "argument --temperature"),
         ([*few, "--draws", 1], "argument --draws"),
+        ([*few, "--top-p", 2], "argument --top-p"),
+        ([*few, "--samples", 1], "argument --samples"),
     ):
         with pytest.raises(SystemExit) as ended:
             continuation.main([*map(str, words), "--method", "prior"])

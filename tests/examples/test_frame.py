@@ -14,7 +14,7 @@ from benchmarks.results import TASKS
 from lmppl import lm_sample, require
 from lmppl.testing import tiny_lm
 from paper import inputs
-from paper.command import Task, above_0, positive, several
+from paper.command import Task, above_0, positive, several, share
 from paper.evaluation import held_out, log_z_by_runs
 from paper.inputs import BadInput, check_fits, lines_of, numbered_lines, package, split
 from paper.rows import Column, Results, Row, groups_of
@@ -119,14 +119,9 @@ def test_a_wide_table_has_its_costs_apart(capsys):
 
 
 def test_numbers_of_the_command_line_have_bounds():
-    assert (positive("1"), several("2"), above_0("0.5")) == (1, 2, 0.5)
-    for kind, text in (
-        (positive, "0"),
-        (several, "1"),
-        (above_0, "0"),
-        (above_0, "nan"),
-        (above_0, "inf"),
-    ):
+    assert (positive("1"), several("2"), above_0("1.5"), share("1")) == (1, 2, 1.5, 1)
+    below = ((positive, "0"), (several, "1"), (above_0, "0"), (above_0, "nan"), (above_0, "inf"))
+    for kind, text in (*below, (share, "0"), (share, "1.1")):
         with pytest.raises(ValueError):
             kind(text)
 
