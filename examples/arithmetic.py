@@ -236,7 +236,7 @@ TASK = Task(
         "kl_high": Column("KL at most", ".2f"),
     },
     measure=measure,
-    quick={"steps": 8, "batch_size": 16, "samples": 32, "held_out": 4, "inputs": 1},
+    quick={"steps": 8, "batch_size": 16, "samples": 16, "held_out": 3, "inputs": 1},
     show=show,
 )
 
