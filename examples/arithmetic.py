@@ -31,7 +31,7 @@ from pyro import poutine
 import lmppl
 from lmppl import lm_sample, tool
 from paper.calculator import calculate, calculate_in_words
-from paper.command import Run, Task, positive
+from paper.command import Run, Task, above_0, positive
 from paper.evaluation import LogZ, held_out, log_z_by_runs
 from paper.inputs import BadInput, check_fits
 from paper.rows import Column, Row
@@ -254,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--errors", choices=["reject", "text"], default="reject",
         help="what the calculator says to a step that it refuses: nothing (probability 0), or so",
     )  # fmt: skip
-    parser.add_argument("--power", type=float, default=4.0, help="of p, in mcmc")
+    parser.add_argument("--power", type=above_0, default=4.0, help="of p, in mcmc")
     parser.add_argument("--moves", type=positive, default=30, help="of a chain, in mcmc")
     TASK.main(parser, argv)
 

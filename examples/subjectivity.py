@@ -195,7 +195,7 @@ def learn_both(run: Run, train: Sequence[Labelled]) -> tuple[lmppl.LMGuide, lmpp
     before, began = tokens(run.lm), time.perf_counter()
     lmppl.learn(
         guide, list(map(observed, train)), steps=steps, guide_steps=2,
-        num_samples=run.args.batch_size // 4, batch_size=run.args.batch_size, seed=run.seed,
+        num_samples=max(2, run.args.batch_size // 4), batch_size=run.args.batch_size, seed=run.seed,
     )  # fmt: skip
     run.training = cost(steps, tokens(run.lm) - before, began)
     return guide, judge
