@@ -41,8 +41,8 @@ from paper.training import Trainer, tokens
 from paper.voting import VOTES, Shares, guided_shares, score, shares
 
 LABELS = ("objective", "subjective")
-CHOICES = (" objective", " subjective")
-"""What the model writes for them."""
+CHOICES = (" the story", " an opinion")
+"""What the model writes for them: it knows these words better."""
 WORKED = (
     ("A cook leaves her village and opens a small restaurant in the city.",
      "tells what happens in the story", "objective"),

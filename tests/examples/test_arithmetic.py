@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+
 import pytest
 from pyro import poutine
 
@@ -9,6 +11,7 @@ import arithmetic
 import lmppl
 from lmppl.testing import tiny_lm
 from paper.calculator import calculate, calculate_in_words
+from paper.command import Run
 from paper.rows import Results
 
 TOKENS = [*"0123456789+-= ;.", "\n", "Question: What is ", "?\nSteps:", "\nAnswer:", " error"]
@@ -98,6 +101,14 @@ def test_what_the_calculator_refuses_has_probability_zero_or_is_read_on(monkeypa
     assert 0 < killed == sum(weight == 0 for weight in found.weights.tolist())
     read_on = lmppl.infer(arithmetic.arithmetic, "3 + 4 - 2", kwargs={"errors": "text"}, **options)
     assert not read_on.killed and "error" in read_on["result_1"]
+
+
+def test_the_guide_does_not_see_the_answer():
+    args = argparse.Namespace(batch_size=4, demonstrations=2, steps=1)
+    run = Run(LM, args, "guide", 0, {})
+    train, _ = arithmetic.split(5, 1)
+    guide = arithmetic.trainer(run, arithmetic.arithmetic, train).new_guide()
+    assert guide.observations(arithmetic.observed(train[0])) == {}
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import string
 from collections import Counter
@@ -12,10 +13,11 @@ import pytest
 import lmppl
 import subjectivity
 from lmppl.testing import tiny_lm
+from paper.command import Run
 from paper.inputs import BadInput
 from paper.rows import Results
 
-TOKENS = [*string.ascii_letters, *string.digits, *" .,'-\n:;()!?", " objective", " subjective"]
+TOKENS = [*string.ascii_letters, *string.digits, *" .,'-\n:;()!?", " the story", " an opinion"]
 LM = tiny_lm(TOKENS, seed=1, contrast=1.0, context_length=1024)
 GOOD = {"text": "A cook opens a bar .", "label": 0, "label_text": "objective"}
 
@@ -102,6 +104,11 @@ def test_a_folder_without_sentences_is_named(tmp_path, capsys):
         with pytest.raises(SystemExit) as ended:
             subjectivity.main(["--data", str(tmp_path), "--labels", "1"])
         assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_the_guide_does_not_see_the_label():
+    guide = subjectivity.reasons_guide(Run(LM, argparse.Namespace(), "guide", 0, {}))
+    assert guide.observations(subjectivity.observed(("A cook opens a bar.", "objective"))) == {}
 
 
 @pytest.mark.slow
