@@ -99,7 +99,8 @@ def compare(bench: Bench, rows: int, name: str) -> Row:
     stopping = Stopping(bench.lm.vocabulary, max_tokens=length, constraint=CONSTRAINTS[name]())
 
     def draws(number: int, constrained: bool) -> list[Draw]:
-        plain = bench.draws(bench.tokens(prompt, number), rows, length, seed=number)
+        # A prompt for each side, as the one that comes second would find the first one's in the cache.
+        plain = bench.draws(bench.tokens(prompt, 2 * number + constrained), rows, length, seed=number)
         if not constrained:
             return plain
         return [Draw(draw.prefix, stopping, draw.uniforms, steered=True) for draw in plain]

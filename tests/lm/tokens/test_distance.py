@@ -339,7 +339,7 @@ SLOW = [pytest.param(pattern, marks=pytest.mark.slow) for pattern in SETS]
 @pytest.mark.parametrize("pattern", [r"\d", *SLOW])
 def test_every_character_that_llguidance_matches_is_held(pattern: str) -> None:
     """Also if it is known of all characters which of them are held."""
-    matcher, automaton = Matcher(pattern), ByteAutomaton(parse(pattern, EVERY))
+    matcher, automaton = Matcher(pattern), ByteAutomaton(parse(pattern, EVERY).tree)
     others = 0
     beyond = [*range(0x3000, 0xD800, 7), *range(0xE000, 0x1F000, 7), *range(0x1F000, 0x110000, 11)]
     for point in [*range(0x3000), *beyond]:

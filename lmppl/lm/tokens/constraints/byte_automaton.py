@@ -45,10 +45,12 @@ class ByteAutomaton:
 
     Attributes:
         start: the state before the first byte; ``DEAD`` if nothing can match.
+        counts: whether every repetition ends where it does in the tree, so that the languages are equal.
     """
 
     def __init__(self, tree: Node) -> None:
         graph = _graph(tree)
+        self.counts = graph.counts
         self._classes = _Classes(graph.bits)
         within = {bits: self._classes.within(bits) for bits in set(graph.bits)}
         self._holds = [within[bits] for bits in graph.bits]
@@ -178,10 +180,12 @@ class _Graph:
         bits: the set of bytes of each position; none for ``END``.
         follow: the positions that may come right after each.
         first: the positions that may come first.
+        counts: whether no count is above ``longest``.
     """
 
     def __init__(self, tree: Node, longest: int) -> None:
         self._longest = longest
+        self.counts = True
         self._pairs = 0
         self.bits = [0]
         self.follow: list[set[int]] = [set()]
@@ -227,6 +231,7 @@ class _Graph:
     ) -> tuple[Positions, Positions, bool]:
         if max(least, most or 0) > self._longest:
             least, most = min(least, self._longest), None
+            self.counts = False
         if most is None:
             first, last, nullable = self._add_sequence([part] * (least - 1))
             looped = self._add(part)

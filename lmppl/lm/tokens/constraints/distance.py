@@ -43,11 +43,15 @@ class Distance:
 
     Attributes:
         start: the state of the empty text.
+        is_exact_in_ascii: whether texts in ASCII that have come to the same state may go on alike.
     """
 
-    def __init__(self, automaton: ByteAutomaton, vocabulary: Vocabulary) -> None:
+    def __init__(
+        self, automaton: ByteAutomaton, vocabulary: Vocabulary, is_exact_in_ascii: bool
+    ) -> None:
         """See :meth:`of`."""
         self._automaton = automaton
+        self.is_exact_in_ascii = is_exact_in_ascii and automaton.counts
         self._tokens = _TokenTrie.of(vocabulary)
         self.start = automaton.start
         single = self._tokens.single_bytes
@@ -77,10 +81,9 @@ class Distance:
         if not vocabulary.concatenates:
             return None
         try:
-            tree = parse(pattern, _TokenTrie.of(vocabulary).characters)
-            return Distance(
-                ByteAutomaton(Sequence((tree, any_bytes())) if cut else tree), vocabulary
-            )
+            syntax = parse(pattern, _TokenTrie.of(vocabulary).characters)
+            tree = Sequence((syntax.tree, any_bytes())) if cut else syntax.tree
+            return Distance(ByteAutomaton(tree), vocabulary, syntax.is_exact_in_ascii)
         except (UnknownSyntax, TooLarge):
             return None
 

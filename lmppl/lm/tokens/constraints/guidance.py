@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -27,6 +27,8 @@ from lmppl.lm.tokens.vocabulary import Vocabulary
 # expression over 49,152 tokens then takes 0.01 ms instead of 0.4.
 _WORDS = (r"[a-z]{1,30}", r" ?[A-Za-z]{1,30}")
 _ENDLESS = 1 << 30  # tokens, where nothing limits them
+
+T = TypeVar("T")
 
 
 class GuidanceConstraint(Constraint):
@@ -129,7 +131,9 @@ class Regex(GuidanceConstraint):
                 f"{self._what}: no tokens of the vocabulary make up a match, so the model can't "
                 "spell any"
             )
-        return RegexState(state.matcher, state.tokens, Place.at_start(exact), Place.at_start(cut))
+        return RegexState(
+            state.matcher, state.tokens, Place.at_start(exact), Place.at_start(cut), Masks()
+        )
 
 
 class JsonSchema(GuidanceConstraint):
@@ -317,6 +321,29 @@ def _check_limits(matcher: Any) -> None:
         )
 
 
+class Masks:
+    """What was found out in the states of an automaton, for other texts that come to them."""
+
+    _MOST = 256  # as each takes a byte a token
+
+    def __init__(self) -> None:
+        self._found: dict[Hashable, Any] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Masks:
+        return self  # what it finds out later does not change what it says
+
+    def get(self, key: Hashable, find: Callable[[], T]) -> T:
+        """What was found under a key; ``find`` finds it where nothing was."""
+        if key not in self._found:
+            found = find()
+            if len(self._found) >= self._MOST:
+                self._found = {}
+            self._found[key] = found
+            return found
+        known: T = self._found[key]
+        return known
+
+
 class RegexState(GuidanceState):
     """A matcher of a regular expression, and how far the text is from a match, in tokens.
 
@@ -325,17 +352,44 @@ class RegexState(GuidanceState):
         tokens: as it knows them.
         exact: where the text has come to.
         cut: where it has come to, if a stop string may cut it.
+        masks: what is known of the pattern's states.
+        is_ascii: whether the text is in ASCII.
     """
 
-    def __init__(self, matcher: Any, tokens: Tokens, exact: Place, cut: Place) -> None:
+    def __init__(
+        self,
+        matcher: Any,
+        tokens: Tokens,
+        exact: Place,
+        cut: Place,
+        masks: Masks,
+        is_ascii: bool = True,
+    ) -> None:
         super().__init__(matcher, tokens)
         self._exact, self._cut = exact, cut
+        self._masks, self._is_ascii = masks, is_ascii
 
     def after(self, data: bytes) -> RegexState | None:
         matcher = self._matcher_after(data)
         if matcher is None:
             return None
-        return RegexState(matcher, self.tokens, self._exact.after(data), self._cut.after(data))
+        return RegexState(
+            matcher, self.tokens, self._exact.after(data), self._cut.after(data), self._masks,
+            self._is_ascii and data.isascii(),
+        )  # fmt: skip
+
+    @cached_property
+    def _bits(self) -> np.ndarray:  # type: ignore[override]
+        return self._known("bits", lambda: super(RegexState, self)._bits)
+
+    def mask(self) -> Tensor:
+        return self._known("mask", super().mask)
+
+    def _known(self, what: str, find: Callable[[], T]) -> T:
+        """What is found in the text's state, which decides it; found anew where it does not."""
+        if not (self._is_ascii and self._exact.distance.is_exact_in_ascii):
+            return find()
+        return self._masks.get((what, self._exact.state), find)
 
     def needed(self, *, cut: bool = False) -> float:
         return self._place(cut).needed()

@@ -70,8 +70,22 @@ class Repeated:
 Node = Byte | Sequence | Alternatives | Repeated
 
 
-def parse(pattern: str, familiar: frozenset[str] = frozenset()) -> Node:
-    """The tree of a pattern; its language contains the pattern's.
+@dataclass(frozen=True)
+class Syntax:
+    """A pattern, read.
+
+    Attributes:
+        tree: its language contains the pattern's.
+        is_exact_in_ascii: whether all that was read as more differs in characters beyond ASCII alone:
+            two texts in ASCII that may go on alike by the tree may do so by the pattern.
+    """
+
+    tree: Node
+    is_exact_in_ascii: bool
+
+
+def parse(pattern: str, familiar: frozenset[str] = frozenset()) -> Syntax:
+    """A pattern as a tree.
 
     Args:
         pattern: in the syntax of Rust's regular expressions.
@@ -85,7 +99,7 @@ def parse(pattern: str, familiar: frozenset[str] = frozenset()) -> Node:
     tree = parser.alternatives()
     if not parser.ended:
         raise UnknownSyntax(f"unopened group at {parser.at} of {pattern!r}")
-    return tree
+    return Syntax(tree, parser.is_exact_in_ascii)
 
 
 def any_bytes() -> Node:
@@ -127,6 +141,12 @@ class Characters:
 
     least: Ranges
     most: Ranges
+
+    @property
+    def is_exact_in_ascii(self) -> bool:
+        """Whether it is known of every character in ASCII if it is in the set."""
+        beyond = Characters.exactly(*_BEYOND_ASCII)
+        return (self | beyond).least == (self | beyond).most
 
     @staticmethod
     def exactly(*ranges: tuple[int, int]) -> Characters:
@@ -329,12 +349,14 @@ _DEEPEST = 50  # groups within groups
 
 
 class _Parser:
-    """A recursive descent over one pattern; ``at`` is where it has come to."""
+    """A recursive descent over one pattern; ``at`` is where it has come to, ``is_exact_in_ascii`` as in
+    ``Syntax``."""
 
     def __init__(self, pattern: str, familiar: frozenset[str]) -> None:
         self.pattern = pattern
         self._familiar = familiar
         self.at = 0
+        self.is_exact_in_ascii = True
         self._ignore_case = self._dot_all = False
         self._depth = 0
 
@@ -362,20 +384,30 @@ class _Parser:
         if self._take("("):
             return self._group()
         if self._take("["):
-            return _in_utf8(self._class().most)
+            return self._one_of(self._class())
         if self._take("."):
-            return _in_utf8((_ANY if self._dot_all else ~Characters.exactly((10, 10))).most)
+            return self._one_of(_ANY if self._dot_all else ~Characters.exactly((10, 10)))
         if self._take("^") or self._take("$"):
-            return Sequence(())
+            return self._place()
         if self._take("\\"):
             boundary = _BOUNDARY.match(self.pattern, self.at)
             if boundary:
                 self.at = boundary.end()
-                return Sequence(())
-            return _in_utf8(self._escape().most)
+                return self._place()
+            return self._one_of(self._escape())
         if self._next in "*+?{":
             raise self._unknown("a repetition of nothing")
-        return _in_utf8(self._characters(self._take_any()).most)
+        return self._one_of(self._characters(self._take_any()))
+
+    def _one_of(self, characters: Characters) -> Node:
+        """Any one of some characters."""
+        self.is_exact_in_ascii &= characters.is_exact_in_ascii
+        return _in_utf8(characters.most)
+
+    def _place(self) -> Node:
+        """A condition on what stands around a place, read as if it always held."""
+        self.is_exact_in_ascii = False
+        return Sequence(())
 
     def _group(self) -> Node:
         flags = self._ignore_case, self._dot_all
