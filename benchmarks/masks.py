@@ -100,7 +100,9 @@ def compare(bench: Bench, rows: int, name: str) -> Row:
 
     def draws(number: int, constrained: bool) -> list[Draw]:
         # A prompt for each side, as the one that comes second would find the first one's in the cache.
-        plain = bench.draws(bench.tokens(prompt, 2 * number + constrained), rows, length, seed=number)
+        plain = bench.draws(
+            bench.tokens(prompt, 2 * number + constrained), rows, length, seed=number
+        )
         if not constrained:
             return plain
         return [Draw(draw.prefix, stopping, draw.uniforms, steered=True) for draw in plain]

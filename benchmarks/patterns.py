@@ -29,6 +29,7 @@ import math
 import random
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -44,7 +45,7 @@ import lmppl
 from benchmarks.bench import GENLM_PYTHON
 from benchmarks.machine import revision
 from benchmarks.pattern_set import Pattern, messages, plain, read
-from benchmarks.peers.process import PeerProcess
+from benchmarks.peers.process import PeerError, PeerProcess
 from lmppl import chat, lm_sample
 from lmppl.constraints import Constraint
 from lmppl.engines import Engine
@@ -181,7 +182,7 @@ def measure(
     lm: lmppl.LM, peer: PeerProcess | None, task: Task, seeds: int, reference: int
 ) -> dict[str, Any]:
     """One pattern: the runs of each method and the reference. Where no text can match,
-    ``"skipped"`` says why."""
+    ``"skipped"`` says why, and ``"failed"`` what a peer raised, by method."""
     try:
         long_run = ours(lm, task)(lmppl.Importance(), reference, WARM_UP)
     except ValueError as error:
@@ -189,12 +190,23 @@ def measure(
     if long_run.log_evidence is None:
         return {"skipped": f"none of {reference} particles lives"}
     contenders = methods(lm, peer, task)
-    first = {name: run(WARM_UP).seconds for name, run in contenders.items()}
+    failed: dict[str, str] = {}
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
-    for seed in range(seeds):
+    for seed in (WARM_UP, *range(seeds)):
         for name, run in contenders.items():
-            runs[name].append(asdict(run(seed)))
-    return {"reference": asdict(long_run), "first_seconds": first, "runs": runs}
+            if name in failed:
+                continue
+            try:
+                runs[name].append(asdict(run(seed)))
+            except PeerError as error:
+                failed[name] = str(error)
+    runs = {name: made for name, made in runs.items() if name not in failed}
+    return {
+        "reference": asdict(long_run),
+        "first_seconds": {name: made[0]["seconds"] for name, made in runs.items()},
+        "runs": {name: made[1:] for name, made in runs.items()},
+        "failed": failed,
+    }
 
 
 def tasks(options: argparse.Namespace) -> Iterator[Task]:
@@ -238,7 +250,8 @@ def bias(runs: Sequence[dict[str, Any]], reference: float) -> float:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """As Markdown, a line for each method. Live particles, tokens and seconds are means of all runs;
-    what is said of log Z-hat is the median of the patterns."""
+    what is said of log Z-hat is the median of the patterns. Those on which a method failed are left out
+    of its line, and counted below."""
     kept = [row for row in rows if "runs" in row]
     lines = [
         "| method | live particles | runs without one | log Ẑ - log Z | sd of log Ẑ | "
@@ -246,7 +259,11 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         "| --- |" + " ---: |" * 8,
     ]
     for method in dict.fromkeys(name for row in kept for name in row["runs"]):
-        by_pattern = [(row["runs"][method], row["reference"]["log_evidence"]) for row in kept]
+        by_pattern = [
+            (row["runs"][method], row["reference"]["log_evidence"])
+            for row in kept
+            if method in row["runs"]
+        ]
         every = [run for runs, _ in by_pattern for run in runs]
         cells = [
             method,
@@ -260,7 +277,12 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             _of_peer(method, kept),
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    failures = Counter(name for row in kept for name in row.get("failed", ()))
+    failed = "; ".join(f"{name} failed on {number}" for name, number in failures.items())
+    counted = (
+        f"{len(kept)} patterns, and {len(rows) - len(kept)} that no text of the length matches"
+    )
+    return "\n".join([*lines, "", f"({counted}{'; ' * bool(failed)}{failed})"])
 
 
 def _of_peer(method: str, rows: Sequence[dict[str, Any]]) -> str:
@@ -269,7 +291,7 @@ def _of_peer(method: str, rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         seconds = {name: _seconds(runs) for name, runs in row["runs"].items()}
         of_peer = [value for name, value in seconds.items() if name.startswith(PEER)]
-        if of_peer:
+        if of_peer and method in seconds:
             shares.append(seconds[method] / min(of_peer))
     return f"{median(shares):.2f} ({min(shares):.2f} to {max(shares):.2f})" if shares else ""
 

@@ -22,6 +22,8 @@ print(json.dumps({"name": "1.0"}), flush=True)
 for line in sys.stdin:
     request = json.loads(line)
     answer = {"log_evidence": -1.0 - request["seed"] % 2, "live": 2, "tokens": 6, "seconds": 50.0}
+    if request["sampler"] == "awrs" and request["pattern"] == "a+" and request["seed"] == 1:
+        answer = {"error": "ValueError: no"}
     print(json.dumps({**answer, "peak_bytes": None}), flush=True)
 """
 
@@ -53,7 +55,7 @@ def test_patterns(kind, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(
         patterns, "peer_command", lambda options, lm: [sys.executable, "-c", PEER_OF_PATTERNS]
     )
-    (tmp_path / "patterns.csv").write_text('regex\n(a|b)+\n"b{50,}"\n')
+    (tmp_path / "patterns.csv").write_text('regex\n(a|b)+\n"b{50,}"\na+\n')
     out = tmp_path / "rows.json"
     options = {"patterns": tmp_path / "patterns.csv", "out": out, "kind": kind, "particles": 4}
     options |= {"max-tokens": 4, "seeds": 2, "reference": 400, "genlm-python": sys.executable}
@@ -73,11 +75,16 @@ def test_patterns(kind, monkeypatch, tmp_path, capsys):
         f"genlm-control, {way}" for way in ways
     ]
     assert [len(runs) for runs in row["runs"].values()] == [2] * len(row["runs"])
+    assert rows["a+"]["failed"] == {"genlm-control, AWRS": "ValueError: no"}
+    assert list(rows["a+"]["runs"]) == list(row["runs"])[:-1]
     before = out.read_text()
     capsys.readouterr()
     patterns.main()
     assert out.read_text() == before
-    lines = capsys.readouterr().out.splitlines()
+    *lines, _, note = capsys.readouterr().out.splitlines()
+    assert note == (
+        "(2 patterns, and 1 that no text of the length matches; genlm-control, AWRS failed on 1)"
+    )
     assert len(lines) == 2 + len(row["runs"]) and all(line.startswith("|") for line in lines)
     assert "| 50% | 0 of 2 |" in lines[-1] and "| 0.707 |" in lines[-1]
 

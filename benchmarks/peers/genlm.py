@@ -47,7 +47,8 @@ def serve(
     description: str, run: Callable[[PromptedLLM, dict[str, Any]], Awaitable[dict[str, Any]]]
 ) -> None:
     """Answer each request with what ``run`` finds, its ``seconds``, and its ``peak_bytes`` if the
-    request asks for ``peak``. The first line says which versions are there."""
+    request asks for ``peak``; or with what it raised, as ``error``. The first line says which versions
+    are there."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--model", required=True)
     parser.add_argument("--dtype", default="bfloat16")
@@ -73,10 +74,14 @@ def serve(
         peak = None
         synchronize(device)
         began = time.perf_counter()
-        if request["peak"]:
-            found, peak = with_peak(work, device)
-        else:
-            found = work()
+        try:
+            if request["peak"]:
+                found, peak = with_peak(work, device)
+            else:
+                found = work()
+        except Exception as error:
+            answers.write(json.dumps({"error": f"{type(error).__name__}: {error}"}) + "\n")
+            continue
         synchronize(device)
         seconds = time.perf_counter() - began
         answers.write(json.dumps({**found, "seconds": seconds, "peak_bytes": peak}) + "\n")

@@ -19,6 +19,10 @@ from typing import Any
 ROOT = Path(__file__).parent.parent.parent
 
 
+class PeerError(RuntimeError):
+    """What a peer raised on a request; it is ready for the next one."""
+
+
 class PeerProcess:
     """A running peer; a context manager.
 
@@ -52,7 +56,7 @@ class PeerProcess:
             raise
 
     def ask(self, **request: Any) -> dict[str, Any]:
-        """Send a request and wait for its answer."""
+        """Send a request and wait for its answer. ``PeerError``: it raised an error of its own."""
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):  # then it has ended; reading says why
             self._process.stdin.write(json.dumps(request) + "\n")
@@ -67,7 +71,10 @@ class PeerProcess:
             self._errors.seek(0)
             tail = "".join(self._errors.readlines()[-15:])
             raise RuntimeError(f"the peer {self._process.args!r} has ended:\n{tail}")
-        return json.loads(line)
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise PeerError(answer["error"])
+        return answer
 
     def __enter__(self) -> PeerProcess:
         return self
