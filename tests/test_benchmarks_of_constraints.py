@@ -22,7 +22,8 @@ print(json.dumps({"name": "1.0"}), flush=True)
 for line in sys.stdin:
     request = json.loads(line)
     answer = {"log_evidence": -1.0 - request["seed"] % 2, "live": 2, "tokens": 6, "seconds": 50.0}
-    if request["sampler"] == "awrs" and request["pattern"] == "a+" and request["seed"] == 1:
+    holds_b = "b" in request["pattern"] or "x62" in request["pattern"]
+    if request["sampler"] == "awrs" and not holds_b and request["seed"] == 1:
         answer = {"error": "ValueError: no"}
     print(json.dumps({**answer, "peak_bytes": None}), flush=True)
 """
