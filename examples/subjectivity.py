@@ -35,7 +35,7 @@ from lmppl import lm_sample
 from lmppl.guides.scoring import score_latents
 from paper.command import Run, Task, positive
 from paper.evaluation import held_out, log_z_by_runs
-from paper.inputs import BadInput, check_fits, lines_of
+from paper.inputs import BadInput, check_fits, numbered_lines
 from paper.rows import Column, Row
 from paper.training import Trainer, tokens
 from paper.voting import VOTES, Shares, guided_shares, score, shares
@@ -111,13 +111,11 @@ def read(path: Path) -> list[Labelled]:
         BadInput: if there is none, or a line is not as it should be; names file and line.
     """
     found = []
-    lines_of(path)  # says what is wrong with the file as a whole
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if line.strip():
-            try:
-                found.append(_labelled(json.loads(line)))
-            except ValueError as error:
-                raise BadInput(f"{path}, line {number}: {error}") from error
+    for number, line in numbered_lines(path):
+        try:
+            found.append(_labelled(json.loads(line)))
+        except ValueError as error:
+            raise BadInput(f"{path}, line {number}: {error}") from error
     return found
 
 
