@@ -147,7 +147,7 @@ def split(num_train: int, num_test: int) -> tuple[list[str], dict[int, list[str]
 
 
 def trainer(run: Run, program: Program, train: Sequence[str]) -> Trainer:
-    """ "sft" sees a few problems with their steps, the others all problems with their answers."""
+    """Few problems with their steps for "sft", all problems with their answers for the others."""
     few, batch = train[: run.args.demonstrations], {"batch_size": run.args.batch_size}
     options: dict[str, dict[str, Any]] = dict.fromkeys(("guide", "ppo"), batch)
     demonstrations = list(map(demonstration, few))
@@ -223,12 +223,12 @@ def show(row: Row) -> None:
 
 TASK = Task(
     name="arithmetic",
-    title="Sums, with a calculator",
+    title="Sums, with a calculator: accuracy by the number of operands",
     methods=("zero_shot", "prior", "guide", "sft", "ppo", "mcmc"),
     columns={
-        "accuracy_3": Column("3 operands", ".0%"),
-        "accuracy_4": Column("4 operands", ".0%"),
-        "accuracy_5": Column("5 operands", ".0%"),
+        "accuracy_3": Column("of 3", ".0%"),
+        "accuracy_4": Column("of 4", ".0%"),
+        "accuracy_5": Column("of 5", ".0%"),
         "share": Column("right draws", ".0%"),
         "ess": Column("ESS", ".1%"),
         "agrees": Column("agrees", ".0%"),

@@ -173,7 +173,7 @@ def reasons_guide(run: Run, program: Callable[..., Any] = subjectivity) -> lmppl
 
 
 def learn_labels(run: Run, train: Sequence[Labelled]) -> lmppl.LMGuide:
-    """ "sft": an adapter that writes the labels at once."""
+    """An adapter that writes the labels at once: "sft"."""
     guide = lmppl.LMGuide(direct, lm=run.lm)
     before, began = tokens(run.lm), time.perf_counter()
     guide.fit(
@@ -186,7 +186,7 @@ def learn_labels(run: Run, train: Sequence[Labelled]) -> lmppl.LMGuide:
 
 
 def learn_both(run: Run, train: Sequence[Labelled]) -> tuple[lmppl.LMGuide, lmppl.LM]:
-    """ "em": a guide, and the adapter that chooses the label after its reasons."""
+    """A guide, and the adapter that chooses the label after its reasons: by "em"."""
     judge = run.lm.adapter()
     guide = reasons_guide(run, partial(subjectivity, judge=judge))
     steps = max(1, run.args.steps // 2)
