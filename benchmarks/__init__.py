@@ -3,6 +3,7 @@
     make bench          # a few minutes: python -m benchmarks --quick
     make bench-full     # everything, longer
 
-See docs/performance.md for what is measured, and how to read it. ``compare_engines.py`` and
-``infilling.py`` are experiments about the quality of inference, run on their own.
+See docs/performance.md for what is measured, and how to read it. ``compare_engines.py``,
+``engine_table.py`` and ``infilling.py`` are experiments about the quality of inference, run on their
+own.
 """

@@ -1,98 +1,297 @@
-"""Every engine on one program whose answer is known; prints the table of docs/engines.md.
+"""What each engine makes of its tokens: the error of log Z, and of an expectation, against tokens.
 
-    python benchmarks/compare_engines.py [--runs 100] [--num-samples 32] [--case "observed text"]
+    python -m benchmarks.compare_engines --task random_number --out FILE.json --plot FILE.svg
 
-For each engine, over many seeds: the mean of the evidence estimate divided by the true evidence
-(1 if unbiased; with its standard error), the spread of its logarithm, the ESS, the total variation
-between the average of the weighted posteriors and the truth, and the language model's work.
-A few minutes on a laptop.
+Every engine answers the same held-out inputs of one program with more and more samples, many seeds
+each. Its error is the median, over seeds and inputs, of the distance to the truth. A guide is trained
+once; its tokens are counted whole, then shared by 10 and by 100 inputs. Rows that are in the file are
+kept, so an interrupted run goes on; ``--plot`` alone draws what is there.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
-import time
-from collections import Counter
-from statistics import fmean, stdev
+import statistics
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import lmppl
-from lmppl.testing import iid_tv_floor, total_variation
-from lmppl.testing.programs import CASES, Case
+from benchmarks.tasks import EXAMPLES
+from lmppl.runtime import nth_seed
+from lmppl.states import write_text
+
+assert str(EXAMPLES) in sys.path  # where the tasks are
+
+import infilling  # noqa: E402
+import random_number  # noqa: E402
+from paper.command import positive, several  # noqa: E402
+from paper.evaluation import log_z_by_runs  # noqa: E402
+from paper.training import tokens  # noqa: E402
+
+SHARED_BY = (1, 10, 100)
+"""Inputs that share the cost of a guide's training."""
+
+REFERENCE_SAMPLES, REFERENCE_RUNS, REFERENCE_SEED = 1024, 8, 1 << 20
 
 
-def engines(guide: lmppl.LMGuide) -> dict[str, tuple[Any, Any]]:
-    """Label to engine and guide."""
+@dataclass(frozen=True)
+class Truth:
+    """What estimates are compared with: log Z (nats) and the expectation."""
+
+    log_z: float
+    expectation: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A program with inputs to learn from and held-out ones, and a number of which the posterior
+    expectation is asked.
+
+    Args:
+        program: of a task.
+        training, held_out: its arguments.
+        number: of a trace, from its values by site.
+        described: that number, for the picture.
+        truth: of an input.
+        fit: options of the guide's training.
+        smc: options of SMC without a guide.
+    """
+
+    program: Callable[..., Any]
+    training: Sequence[tuple[Any, ...]]
+    held_out: Sequence[tuple[Any, ...]]
+    number: Callable[[Mapping[str, Any]], float]
+    described: str
+    truth: Callable[[lmppl.LM, tuple[Any, ...]], Truth]
+    fit: Mapping[str, Any]
+    smc: Mapping[str, Any]
+
+
+def of_random_number() -> Comparison:
+    """Its posterior is uniform on 0..100."""
+    return Comparison(
+        random_number.random_number, [(100,)], [(100,)],
+        number=lambda values: int(str(values["z"]).rstrip(".")) / 100,
+        described="the number / 100",
+        truth=lambda lm, args: Truth(math.log(101), 0.5),
+        fit={"batch_size": 64},
+        smc={},
+    )  # fmt: skip
+
+
+def of_infilling() -> Comparison:
+    """The last stories are held out; the truth is a long run that draws by other means."""
+    stories = infilling.stories_of(infilling.STORIES)
+    inputs = [(story.beginning, story.ending) for story in stories]
+    return Comparison(
+        infilling.infilling, inputs[:-12], inputs[-3:],
+        number=_length,
+        described="the length of the middle / 100 characters",
+        truth=_by_a_long_run,
+        fit={"batch_size": 32},
+        smc={"twist": "lookahead", "twist_every": 4},
+    )  # fmt: skip
+
+
+def _length(values: Mapping[str, Any]) -> float:
+    return len(str(values["z"])) / 100
+
+
+def _by_a_long_run(lm: lmppl.LM, args: tuple[Any, ...]) -> Truth:
+    """Half of the draws are asked for in words, as in the task; see ``infilling.reference``."""
+    common: dict[str, Any] = {"lm": lm, "guide": infilling_in_words, "prior_fraction": 0.5}
+    log_z, _ = log_z_by_runs(
+        infilling.infilling, args, method="importance", num_samples=REFERENCE_SAMPLES,
+        runs=REFERENCE_RUNS, seed=REFERENCE_SEED, **common,
+    )  # fmt: skip
+    posterior = lmppl.infer(
+        infilling.infilling, *args, method="importance",
+        num_samples=REFERENCE_SAMPLES * REFERENCE_RUNS, seed=REFERENCE_SEED + 1, progress=False,
+        **common,
+    )  # fmt: skip
+    return Truth(log_z, float(posterior.mean(_length)))
+
+
+def infilling_in_words(beginning: str, ending: str) -> None:
+    """The task's proposal in words, at the program's usual length."""
+    infilling.in_words(beginning, ending, 20)
+
+
+COMPARISONS: dict[str, Callable[[], Comparison]] = {
+    "random_number": of_random_number,
+    "infilling": of_infilling,
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """An engine at one number of samples.
+
+    Attributes:
+        engine: by its name in the picture.
+        num_samples: of a run.
+        settings: all that the point depends on beside those.
+        tokens: drawn and scored, in the mean of the runs.
+        training_tokens: of its guide; 0 without one.
+        log_z_error: median distance to log Z, nats; infinite where most runs have no live sample, None
+            for an engine that claims no evidence.
+        expectation_error: median distance to the expectation.
+        runs: how many.
+    """
+
+    engine: str
+    num_samples: int
+    settings: dict[str, Any]
+    tokens: float
+    training_tokens: int
+    log_z_error: float | None
+    expectation_error: float
+    runs: int
+
+
+def engines(comparison: Comparison, num_samples: int) -> dict[str, dict[str, Any]]:
+    """What ``infer`` is called with, by engine; those with "guide" in the name get the guide."""
+    chains = max(2, min(num_samples // 8, 16))
     return {
-        "importance": (lmppl.Importance(), None),
-        "smc": (lmppl.SMC(), None),
-        'smc, twist="lookahead"': (lmppl.SMC(twist="lookahead"), None),
-        "importance, guide": (lmppl.Importance(), guide),
-        "smc, guide": (lmppl.SMC(), guide),
-        "gflownet": (lmppl.GFlowNet(), guide),
-        "gflownet, correct=False": (lmppl.GFlowNet(correct=False), guide),
+        "importance": {"method": "importance", "num_samples": num_samples},
+        "SMC": {"method": "smc", "num_samples": num_samples, **comparison.smc},
+        "MCMC": {
+            "method": "mcmc", "num_samples": num_samples // chains * chains, "num_chains": chains,
+            "warmup": num_samples // chains // 2,
+        },
+        "guide": {"method": "gflownet", "num_samples": num_samples},
+        "SMC with guide": {"method": "smc", "num_samples": num_samples, "twist": "flow"},
+    }  # fmt: skip
+
+
+def measure(
+    comparison: Comparison,
+    truths: Sequence[Truth],
+    lm: lmppl.LM,
+    engine: str,
+    num_samples: int,
+    seeds: int,
+    guide: lmppl.LMGuide | None,
+) -> dict[str, Any]:
+    """The figures of a ``Point``, over all inputs and seeds."""
+    spent, log_z_errors, expectation_errors = [], [], []
+    options = engines(comparison, num_samples)[engine]
+    for args, truth in zip(comparison.held_out, truths, strict=True):
+        for seed in range(seeds):
+            before = tokens(lm)
+            log_z: float | None = -math.inf
+            expectation = math.nan
+            with warnings.catch_warnings(), suppress(lmppl.ZeroEvidenceError):
+                # That a run can't be trusted is what the errors say.
+                warnings.simplefilter("ignore", UserWarning)
+                posterior = lmppl.infer(
+                    comparison.program, *args, lm=lm, guide=guide, progress=False,
+                    seed=nth_seed(seed, num_samples), **options,
+                )  # fmt: skip
+                log_z = posterior.log_evidence
+                expectation = float(posterior.mean(comparison.number))
+            spent.append(tokens(lm) - before)
+            if log_z is not None:
+                log_z_errors.append(abs(log_z - truth.log_z))
+            error = abs(expectation - truth.expectation)
+            expectation_errors.append(math.inf if math.isnan(error) else error)
+    return {
+        "tokens": statistics.fmean(spent),
+        "log_z_error": statistics.median(log_z_errors) if log_z_errors else None,
+        "expectation_error": statistics.median(expectation_errors),
+        "runs": len(spent),
     }
 
 
-def measure(case: Case, method: Any, guide: Any, runs: int, num_samples: int) -> list[str]:
-    """The cells of one row of the table."""
-    exact = case.enumerate()
-    names = case.text_latents
-    truth = exact.posterior(*names, text=True)
-    ratios, logs, sizes, tokens = [], [], [], []
-    average: Counter[Any] = Counter()
-    began = time.perf_counter()
-    for seed in range(runs):
-        posterior = lmppl.infer(
-            case.program, *case.args, method=method, lm=case.lm, guide=guide,
-            num_samples=num_samples, seed=seed, progress=False,
-        )  # fmt: skip
-        if posterior.log_evidence is not None:
-            logs.append(posterior.log_evidence)
-            ratios.append(math.exp(posterior.log_evidence - exact.log_evidence))
-        sizes.append(posterior.ess / num_samples)
-        columns = [map(str, posterior[name]) for name in names]
-        for values, weight in zip(
-            zip(*columns, strict=True), posterior.weights.tolist(), strict=True
-        ):
-            average[values if len(names) > 1 else values[0]] += weight / runs
-        tokens.append(posterior.info["tokens_sampled"] + posterior.info["tokens_scored"])
-    seconds = (time.perf_counter() - began) / runs
-    evidence, spread = "no claim", "no claim"
-    if ratios:
-        evidence = f"{fmean(ratios):.3f} ± {stdev(ratios) / math.sqrt(runs):.3f}"
-        spread = f"{stdev(logs):.2f}"
-    return [
-        evidence,
-        spread,
-        f"{fmean(sizes):.0%}",
-        f"{total_variation(truth, average):.3f}",
-        f"{fmean(tokens):.0f}",
-        f"{1000 * seconds:.0f} ms",
-    ]
+def points_of(args: argparse.Namespace, lm: lmppl.LM, kept: list[Point]) -> list[Point]:
+    """All points of a task; those that are kept are not measured again. Each is written when it is
+    there."""
+    comparison = COMPARISONS[args.task]()
+    settings = {"task": args.task, "model": lm.name, "steps": args.steps, "seeds": args.seeds}
+    points = [point for point in kept if point.settings == settings]
+    wanted = [(engine, size) for size in args.sizes for engine in engines(comparison, size)]
+    known = {(point.engine, point.num_samples) for point in points}
+    missing = [pair for pair in wanted if pair not in known]
+    if not missing:
+        return points
+    truths = [comparison.truth(lm, input_) for input_ in comparison.held_out]
+    guide, training_tokens = None, 0
+    if any("guide" in engine for engine, _ in missing):
+        guide = lmppl.LMGuide(comparison.program, lm=lm)
+        before = tokens(lm)
+        guide.fit(comparison.training, steps=args.steps, seed=0, **comparison.fit)
+        training_tokens = tokens(lm) - before
+    for engine, size in missing:
+        has_guide = "guide" in engine
+        proposal = guide if has_guide else None
+        figures = measure(comparison, truths, lm, engine, size, args.seeds, proposal)
+        cost = training_tokens if has_guide else 0
+        points.append(Point(engine, size, settings, training_tokens=cost, **figures))
+        print(points[-1], file=sys.stderr, flush=True)
+        if args.out is not None:
+            others = [point for point in kept if point.settings != settings]
+            rows = [asdict(point) for point in [*others, *points]]
+            write_text(args.out, json.dumps(rows, indent=1) + "\n")
+    return points
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--runs", type=int, default=100)
-    parser.add_argument("--num-samples", type=int, default=32)
-    parser.add_argument("--case", default="observed text", choices=CASES)
-    parser.add_argument("--steps", type=int, default=300, help="of the guide's training")
-    options = parser.parse_args()
-    case = CASES[options.case]
-    began = time.perf_counter()
-    guide = lmppl.LMGuide(case.program, lm=case.lm)
-    guide.fit([case.args], steps=options.steps, seed=0)
-    truth = case.enumerate().posterior(*case.text_latents, text=True)
-    floor = iid_tv_floor(truth, options.runs * options.num_samples)
-    print(f"expected TV of as many independent draws from the posterior: {floor:.3f}")
-    print(f"guide: {options.steps} steps, {time.perf_counter() - began:.0f} s", flush=True)
-    print("| engine | mean of estimate / evidence | sd of log | ESS | TV | LM tokens | time |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    for label, (method, own) in engines(guide).items():
-        cells = measure(case, method, own, options.runs, options.num_samples)
-        print(f"| `{label}` | {' | '.join(cells)} |", flush=True)
+def plot(points: Sequence[Point], described: str) -> Any:
+    """Both errors against tokens, log-log, a line an engine; three for each that has a guide."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    names = list(dict.fromkeys(point.engine for point in points))
+    titles = {
+        "log_z_error": "error of log Z (nats)",
+        "expectation_error": f"error of the expectation of\n{described}",
+    }
+    for axes, (name, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
+        for number, engine in enumerate(names):
+            own = sorted(
+                (point for point in points if point.engine == engine), key=lambda p: p.tokens
+            )
+            drawn = [(p, getattr(p, name)) for p in own]
+            drawn = [(p, error) for p, error in drawn if error is not None and error < math.inf]
+            for inputs in SHARED_BY if any(p.training_tokens for p, _ in drawn) else (None,):
+                shared = 0 if inputs is None else 1 / inputs
+                label = engine if inputs is None else f"{engine}, trained for {inputs}"
+                axes.plot(
+                    [p.tokens + shared * p.training_tokens for p, _ in drawn],
+                    [error for _, error in drawn],
+                    marker="o", markersize=4, color=f"C{number}", label=label,
+                    linestyle={None: "-", 1: ":", 10: "--", 100: "-"}[inputs],
+                )  # fmt: skip
+        axes.set(xscale="log", yscale="log", xlabel="language-model tokens an input", title=title)
+        axes.grid(alpha=0.25)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    return figure
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--task", choices=COMPARISONS, default="random_number")
+    parser.add_argument("--model", default="smollm2-135m-instruct", help="any causal LM")
+    parser.add_argument("--sizes", type=several, nargs="+", default=[16, 64, 256])
+    parser.add_argument("--seeds", type=positive, default=10)
+    parser.add_argument("--steps", type=positive, default=100, help="of the guide's training")
+    parser.add_argument("--out", type=Path, help="JSON file of points; those in it are kept")
+    parser.add_argument("--plot", type=Path, help="draw them (needs matplotlib)")
+    args = parser.parse_args(argv)
+    kept = []
+    if args.out is not None and args.out.exists():
+        kept = [Point(**row) for row in json.loads(args.out.read_text(encoding="utf-8"))]
+    points = points_of(args, lmppl.LM.from_pretrained(args.model), kept)
+    if args.plot is not None:
+        args.plot.parent.mkdir(parents=True, exist_ok=True)
+        figure = plot(points, COMPARISONS[args.task]().described)
+        figure.savefig(args.plot, facecolor="white", metadata={"Date": None})
 
 
 if __name__ == "__main__":

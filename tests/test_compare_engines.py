@@ -1,0 +1,72 @@
+"""The comparison of engines, on a tiny model with a truth that is known."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+
+import lmppl
+import random_number
+from benchmarks import compare_engines
+from benchmarks.compare_engines import Point, Truth
+from lmppl.testing import tiny_lm
+
+LM = tiny_lm("0123456789.", seed=3, contrast=1.0)
+OPTIONS = ["--sizes", "16", "--seeds", "3", "--steps", "4"]
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    monkeypatch.setattr(lmppl.LM, "from_pretrained", lambda name: LM)
+    monkeypatch.setattr(random_number, "PROMPT", "0.{most}.")
+    ten = replace(
+        compare_engines.of_random_number(),
+        training=[(9,)],
+        held_out=[(9,)],
+        number=lambda values: int(str(values["z"])[:-1]),
+        truth=lambda lm, args: Truth(math.log(10), 4.5),
+        fit={"batch_size": 8},
+    )
+    monkeypatch.setitem(compare_engines.COMPARISONS, "random_number", lambda: ten)
+
+
+def test_every_engine_has_a_point_and_a_run_goes_on(tmp_path, monkeypatch):
+    out, picture = tmp_path / "points.json", tmp_path / "engines.svg"
+    compare_engines.main([*OPTIONS, "--out", str(out), "--plot", str(picture)])
+    points = [Point(**row) for row in json.loads(out.read_text())]
+    found = {point.engine: point for point in points}
+    assert list(found) == ["importance", "SMC", "MCMC", "guide", "SMC with guide"]
+    assert found["MCMC"].log_z_error is None and found["importance"].log_z_error < 2.0
+    assert found["guide"].training_tokens > 100 and found["importance"].training_tokens == 0
+    assert all(point.tokens > 0 and point.runs == 3 for point in points)
+    assert "trained for 100" in picture.read_text()
+
+    before = out.read_text()
+    monkeypatch.setattr(lmppl, "infer", None)
+    compare_engines.main([*OPTIONS, "--out", str(out)])
+    assert out.read_text() == before
+
+
+def test_an_exact_engine_has_no_error(monkeypatch):
+    comparison = compare_engines.COMPARISONS["random_number"]()
+    exact = {"exact": {"method": "exact"}}
+    monkeypatch.setattr(compare_engines, "engines", lambda comparison, num_samples: exact)
+    figures = compare_engines.measure(
+        comparison, [Truth(math.log(10), 4.5)], LM, "exact", 2, seeds=1, guide=None
+    )
+    assert figures["log_z_error"] == pytest.approx(0.0, abs=1e-4)
+    assert figures["expectation_error"] == pytest.approx(0.0, abs=1e-4)
+
+
+def test_a_run_without_a_live_sample_is_infinitely_wrong():
+    comparison = replace(
+        compare_engines.COMPARISONS["random_number"](),
+        program=lambda most: lmppl.require("no", False),
+    )
+    figures = compare_engines.measure(
+        comparison, [Truth(0.0, 0.0)], LM, "importance", 4, seeds=2, guide=None
+    )
+    assert figures["log_z_error"] == figures["expectation_error"] == math.inf
