@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,12 +28,15 @@ class Trainer:
         options: of ``fit``, for each method of ``LOSSES`` that is used, without ``loss`` and ``steps``;
             ``data`` among them are other inputs for this method.
         steps: of ``"guide"``.
+        prepare: makes further options for ``"guide"`` from its seed; the tokens that this takes are
+            tokens of the training.
     """
 
     new_guide: Callable[[], lmppl.LMGuide]
     data: Sequence[Any]
     options: Mapping[str, Mapping[str, Any]]
     steps: int
+    prepare: Callable[[int], Mapping[str, Any]] | None = None
     _costs: dict[str, float] = field(default_factory=dict)
 
     def train(self, method: str, seed: int, **run: Any) -> tuple[lmppl.LMGuide, dict[str, Any]]:
@@ -45,18 +49,27 @@ class Trainer:
         """
         steps = self.steps
         if method != "guide":
-            steps = max(
-                1, round(steps * self._tokens_a_step("guide") / self._tokens_a_step(method))
-            )
-        guide = self.new_guide()
+            steps = max(1, round(self._budget / self._tokens_a_step(method)))
+        guide, options = self.new_guide(), self._options(method)
         before, began = tokens(guide.base), time.perf_counter()
-        guide.fit(steps=steps, seed=seed, **self._options(method), **run)
+        if method == "guide" and self.prepare is not None:
+            options |= self.prepare(seed)
+        guide.fit(steps=steps, seed=seed, **options, **run)
         spent = tokens(guide.base) - before
         minutes = (time.perf_counter() - began) / 60
         return guide, {"steps": len(guide.history), "tokens": spent, "training_minutes": minutes}
 
     def _options(self, method: str) -> dict[str, Any]:
         return {"data": self.data, "loss": LOSSES[method], **self.options[method]}
+
+    @functools.cached_property
+    def _budget(self) -> float:
+        """The tokens of ``"guide"``."""
+        lm = self.new_guide().base
+        before = tokens(lm)
+        if self.prepare is not None:
+            self.prepare(0)
+        return tokens(lm) - before + self.steps * self._tokens_a_step("guide")
 
     def _tokens_a_step(self, method: str) -> float:
         """Counted once, by two short runs, whose difference is all of steps."""

@@ -195,6 +195,26 @@ def test_all_methods_train_at_equal_tokens():
     assert tokens(LM) - before == pytest.approx(costs["guide"]["tokens"], rel=0.1), "counted once"
 
 
+@pytest.mark.slow
+def test_what_a_guide_begins_with_counts_as_its_training():
+    seeds = []
+
+    def prepare(seed):
+        seeds.append(seed)
+        lmppl.infer(infill, "ab.", "ab", lm=LM, method="importance", num_samples=200, seed=seed)
+        return {"demonstrations": [{"z": "ab."}]}
+
+    new_guide = lambda: lmppl.LMGuide(infill, lm=LM)  # noqa: E731
+    options = dict.fromkeys(("guide", "elbo"), {"batch_size": 8})
+    plain = Trainer(new_guide, [("ab.", "ab")], options, 4)
+    prepared = Trainer(new_guide, [("ab.", "ab")], options, 4, prepare)
+    for method in ("guide", "elbo"):
+        _, alone = plain.train(method, seed=5, progress=False)
+        _, cost = prepared.train(method, seed=5, progress=False)
+        assert cost["tokens"] > 1.5 * alone["tokens"]
+    assert seeds == [5, 0] and cost["steps"] > alone["steps"]
+
+
 def test_log_z_by_independent_runs():
     exact = lmppl.infer(infill, "ab.", "ab", lm=LM, method="exact").log_evidence
     for method in ("importance", "smc"):
