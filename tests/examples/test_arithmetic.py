@@ -8,6 +8,7 @@ import pytest
 from pyro import poutine
 
 import arithmetic
+import calculator
 import lmppl
 from lmppl.testing import tiny_lm
 from paper.calculator import calculate, calculate_in_words
@@ -43,6 +44,13 @@ def test_the_calculator_refuses_what_is_no_sum_or_too_large(expression):
     with pytest.raises(ValueError):
         calculate(expression)
     assert calculate_in_words(expression) == "error"
+
+
+def test_the_calculator_of_the_other_example_reads_what_its_regex_allows_and_no_more():
+    assert calculator.result_of(" 12 - 50 =") == -38
+    for step in ("12 + 5 =", " 12+5 =", " 1 + 2 + 3 =", " 12 + 5", " 1234567 + 1 ="):
+        with pytest.raises(ValueError):
+            calculator.result_of(step)
 
 
 def test_steps_of_a_problem():
