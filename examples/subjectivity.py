@@ -54,7 +54,7 @@ WORKED = (
      "tells what happens in the story", "objective"),
 )  # fmt: skip
 THIS, SO = "{sentence}\nThis sentence", " so it is"
-SENTENCES = Path(__file__).parent / "sentences"
+SENTENCES = Path(__file__).parent / "data" / "sentences"
 MOST_TOKENS = 16
 
 Labelled = tuple[str, str]
