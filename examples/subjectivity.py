@@ -288,7 +288,7 @@ TASK = Task(
         "kl_high": Column("KL at most", ".2f"),
     },
     measure=measure,
-    quick={"steps": 8, "batch_size": 16, "samples": 32, "held_out": 8, "inputs": 2, "labels": 10},
+    quick={"steps": 16, "batch_size": 16, "samples": 32, "held_out": 16, "inputs": 2, "labels": 10},
     show=show,
 )
 
