@@ -236,17 +236,17 @@ TASK = Task(
         "kl_high": Column("KL at most", ".2f"),
     },
     measure=measure,
-    quick={"steps": 8, "batch_size": 16, "samples": 16, "held_out": 3, "inputs": 1},
+    quick={"steps": 4, "batch_size": 8, "samples": 16, "held_out": 2, "inputs": 1},
     show=show,
 )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = TASK.parser(__doc__)
-    parser.set_defaults(steps=60, batch_size=32, samples=256)
+    parser.set_defaults(steps=40, batch_size=16, samples=128)
     parser.add_argument("--problems", type=positive, default=100, help="to train on, a length")
     parser.add_argument(
-        "--held-out", type=positive, default=30, help="problems to test on, a length"
+        "--held-out", type=positive, default=20, help="problems to test on, a length"
     )
     parser.add_argument("--inputs", type=positive, default=2, help="of them for the ESS")
     parser.add_argument("--demonstrations", type=positive, default=50, help='that "sft" sees')
