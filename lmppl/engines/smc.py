@@ -2,8 +2,9 @@
 
     particles run to their first latent site; log w_i = 0
     until all have ended:
-        if ESS(w) < threshold * N:
-            ancestors ~ w;  fork;  log w = log mean w
+        among the slots of the M particles that wait or are dead:
+            if ESS(w) < threshold * M:
+                ancestors ~ w;  fork;  log w = log mean w
         (rejuvenate: k Markov moves of each that waits, up to here;  w stays)
         every particle draws its latent site (from the guide, or the program's prior)
         and runs on, scoring observations and factors, to the next latent site: the *barrier*
@@ -11,7 +12,9 @@
 
 ``mean(w)`` is an unbiased estimate of the evidence at every number of particles and threshold
 (Del Moral, 2004, section 7.4). Particles meet at barriers, because comparing one that has paid for its
-observation with one that has not would favour whoever pays late.
+observation with one that has not would favour whoever pays late. For the same reason a run that has
+ended, where others go on, keeps its slot and its weight: it has paid for everything, and they may not
+have paid for anything.
 
 *Within* a site two things distinguish one partial text from another: what a global constraint has cost
 it so far, where the program itself draws it, and a twist (twisted SMC; Zhao et al., 2024, arXiv
@@ -48,8 +51,8 @@ class SMC(Engine):
     """Sequential Monte Carlo.
 
     Args:
-        ess_threshold: resample when the effective sample size falls below this fraction of N;
-            0: never, 1: at every barrier.
+        ess_threshold: resample when the effective sample size of the particles that go on falls below
+            this fraction of their number (dead ones count); 0: never, 1: at every barrier.
         resampling: ``"systematic"``, ``"stratified"``, ``"multinomial"`` or ``"residual"``.
         twist: how texts are compared within a site, beside what a constraint on them has cost so far,
             which always counts. None: not at all. ``"lookahead"``: by the
@@ -111,12 +114,7 @@ class SMC(Engine):
         state.info["resamplings"] = 0
         sites: set[str] = set()  # at which texts were drawn token by token
         while state.extend():
-            if state.ess < self.ess_threshold * len(state.particles):
-                log_weights = state.log_weights
-                weights = (log_weights - log_weights.max()).exp()
-                state.select(self._ancestors(weights, state.generator).tolist())
-                state.log_weights = torch.full_like(log_weights, log_mean_exp(log_weights))
-                state.info["resamplings"] += 1
+            self._resample(state)
             if laws is not None:
                 acceptance = rejuvenate(state, laws, self.rejuvenate)
                 state.info["rejuvenation"] += [] if acceptance is None else [acceptance]
@@ -129,6 +127,21 @@ class SMC(Engine):
                 f"token by token; sites where one did: {', '.join(sorted(sites)) or 'none'}. (A site "
                 "may be on a branch that none took.)"
             )
+
+    def _resample(self, state: State) -> None:
+        """If the particles that go on are unequal, let copies of them take their slots and those of the
+        dead."""
+        log_weights = state.log_weights
+        has_ended = torch.tensor([particle.finished for particle in state.particles])
+        slots = (~has_ended | (log_weights == -torch.inf)).nonzero().flatten()
+        among = log_weights[slots]
+        if not 0.0 < runtime.ess(among) < self.ess_threshold * len(slots):
+            return
+        ancestors = torch.arange(len(log_weights))
+        ancestors[slots] = slots[self._ancestors((among - among.max()).exp(), state.generator)]
+        state.select(ancestors.tolist())
+        state.log_weights = log_weights.index_fill(0, slots, log_mean_exp(among))
+        state.info["resamplings"] += 1
 
     def _ancestors(self, weights: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Ancestors with probability in proportion to ``weights``, both (N,)."""

@@ -52,11 +52,11 @@ def three_sites_backwards(x, y):
 
 
 def early_end(x, y):
-    """Some runs end before others: they are resampled together."""
+    """Some runs end before others, which are resampled among themselves."""
     z = lm_sample("z", x, max_tokens=1, temperature=2.0)
     lm_sample("y", [x, z], obs=y)
     pyro.factor("taste", torch.tensor(2.0 if "b" in z else 0.0))
-    if "b" in z:
+    if "a" not in z:
         w = lm_sample("w", [x, z], max_tokens=1)
         lm_sample("v", [x, w], obs=y)
 

@@ -14,7 +14,7 @@ import lmppl
 from lmppl import lm_sample, require
 from lmppl.engines.base import State
 from lmppl.runtime import Particle
-from lmppl.testing import tiny_lm
+from lmppl.testing import tiny_lm, total_variation
 from lmppl.testing.programs import CASES
 
 ALL = pytest.mark.parametrize("case", CASES.values(), ids=str)
@@ -262,18 +262,48 @@ def test_all_particles_dead_at_the_last_barrier():
     assert caught.value.posterior.log_evidence == -math.inf
 
 
-def test_finished_particles_are_resampled_with_running_ones(remembered):
-    """Both kinds survive, and those that share a finished run's slot draw apart afterwards."""
-    mixed = 0
-    for seed in range(20):
+@pytest.mark.parametrize("resampling", SCHEMES)
+def test_runs_that_end_early_keep_their_mass(resampling):
+    """All pay alike at their end, so those that are under way seem better by 40 nats."""
+
+    def program():
+        text = ["a"]
+        while len(text) < 6 and text[-1] != "b":
+            text += [lm_sample(f"z{len(text)}", text, choices=["a", "b"], temperature=20.0)]
+        pyro.factor("paid", -40.0 + 0.1 * len(text))
+        return len(text)
+
+    lm = CASES["chain"].lm
+    exact = lmppl.infer(program, lm=lm, method="exact")
+    assert max(exact.probs(returns=True).values()) < 0.6  # of many lengths
+    for seed in range(10):
         posterior = infer(
-            small.early_end, "ab", "a", lm=small.small_lm(), num_samples=8, seed=seed,
-            ess_threshold=1.0,
-        )  # fmt: skip
-        ended = ["b" not in z for z in posterior["z"]]
-        assert [w is None for w in posterior["w"]] == ended
-        mixed += 0 < sum(ended) < 8
-    assert mixed > 5
+            program, lm=lm, num_samples=64, seed=seed, resampling=resampling, ess_threshold=1.0
+        )
+        assert posterior.log_evidence == pytest.approx(exact.log_evidence, abs=0.1)
+        assert total_variation(exact.probs(returns=True), posterior.probs(returns=True)) < 0.25
+
+
+def test_slots_of_the_dead_go_to_particles_that_go_on():
+    """And those of runs that have ended do not."""
+
+    def program():
+        kind = lm_sample("kind", "a", choices=["a", "b"], temperature=20.0)
+        if kind == "b":
+            return
+        if lm_sample("fate", ["a", kind], choices=["a", "b"], temperature=20.0) == "b":
+            require("alive", False)
+        lm_sample("z", ["a", kind], max_tokens=3)
+
+    for seed in range(10):
+        posterior = infer(
+            program, lm=CASES["chain"].lm, num_samples=16, seed=seed, ess_threshold=1.0
+        )
+        assert all(weight > 0 for weight in posterior.weights)
+        of_kind = [sum(posterior["kind"][i] == kind for i in range(16)) for kind in ("a", "b")]
+        assert min(of_kind) > 0
+        weights = {posterior["kind"][i]: float(posterior.weights[i]) for i in range(16)}
+        assert weights["a"] < weights["b"]  # half of their mass died
 
 
 def test_slots_of_a_finished_run_keep_their_own_streams():
