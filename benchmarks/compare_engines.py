@@ -290,8 +290,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     points = points_of(args, lmppl.LM.from_pretrained(args.model), kept)
     if args.plot is not None:
         args.plot.parent.mkdir(parents=True, exist_ok=True)
+        import matplotlib
+
         figure = plot(points, COMPARISONS[args.task]().described)
-        figure.savefig(args.plot, facecolor="white", metadata={"Date": None})
+        with matplotlib.rc_context({"svg.hashsalt": "lmppl", "svg.fonttype": "none"}):
+            figure.savefig(args.plot, facecolor="white", metadata={"Date": None})
 
 
 if __name__ == "__main__":
