@@ -65,6 +65,8 @@ def section(results: Results, images: Path | None) -> str:
             f"--out benchmarks/results/{TASKS}/{results.task}.json"
         )
         machines = "; ".join(dict.fromkeys(row.machine for row in rows))
+        if options := rows[0].command.partition(".py ")[2]:
+            parts.append(f"With `{options}`:")
         parts += [table(own, results.columns), *gain(own), f"`{command}`\n\n{machines}."]
         name = f"{results.task}-{number}.svg"
         if images is not None and _draw(results.task, rows, images / name):

@@ -4,7 +4,7 @@
     python examples/random_number.py --method all --seeds 3 --out random_number.json
     python examples/random_number.py --most 999
 
-Asked for a random integer between 0 and 100, the model writes a number in one of six draws, and then
+Asked for a random integer between 0 and 100, the model writes a number in one of seven draws, and then
 mostly the same few. The program keeps what is a number, and makes the model's own taste count for
 nothing: its posterior is uniform, and its evidence the number of numbers, 101. That is known exactly,
 and so is what each method draws: the probabilities of all the numbers are computed, nothing is counted.
@@ -173,7 +173,7 @@ def plot(rows: Sequence[Row]) -> Any:
     axes = figure.subplots(len(methods), 1, sharex=True, squeeze=False)[:, 0]
     for axis, method in zip(axes, methods, strict=True):
         probabilities = first[method].figures["probabilities"]
-        axis.bar(range(len(probabilities)), probabilities, width=1.0, color="#1b6ca8")
+        axis.stairs(probabilities, fill=True, color="#1b6ca8")
         axis.axhline(1 / len(probabilities), color="#c8452c", lw=1)
         valid, kl = (first[method].figures[name] for name in ("valid", "kl"))
         axis.set_title(f"{method}: {valid:.1%} valid, KL {kl:.3f}", fontsize=9, loc="left")

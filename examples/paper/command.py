@@ -129,7 +129,8 @@ class Task:
         if getattr(args, "plot", None) is not None:
             package("matplotlib", "lmppl[plot]", "--plot")
         lm = lmppl.LM.from_pretrained(args.model, dtype=args.dtype)
-        words = f"{machine(lm.device)}, {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        words = f"{machine(lm.device)}, {threads} thread{'s' * (threads != 1)}"
         methods = self.methods if "all" in args.method else args.method
         settings, shared, shown = _settings(args), {}, []
         for seed in range(args.seeds):

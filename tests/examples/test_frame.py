@@ -58,7 +58,7 @@ def test_rows_have_what_it_takes_to_repeat_them(tmp_path):
     ]  # fmt: skip
     row = found.rows[-1]
     assert row.settings["steps"] == 2 and row.settings["samples"] == 1024
-    assert row.command == "python examples/a_task.py --steps 2" and "threads" in row.machine
+    assert row.command == "python examples/a_task.py --steps 2" and "thread" in row.machine
     assert Results.load(out) == found
     assert "seeds" not in row.settings and "out" not in row.settings
 
@@ -275,6 +275,9 @@ def test_the_table_has_means_deviations_and_goals():
     assert "| guide | 60.0% ± 28.3% | 10 | 1,500 | 2.5 | 2 |" in text
     assert "| goal of the guide | at least 50.0%: met |" in text
     assert "--method low_temperature guide --seeds 2 --out benchmarks/results/tasks/" in text
+    assert "With `" not in text
+    other = row("guide", 0, 0.4, command="python examples/random_number.py --most 9")
+    assert "With `--most 9`:" in tasks.section(results(other), None)
     assert "**missed**" in tasks.section(results(row("guide", 0, 0.4)), None)
     assert Column("", ".1f", most=2.0).met_by(2.0) and not Column("", ".1f", most=2.0).met_by(2.1)
     assert len(groups_of(found.rows)) == 2
