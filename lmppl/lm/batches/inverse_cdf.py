@@ -53,7 +53,7 @@ def invert_among(
     """
     logits = tempered(logits, temperature).float()
     probs = torch.softmax(logits, -1)
-    whole = probs.sum(-1).double()
+    whole = probs.sum(-1)  # float32, as MPS has no other; what it divides is float64
     # A product, as a choice by a mask (torch.where, masked_fill) takes a CPU ten times as long.
     tokens, mass, total = _invert(probs.mul_(allowed), uniforms)
     log_prob = (mass / whole.to(mass.device)).log().float().to(logits.device)

@@ -116,6 +116,24 @@ def test_invalid_rows_are_nan(bad):
     assert 0 <= int(tokens[2]) < 3
 
 
+def test_rows_of_next_to_no_allowed_probability_stand_among_others():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, 300, generator=generator)
+    logits[1::2, 0] += 90.0
+    allowed = torch.rand(6, 300, generator=generator) < 0.5
+    allowed[:, 0] = False
+    u = torch.rand(6, generator=generator, dtype=torch.float64)
+    found = invert_among(allowed, logits, u)
+    log_probs = torch.log_softmax(logits.double(), -1)
+    among = log_probs.masked_fill(~allowed, -INF)
+    for row in range(6):
+        cdf = (among[row] - among[row].logsumexp(0)).exp().cumsum(0)
+        token = int(torch.searchsorted(cdf, u[row], right=True))
+        assert int(found[0][row]) == token
+        assert float(found[1][row]) == pytest.approx(float(log_probs[row, token]), abs=1e-4)
+        assert float(found[2][row]) == pytest.approx(float(among[row].logsumexp(0)), abs=1e-4)
+
+
 def test_weights_and_logits_are_inverted_alike():
     probs = torch.tensor([0.0, 0.3, 0.0, 0.7, 0.0], dtype=torch.float64)
     u = uniforms(0.0, 0.2, 0.3, 0.31, 0.99, BELOW_ONE)

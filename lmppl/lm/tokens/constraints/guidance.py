@@ -131,9 +131,7 @@ class Regex(GuidanceConstraint):
                 f"{self._what}: no tokens of the vocabulary make up a match, so the model can't "
                 "spell any"
             )
-        return RegexState(
-            state.matcher, state.tokens, Place.at_start(exact), Place.at_start(cut), Masks()
-        )
+        return RegexState(state.matcher, state.tokens, Place.at_start(exact), Place.at_start(cut))
 
 
 class JsonSchema(GuidanceConstraint):
@@ -321,27 +319,31 @@ def _check_limits(matcher: Any) -> None:
         )
 
 
-class Masks:
-    """What was found out in the states of an automaton, for other texts that come to them."""
+class Found:
+    """What was found out in the states of automata, for other texts that come to them. It is dropped
+    when it is much."""
 
-    _MOST = 256  # as each takes a byte a token
+    MOST = 512  # of all patterns together, as each takes a byte a token
 
     def __init__(self) -> None:
         self._found: dict[Hashable, Any] = {}
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Masks:
-        return self  # what it finds out later does not change what it says
+    def __len__(self) -> int:
+        return len(self._found)
 
     def get(self, key: Hashable, find: Callable[[], T]) -> T:
         """What was found under a key; ``find`` finds it where nothing was."""
         if key not in self._found:
             found = find()
-            if len(self._found) >= self._MOST:
+            if len(self._found) >= self.MOST:
                 self._found = {}
             self._found[key] = found
             return found
         known: T = self._found[key]
         return known
+
+
+found_in_states = Found()
 
 
 class RegexState(GuidanceState):
@@ -352,29 +354,22 @@ class RegexState(GuidanceState):
         tokens: as it knows them.
         exact: where the text has come to.
         cut: where it has come to, if a stop string may cut it.
-        masks: what is known of the pattern's states.
         is_ascii: whether the text is in ASCII.
     """
 
     def __init__(
-        self,
-        matcher: Any,
-        tokens: Tokens,
-        exact: Place,
-        cut: Place,
-        masks: Masks,
-        is_ascii: bool = True,
+        self, matcher: Any, tokens: Tokens, exact: Place, cut: Place, is_ascii: bool = True
     ) -> None:
         super().__init__(matcher, tokens)
         self._exact, self._cut = exact, cut
-        self._masks, self._is_ascii = masks, is_ascii
+        self._is_ascii = is_ascii
 
     def after(self, data: bytes) -> RegexState | None:
         matcher = self._matcher_after(data)
         if matcher is None:
             return None
         return RegexState(
-            matcher, self.tokens, self._exact.after(data), self._cut.after(data), self._masks,
+            matcher, self.tokens, self._exact.after(data), self._cut.after(data),
             self._is_ascii and data.isascii(),
         )  # fmt: skip
 
@@ -389,7 +384,7 @@ class RegexState(GuidanceState):
         """What is found in the text's state, which decides it; found anew where it does not."""
         if not (self._is_ascii and self._exact.distance.is_exact_in_ascii):
             return find()
-        return self._masks.get((what, self._exact.state), find)
+        return found_in_states.get((what, self._exact.distance, self._exact.state), find)
 
     def needed(self, *, cut: bool = False) -> float:
         return self._place(cut).needed()
