@@ -32,7 +32,7 @@ import lmppl
 from lmppl import lm_sample, tool
 from paper.calculator import calculate, calculate_in_words
 from paper.command import Run, Task, above_0, positive
-from paper.evaluation import LogZ, held_out, log_z_by_runs
+from paper.evaluation import PROPOSAL_COLUMNS, LogZ, held_out, log_z_by_runs
 from paper.inputs import BadInput, check_fits
 from paper.rows import Column, Row
 from paper.training import Trainer
@@ -230,10 +230,7 @@ TASK = Task(
         "accuracy_4": Column("of 4", ".0%"),
         "accuracy_5": Column("of 5", ".0%"),
         "share": Column("right draws", ".0%"),
-        "ess": Column("ESS", ".1%"),
-        "agrees": Column("agrees", ".0%"),
-        "kl_low": Column("KL at least", ".2f"),
-        "kl_high": Column("KL at most", ".2f"),
+        **PROPOSAL_COLUMNS,
     },
     measure=measure,
     quick={"steps": 4, "batch_size": 8, "samples": 16, "held_out": 2, "inputs": 1},

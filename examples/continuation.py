@@ -41,7 +41,7 @@ from lmppl.lm.tokens.stopping import Stopping
 from lmppl.runtime import nth_seed
 from paper import decoding
 from paper.command import Run, Task, above_0, positive, several, share
-from paper.evaluation import held_out, log_z_by_runs
+from paper.evaluation import PROPOSAL_COLUMNS, held_out, log_z_by_runs
 from paper.inputs import check_fits, lines_of, split
 from paper.rows import Column, Row, groups_of
 from paper.similarity import Encoder, diversity
@@ -211,10 +211,7 @@ COLUMNS = {
     "best_more": Column(f"best {TIMES}x", ".2f"),
     "diversity_more": Column(f"diversity {TIMES}x", ".3f"),
     "whole": Column("whole", ".0%"),
-    "ess": Column("ESS", ".1%"),
-    "kl_low": Column("KL from", ".2f"),
-    "kl_high": Column("KL to", ".2f"),
-    "agrees": Column("agrees", ".0%"),
+    **PROPOSAL_COLUMNS,
 }
 
 TASK = Task(

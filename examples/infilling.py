@@ -40,7 +40,7 @@ from lmppl.lm.tokens.stopping import Stopping
 from lmppl.primitives import default_lm
 from lmppl.runtime import nth_seed
 from paper.command import Run, Task, positive, several
-from paper.evaluation import held_out, log_z_by_runs
+from paper.evaluation import PROPOSAL_COLUMNS, held_out, log_z_by_runs
 from paper.inputs import BadInput, check_fits, numbered_lines, package, split
 from paper.rows import Column, Row
 from paper.similarity import Encoder, matching, overlap
@@ -242,10 +242,7 @@ TASK = Task(
         "bleu": Column("BLEU-4", ".3f"),
         "gleu": Column("GLEU", ".3f"),
         "similarity": Column("similarity", ".3f"),
-        "ess": Column("ESS", ".1%"),
-        "kl_low": Column("KL from", ".2f"),
-        "kl_high": Column("KL to", ".2f"),
-        "agrees": Column("agrees", ".0%"),
+        **PROPOSAL_COLUMNS,
     },
     measure=measure,
     quick={

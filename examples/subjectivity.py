@@ -34,7 +34,7 @@ import lmppl
 from lmppl import lm_sample
 from lmppl.guides.scoring import score_latents
 from paper.command import Run, Task, positive
-from paper.evaluation import held_out, log_z_by_runs
+from paper.evaluation import PROPOSAL_COLUMNS, held_out, log_z_by_runs
 from paper.inputs import BadInput, check_fits, numbered_lines
 from paper.rows import Column, Row
 from paper.training import Trainer, tokens
@@ -282,10 +282,7 @@ TASK = Task(
     columns={
         "accuracy": Column("accuracy", ".0%"),
         "share": Column("right draws", ".0%"),
-        "ess": Column("ESS", ".1%"),
-        "agrees": Column("agrees", ".0%"),
-        "kl_low": Column("KL at least", ".2f"),
-        "kl_high": Column("KL at most", ".2f"),
+        **PROPOSAL_COLUMNS,
     },
     measure=measure,
     quick={"steps": 16, "batch_size": 16, "samples": 32, "held_out": 16, "inputs": 2, "labels": 10},

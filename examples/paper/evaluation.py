@@ -12,6 +12,16 @@ import torch
 import lmppl
 from lmppl.runtime import log_mean_exp, nth_seed
 
+from .rows import Column
+
+PROPOSAL_COLUMNS = {
+    "ess": Column("ESS", ".1%"),
+    "kl_low": Column("KL from", ".2f"),
+    "kl_high": Column("KL to", ".2f"),
+    "agrees": Column("agrees", ".0%"),
+}
+"""Of ``held_out``'s figures, those that a table shows."""
+
 LogZ = tuple[float, float]
 """An estimate of the log evidence and its standard error, nats."""
 
