@@ -589,30 +589,36 @@ def score_texts(
         else:
             c = d.stopping.closing_token if is_closed else None
             texts[i] = d.lm, Score(d.prefix_ids, ids, d.temperature, c, d._allowed, name)
-    for i, terms in zip(texts, _served("score", list(texts.values()), grad=grad), strict=True):
+    options = [request for d, name in chosen.values() for request in _choice_requests(d, name)]
+    scored = _served("score", [*texts.values(), *options], grad=grad)  # prompts are shared by all
+    for i in texts:
+        terms = next(scored)
         results[i] = (terms.log_prob, terms)
-    fns, sites = [d for d, _ in chosen.values()], [name for _, name in chosen.values()]
-    for i, d, table in zip(chosen, fns, choice_log_probs(fns, sites, grad=grad), strict=True):
+    for i, (d, _) in chosen.items():
         assert d.choices is not None
-        results[i] = (table[d.choices.index(d.token_ids(values[i]))], None)
+        results[i] = (_choice_law(d, scored)[d.choices.index(d.token_ids(values[i]))], None)
     return results
 
 
-def choice_log_probs(
-    distributions: Sequence[LMText], names: Sequence[str], *, grad: bool = False
-) -> list[torch.Tensor]:
+def choice_log_probs(distributions: Sequence[LMText], names: Sequence[str]) -> list[torch.Tensor]:
     """For each distribution, normalised log-probabilities of its choices, ``(num_choices,)``."""
-    requests = [  # the temperature applies to whole strings, so tokens are scored at 1
-        (d.lm, Score(d.prefix_ids, choice, name=name))
-        for d, name in zip(distributions, names, strict=True)
-        for choice in d.choices or ()
+    members = list(zip(distributions, names, strict=True))
+    requests = [request for d, name in members for request in _choice_requests(d, name)]
+    scored = _served("score", requests)
+    return [_choice_law(d, scored) for d in distributions]
+
+
+def _choice_requests(d: LMText, name: str) -> list[tuple[LM, Score]]:
+    """What ``_choice_law`` needs."""
+    return [  # the temperature applies to whole strings, so tokens are scored at 1
+        (d.lm, Score(d.prefix_ids, choice, name=name)) for choice in d.choices or ()
     ]
-    scored = _served("score", requests, grad=grad)
-    tables = []
-    for d in distributions:
-        log_probs = torch.stack([next(scored).log_prob for _ in d.choices or ()])
-        tables.append(torch.log_softmax(log_probs / d.temperature, -1))
-    return tables
+
+
+def _choice_law(d: LMText, scored: Iterator[Any]) -> torch.Tensor:
+    """Normalised log-probabilities of the choices, ``(num_choices,)``, of the next ones scored."""
+    log_probs = torch.stack([next(scored).log_prob for _ in d.choices or ()])
+    return torch.log_softmax(log_probs / d.temperature, -1)
 
 
 def _names(distributions: Sequence[LMText], names: Sequence[str] | None) -> Sequence[str]:

@@ -4,8 +4,8 @@
     checkpoint.safetensors  its tensors
     guide/                  the guide so far, as ``LMGuide.save`` writes it
 
-Whoever writes a checkpoint forgets what it remembered of prompts and merged weights, as whoever
-reads one does. So both go on from the same numbers, bit by bit.
+Whoever writes a checkpoint forgets what it remembered of prompts and merged weights, as a run does
+before its first step. So both go on from the same numbers, bit by bit.
 """
 
 from __future__ import annotations
@@ -103,7 +103,6 @@ class Checkpoints:
             _load_input(input_, kept)
         for name, part in parts.items():
             part.load_state_dict(state["parts"][name])
-        trainer.forget()
         return int(state["done"])
 
     def _check_run(self, saved: Mapping[str, Any]) -> None:

@@ -161,6 +161,8 @@ def train(learner: Learner, run: Run, **config: Any) -> None:
     guard, stopping = DivergenceGuard(name), EarlyStopping(run.patience)
     parts = {**learner.parts(), "guard": guard, "stopping": stopping}
     done = checkpoints.begin(trainer, parts, learner.identity())
+    trainer.forget()  # what the model was used for before moves the last bits of a prompt's states
+    learner.forget()
     history = learner.history  # with what the checkpoint has of it
     config |= {"steps": run.steps, "seed": run.random_seed, "loss": trainer.options.loss.name}
 

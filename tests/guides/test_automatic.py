@@ -158,7 +158,8 @@ def test_a_guide_draws_for_its_model_loaded_again(engine):
         return lmppl.infer(case.program, *case.args, lm=lm, **options).log_weights
 
     again = tiny_lm("ab.", seed=0)
-    torch.testing.assert_close(log_weights(again), log_weights(case.lm))
+    # To rounding: the first run leaves prompts behind that the second does not read again.
+    torch.testing.assert_close(log_weights(again), log_weights(case.lm), atol=1e-5, rtol=0)
     if engine != "gflownet":
         assert not torch.allclose(log_weights(again), log_weights(again, guide=None))
 

@@ -27,6 +27,7 @@ from lmppl.lm.network.runner import (
     Runner,
     Tokens,
     common_length,
+    longest_beginning,
     padded,
     without_autocast,
     without_grad,
@@ -208,8 +209,9 @@ def _passes(runner: Runner, sequences: list[_Sequence], *, grad: bool) -> Iterat
         yield from _plain_passes(runner, sequences, most)
         return
     pending: list[_Part] = []
+    known_prompts: dict[Tokens, Prompt] = {}  # those with graphs
     for members in group_by_prefix(sequences, lambda s: s.tokens[: s.start]):
-        prompt = _prompt(runner, members, grad)
+        prompt = _prompt(runner, members, known_prompts if grad else None)
         known = len(prompt.tokens)
         rows = pack_rows([s.tokens[known:] for s in members], functools.partial(runner.cost, known))
         step = len(rows)
@@ -225,20 +227,24 @@ def _passes(runner: Runner, sequences: list[_Sequence], *, grad: bool) -> Iterat
         yield _packed_pass(runner, pending)
 
 
-def _prompt(runner: Runner, members: list[_Sequence], grad: bool) -> Prompt:
-    """What the sequences have in common, if it is worth reading by itself; with its graph, so that
-    its gradient is computed once too."""
+def _prompt(runner: Runner, members: list[_Sequence], known: dict[Tokens, Prompt] | None) -> Prompt:
+    """What the sequences have in common, if it is worth reading by itself. ``known``: prompts that
+    have been read with their graphs, so that the gradient of what many share is computed once, too;
+    None: no gradient is wanted."""
     sequences = [s.tokens for s in members]
     limit = min(s.start for s in members)
-    if not grad:
+    if known is None:
         return runner.shared_prompt(sequences, limit)
-    common = common_length(min(sequences), max(sequences), limit)
-    if common * (len(sequences) - 1) < WORTH_A_PROMPT:
-        return NO_PROMPT
-    read = functools.partial(runner.extend_prompt, NO_PROMPT, sequences[0][:common])
-    if runner.memory.gradient_checkpointing or runner.memory.training_tokens is not None:
-        return recomputed(read)
-    return read()
+    tokens = sequences[0][: common_length(min(sequences), max(sequences), limit)]
+    longest = longest_beginning(known, tokens)
+    shared = common_length(longest, tokens)
+    base = known[longest].head(shared) if shared >= WORTH_A_PROMPT else NO_PROMPT
+    if (len(tokens) - len(base.tokens)) * (len(sequences) - 1) < WORTH_A_PROMPT:
+        return base
+    read = functools.partial(runner.extend_prompt, base, tokens)
+    again = runner.memory.gradient_checkpointing or runner.memory.training_tokens is not None
+    known[tokens] = recomputed(read) if again else read()
+    return known[tokens]
 
 
 def _fits(parts: list[_Part], most: int | None) -> bool:

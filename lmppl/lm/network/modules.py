@@ -57,10 +57,11 @@ def logits_agree(got: Tensor, want: Tensor, *, exact: bool) -> bool:
 
 
 class WeightWatch:
-    """Notices that frozen weights have changed since it was last asked, or which are frozen.
+    """Notices that weights have changed since it was last asked, or which are frozen.
 
     Writes count a tensor's version up; those through ``.data`` do not, so a few numbers of every
-    tensor are compared as well: a change of a single number may go unnoticed.
+    tensor are compared as well: a change of a single number may go unnoticed. (A step of an
+    optimiser writes to all numbers of a tensor that has a gradient.)
     """
 
     def __init__(self, weights: Iterable[Parameter]) -> None:
@@ -83,10 +84,10 @@ class WeightWatch:
             self._places = places
             views = defaultdict(list)
             for p in self._weights:
-                if p.device.type != "meta" and not p.requires_grad:
+                if p.device.type != "meta":
                     views[p.device, p.dtype].append(_some_of(p.detach()))
             self._views = list(views.values())
-        versions = [version(p) for p in self._weights if not p.requires_grad]
+        versions = [version(p) for p in self._weights]
         numbers = [torch.cat(views) for views in self._views]
         same = versions == self._versions and all(
             torch.equal(new.view(torch.uint8), old.view(torch.uint8))  # by bits, for NaN

@@ -11,7 +11,7 @@ import functools
 import itertools
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -288,17 +288,15 @@ class Runner:
     @without_grad()
     def prompt(self, tokens: Tokens) -> Prompt:
         """The keys and values of ``tokens``, computed as far as they aren't remembered."""
-        known = [(common_length(other, tokens), other) for other in self._prompts]
-        length, longest = max(known, default=(0, ()), key=lambda pair: pair[0])
+        longest = longest_beginning(self._prompts, tokens)
         base = NO_PROMPT
-        if length:
+        if longest:
             self._prompts.move_to_end(longest)
-            base = self._prompts[longest].head(length)
+            base = self._prompts[longest].head(common_length(longest, tokens))
         if base.tokens == tokens:
             return base
         prompt = self.extend_prompt(base, tokens)
-        # An optimiser can change trainable weights at any time, and nothing need tell us.
-        if not self.trains and prompt.num_bytes <= self._max_prompt_bytes:
+        if prompt.num_bytes <= self._max_prompt_bytes:
             self._prompts[tokens] = prompt
             while len(self._prompts) > 32 or self._prompt_bytes > self._max_prompt_bytes:
                 self._prompts.popitem(last=False)
@@ -414,6 +412,13 @@ def common_length(a: Tokens, b: Tokens, limit: int | None = None) -> int:
     if a[:most] == b[:most]:
         return most
     return next(n for n in range(most) if a[n] != b[n])
+
+
+def longest_beginning(known: Iterable[Tokens], tokens: Tokens) -> Tokens:
+    """The one of the ``known`` sequences that has most in common with the beginning of ``tokens``;
+    ``()`` if none has anything."""
+    found = max(known, default=(), key=lambda other: common_length(other, tokens))
+    return found if common_length(found, tokens) else ()
 
 
 def padded(sequences: Sequence[Sequence[int]], device: torch.device) -> Tensor:

@@ -155,6 +155,20 @@ def test_each_input_is_read_once():
         assert_naive(model, requests, scored)
 
 
+def test_what_several_inputs_begin_with_is_read_once():
+    """As worked examples before the questions of a training batch."""
+    model = make_model("llama")
+    inputs = [(*random_tokens(80, 9), *random_tokens(30, seed)) for seed in range(4)]
+    requests = [Score(x, random_tokens(4, k)) for x in inputs for k in range(16)]
+    for grad in (False, True):
+        runner = Runner(model)
+        assert runner.fast
+        before = runner.computed_tokens
+        scored = score(runner, requests, grad=grad)
+        assert runner.computed_tokens - before <= 80 + 4 * 30 + 64 * 5
+        assert_naive(model, requests, scored)
+
+
 def test_no_requests_and_empty_continuations():
     runner = Runner(make_model("llama"))
     assert score(runner, []) == []
@@ -190,12 +204,19 @@ def test_without_grad_nothing_needs_one():
     assert not scored.log_probs.requires_grad and not scored.closing_log_probs.requires_grad
 
 
+PREAMBLE = random_tokens(70, 5)  # long enough to be a prompt by itself
+PREFIXES = {
+    "one": [X] * 12,
+    "short": [X[:3], random_tokens(5, 3)],
+    "behind a preamble": [(*PREAMBLE, *random_tokens(24, k)) for k in range(3)] * 4,
+}
+
+
 @pytest.mark.parametrize("name", FAST)
 @pytest.mark.parametrize("memory", MEMORIES.values(), ids=MEMORIES)
-@pytest.mark.parametrize("shared", [True, False])
-def test_gradients_equal_those_of_a_naive_pass(name, shared, memory):
+@pytest.mark.parametrize("prefixes", PREFIXES.values(), ids=PREFIXES)
+def test_gradients_equal_those_of_a_naive_pass(name, prefixes, memory):
     model = make_model(name, frozen=False).train()
-    prefixes = [X] * 12 if shared else [X[:3], random_tokens(5, 3)]
     requests = [Score(p, random_tokens(3 + k % 4, k), 0.8, 2) for k, p in enumerate(prefixes)]
     weights = [k % 3 - 0.7 for k in range(len(requests))]
 
