@@ -10,7 +10,13 @@ from typing import Any
 
 import lmppl
 
-LOSSES = {"guide": "vargrad", "sft": "sft", "ppo": "ppo", "elbo": "elbo", "wake": "wake"}
+LOSSES: dict[str, Any] = {
+    "guide": lmppl.losses.VarGrad(forward=3.0),
+    "sft": "sft",
+    "ppo": "ppo",
+    "elbo": "elbo",
+    "wake": "wake",
+}
 """The losses of the methods that train a guide, by the methods' names."""
 
 _SHARE = 20  # a step's tokens are counted by runs of a 20th and a 10th of the steps

@@ -63,19 +63,29 @@ class VarGrad(Loss):
     Args:
         huber: beyond this distance from log Z (nats) a trace counts by its distance, not its
             square; ``math.inf``: the variance itself.
+        forward: weight of the forward KL's estimate from what the guide and the program drew (see
+            ``"wake"``). The variance alone learns little of texts that the guide hardly ever
+            draws, and those make its weights uneven.
     """
 
     huber: float = 3.0
+    forward: float = 0.0
     name, draws = "vargrad", "mixture"
     truncations = True
 
     def __post_init__(self) -> None:
         if self.huber != math.inf:
             check_number("huber", self.huber, above=0.0)
+        check_number("forward", self.forward, least=0.0)
 
     def of(self, batch: Batch, *, moved: float = 1.0) -> torch.Tensor:
         loss = objectives.vargrad(batch.log_r, batch.log_q, huber=self.huber)
-        return loss + _dead_traces(batch)
+        loss = loss + _dead_traces(batch)
+        drawn = batch.complete("guide", "prior")
+        if not self.forward or drawn.num < 2 or not batch.complete("guide").num:
+            return loss
+        forward = objectives.wake(drawn.log_r, drawn.log_q, _log_drawn(batch, drawn))
+        return loss + self.forward * forward
 
 
 @dataclass(frozen=True)
@@ -178,7 +188,7 @@ class Wake(_Annealed):
 
     def of(self, batch: Batch, *, moved: float = 1.0) -> torch.Tensor:
         log_r, log_q = self._drawn(batch, moved)
-        loss = objectives.wake(log_r - log_q.detach(), log_q)
+        loss = objectives.wake(log_r, log_q)
         given = batch.complete("given")
         return loss + objectives.sft(given.log_q) if given.num else loss
 
@@ -223,15 +233,23 @@ class PPO(Loss):
 def _dead_traces(batch: Batch) -> torch.Tensor | float:
     """The term of dead traces, from what the guide and the program drew: the program comes to the
     dead traces of a guide that has nearly forgotten them. 0 if the guide drew fewer than two."""
-    drawn, by_guide = batch.complete("guide", "prior"), batch.complete("guide").num
-    if by_guide < 2:
+    drawn = batch.complete("guide", "prior")
+    if batch.complete("guide").num < 2:
         return 0.0
-    share, log_drawn = by_guide / drawn.num, None
     # Where none is dead the term is 0, and the law of the program's draws may take a pass to know.
-    if share < 1.0 and bool((drawn.log_r == -math.inf).any()):
-        by_program = drawn.log_own() + math.log(1.0 - share)
-        log_drawn = torch.logaddexp(drawn.log_q.detach() + math.log(share), by_program)
-    return objectives.alive(drawn.log_r, drawn.log_q, log_drawn)
+    if not bool((drawn.log_r == -math.inf).any()):
+        return 0.0
+    return objectives.alive(drawn.log_r, drawn.log_q, _log_drawn(batch, drawn))
+
+
+def _log_drawn(batch: Batch, drawn: Batch) -> torch.Tensor | None:
+    """(N,) the log-density of the mixture that drew those traces of a batch that the guide and the
+    program drew; None: the guide drew all."""
+    share = batch.complete("guide").num / drawn.num
+    if share == 1.0:
+        return None
+    by_program = drawn.log_own() + math.log(1.0 - share)
+    return torch.logaddexp(drawn.log_q.detach() + math.log(share), by_program)
 
 
 LOSSES: dict[str, type[Loss]] = {

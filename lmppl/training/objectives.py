@@ -12,7 +12,7 @@ learn from: no live sample, or too few to be compared.
     subtb      anyone                    stay out: alive      zero at the optimum
     alive      q itself, or a mixture    are driven down      means nothing
     elbo       q itself                  stay out: alive      means nothing
-    wake       q itself                  are driven down      means nothing
+    wake       q itself, or a mixture    are driven down      means nothing
     sft        the posterior             cannot occur         cross-entropy
     ppo        q of some steps before    are driven down      means nothing
 
@@ -158,24 +158,29 @@ def elbo(log_r: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
     return -((u - u.mean()) * log_q[live]).sum() / (len(u) - 1)
 
 
-def wake(log_weights: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+def wake(
+    log_r: torch.Tensor, log_q: torch.Tensor, log_drawn: torch.Tensor | None = None
+) -> torch.Tensor:
     """Self-normalised estimate of the forward KL: the wake phase of reweighted wake-sleep.
 
-    Bornschein & Bengio (2015, arXiv 1406.2751); Le et al. (2019, arXiv 1805.10469). With
-    ``w = softmax(log_weights)`` it is ``-sum_i (w_i - 1/N) log q_i``. Its gradient tends to that of
-    ``-E_posterior[log q]``, with a bias of order 1/N from normalising. The 1/N is a control variate,
-    as E_q[grad log q] = 0: with equal weights the gradient is zero on every set of samples, and the
-    mass of dead ones, which weigh nothing, is driven down without ``alive``.
+    Bornschein & Bengio (2015, arXiv 1406.2751); Le et al. (2019, arXiv 1805.10469). With weights
+    ``w = softmax(log R - log_drawn)`` and ``v = softmax(log q - log_drawn)`` it is
+    ``-sum_i (w_i - v_i) log q_i``. Its gradient tends to that of ``-E_posterior[log q]``, with a bias
+    of order 1/N from normalising. The second weights are a control variate, as E_q[grad log q] = 0:
+    where q is proportional to R the gradient is zero on every set of samples, and the mass of dead
+    ones is driven down without ``alive``.
 
     Args:
-        log_weights: (N,), N >= 2, log R - log q of samples drawn from q itself, ``-inf`` if R = 0;
-            their gradient is not used.
-        log_q: (N,).
+        log_r, log_q: (N,), N >= 2.
+        log_drawn: (N,), log-density of the mixture that drew all samples (the balance heuristic of
+            Veach & Guibas, 1995). None: they are samples of q, so that all v are 1/N.
     """
-    if not bool((log_weights > -torch.inf).any()):
+    if not bool((log_r > -torch.inf).any()):
         return _nothing(log_q)
-    weights = torch.softmax(log_weights.detach(), dim=0)
-    return -((weights - 1.0 / len(weights)) * log_q).sum()
+    known_q = log_q.detach()
+    log_drawn = known_q if log_drawn is None else log_drawn
+    of_posterior, of_q = torch.softmax(log_r - log_drawn, 0), torch.softmax(known_q - log_drawn, 0)
+    return -((of_posterior - of_q) * torch.where(known_q > -torch.inf, log_q, 0.0)).sum()
 
 
 def _nothing(log_q: torch.Tensor) -> torch.Tensor:

@@ -50,6 +50,7 @@ def interrupted(path, at, **options):
 
 LIVES = {
     "vargrad": {},
+    "forward": {"forward": 3.0},
     "tb": {"loss": "tb"},
     "ppo": {"loss": "ppo"},
     "simulated": {"simulate": 6, "loss": "wake"},

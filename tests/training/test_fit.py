@@ -177,6 +177,35 @@ def test_the_programs_draws_help_to_unlearn_dead_traces(loss, monkeypatch):
     torch.testing.assert_close(log_drawn.exp(), guides / num * q + 2 / num * p)
 
 
+@pytest.mark.parametrize("origins", [{"guide", "prior"}, {"guide"}, {"prior"}])
+def test_forward_kl_of_vargrad_is_of_the_guides_and_the_programs_draws(origins):
+    """And each of these counts by its share of the mixture that drew them; nothing else has a part in
+    it."""
+    guide = lmppl.LMGuide(CASE.program, lm=LM)
+    with lmppl.use(LM):
+        trainer, (one,) = trainer_on(guide, [CASE.args], batch_size=16, prior_fraction=0.25)
+        with torch.no_grad():
+            (samples,) = trainer._behaviour.draw([one], 0)
+        others = {"guide", "prior"} - origins
+        samples = [sample for sample in samples if sample.origin not in others]
+        (batch,) = trainer._score([samples], [])
+        weighted = losses.VarGrad(forward=2.0).of(batch) - losses.VarGrad().of(batch)
+        drawn = batch.complete(*origins)
+        (slope,) = torch.autograd.grad(weighted, batch.log_q)
+    if origins == {"prior"}:  # there is no law of a guide to learn from
+        assert weighted.item() == 0.0 and not slope.any()
+        return
+    q, p = drawn.log_q.detach().double().exp(), drawn.log_prior.double().exp()
+    share = drawn.complete("guide").num / drawn.num
+    law = share * q + (1 - share) * p
+    of_posterior, of_q = drawn.log_r.double().exp() / law, q / law
+    expected = 2.0 * (of_q / of_q.sum() - of_posterior / of_posterior.sum())
+    found = {id(sample): float(value) for sample, value in zip(samples, slope, strict=True)}
+    wanted = dict(zip(map(id, drawn.samples), expected.tolist(), strict=True))
+    assert {key for key, value in found.items() if value} <= wanted.keys()
+    assert [found[key] for key in wanted] == pytest.approx(list(wanted.values()), abs=1e-5)
+
+
 def test_reward_temperature_is_annealed():
     options = FitOptions(reward_temperature=(3.0, 1.0))
     betas = [options.inverse_temperature(number, 10) for number in range(10)]
@@ -194,9 +223,9 @@ def test_losses_on_the_guides_own_draws_begin_near_the_prior(loss, monkeypatch):
     seen = []
     kept = getattr(objectives, loss)
 
-    def noted(first, log_q):
-        seen.append((first, log_q.detach()))
-        return kept(first, log_q)
+    def noted(log_r, log_q):
+        seen.append(log_r)
+        return kept(log_r, log_q)
 
     monkeypatch.setattr(f"lmppl.training.objectives.{loss}", noted)
     guide = lmppl.LMGuide(CASE.program, lm=LM)
@@ -206,8 +235,7 @@ def test_losses_on_the_guides_own_draws_begin_near_the_prior(loss, monkeypatch):
             batches = trainer._behaviour.draw([one], 0)
         (batch,) = trainer._score(batches, [])
         trainer._losses([one], [batch], 2)
-    ((first, log_q),) = seen
-    log_r = first if loss == "elbo" else first + log_q  # of wake they are log-weights
+    (log_r,) = seen
     expected = batch.log_prior + (0.2 + 0.8 * 2 / 5) * (batch.log_r - batch.log_prior)
     torch.testing.assert_close(log_r, expected)
 
@@ -399,7 +427,7 @@ def test_keyword_only_arguments_are_bound_otherwise():
         ({"loss": None}, ValueError, "loss=None, allowed"),
         ({"loss": losses.TB(), "huber": 2.0}, TypeError, r"give it there, TB\(huber=...\)"),
         ({"loss": "tb", "huber": 2.0}, TypeError, "loss='tb' has no option 'huber': it has none; "),
-        ({"clip": 0.1}, TypeError, "'vargrad' has no .* 'clip': it has huber; .*loss='ppo'"),
+        ({"clip": 0.1}, TypeError, "'vargrad' has no .* 'clip': it has huber, forward; .*"),
         ({"hubber": 0.1}, TypeError, "no option 'hubber'; did you mean 'huber'"),
         ({"replay_fraction": 0.9}, ValueError, "together at most 1"),
         ({"prior_fraction": -0.1}, ValueError, "prior_fraction=-0.1: .* at least 0"),

@@ -52,8 +52,17 @@ def test_a_trained_guide_is_the_posterior(case):
     assert -1e-4 <= report.gap < 0.01  # it is a divergence, up to float32
 
 
-# Over three seeds, 350 steps end at a TV of .001, .0002, .005 and .004 at most.
-@pytest.mark.parametrize("loss, steps", [("tb", 350), ("subtb", 350), ("elbo", 500), ("wake", 350)])
+# Over three seeds, 350 steps end at a TV of .001, .0002, .005 and .004 at most (of the first four).
+@pytest.mark.parametrize(
+    "loss, steps",
+    [
+        ("tb", 350),
+        ("subtb", 350),
+        ("elbo", 500),
+        ("wake", 350),
+        (lmppl.losses.VarGrad(forward=3.0), 350),
+    ],
+)
 def test_the_other_losses_have_the_same_optimum(loss, steps):
     """``benchmarks.guide_oracle`` asks the same of every program, with three seeds."""
     case = CASES["one site"]

@@ -380,39 +380,58 @@ def test_elbo_is_half_of_vargrad():
 # --- wake ----------------------------------------------------------------------------------------
 
 
-def without_control_variate(log_weights, log_q):
-    return -(torch.softmax(log_weights.detach(), 0) * log_q).sum()
+def without_control_variate(log_r, log_q, log_drawn=None):
+    log_drawn = log_q if log_drawn is None else log_drawn
+    return -(torch.softmax((log_r - log_drawn).detach(), 0) * log_q).sum()
 
 
-def slope_at_the_optimum(loss):
-    """The largest gradient over all batches of three traces, where q is the posterior."""
+def mixture(log_q):
+    """The log-density of a half of the draws from the guide and a half from another law."""
+    other = torch.softmax(torch.linspace(1.0, -1.0, len(log_q), dtype=torch.float64), 0)
+    return (0.5 * log_q.detach().exp() + 0.5 * other).log()
+
+
+def slope_at_the_optimum(loss, law=None):
+    """The largest gradient over all batches of three traces, where q is the posterior; ``law``: of the
+    mixture that drew them."""
     log_r, _, _ = four()
     logits = log_r.clone().requires_grad_()
     log_q = torch.log_softmax(logits, 0)
     batches = (list(batch) for batch in itertools.product(range(4), repeat=3))
-    slopes = [gradient_of(loss((log_r - log_q)[rows], log_q[rows]), logits) for rows in batches]
-    return float(torch.stack(slopes).abs().max())
+    drawn = law and law(log_q)
+    surrogates = (
+        loss(log_r[rows], log_q[rows], *([] if drawn is None else [drawn[rows]]))
+        for rows in batches
+    )
+    return float(torch.stack([gradient_of(s, logits) for s in surrogates]).abs().max())
 
 
-def test_wake_has_no_gradient_at_the_optimum_thanks_to_its_control_variate():
-    assert slope_at_the_optimum(objectives.wake) < 1e-15
-    assert slope_at_the_optimum(without_control_variate) > 0.5
+@pytest.mark.parametrize("law", [None, mixture], ids=["guide", "mixture"])
+def test_wake_has_no_gradient_at_the_optimum_thanks_to_its_control_variate(law):
+    assert slope_at_the_optimum(objectives.wake, law) < 1e-15
+    assert slope_at_the_optimum(without_control_variate, law) > 0.3
 
 
 def test_wake_against_a_loop():
-    log_w, log_q = some(6, dead=(1, 3))
-    total = sum(math.exp(w) for w in log_w.tolist())
-    slope = [1 / 6 - math.exp(w) / total for w in log_w.tolist()]
-    assert gradient(objectives.wake(log_w, log_q), log_q)[0].tolist() == pytest.approx(slope)
+    log_r, log_q = some(6, dead=(1, 3))
+    weights = (log_r - log_q).exp().tolist()
+    slope = [1 / 6 - w / sum(weights) for w in weights]
+    assert gradient(objectives.wake(log_r, log_q), log_q)[0].tolist() == pytest.approx(slope)
+    drawn = some(6, seed=1)[1].detach()
+    weights, of_q = (log_r - drawn).exp().tolist(), (log_q - drawn).exp().tolist()
+    slope = [v / sum(of_q) - w / sum(weights) for v, w in zip(of_q, weights, strict=True)]
+    assert gradient(objectives.wake(log_r, log_q, drawn), log_q)[0].tolist() == pytest.approx(slope)
 
 
+@pytest.mark.parametrize("law", [None, mixture], ids=["guide", "mixture"])
 @pytest.mark.parametrize("loss", [objectives.wake, without_control_variate])
 @pytest.mark.parametrize("dead", [(), (3,)], ids=["all alive", "one dead"])
-def test_wake_tends_to_the_forward_kl(loss, dead):
+def test_wake_tends_to_the_forward_kl(loss, dead, law):
     """Every batch by its counts: four times the samples, a quarter of the bias."""
     log_r, log_q, logits = four(dead)
     log_q = log_q[1:] - log_q[1:].logsumexp(0)  # three traces, of which there are fewer batches
     log_r = log_r[1:]
+    drawn = log_q if law is None else law(log_q)
     exact = gradient_of(-(torch.softmax(log_r, 0) * log_q).sum(), logits)
     gaps = []
     for n in (8, 32):
@@ -421,8 +440,9 @@ def test_wake_tends_to_the_forward_kl(loss, dead):
             counts = [i, j - i - 1, n + 1 - j]
             ways = math.factorial(n) // math.prod(math.factorial(k) for k in counts)
             rows = [trace for trace, count in enumerate(counts) for _ in range(count)]
-            probability = ways * log_q[rows].sum().exp().item()
-            surrogate = loss((log_r - log_q)[rows], log_q[rows])
+            probability = ways * drawn[rows].sum().exp().item()
+            of_mixture = [] if law is None else [drawn[rows]]
+            surrogate = loss(log_r[rows], log_q[rows], *of_mixture)
             if bool((log_r[rows] > DEAD).any()):
                 expected += probability * gradient_of(surrogate, logits)
         gaps.append(float((expected - exact).norm() / exact.norm()))
@@ -430,11 +450,11 @@ def test_wake_tends_to_the_forward_kl(loss, dead):
 
 
 def test_wake_unlearns_dead_traces():
-    log_w, log_q = some(4, dead=(1, 2))
-    (slope,) = gradient(objectives.wake(log_w, log_q), log_q)
+    log_r, log_q = some(4, dead=(1, 2))
+    (slope,) = gradient(objectives.wake(log_r, log_q), log_q)
     assert slope[1:3].tolist() == [0.25, 0.25]  # descent lowers log q of both
-    log_w, log_q = some(3, dead=(0, 1, 2))
-    value = objectives.wake(log_w, log_q)
+    log_r, log_q = some(3, dead=(0, 1, 2))
+    value = objectives.wake(log_r, log_q)
     assert value.item() == 0.0 and gradient(value, log_q)[0].tolist() == [0.0, 0.0, 0.0]
 
 
@@ -552,7 +572,8 @@ def test_the_exact_posterior_has_no_loss_and_no_gradient(case):
         objectives.subtb(log_r, log_q, 0.8),
         objectives.alive(log_r, log_q),
         objectives.elbo(log_r, log_q),
-        objectives.wake(log_r - log_q, log_q),
+        objectives.wake(log_r, log_q),
+        objectives.wake(log_r, log_q, mixture(log_q)),
     ):
         assert loss.item() == pytest.approx(0.0, abs=1e-12)
         (slope,) = gradient(loss, log_q)
