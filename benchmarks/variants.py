@@ -1,0 +1,178 @@
+"""What raises a guide's gain: trainings with other options, judged on inputs that they have not seen.
+
+    python -m benchmarks.variants continuation --steps 200 --out FILE.json
+    python -m benchmarks.variants continuation --steps 200 --set forward=3 loss=vargrad --out FILE.json
+    python -m benchmarks.variants infilling --steps 0 --out FILE.json
+
+The inputs are those that a task of ``examples/`` trains on; its held-out ones, on which its results
+are reported, are left alone. The last --validate of them judge, the others train. ``--set`` gives
+options of ``fit``. With 0 steps the prior and the untrained guide are judged. E_q[u], the mean of
+log R - log q in nats, falls short of log Z by the divergence of the guide from the posterior, so on the
+same inputs the larger one is the better, whatever log Z is. Expect a minute of CPU for every ten to
+twenty steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lmppl
+from benchmarks.tasks import EXAMPLES
+from lmppl.runtime import nth_seed
+from lmppl.states import write_text
+
+assert str(EXAMPLES) in sys.path  # where the tasks are
+
+import arithmetic  # noqa: E402
+import continuation  # noqa: E402
+import infilling  # noqa: E402
+from paper.command import positive, several  # noqa: E402
+from paper.inputs import lines_of  # noqa: E402
+from paper.training import tokens  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Case:
+    """A program, its guide's options, and inputs of it."""
+
+    program: Callable[..., Any]
+    inputs: Sequence[tuple[Any, ...]]
+    guide: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A training and how its guide is judged, in the mean over the validation inputs.
+
+    Attributes:
+        task, label, seed, steps, samples: what was run; ``samples`` draws of each input.
+        ess: effective samples as a share of the draws; ``least_ess`` of the worst input.
+        mean_u: E_q[log R - log q] of live draws, nats.
+        dead: share of draws with R = 0.
+        tokens, minutes: of the training.
+    """
+
+    task: str
+    label: str
+    seed: int
+    steps: int
+    samples: int
+    ess: float
+    least_ess: float
+    mean_u: float
+    dead: float
+    tokens: int
+    minutes: float
+
+
+def of_continuation() -> Case:
+    prompts = lines_of(continuation.OPENINGS)[:-12]
+    return Case(continuation.continuation, [(prompt, 0.8, 16) for prompt in prompts], {})
+
+
+def of_infilling() -> Case:
+    stories = infilling.stories_of(infilling.STORIES)[:-12]
+    return Case(infilling.infilling, [(s.beginning, s.ending, 20) for s in stories], {})
+
+
+def of_arithmetic() -> Case:
+    train, _ = arithmetic.split(100, 20)
+    inputs = list(map(arithmetic.observed, train))
+    return Case(arithmetic.arithmetic, inputs, {"condition_on": []})
+
+
+CASES = {"continuation": of_continuation, "infilling": of_infilling, "arithmetic": of_arithmetic}
+
+
+def judge(
+    case: Case, inputs: Sequence[tuple[Any, ...]], guide: Any, lm: lmppl.LM, samples: int
+) -> dict[str, float]:
+    """A guide, or the prior (None), on inputs."""
+    found = [
+        lmppl.diagnose(
+            case.program, *args, guide=guide, lm=lm, num_samples=samples, seed=nth_seed(1, number),
+            progress=False,
+        )
+        for number, args in enumerate(inputs)
+    ]  # fmt: skip
+    return {
+        "ess": statistics.fmean(one.ess_fraction for one in found),
+        "least_ess": min(one.ess_fraction for one in found),
+        "mean_u": statistics.fmean(one.elbo_alive for one in found),
+        "dead": statistics.fmean(one.dead_fraction for one in found),
+    }
+
+
+def run(args: argparse.Namespace) -> list[Variant]:
+    """Train and judge, or judge what is not trained."""
+    case, lm = CASES[args.task](), lmppl.LM.from_pretrained(args.model)
+    training, validation = case.inputs[: -args.validate], case.inputs[-args.validate :]
+    guide = lmppl.LMGuide(case.program, lm=lm, **case.guide)
+    variant = partial(Variant, args.task, seed=args.seed, steps=args.steps, samples=args.samples)
+    judged = partial(judge, case, validation, lm=lm, samples=args.samples)
+    if not args.steps:
+        return [
+            variant(label, **judged(guide=of_label), tokens=0, minutes=0.0)
+            for label, of_label in (("prior", None), ("untrained guide", guide))
+        ]
+    before, began = tokens(lm), time.perf_counter()
+    guide.fit(training, steps=args.steps, seed=args.seed, **dict(args.set))
+    spent, minutes = tokens(lm) - before, (time.perf_counter() - began) / 60
+    label = ", ".join(f"{name}={value}" for name, value in args.set) or "defaults"
+    return [variant(label, **judged(guide=guide), tokens=spent, minutes=minutes)]
+
+
+def table(variants: Sequence[Variant]) -> str:
+    """Markdown."""
+    lines = [
+        "| task | `fit(...)` | steps | tokens | ESS | of the worst input | E_q[u] | seed |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for v in sorted(variants, key=lambda v: (v.task, v.steps, v.seed)):
+        figures = f"{v.tokens:,} | {v.ess:.1%} | {v.least_ess:.1%} | {v.mean_u:.2f} | {v.seed}"
+        lines.append(f"| {v.task} | {v.label} | {v.steps} | {figures} |")
+    return "\n".join(lines)
+
+
+def option(given: str) -> tuple[str, Any]:
+    """``name=value``; a value is JSON, or else text."""
+    name, equals, value = given.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{given!r}: give an option of fit, forward=3")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("task", choices=CASES)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--set", type=option, nargs="*", default=[], metavar="OPTION=VALUE")
+    parser.add_argument("--samples", type=several, default=256, help="of each input")
+    parser.add_argument(
+        "--validate", type=positive, default=6, help="inputs that are not trained on"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--out", type=Path, help="JSON file of rows, to which these are added")
+    args = parser.parse_args(argv)
+    known = json.loads(args.out.read_text()) if args.out and args.out.exists() else []
+    variants = [Variant(**row) for row in known] + run(args)
+    if args.out:
+        write_text(args.out, json.dumps([asdict(v) for v in variants], indent=1) + "\n")
+    print(table(variants))
+
+
+if __name__ == "__main__":
+    main()
