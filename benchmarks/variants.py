@@ -27,7 +27,6 @@ from typing import Any
 
 import lmppl
 from benchmarks.tasks import EXAMPLES
-from lmppl.runtime import nth_seed
 from lmppl.states import write_text
 
 assert str(EXAMPLES) in sys.path  # where the tasks are
@@ -38,6 +37,8 @@ import infilling  # noqa: E402
 from paper.command import positive, several  # noqa: E402
 from paper.inputs import lines_of  # noqa: E402
 from paper.training import tokens  # noqa: E402
+
+JUDGING = 100  # seed of the draws of the first input
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def judge(
     """A guide, or the prior (None), on inputs."""
     found = [
         lmppl.diagnose(
-            case.program, *args, guide=guide, lm=lm, num_samples=samples, seed=nth_seed(1, number),
+            case.program, *args, guide=guide, lm=lm, num_samples=samples, seed=JUDGING + number,
             progress=False,
         )
         for number, args in enumerate(inputs)
