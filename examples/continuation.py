@@ -234,14 +234,14 @@ TASK = Task(
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = TASK.parser(__doc__)
-    parser.set_defaults(steps=120, batch_size=32)
+    parser.set_defaults(steps=300, batch_size=32)
     add = parser.add_argument
     add("--prompts", type=Path, help="a file of them, one a line; by default 60 that are here")
     add("--held-out", type=positive, default=12, help="prompts at its end, not trained on")
     add("--temperature", type=above_0, default=0.8, help="T: the target is p ** (1 / T)")
     add("--max-tokens", type=positive, default=16, help="of a text")
     add("--draws", type=several, default=20, help="texts of each prompt, K")
-    add("--reference", type=several, default=512, help="draws for log Z; 8 times as many in all")
+    add("--reference", type=several, default=128, help="draws for log Z; 8 times as many in all")
     add("--top-p", type=share, default=0.9, help="of nucleus sampling")
     add("--penalty", type=above_0, default=1.0, help="of diverse beams, nats")
     add("--warmup", type=positive, default=30, help="moves of a chain before its first draw")
