@@ -25,7 +25,7 @@ def test_exact_equals_the_oracle(case):
     found, expected = weighted_values(posterior), joint_of(oracle)
     assert found.keys() == expected.keys()
     for values, joint in expected.items():
-        assert math.log(found[values]) == pytest.approx(math.log(joint), abs=1e-5)
+        assert math.log(found[values]) == pytest.approx(math.log(joint), abs=1e-5, rel=1e-6)
 
 
 @ALL

@@ -112,7 +112,7 @@ def test_engines_find_middles_from_which_the_ending_follows(stories):
 @pytest.mark.slow
 def test_a_guide_learns_the_posterior_and_sft_the_middles(stories, capsys):
     stories.write_text("\n".join(STORIES + STORIES[-2:]))  # so the held-out ones are known
-    rows = rows_of(stories, "prior guide sft", "--draws", 40, "--steps", 24, "--batch-size", 32)
+    rows = rows_of(stories, "prior guide sft", "--draws", 40, "--steps", 48, "--batch-size", 32)
     assert rows["guide"]["counted"] > 1.3 * rows["prior"]["counted"]
     assert rows["guide"]["kl_high"] < rows["prior"]["kl_low"]
     assert rows["sft"]["similarity"] > 0.9 > rows["prior"]["similarity"]

@@ -54,7 +54,7 @@ def test_each_number_has_one_token_sequence():
 @pytest.mark.slow
 def test_every_method(tmp_path, capsys):
     out = tmp_path / "rows.json"
-    words = "--quick --most 9 --steps 16 --batch-size 32 --samples 64 --first 64 --method all --out"
+    words = "--quick --most 9 --steps 32 --batch-size 32 --samples 64 --first 64 --method all --out"
     random_number.main([*words.split(), str(out)])
     rows = {row.method: row.figures for row in Results.load(out).rows}
     assert list(rows) == list(random_number.TASK.methods)
