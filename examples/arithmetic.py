@@ -240,7 +240,7 @@ TASK = Task(
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = TASK.parser(__doc__)
-    parser.set_defaults(steps=40, batch_size=16, samples=128)
+    parser.set_defaults(steps=60, batch_size=32, samples=256)
     parser.add_argument("--problems", type=positive, default=100, help="to train on, a length")
     parser.add_argument(
         "--held-out", type=positive, default=20, help="problems to test on, a length"
