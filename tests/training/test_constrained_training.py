@@ -15,6 +15,7 @@ from lmppl.constraints import Regex
 from lmppl.guides.scoring import score_latents
 from lmppl.runtime.records import rescore
 from lmppl.testing import tiny_lm
+from lmppl.training import objectives
 from lmppl.training import samples as samples_module
 from lmppl.training.batch import batches_of
 from lmppl.training.fingerprints import digest_of, program_fingerprint
@@ -158,8 +159,9 @@ def test_the_mass_of_dead_ends_is_driven_down(loss):
     assert alive[0] < 0.3 and alive[-1] > 0.9
 
 
-def test_the_program_weighs_dead_traces_by_how_it_draws():
-    """In the mixture with the guide, whose term of dead traces would else have infinite weights."""
+def test_the_program_weighs_dead_traces_by_how_it_draws(monkeypatch):
+    """In the mixture with the guide, whose term of dead traces would else have infinite weights. So
+    does the forward KL's."""
     case = BY_NAME["two_bs"]
     guide = shaken(lmppl.LMGuide(case.program, lm=LM))
     samples = [
@@ -179,9 +181,20 @@ def test_the_program_weighs_dead_traces_by_how_it_draws():
             assert log_p == pytest.approx(
                 float(node["fn"].proposal().log_prob(node["value"])), abs=1e-4
             )
-    loss = VarGrad().of(batch)
+    given = {}
+    for name in ("alive", "wake"):
+        kept = getattr(objectives, name)
+        noted = functools.partial(
+            lambda name, kept, *terms: given.update({name: terms}) or kept(*terms), name, kept
+        )
+        monkeypatch.setattr(objectives, name, noted)
+    loss = VarGrad(forward=2.0).of(batch)
     loss.backward()
     assert math.isfinite(float(loss.detach()))
+    mixture = 0.5 * batch.log_q.detach().exp() + 0.5 * own.exp()
+    assert given.keys() == {"alive", "wake"}
+    for _, _, log_drawn in given.values():
+        torch.testing.assert_close(log_drawn.exp(), mixture)
 
 
 # --- records, demonstrations, buffers ------------------------------------------------------------
