@@ -74,6 +74,11 @@ class Variant:
     tokens: int
     minutes: float
 
+    def is_again(self, other: Variant) -> bool:
+        """Whether both are of the same settings."""
+        names = "task", "label", "seed", "steps", "samples"
+        return all(getattr(self, name) == getattr(other, name) for name in names)
+
 
 def of_continuation() -> Case:
     prompts = lines_of(continuation.OPENINGS)[:-12]
@@ -168,8 +173,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--out", type=Path, help="JSON file of rows, to which these are added")
     args = parser.parse_args(argv)
-    known = json.loads(args.out.read_text()) if args.out and args.out.exists() else []
-    variants = [Variant(**row) for row in known] + run(args)
+    rows = json.loads(args.out.read_text()) if args.out and args.out.exists() else []
+    known, found = [Variant(**row) for row in rows], run(args)
+    variants = [v for v in known if not any(v.is_again(new) for new in found)] + found
     if args.out:
         write_text(args.out, json.dumps([asdict(v) for v in variants], indent=1) + "\n")
     print(table(variants))
