@@ -236,4 +236,3 @@ class MStep:
                 named[name].copy_(values[name])
         self._saved.waiting = {name.removeprefix("params."): v for name, v in late.items()}
         self._optimizer.load_state_dict(state["optimizer"])
-        self.forget()
