@@ -54,24 +54,32 @@ def section(results: Results, images: Path | None) -> str:
     """
     parts: list[str] = []
     groups = groups_of(results.rows)
-    settings = list({str(group.settings): group.settings for group in groups}.values())
-    for number, setting in enumerate(settings):
-        own = [group for group in groups if group.settings == setting]
+    for number, own in enumerate(tables_of(groups)):
         rows = [row for group in own for row in group.rows]
         methods = " ".join(group.method for group in own)
         seeds = 1 + max(row.seed for row in rows)
-        command = (
-            f"{rows[0].command} --method {methods} --seeds {seeds} "
+        command = max(own, key=lambda group: len(group.settings)).rows[0].command
+        whole = (
+            f"{command} --method {methods} --seeds {seeds} "
             f"--out benchmarks/results/{TASKS}/{results.task}.json"
         )
         machines = "; ".join(dict.fromkeys(row.machine for row in rows))
-        if options := rows[0].command.partition(".py ")[2]:
+        if options := command.partition(".py ")[2]:
             parts.append(f"With `{options}`:")
-        parts += [table(own, results.columns), *gain(own), f"`{command}`\n\n{machines}."]
+        parts += [table(own, results.columns), *gain(own), f"`{whole}`\n\n{machines}."]
         name = f"{results.task}-{number}.svg"
         if images is not None and _draw(results.task, rows, images / name):
             parts.append(f"![{results.title}, by method]({IMAGES}/{name})")
     return "\n\n".join(parts)
+
+
+def tables_of(groups: Sequence[Group]) -> list[list[Group]]:
+    """Groups of the same settings. Those of methods that are not trained have fewer of them, and stand
+    in each table of methods that are, if they agree in the rest."""
+    settings = [group.settings for group in groups]
+    whole = [s for s in settings if not any(s.items() < other.items() for other in settings)]
+    distinct = [s for number, s in enumerate(whole) if s not in whole[:number]]
+    return [[g for g in groups if g.settings.items() <= s.items()] for s in distinct]
 
 
 def gain(groups: Sequence[Group]) -> list[str]:

@@ -206,7 +206,9 @@ def measure(run: Run) -> dict[str, Any]:
     if run.method in ("zero_shot", "mcmc"):
         return figures
     few = [problem for problems in test.values() for problem in problems[: run.args.inputs]]
-    log_z = run.once("log Z", lambda: references(run, program, few))
+    log_z = run.log_z(
+        lambda: references(run, program, few), "problems held_out inputs samples errors"
+    )
     return figures | held_out(
         program, list(map(observed, few)), log_z, guide=guide, lm=run.lm,
         num_samples=run.args.samples, seed=run.seed,

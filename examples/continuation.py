@@ -164,7 +164,10 @@ def measure(run: Run) -> dict[str, Any]:
     each = [worth(run, encoder, *pair) for pair in zip(inputs, texts, strict=True)]
     found: dict[str, Any] = {name: statistics.fmean(one[name] for one in each) for name in each[0]}
     if run.method in PROPOSALS:
-        log_z = run.once("log_z", lambda: [reference(run, input_) for input_ in inputs])
+        log_z = run.log_z(
+            lambda: [reference(run, input_) for input_ in inputs],
+            "prompts held_out temperature max_tokens reference",
+        )
         found |= held_out(
             continuation, inputs, log_z, guide=proposal, lm=run.lm, num_samples=run.args.samples,
             seed=run.seed,

@@ -255,7 +255,10 @@ def measure(run: Run) -> dict[str, Any]:
         return figures
     few = list(map(observed, test[: args.inputs]))
     options = {"lm": run.lm, "num_samples": args.samples, "runs": 4}
-    log_z = run.once("log Z", lambda: [log_z_by_runs(subjectivity, one, **options) for one in few])
+    log_z = run.log_z(
+        lambda: [log_z_by_runs(subjectivity, one, **options) for one in few],
+        "data labels held_out inputs samples",
+    )
     drawn = held_out(
         subjectivity, few, log_z, guide=guide, lm=run.lm, num_samples=args.samples, seed=run.seed
     )
@@ -286,6 +289,7 @@ TASK = Task(
     },
     measure=measure,
     quick={"steps": 16, "batch_size": 16, "samples": 32, "held_out": 16, "inputs": 2, "labels": 10},
+    trained=("guide", "em", "sft"),
     show=show,
 )
 

@@ -8,7 +8,7 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,15 @@ import lmppl
 from lmppl.report.machine import machine
 from lmppl.report.tables import Block, Kind, Table, as_text
 
+from .evaluation import LogZ
 from .inputs import BadInput, package
 from .rows import Column, Results, Row, groups_of
-from .training import Trainer
+from .training import LOSSES, Trainer
 
 _COSTS = ("steps", "tokens", "minutes", "seeds")
 _MOST_FIGURES = 6  # beside which the costs have room on a terminal
 _NOT_SETTINGS = ("method", "seeds", "out", "plot", "quick")
+_OF_TRAINING = ("steps", "batch_size")  # what only the rows of methods that are trained depend on
 
 
 @dataclass
@@ -36,7 +38,9 @@ class Run:
         lm: the language model.
         args: the command line's options.
         method, seed: what is to be measured.
-        shared: for what all runs of the command have in common, such as ``log Z`` of the inputs.
+        shared: for what all runs of the command have in common, such as the inputs.
+        results: the rows so far, and what they have in common.
+        keep: writes ``results`` to the command's file, if it has one.
         training: what ``train`` has cost.
     """
 
@@ -45,6 +49,8 @@ class Run:
     method: str
     seed: int
     shared: dict[str, Any]
+    results: Results = field(default_factory=lambda: Results("", "", {}))
+    keep: Callable[[], None] = lambda: None
     training: dict[str, Any] = field(default_factory=dict)
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
@@ -52,6 +58,24 @@ class Run:
         if name not in self.shared:
             self.shared[name] = make()
         return self.shared[name]
+
+    def log_z(self, make: Callable[[], list[LogZ]], options: str) -> list[LogZ]:
+        """What ``make`` gives, log Z of each held-out input by other means than the methods'. It takes
+        longer than many a training, so it is kept with the rows, for further commands.
+
+        Args:
+            options: those of the command that it depends on besides the model, with spaces between them.
+        """
+        settings = _settings(self.args)
+        own = {name: settings[name] for name in ("model", "dtype", *options.split())}
+        found = next(
+            (one["log_z"] for one in self.results.references if one["settings"] == own), None
+        )
+        if found is None:
+            found = make()
+            self.results.references.append({"settings": own, "log_z": found})
+            self.keep()
+        return [(estimate, stderr) for estimate, stderr in found]
 
     def train(self, make_trainer: Callable[[], Trainer], **options: Any) -> lmppl.LMGuide:
         """A guide trained by the run's method; see ``Trainer.train``."""
@@ -71,6 +95,7 @@ class Task:
         columns: what is shown of a row's figures.
         measure: finds the figures of a run.
         quick: options under ``--quick``.
+        trained: the methods whose rows depend on --steps and --batch-size.
         show: prints of a row what the table has no room for, once it is there.
         plot: makes a picture (a matplotlib ``Figure``) of the rows.
     """
@@ -81,6 +106,7 @@ class Task:
     columns: Mapping[str, Column]
     measure: Callable[[Run], dict[str, Any]]
     quick: Mapping[str, Any]
+    trained: Collection[str] = tuple(LOSSES)
     show: Callable[[Row], None] | None = None
     plot: Callable[[Sequence[Row]], Any] | None = None
 
@@ -115,33 +141,40 @@ class Task:
             parser.set_defaults(**self.quick)
         args = parser.parse_args(argv)
         try:
-            return self._run(args, _command(self.name, args, usual))
+            return self._run(args, _settings(usual))
         except BadInput as error:
             parser.exit(2, f"{parser.prog}: {error}\n")
 
-    def _run(self, args: argparse.Namespace, command: str) -> Results:
+    def _run(self, args: argparse.Namespace, usual: Mapping[str, Any]) -> Results:
         results = Results(self.name, self.title, dict(self.columns))
         if args.out is not None and args.out.exists():
             kept = Results.load(args.out)
             if kept.task != self.name:
                 raise BadInput(f"{args.out} has rows of {kept.task}: give another file")
-            results.rows = kept.rows
+            results.rows, results.references = kept.rows, kept.references
         if getattr(args, "plot", None) is not None:
             package("matplotlib", "lmppl[plot]", "--plot")
         lm = lmppl.LM.from_pretrained(args.model, dtype=args.dtype)
         threads = torch.get_num_threads()
         words = f"{machine(lm.device)}, {threads} thread{'s' * (threads != 1)}"
         methods = self.methods if "all" in args.method else args.method
-        settings, shared, shown = _settings(args), {}, []
+        shared: dict[str, Any] = {}
+        shown: list[Row] = []
+
+        def keep() -> None:
+            if args.out is not None:
+                results.save(args.out)
+
         for seed in range(args.seeds):
             for method in methods:
+                settings = self._settings_of(method, args)
                 row = results.find(method, seed, settings)
                 if row is None:
-                    run = Run(lm, args, method, seed, shared)
+                    run = Run(lm, args, method, seed, shared, results, keep)
+                    command = _command(self.name, settings, usual)
                     row = self._measured(run, settings, command=command, machine=words)
                     results.rows.append(row)
-                    if args.out is not None:
-                        results.save(args.out)
+                    keep()
                 shown.append(row)
                 if self.show is not None:
                     self.show(row)
@@ -151,6 +184,11 @@ class Task:
             args.plot.parent.mkdir(parents=True, exist_ok=True)
             self.plot(shown).savefig(args.plot, facecolor="white")
         return results
+
+    def _settings_of(self, method: str, args: argparse.Namespace) -> dict[str, Any]:
+        """The options that a row of the method depends on."""
+        left_out = () if method in self.trained else _OF_TRAINING
+        return {name: value for name, value in _settings(args).items() if name not in left_out}
 
     def _measured(self, run: Run, settings: dict[str, Any], **circumstances: str) -> Row:
         print(f"{run.method}, seed {run.seed} ...", file=sys.stderr, flush=True)
@@ -182,16 +220,16 @@ def _table(cells: Sequence[Mapping[str, str]], headings: Sequence[str]) -> Table
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The options that a row depends on, in JSON's types."""
+    """The options that figures depend on, in JSON's types."""
     found = {name: value for name, value in vars(args).items() if name not in _NOT_SETTINGS}
     return {name: str(v) if isinstance(v, Path) else v for name, v in found.items()}
 
 
-def _command(name: str, args: argparse.Namespace, usual: argparse.Namespace) -> str:
+def _command(name: str, settings: Mapping[str, Any], usual: Mapping[str, Any]) -> str:
     """What was run, without method and seeds."""
     words = ["python", f"examples/{name}.py"]
-    for option, value in _settings(args).items():
-        if value != _settings(usual)[option]:
+    for option, value in settings.items():
+        if value != usual[option]:
             words += [f"--{option.replace('_', '-')}"]
             words += (
                 [] if value is True else map(str, value if isinstance(value, list) else [value])

@@ -79,12 +79,17 @@ class Row:
 
 @dataclass
 class Results:
-    """The rows of a task, with what it takes to write a table of them."""
+    """The rows of a task, with what it takes to write a table of them.
+
+    Attributes:
+        references: estimates of log Z of held-out inputs, each with the settings that it depends on.
+    """
 
     task: str
     title: str
     columns: dict[str, Column]
     rows: list[Row] = field(default_factory=list)
+    references: list[dict[str, Any]] = field(default_factory=list)
 
     def find(self, method: str, seed: int, settings: Mapping[str, Any]) -> Row | None:
         return next((row for row in self.rows if row.is_of(method, seed, settings)), None)

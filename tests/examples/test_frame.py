@@ -64,7 +64,7 @@ def test_rows_have_what_it_takes_to_repeat_them(tmp_path):
 
 
 def test_what_the_command_line_says_wins_over_quick():
-    found = call(task(lambda run: {"share": 0.5}), "--quick", "--steps", 7, "--method", "prior")
+    found = call(task(lambda run: {"share": 0.5}), "--quick", "--steps", 7, "--method", "guide")
     assert found.rows[0].settings["steps"] == 7
 
 
@@ -85,8 +85,45 @@ def test_an_interrupted_run_keeps_its_rows_and_goes_on(tmp_path, capsys):
     assert measured == ["prior", "guide", "guide", "ppo"]
     call(task(measure), "--method", "all", "--out", out)
     assert len(measured) == 4 and "50.0%" in capsys.readouterr().out
-    call(task(measure), "--method", "prior", "--steps", 9, "--out", out)
+    call(task(measure), "--method", "prior", "--samples", 9, "--out", out)
     assert len(measured) == 5, "another setting is another row"
+
+
+def test_rows_depend_on_the_training_if_there_is_one(tmp_path):
+    out, measured = tmp_path / "rows.json", []
+
+    def measure(run):
+        measured.append((run.method, run.args.steps))
+        return {"share": 0.5}
+
+    for steps in (3, 4):
+        call(task(measure), "--steps", steps, "--batch-size", 8 + steps, "--out", out)
+    assert measured == [("prior", 3), ("guide", 3), ("guide", 4)]
+    rows = Results.load(out).rows
+    assert "steps" not in rows[0].settings and "--batch-size" not in rows[0].command
+    assert rows[2].settings["batch_size"] == 12
+    tables = tasks.tables_of(groups_of(rows))
+    assert [[group.rows for group in own] for own in tables] == [
+        [[rows[0]], [rows[1]]], [[rows[0]], [rows[2]]],
+    ]  # fmt: skip
+    assert tasks.tables_of(groups_of(rows[:1]))[0][0].rows == rows[:1]
+    assert "--method prior guide" in tasks.section(Results.load(out), None)
+
+
+def test_log_z_is_found_once_for_the_options_that_it_depends_on(tmp_path):
+    out, found = tmp_path / "rows.json", []
+
+    def measure(run):
+        log_z = run.log_z(lambda: found.append(run.args.samples) or [(-1.5, 0.25)], "samples")
+        assert log_z == [(-1.5, 0.25)]
+        return {"share": 0.5}
+
+    for seeds, samples in ((1, 9), (2, 9), (1, 8), (2, 8)):
+        call(task(measure), "--seeds", seeds, "--samples", samples, "--out", out)
+    call(task(measure), "--steps", 4, "--samples", 9, "--out", out)
+    assert found == [9, 8]
+    call(task(measure), "--samples", 9, "--method", "prior", "guide")
+    assert found == [9, 8, 9], "without a file, nothing is kept"
 
 
 def test_what_the_user_can_put_right_has_no_traceback(tmp_path, capsys):

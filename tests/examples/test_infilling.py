@@ -174,6 +174,18 @@ def test_missing_packages_are_named_before_the_work(missing, monkeypatch, capsys
     assert f"needs {missing}: pip install '{name}'" in capsys.readouterr().err
 
 
+def test_things_that_are_mentioned_again_are_others_where_they_are_held_out():
+    stories = infilling.stories_of(infilling.STORIES.with_name("mentions.tsv"))
+    things = [story.middle.split()[-1].rstrip(".") for story in stories]
+    assert len(set(stories)) == 72 and all(
+        len(set(part)) > 11 for part in (things[:60], things[60:])
+    )
+    assert all(f" {thing}" in story.ending for thing, story in zip(things, stories, strict=True))
+    assert not set(things[60:]) & set(things[:60])
+    beginnings = {story.beginning for story in stories[:60]}
+    assert sum(story.beginning in beginnings for story in stories[60:]) == 6
+
+
 def test_the_stories_that_ship_are_whole_sentences():
     stories = infilling.stories_of(infilling.STORIES)
     assert len(set(stories)) == 60
