@@ -9,7 +9,7 @@ good guide draws steps that lead to it. At test time neither the guide nor the m
 are the guide's, the answer is the model's, and the answer of most of 10 such draws counts.
 
 "zero_shot" is the model without worked examples, "prior" with them. "guide" learns from problems and
-their answers, by "vargrad" and forward KL; "ppo" too, by its own; "sft" by maximum likelihood from
+their answers, by the default loss; "ppo" too, by its own; "sft" by maximum likelihood from
 --demonstrations problems with their steps; all three at the same number of language-model tokens.
 "mcmc" trains nothing: its chains draw from the model's own p(steps, answer) to the power of --power.
 Problems of 3 and 4 operands are trained on, problems of 5 are not. Expect "prior" to lose its way more

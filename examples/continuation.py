@@ -15,8 +15,8 @@ ones, by what K = --draws texts of each are worth, and 5 K of them:
 
 "prior" draws from the model (ancestral sampling), "low_temperature" at T, token by token, "nucleus"
 among the tokens that have 90% of the probability; "greedy", "beam" and "diverse_beam" search, with as
-many beams as texts; "mcmc" and the guides aim at the target. "guide" is trained by "vargrad" and
-forward KL, the others as lmppl.losses says, at the same number of language-model tokens; "sft" by
+many beams as texts; "mcmc" and the guides aim at the target. "guide" is trained by the
+default loss, the others as lmppl.losses says, at the same number of language-model tokens; "sft" by
 maximum likelihood on draws of "low_temperature" that are resampled by their weights. A method that has
 a density is also judged as a proposal: its ESS, and the KL divergence to the target.
 

@@ -18,7 +18,7 @@ and if its draws have a density, as a proposal: ESS, and the KL divergence to th
 "prior" writes on from the beginning. "words" is asked for a story with that ending, and writes on from
 the beginning of its answer. "importance" resamples the prior's draws; the texts of "smc" are compared
 by what the ending is worth, each time that they have grown by --twist-every tokens; "mcmc" rewrites.
-"guide" is trained by "vargrad" and forward KL, the others as lmppl.losses says, at the same number of
+"guide" is trained by the default loss, the others as lmppl.losses says, at the same number of
 language-model tokens; "sft" by maximum likelihood on the true middles.
 
 Expect importance, smc and mcmc to find middles with a log joint that is higher than the prior's by

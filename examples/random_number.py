@@ -10,7 +10,7 @@ nothing: its posterior is uniform, and its evidence the number of numbers, 101. 
 and so is what each method draws: the probabilities of all the numbers are computed, nothing is counted.
 
 "prior" is the model itself, "low_temperature" the same at --temperature; the others train a guide:
-"guide" by "vargrad" and forward KL, and from the numbers among --first draws of the model, "sft" by
+"guide" by the default loss, and from the numbers among --first draws of the model, "sft" by
 maximum likelihood on 10,000 draws of the uniform distribution itself, the others as lmppl.losses says;
 all at about the same number of language-model tokens. Expect a guide that draws a number 99.9 times in
 100 or more, and each with nearly the same probability, and ppo to draw numbers, but not all.

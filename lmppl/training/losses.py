@@ -58,18 +58,18 @@ class Loss(ABC):
 @dataclass(frozen=True)
 class VarGrad(Loss):
     """Variance of log R - log q over the samples of one input, whoever drew them (Richter et al.,
-    2020, arXiv 2010.10436).
+    2020, arXiv 2010.10436), and beside it the forward KL.
 
     Args:
         huber: beyond this distance from log Z (nats) a trace counts by its distance, not its
             square; ``math.inf``: the variance itself.
         forward: weight of the forward KL's estimate from what the guide and the program drew (see
-            ``"wake"``). The variance alone learns little of texts that the guide hardly ever
-            draws, and those make its weights uneven.
+            ``"wake"``); 0: the variance alone, which learns little of texts that the guide hardly
+            ever draws, and those make its weights uneven.
     """
 
     huber: float = 3.0
-    forward: float = 0.0
+    forward: float = 3.0
     name, draws = "vargrad", "mixture"
     truncations = True
 

@@ -189,7 +189,7 @@ def test_forward_kl_of_vargrad_is_of_the_guides_and_the_programs_draws(origins):
         others = {"guide", "prior"} - origins
         samples = [sample for sample in samples if sample.origin not in others]
         (batch,) = trainer._score([samples], [])
-        weighted = losses.VarGrad(forward=2.0).of(batch) - losses.VarGrad().of(batch)
+        weighted = losses.VarGrad(forward=2.0).of(batch) - losses.VarGrad(forward=0.0).of(batch)
         drawn = batch.complete(*origins)
         (slope,) = torch.autograd.grad(weighted, batch.log_q)
     if origins == {"prior"}:  # there is no law of a guide to learn from
