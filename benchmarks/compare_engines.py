@@ -1,11 +1,13 @@
 """What each engine makes of its tokens: the error of log Z, and of an expectation, against tokens.
 
     python -m benchmarks.compare_engines --task random_number --out FILE.json --plot FILE.svg
+    python -m benchmarks.compare_engines --task infilling --steps 150 --seeds 20 --out FILE.json
 
 Every engine answers the same held-out inputs of one program with more and more samples, many seeds
-each. Its error is the median, over seeds and inputs, of the distance to the truth. A guide is trained
-once; its tokens are counted whole, then shared by 10 and by 100 inputs. Rows that are in the file are
-kept, so an interrupted run goes on; ``--plot`` alone draws what is there.
+each. Its error is the median, over seeds and inputs, of the distance to the truth; the spread of its
+evidence is sd(Z) / mean(Z) over the seeds, in the mean over the inputs. A guide is trained once; its
+tokens are counted whole, then shared by 10 and by 100 inputs. Rows that are in the file are kept, so
+an interrupted run goes on; ``--plot`` draws what is there.
 """
 
 from __future__ import annotations
@@ -32,13 +34,12 @@ assert str(EXAMPLES) in sys.path  # where the tasks are
 import infilling  # noqa: E402
 import random_number  # noqa: E402
 from paper.command import positive, several  # noqa: E402
-from paper.evaluation import log_z_by_runs  # noqa: E402
 from paper.training import tokens  # noqa: E402
 
 SHARED_BY = (1, 10, 100)
 """Inputs that share the cost of a guide's training."""
 
-REFERENCE_SAMPLES, REFERENCE_RUNS, REFERENCE_SEED = 1024, 8, 1 << 20
+REFERENCE_SAMPLES, REFERENCE_SEED = 8192, 1 << 20
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Comparison:
         training, held_out: its arguments.
         number: of a trace, from its values by site.
         described: that number, for the picture.
-        truth: of an input.
+        truth: of an input, which may draw by the trained guide.
         fit: options of the guide's training.
         smc: options of SMC without a guide.
     """
@@ -69,7 +70,7 @@ class Comparison:
     held_out: Sequence[tuple[Any, ...]]
     number: Callable[[Mapping[str, Any]], float]
     described: str
-    truth: Callable[[lmppl.LM, tuple[Any, ...]], Truth]
+    truth: Callable[[lmppl.LM, tuple[Any, ...], lmppl.LMGuide], Truth]
     fit: Mapping[str, Any]
     smc: Mapping[str, Any]
 
@@ -80,48 +81,38 @@ def of_random_number() -> Comparison:
         random_number.random_number, [(100,)], [(100,)],
         number=lambda values: int(str(values["z"]).rstrip(".")) / 100,
         described="the number / 100",
-        truth=lambda lm, args: Truth(math.log(101), 0.5),
+        truth=lambda lm, args, guide: Truth(math.log(101), 0.5),
         fit={"batch_size": 64},
         smc={},
     )  # fmt: skip
 
 
 def of_infilling() -> Comparison:
-    """The last stories are held out; the truth is a long run that draws by other means."""
-    stories = infilling.stories_of(infilling.STORIES)
-    inputs = [(story.beginning, story.ending) for story in stories]
+    """Things that the ending mentions again; of the held-out ones the first three."""
+    stories = infilling.stories_of(infilling.STORIES.with_name("mentions.tsv"))
+    inputs = [(story.beginning, story.ending, 3) for story in stories]
     return Comparison(
-        infilling.infilling, inputs[:-12], inputs[-3:],
+        infilling.infilling, inputs[:-12], inputs[-12:-9],
         number=_length,
-        described="the length of the middle / 100 characters",
+        described="the length of the middle / 10 characters",
         truth=_by_a_long_run,
         fit={"batch_size": 32},
-        smc={"twist": "lookahead", "twist_every": 4},
+        smc={"twist": "lookahead", "twist_every": 1},
     )  # fmt: skip
 
 
 def _length(values: Mapping[str, Any]) -> float:
-    return len(str(values["z"])) / 100
+    return len(str(values["z"])) / 10
 
 
-def _by_a_long_run(lm: lmppl.LM, args: tuple[Any, ...]) -> Truth:
-    """Half of the draws are asked for in words, as in the task; see ``infilling.reference``."""
-    common: dict[str, Any] = {"lm": lm, "guide": infilling_in_words, "prior_fraction": 0.5}
-    log_z, _ = log_z_by_runs(
-        infilling.infilling, args, method="importance", num_samples=REFERENCE_SAMPLES,
-        runs=REFERENCE_RUNS, seed=REFERENCE_SEED, **common,
-    )  # fmt: skip
+def _by_a_long_run(lm: lmppl.LM, args: tuple[Any, ...], guide: lmppl.LMGuide) -> Truth:
+    """Half of the draws are the guide's, half the model's own, so that no weight is more than twice what
+    the model's draw would have."""
     posterior = lmppl.infer(
-        infilling.infilling, *args, method="importance",
-        num_samples=REFERENCE_SAMPLES * REFERENCE_RUNS, seed=REFERENCE_SEED + 1, progress=False,
-        **common,
+        infilling.infilling, *args, method="importance", guide=guide, prior_fraction=0.5, lm=lm,
+        num_samples=REFERENCE_SAMPLES, seed=REFERENCE_SEED, progress=False,
     )  # fmt: skip
-    return Truth(log_z, float(posterior.mean(_length)))
-
-
-def infilling_in_words(beginning: str, ending: str) -> None:
-    """The task's proposal in words, at the program's usual length."""
-    infilling.in_words(beginning, ending, 20)
+    return Truth(posterior.log_evidence, float(posterior.mean(_length)))
 
 
 COMPARISONS: dict[str, Callable[[], Comparison]] = {
@@ -144,6 +135,8 @@ class Point:
             for an engine that claims no evidence.
         expectation_error: median distance to the expectation.
         runs: how many.
+        z_spread: standard deviation of the evidence over the seeds, as a share of its mean; None for
+            an engine that claims none, and with a single seed.
     """
 
     engine: str
@@ -154,6 +147,7 @@ class Point:
     log_z_error: float | None
     expectation_error: float
     runs: int
+    z_spread: float | None
 
 
 def engines(comparison: Comparison, num_samples: int) -> dict[str, dict[str, Any]]:
@@ -181,9 +175,10 @@ def measure(
     guide: lmppl.LMGuide | None,
 ) -> dict[str, Any]:
     """The figures of a ``Point``, over all inputs and seeds."""
-    spent, log_z_errors, expectation_errors = [], [], []
+    spent, log_z_errors, expectation_errors, spreads = [], [], [], []
     options = engines(comparison, num_samples)[engine]
     for args, truth in zip(comparison.held_out, truths, strict=True):
+        of_input: list[float] = []
         for seed in range(seeds):
             before = tokens(lm)
             log_z: float | None = -math.inf
@@ -199,15 +194,36 @@ def measure(
                 expectation = float(posterior.mean(comparison.number))
             spent.append(tokens(lm) - before)
             if log_z is not None:
-                log_z_errors.append(abs(log_z - truth.log_z))
+                of_input.append(log_z - truth.log_z)
             error = abs(expectation - truth.expectation)
             expectation_errors.append(math.inf if math.isnan(error) else error)
+        log_z_errors += map(abs, of_input)
+        if len(of_input) > 1:
+            shares = [math.exp(error) for error in of_input]
+            mean = statistics.fmean(shares)
+            spreads.append(statistics.stdev(shares) / mean if mean else math.inf)
     return {
         "tokens": statistics.fmean(spent),
         "log_z_error": statistics.median(log_z_errors) if log_z_errors else None,
         "expectation_error": statistics.median(expectation_errors),
         "runs": len(spent),
+        "z_spread": statistics.fmean(spreads) if spreads else None,
     }
+
+
+def table(points: Sequence[Point]) -> str:
+    """Markdown."""
+    lines = [
+        "| engine | samples | tokens | of training | log Z error | expectation error | sd / mean of Z |",
+        "| --- |" + " ---: |" * 6,
+    ]
+    for p in points:
+        error, spread = ("" if x is None else f"{x:.3f}" for x in (p.log_z_error, p.z_spread))
+        lines.append(
+            f"| {p.engine} | {p.num_samples} | {p.tokens:,.0f} | {p.training_tokens:,} | {error} | "
+            f"{p.expectation_error:.3f} | {spread} |"
+        )
+    return "\n".join(lines)
 
 
 def points_of(args: argparse.Namespace, lm: lmppl.LM, kept: list[Point]) -> list[Point]:
@@ -221,13 +237,11 @@ def points_of(args: argparse.Namespace, lm: lmppl.LM, kept: list[Point]) -> list
     missing = [pair for pair in wanted if pair not in known]
     if not missing:
         return points
-    truths = [comparison.truth(lm, input_) for input_ in comparison.held_out]
-    guide, training_tokens = None, 0
-    if any("guide" in engine for engine, _ in missing):
-        guide = lmppl.LMGuide(comparison.program, lm=lm)
-        before = tokens(lm)
-        guide.fit(comparison.training, steps=args.steps, seed=0, **comparison.fit)
-        training_tokens = tokens(lm) - before
+    guide = lmppl.LMGuide(comparison.program, lm=lm)
+    before = tokens(lm)
+    guide.fit(comparison.training, steps=args.steps, seed=0, **comparison.fit)
+    training_tokens = tokens(lm) - before
+    truths = [comparison.truth(lm, input_, guide) for input_ in comparison.held_out]
     for engine, size in missing:
         has_guide = "guide" in engine
         proposal = guide if has_guide else None
@@ -288,6 +302,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.out is not None and args.out.exists():
         kept = [Point(**row) for row in json.loads(args.out.read_text(encoding="utf-8"))]
     points = points_of(args, lmppl.LM.from_pretrained(args.model), kept)
+    print(table(points))
     if args.plot is not None:
         args.plot.parent.mkdir(parents=True, exist_ok=True)
         import matplotlib

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import namedtuple
 from dataclasses import replace
 
 import pytest
@@ -27,13 +28,13 @@ def tiny(monkeypatch):
         training=[(9,)],
         held_out=[(9,)],
         number=lambda values: int(str(values["z"])[:-1]),
-        truth=lambda lm, args: Truth(math.log(10), 4.5),
+        truth=lambda lm, args, guide: Truth(math.log(10), 4.5),
         fit={"batch_size": 8},
     )
     monkeypatch.setitem(compare_engines.COMPARISONS, "random_number", lambda: ten)
 
 
-def test_every_engine_has_a_point_and_a_run_goes_on(tmp_path, monkeypatch):
+def test_every_engine_has_a_point_and_a_run_goes_on(tmp_path, monkeypatch, capsys):
     out, picture = tmp_path / "points.json", tmp_path / "engines.svg"
     compare_engines.main([*OPTIONS, "--out", str(out), "--plot", str(picture)])
     points = [Point(**row) for row in json.loads(out.read_text())]
@@ -42,8 +43,10 @@ def test_every_engine_has_a_point_and_a_run_goes_on(tmp_path, monkeypatch):
     assert found["MCMC"].log_z_error is None and found["importance"].log_z_error < 2.0
     assert found["guide"].training_tokens > 100 and found["importance"].training_tokens == 0
     assert all(point.tokens > 0 and point.runs == 3 for point in points)
+    assert found["MCMC"].z_spread is None and 0 < found["importance"].z_spread < 2
     assert "trained for 100" in picture.read_text()
 
+    assert capsys.readouterr().out.count("| MCMC | 16 |") == 1
     before = out.read_text()
     monkeypatch.setattr(lmppl, "infer", None)
     compare_engines.main([*OPTIONS, "--out", str(out)])
@@ -61,6 +64,19 @@ def test_an_exact_engine_has_no_error(monkeypatch):
     assert figures["expectation_error"] == pytest.approx(0.0, abs=1e-4)
 
 
+def test_the_spread_of_the_evidence_is_that_over_the_seeds_of_an_input(monkeypatch):
+    found = iter([1.0, 3.0, 10.0, 10.0])  # of two inputs, two seeds each
+    answer = namedtuple("Answer", "log_evidence mean")
+    monkeypatch.setattr(
+        lmppl, "infer", lambda *args, **options: answer(math.log(next(found)), lambda number: 0.0)
+    )
+    comparison = replace(compare_engines.COMPARISONS["random_number"](), held_out=[(9,), (8,)])
+    figures = compare_engines.measure(
+        comparison, [Truth(0.5, 0.0), Truth(2.0, 0.0)], LM, "importance", 4, seeds=2, guide=None
+    )
+    assert figures["z_spread"] == pytest.approx((math.sqrt(2) / 2 + 0) / 2)
+
+
 def test_a_run_without_a_live_sample_is_infinitely_wrong():
     comparison = replace(
         compare_engines.COMPARISONS["random_number"](),
@@ -70,3 +86,4 @@ def test_a_run_without_a_live_sample_is_infinitely_wrong():
         comparison, [Truth(0.0, 0.0)], LM, "importance", 4, seeds=2, guide=None
     )
     assert figures["log_z_error"] == figures["expectation_error"] == math.inf
+    assert figures["z_spread"] == math.inf
