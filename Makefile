@@ -87,9 +87,11 @@ types: setup
 	$(say) 'mypy'
 	@$(BIN)/mypy
 
+# Any warning fails: a broken link or anchor, a docstring whose arguments are not the function's.
+# Not with --quiet, which hides warnings from --strict as well.
 docs: setup
 	$(say) 'docs (site/)'
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 format: setup
 	@$(BIN)/ruff format

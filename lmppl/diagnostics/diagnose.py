@@ -156,7 +156,10 @@ def diagnose(
     ``latents=``) bound it from above, and KL(posterior || guide) from both sides.
 
     Args:
-        model, *args, kwargs, guide, lm, seed, progress: as of ``infer``.
+        model: the program, as of ``infer``.
+        *args: its positional arguments.
+        guide: what is judged, an ``LMGuide`` or a guide program; None: the prior.
+        lm: as of ``infer``.
         num_samples: draws of the guide (and as many of the prior, without ``posterior`` or ``log_z``).
         posterior: of ``infer(model, *args, method="exact")``: makes log Z and EUBO exact.
         latents: exact posterior draws, each a dict from every latent site to its text or tensor,
@@ -164,6 +167,9 @@ def diagnose(
             tokens; a ``Text`` keeps its own.
         log_z: an estimate of log Z and its standard error (nats) by other means, such as a long run
             of another engine; without it the prior's draws make one.
+        seed: as of ``infer``.
+        progress: as of ``infer``.
+        kwargs: the program's arguments by name, as of ``infer``.
 
     Raises:
         TypeError: ``log_z`` that is not two numbers.

@@ -58,17 +58,22 @@ def infer_batch(
     ``at_once`` beyond the last posterior that was asked for. Leaving the loop ends what runs.
 
     Args:
-        model, method, lm, num_samples, progress (in inputs), **options: as of ``infer``.
+        model: the program, as of ``infer``.
         inputs: tuples (or lists) of the program's positional arguments, or dicts of its arguments
             by name: a list, a generator, the rows of a data set.
+        method: as of ``infer``.
+        lm: as of ``infer``.
+        num_samples: as of ``infer``, for each input.
         guide: a proposal, one for all inputs; ``"gflownet"`` needs one.
         seed: makes the run reproducible; None: taken from torch's random stream. Input i gets the
             seed ``SeedSequence(seed, spawn_key=(i,))`` (numpy), whatever the others are.
+        progress: as of ``infer``; the bar counts inputs.
         callback: as of ``infer``; the figures have the input's number, from 0, as ``"input"``.
         on_error: ``"raise"``: an input's exception ends the run, in its turn. ``"return"``: it is
             yielded in place of the input's posterior. It has a note that names the input.
         at_once: how many inputs run side by side; None: as many as make 512 particles, at most 64.
         kwargs: arguments of the program by name that all inputs share; an input's own replace them.
+        **options: of the engine, as of ``infer``.
 
     Yields:
         A ``Posterior`` (or an ``Exception``, see ``on_error``) for each input. Its ``.info`` has the

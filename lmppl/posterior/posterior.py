@@ -142,7 +142,8 @@ class Posterior(WeightedTraces, Report):
             float64, of the value's shape; with a list, behind a dimension for it: ``(len(q), ...)``.
 
         Raises:
-            As ``mean``; ValueError for a ``q`` outside of 0 to 1.
+            ValueError: for a ``q`` outside of 0 to 1, or as ``mean``.
+            KeyError, TypeError, ZeroEvidenceError: as ``mean``.
         """
         levels = check_levels(q)
         found = quantiles(*self._numbers(name_or_fn), levels.reshape(-1))
@@ -279,8 +280,10 @@ class Posterior(WeightedTraces, Report):
 
         Args:
             path: the folder.
-            model, *args, kwargs: the program and its arguments, as of ``infer``.
+            model: the program, as of ``infer``; None: only values are wanted.
+            *args: its positional arguments.
             lm: the language model that it was made with, or a list of several.
+            kwargs: the program's arguments by name.
 
         Raises:
             FileNotFoundError: if there is no posterior.
@@ -315,19 +318,19 @@ class Posterior(WeightedTraces, Report):
         Returns:
             A dict of
 
-            - ``marginals``: site to its distinct values, most probable first,
-              ``[{"weight": 0.31, "value": " ..."}, ...]``: of latent sites, of the results of tools
-              (their names are in ``tools``) and of ``pyro.deterministic``. None: not reached.
-            - ``numeric``: of those with real numbers, site to ``mean``, ``sd``, ``5%``, ``50%`` and
-              ``95%`` over the samples that reach it, and the ``weight`` of these.
-            - ``returned``: the same of what the program returned, ``{"rows": [...]}`` or
-              ``{"numeric": {...}}``; None if that is nothing or always a site's value.
-            - ``doubts``: sentences, why the figures cannot be trusted.
-            - ``pareto_k``: shape of the weights' upper tail, if they are i.i.d. and arviz-stats is
-              installed (Vehtari et al., 2024, arXiv 1507.02646); else None.
-            - ``engine``, ``num_samples``, ``ess``, ``chains``, ``log_evidence``,
-              ``log_evidence_stderr``, ``tokens_sampled``, ``tokens_scored``, ``tokens_trained``,
-              ``seconds``, ``killed``, ``reasons`` and ``notes``.
+                - ``marginals``: site to its distinct values, most probable first,
+                  ``[{"weight": 0.31, "value": " ..."}, ...]``: of latent sites, of the results of tools
+                  (their names are in ``tools``) and of ``pyro.deterministic``. None: not reached.
+                - ``numeric``: of those with real numbers, site to ``mean``, ``sd``, ``5%``, ``50%`` and
+                  ``95%`` over the samples that reach it, and the ``weight`` of these.
+                - ``returned``: the same of what the program returned, ``{"rows": [...]}`` or
+                  ``{"numeric": {...}}``; None if that is nothing or always a site's value.
+                - ``doubts``: sentences, why the figures cannot be trusted.
+                - ``pareto_k``: shape of the weights' upper tail, if they are i.i.d. and arviz-stats is
+                  installed (Vehtari et al., 2024, arXiv 1507.02646); else None.
+                - ``engine``, ``num_samples``, ``ess``, ``chains``, ``log_evidence``,
+                  ``log_evidence_stderr``, ``tokens_sampled``, ``tokens_scored``, ``tokens_trained``,
+                  ``seconds``, ``killed``, ``reasons`` and ``notes``.
         """
         weights = self.weights.tolist() if self._alive else [0.0] * len(self)
         summary = self._run() | summarise(self.traces, weights, self.sites, self.returns)

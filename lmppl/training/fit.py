@@ -32,10 +32,11 @@ def fit(
     """Train ``guide`` (further, if it has been trained before).
 
     Args:
-        guide, steps: the guide, and optimiser steps.
+        guide: what is trained, in place.
         data: inputs: tuples of the program's positional arguments, or dicts of them by name. A
             collection is gone through in rounds; an iterator is read as training needs it, each of
             its inputs is used once, and training ends when it does.
+        steps: how many optimiser steps.
         simulate: train on so many simulated inputs instead: the program is run forward on the
             arguments in ``data`` (in turn; on none, if ``data`` is None), observed sites are drawn
             as well, and the latents drawn with them are exact posterior draws.

@@ -195,8 +195,9 @@ class LMGuide:
 
         Args:
             path: the folder.
-            model, program: the program that it was trained for, and its guide program, if it has one.
+            model: the program that it was trained for.
             lm: the language model that it was trained on, in any dtype.
+            program: its guide program, if it has one.
 
         Raises:
             FileNotFoundError: if there is no guide.

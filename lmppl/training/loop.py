@@ -83,12 +83,14 @@ class Run:
 
     Args:
         steps: how many.
-        eval_every, eval_samples: steps between evaluations on held-out inputs (one more is at the
-            end), and draws for each input.
+        eval_every: steps between evaluations on held-out inputs; one more is at the end.
+        eval_samples: draws for each of these inputs.
         patience: evaluations without a better figure after which the run stops, with the parameters
             of the best; None: it never stops early.
-        checkpoint, checkpoint_every, resume: a folder for checkpoints, steps between them, and
-            whether to go on from the one that is there: to the same result as an unbroken run.
+        checkpoint: a folder for checkpoints; None: none are written.
+        checkpoint_every: steps between them.
+        resume: whether to go on from the checkpoint that is there, to the same result as an unbroken
+            run.
         log_with: trackers of each step's figures: a name that accelerate knows ("tensorboard",
             "wandb", ...), a tracker object, or a list of those.
         logging_dir: where they write.

@@ -35,7 +35,8 @@ def vargrad(log_r: torch.Tensor, log_q: torch.Tensor, huber: float = torch.inf) 
     learned log Z. Truncated traces are samples like any other.
 
     Args:
-        log_r, log_q: (N,), N >= 2.
+        log_r: (N,), N >= 2, log joint of the samples, nats.
+        log_q: (N,), their log-density under the guide, with gradient.
         huber: beyond this distance from the centre (nats) a sample counts by its distance, not its
             square (Huber, 1964), so that a few improbable traces don't outvote the rest. ``inf``:
             the variance itself.
@@ -90,7 +91,8 @@ def subtb(
     is twice the variance over truncations, in O(n); else it is O(n^2).
 
     Args:
-        log_r, log_q: (n,), of truncations of one sample, itself among them.
+        log_r: (n,), log joint of truncations of one sample, itself among them, nats.
+        log_q: (n,), their log-density under the guide, with gradient.
         lam: the weight of a pair decays with its distance; positive.
         positions: (n,), how many tokens each truncation keeps, in any order. None: 0, 1, .. n - 1.
 
@@ -124,7 +126,8 @@ def alive(
     ``q / log_drawn`` keep the optimum and make each of them count by what q gives to it.
 
     Args:
-        log_r, log_q: (N,), N >= 2.
+        log_r: (N,), N >= 2, log joint of the samples, nats.
+        log_q: (N,), their log-density under the guide, with gradient.
         log_drawn: (N,), log-density of the mixture that drew all samples (the balance heuristic of
             Veach & Guibas, 1995). None: they are samples of q.
     """
@@ -171,7 +174,8 @@ def wake(
     ones is driven down without ``alive``.
 
     Args:
-        log_r, log_q: (N,), N >= 2.
+        log_r: (N,), N >= 2, log joint of the samples, nats.
+        log_q: (N,), their log-density under the guide, with gradient.
         log_drawn: (N,), log-density of the mixture that drew all samples (the balance heuristic of
             Veach & Guibas, 1995). None: they are samples of q, so that all v are 1/N.
     """
@@ -215,7 +219,8 @@ def ppo(
     nearly all mass is on the most probable trace, which is often the shortest.
 
     Args:
-        log_r, log_q: (N,), N >= 2, log_q of the guide as it is now.
+        log_r: (N,), N >= 2, log joint of the samples, nats.
+        log_q: (N,), their log-density under the guide as it is now, with gradient.
         log_q_old: (N,), of the guide that drew the samples.
         log_q_ref: (N,), of the untrained guide.
         clip: a ratio q / q_old has no gradient further than this from 1 on the side to which its

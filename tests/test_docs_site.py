@@ -1,0 +1,77 @@
+"""``make docs`` builds the site, and fails on what is wrong in it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def make_docs(folder: Path) -> subprocess.CompletedProcess[str]:
+    """``make docs`` in a copy of the repository, in the environment that runs this test."""
+    environment = {name: value for name, value in os.environ.items() if name != "MAKEFLAGS"}
+    command = ["make", "docs", "--old-file=setup", f"BIN={Path(sys.executable).parent}"]
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """What ``make docs`` reads."""
+    for name in ("docs", "lmppl"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("Makefile", "mkdocs.yml"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    return tmp_path
+
+
+def replace(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+@pytest.mark.slow
+def test_the_site_builds(repository):
+    built = make_docs(repository)
+    assert built.returncode == 0, built.stderr
+    assert (repository / "site/index.html").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("file", "old", "new", "warning"),
+    [
+        pytest.param(
+            "docs/index.md", "(quickstart.md)", "(quickstrat.md)", "'quickstrat.md'", id="link"
+        ),
+        pytest.param(
+            "docs/index.md", "(engines.md)", "(engines.md#smcc)", "'engines.md#smcc'", id="anchor"
+        ),
+        pytest.param(
+            "docs/index.md", "(quickstart.md)", "(#results-are)", "'#results-are'", id="own-anchor"
+        ),
+        pytest.param(
+            "lmppl/engines/dispatch.py",
+            "        num_samples: ",
+            "        num_sample: ",
+            "Parameter 'num_sample' does not appear in the function signature",
+            id="docstring",
+        ),
+        pytest.param(
+            "docs/api.md", "::: lmppl.infer\n", "::: lmppl.infr\n", "lmppl.infr", id="name"
+        ),
+    ],
+)
+def test_a_mistake_fails_the_build(repository, file, old, new, warning):
+    replace(repository / file, old, new)
+    built = make_docs(repository)
+    assert built.returncode != 0
+    assert warning in built.stderr
