@@ -7,10 +7,47 @@ type, ``bool`` among the numbers, is a ``TypeError``; what is out of range is a 
 from __future__ import annotations
 
 import difflib
+import functools
+import inspect
 import math
 import operator
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+# What other libraries call it, by what it is called here.
+_ELSEWHERE = {
+    "max_tokens": ("max_new_tokens", "max_length"),
+    "num_samples": (
+        "num_return_sequences",
+        "n",
+        "num_particles",
+        "particles",
+        "draws",
+        "num_draws",
+    ),
+    "stop": ("stop_strings", "stop_sequences", "until"),
+    "steps": (
+        "step",
+        "num_steps",
+        "max_steps",
+        "num_iterations",
+        "iterations",
+        "num_epochs",
+        "epochs",
+    ),
+    "learning_rate": ("lr",),
+    "batch_size": ("batch", "per_device_train_batch_size"),
+    "eval_data": ("eval_dataset", "valid_data"),
+    "obs": ("observed", "value"),
+    "warmup": ("warmup_steps", "burn_in", "num_burnin_steps"),
+    "num_chains": ("chains",),
+}
+_CANONICAL = {other: name for name, others in _ELSEWHERE.items() for other in others}
+_BELONGS = {"max_tokens": "lm_sample", "stop": "lm_sample", "num_samples": "infer", "steps": "fit"}
+_CUTS = "top_p", "top_k", "min_p", "typical_p", "repetition_penalty", "no_repeat_ngram_size"
 
 
 def nearest(name: object, allowed: Iterable[str], cutoff: float = 0.4) -> str:
@@ -20,9 +57,38 @@ def nearest(name: object, allowed: Iterable[str], cutoff: float = 0.4) -> str:
 
 
 def did_you_mean(name: object, allowed: Iterable[str], what: str = "Allowed") -> str:
-    """The end of a refusal of an unknown name: the nearest of the allowed ones, and all of them."""
+    """The end of a refusal of an unknown name: the allowed one that other libraries call so, or else the
+    nearest, and all of them."""
     names = list(allowed)
-    return f"{nearest(name, names) or '.'} {what}: {', '.join(names)}"
+    if name in _CUTS:
+        hint = (
+            f": {name} would make it another distribution than the model's. For likelier texts give a "
+            "site temperature=, or weight the whole text by poutine.scale."
+        )
+    elif (here := _CANONICAL.get(str(name))) in names:
+        hint = f"; it is called {here!r} here."
+    elif here in _BELONGS:
+        hint = f"; that is {_BELONGS[here]}({here}=...)."
+    else:
+        hint = nearest(name, names) or "."
+    return f"{hint} {what}: {', '.join(names)}"
+
+
+def with_known_keywords(function: Callable[P, T]) -> Callable[P, T]:
+    """The function, but its refusal of an unknown keyword says which one could be meant."""
+    names = list(inspect.signature(function).parameters)
+    known = frozenset(names)
+
+    @functools.wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> T:
+        if not known.issuperset(kwargs):
+            name = next(name for name in kwargs if name not in known)
+            raise TypeError(
+                f"{function.__name__} has no option {name!r}{did_you_mean(name, names)}"
+            )
+        return function(*args, **kwargs)
+
+    return checked
 
 
 def check_choice(argument: str, value: object, allowed: Iterable[str]) -> None:

@@ -25,7 +25,7 @@ from pyro.poutine.runtime import _PYRO_STACK, am_i_wrapped, apply_stack
 from pyro.poutine.scale_messenger import ScaleMessenger
 from pyro.poutine.trace_messenger import TraceMessenger
 
-from lmppl.checks import check_choice
+from lmppl.checks import check_choice, with_known_keywords
 from lmppl.distributions import LMText, ToolCall, ToolResult, check_lm
 from lmppl.lm import LM
 from lmppl.lm.tokens.chat import strings_of
@@ -275,6 +275,7 @@ def keep(shared: dict[Hashable, Any], key: Hashable, value: Any) -> Any:
     return value
 
 
+@with_known_keywords
 def lm_sample(
     name: str,
     prefix: str | Sequence[str],
@@ -358,6 +359,8 @@ def lm_sample(
         fn, value = shared.get(key) or keep(shared, key, _distribution(*arguments))
     _warn_of_retokenisation(name, prefix)
     text = _of_site(name, fn.text, _site(name, fn, value, infer))
+    if obs is None and stop in _SPACES and len(text.token_ids) == 1:
+        _warn_of_space_as_stop(name, text)
     if call is not None:
         memory.remember(name, call, text)
     return text
@@ -490,6 +493,19 @@ _warned: set[tuple[str, str]] = set()
 _SHORT = 4  # characters; shorter texts are found in many a string that was not made of them
 
 
+_SPACES: tuple[Any, ...] = (" ", [" "], (" ",))
+
+
+def _warn_of_space_as_stop(name: str, text: Text) -> None:
+    """Warn once a site of a stop that the first token already contains."""
+    _warn_once(
+        ("stop", name),
+        f"site '{name}': stop=' ' has closed the text at its first token, {str(text)!r}: most tokens "
+        "begin with the space before a word. For one of several words give choices=, for a word and "
+        "what closes it a regex such as regex=r' [a-z]+[.,!?]'.",
+    )
+
+
 def _warn_of_retokenisation(name: str, prefix: str | Sequence[str]) -> None:
     """Warn once a site where a plain ``str`` makes the model see other tokens than were drawn."""
     parts = [prefix] if isinstance(prefix, str) else list(prefix)
@@ -517,7 +533,7 @@ def _warn_of_retokenisation(name: str, prefix: str | Sequence[str]) -> None:
         )
 
 
-def _warn_once(key: tuple[str, str], message: str, stacklevel: int = 4) -> None:
+def _warn_once(key: tuple[str, str], message: str, stacklevel: int = 5) -> None:
     if key not in _warned:
         _warned.add(key)
         warnings.warn(message, stacklevel=stacklevel)

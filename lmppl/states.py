@@ -28,6 +28,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from lmppl.checks import check_flag
+
 State = Mapping[str, Any]
 """A nested dict (with str keys) and lists of tensors and JSON's values."""
 
@@ -172,6 +174,18 @@ def write_text(path: Path, text: str) -> None:
     except BaseException:
         os.unlink(name)
         raise
+
+
+def check_unused(path: Path, *, overwrite: bool) -> None:
+    """Check that nothing is lost if a folder is written there.
+
+    Raises:
+        FileExistsError: if something is there that may not be replaced.
+        TypeError: ``overwrite`` is no bool.
+    """
+    check_flag("overwrite", overwrite)
+    if present(path).exists() and not overwrite:
+        raise FileExistsError(f"{path} exists: overwrite=True replaces it, or choose another name")
 
 
 def replace_folder(path: Path, kind: str, write: Callable[[Path], None]) -> None:

@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from functools import partial
 
 import pyro
 import pyro.distributions as dist
@@ -72,6 +74,38 @@ def test_a_hopeless_method_lists_all():
 def test_an_unknown_option_names_the_nearest(option, near):
     with pytest.raises(TypeError, match=f"no option '{option}'; did you mean '{near}'"):
         infer(one_site, method="smc", **{option: 1})
+
+
+def test_names_of_other_libraries_are_known():
+    guide = lmppl.LMGuide(one_site, lm=LM)
+    for call, option, hint in (
+        (guide.fit, "step", "it is called 'steps' here. Allowed: steps, simulate"),
+        (guide.fit, "lr", "it is called 'learning_rate' here"),
+        (guide.fit, "num_return_sequences", r"that is infer\(num_samples=...\)"),
+        (partial(infer, one_site), "epochs", r"that is fit\(steps=...\)"),
+        (partial(infer, one_site), "max_new_tokens", r"that is lm_sample\(max_tokens=...\)"),
+        (partial(infer, one_site), "num_return_sequences", "it is called 'num_samples' here"),
+        (partial(infer, one_site), "top_p", "another distribution than the model's"),
+        (partial(lm_sample, "z", "ab"), "top_k", "another distribution than the model's"),
+        (
+            partial(lm_sample, "z", "ab"),
+            "max_new_tokens",
+            "it is called 'max_tokens' here",
+        ),
+        (partial(lm_sample, "z", "ab"), "temprature", "did you mean 'temperature'"),
+    ):
+        with pytest.raises(TypeError, match=f"no option '{option}'.*{hint}"):
+            call(**{option: 1})
+    assert inspect.signature(lm_sample).parameters["stop"].default is None
+
+
+def test_a_space_as_stop_is_warned_of_once():
+    words = tiny_lm(["a", " a", " ", "."], seed=0)
+    with pytest.warns(UserWarning, match="site 'z': stop=' ' has closed.* first token") as caught:
+        infer(lambda: lm_sample("z", "a", max_tokens=2, stop=" "), lm=words, num_samples=64)
+        infer(lambda: lm_sample("z", "a", max_tokens=2, stop=[" "]), lm=words, num_samples=64)
+    assert len(caught) == 1 and caught[0].filename == __file__
+    infer(lambda: lm_sample("x", "a", max_tokens=1, stop="."), lm=words, num_samples=64)
 
 
 def test_a_programs_keyword_is_told_apart():

@@ -34,18 +34,20 @@ def load(
     dtype = choose_dtype(dtype, device)
     name = str(name_or_path)
     is_embedded = name.lower() == embedded.ALIAS
+    # The hub would be asked ten times. Its names of this form are few, and none is like this one.
+    like_alias = nearest(name.lower(), [embedded.ALIAS], cutoff=0.7)
     path = embedded.model_dir() if is_embedded else Path(name).expanduser()
     if path.suffix == ".gguf" or path.is_dir():
         model, tokenizer = load_local(path, dtype, **hf_kwargs)
+    elif like_alias and "/" not in name:
+        raise OSError(f"no model is called {name!r}{like_alias}, which is embedded")
     else:
         try:  # a download may take long: let it show
             model, tokenizer = load_pretrained(name, dtype, progress=True, **hf_kwargs)
         except OSError as error:  # the hub's own errors are OSErrors too
-            last = name.lower().rsplit("/", 1)[-1]
-            hint = nearest(last, [embedded.ALIAS], cutoff=0.5) or "."
             raise OSError(
                 f"{name!r} is neither the embedded model {embedded.ALIAS!r}, nor a local directory, "
-                f"nor a .gguf file, and the Hugging Face hub did not give it{hint} The hub said: "
+                f"nor a .gguf file, and the Hugging Face hub did not give it. The hub said: "
                 f"{error}"
             ) from error
     if "device_map" not in hf_kwargs:

@@ -251,7 +251,7 @@ class Posterior(WeightedTraces, Report):
         samples = Samples(
             self.traces, self.log_weights, self.returns, self.info, self._claims_evidence
         )
-        save_samples(path, samples, overwrite=check_flag("overwrite", overwrite))
+        save_samples(path, samples, overwrite=overwrite)
 
     @classmethod
     def load(

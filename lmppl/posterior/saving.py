@@ -22,7 +22,7 @@ from lmppl.lm import LM
 from lmppl.lm.tokens.vocabulary import Vocabulary
 from lmppl.posterior.columns import columns_of, traces_of
 from lmppl.posterior.plain import Vocabularies, is_plain, read, write
-from lmppl.states import present, read_state, replace_folder, write_state
+from lmppl.states import check_unused, present, read_state, replace_folder, write_state
 
 FORMAT = 1
 _KIND = "posterior"
@@ -53,8 +53,7 @@ class Loaded:
 def save_samples(path: str | Path, samples: Samples, *, overwrite: bool) -> None:
     """Write a posterior; see ``Posterior.save``."""
     path = Path(path)
-    if present(path).exists() and not overwrite:
-        raise FileExistsError(f"{path} exists: overwrite=True replaces it, or choose another name")
+    check_unused(path, overwrite=overwrite)
     vocabularies = Vocabularies()
     numbers: dict[int, int] = {}
     trace = [numbers.setdefault(id(trace), len(numbers)) for trace in samples.traces]

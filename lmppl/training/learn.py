@@ -31,13 +31,18 @@ from lmppl.report.history import History
 from lmppl.training.checkpoints import Part
 from lmppl.training.data import Dreams, check_simulated, held_out_inputs
 from lmppl.training.inputs import Collection, read_inputs
-from lmppl.training.loop import Learner, Run, read_options, train
+from lmppl.training.loop import Learner, Run, read_options, train, with_options_of
 from lmppl.training.m_step import MStep
 from lmppl.training.trainer import Trainer, mean
 
 _FEWEST_EFFECTIVE = 3.0
+_SOONER: dict[str, Any] = {
+    "eval_every": 20,
+    "checkpoint_every": 20,
+}  # M-steps cost more than steps of a guide
 
 
+@with_options_of(**_SOONER)
 def learn(
     guide: TrainableGuide,
     data: Iterable[Any],
@@ -97,7 +102,7 @@ def learn(
     if method == "wake-sleep":
         check_simulated(guide)
         options.setdefault("loss", "sft")
-    options = {"eval_every": 20, "checkpoint_every": 20, **options}
+    options = {**_SOONER, **options}
     run, settings = read_options(learn, steps, options)
     saved = SavedParams()
     with exclusive(), use(guide.base), _restoring(guide, saved):

@@ -20,8 +20,9 @@ from lmppl.lm import LM
 from lmppl.primitives import default_lm, use
 from lmppl.report.history import History
 from lmppl.runtime.arguments import Args, check_program
-from lmppl.states import present, replace_folder
+from lmppl.states import check_unused, present, replace_folder
 from lmppl.training.fit import fit
+from lmppl.training.loop import with_options_of
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -141,6 +142,7 @@ class LMGuide:
 
     # --- training, saving ------------------------------------------------------------------------
 
+    @with_options_of(fit)
     def fit(self, data: Iterable[Any] | None = None, steps: int = 500, **options: Any) -> LMGuide:
         """Train on inputs. Returns the guide itself.
 
@@ -149,7 +151,9 @@ class LMGuide:
                 its arguments by name. A list or a ``datasets.Dataset``; an iterator is read as it
                 is needed. None: inputs are simulated, ``simulate=N``.
             steps: optimiser steps.
-            **options: see ``lmppl.training.fit.fit``.
+            **options: ``simulate``, ``demonstrations`` and ``eval_data``, see
+                ``lmppl.training.fit.fit``; those of the run, see ``lmppl.training.loop.Run``; of the
+                training, see ``FitOptions``; and of its loss, see ``lmppl.losses``.
         """
         fit(self, data, steps, **options)
         return self
@@ -172,14 +176,19 @@ class LMGuide:
         self.history[:], self.notes = state["history"], list(state["notes"])
         self.tempered_target = state["tempered_target"]
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write the guide to a folder, which appears whole or not at all: a standard peft adapter,
         heads and a description.
 
+        Args:
+            path: the folder.
+            overwrite: replace a guide that is there.
+
         Raises:
-            FileExistsError: if ``path`` exists and is no guide. (A guide is replaced.)
+            FileExistsError: if ``path`` exists, unless it is a guide and ``overwrite`` is set.
             ValueError: if a guide program has not been run yet, so that its parameters are unknown.
         """
+        check_unused(Path(path), overwrite=overwrite)
         state = self.state_dict()
         replace_folder(Path(path), "guide", lambda folder: write_guide(folder, state))
 

@@ -22,7 +22,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -143,6 +143,39 @@ class Run:
         return found | {"seconds_evaluation": time.perf_counter() - began}
 
 
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def with_options_of(
+    function: Callable[..., Any] | None = None, /, **defaults: Any
+) -> Callable[[F], F]:
+    """Show in a signature, for ``help`` and completion, what is taken as ``**options``: keywords of
+    ``function``, of the run, of the guide's training and, as the rest, of its loss.
+
+    Args:
+        function: to which the options are passed on; None: to this module alone.
+        **defaults: of options, where they are others than usual.
+    """
+
+    def shown(decorated: F) -> F:
+        signature = inspect.signature(decorated)
+        *own, rest = signature.parameters.values()
+        passed_on = [] if function is None else inspect.signature(function).parameters.values()
+        added = {p.name: p for p in passed_on if p.kind is p.KEYWORD_ONLY}
+        for option in (*fields(Run), *fields(FitOptions)):
+            default = defaults.get(option.name, option.default)
+            added[option.name] = inspect.Parameter(
+                option.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=option.type
+            )
+        for parameter in own:
+            added.pop(parameter.name, None)
+        parameters = [*own, *added.values(), rest.replace(name="loss_options")]
+        decorated.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        return decorated
+
+    return shown
+
+
 def read_options(
     function: Callable[..., Any], steps: int, options: Mapping[str, Any]
 ) -> tuple[Run, FitOptions]:
@@ -151,7 +184,7 @@ def read_options(
     of_run = [option.name for option in fields(Run) if option.name != "steps"]
     of_guide = {name: value for name, value in options.items() if name not in of_run}
     keywords = inspect.getfullargspec(function).kwonlyargs
-    settings = FitOptions.of(of_guide, beside=[*keywords, *of_run])
+    settings = FitOptions.of(of_guide, beside=["steps", *keywords, *of_run])
     return Run(steps, **{name: options[name] for name in of_run if name in options}), settings
 
 

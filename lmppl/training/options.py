@@ -74,7 +74,7 @@ class FitOptions:
         of_losses = dict.fromkeys(name for kind in LOSSES.values() for name in option_names(kind))
         for name in options:
             if name not in shared and name not in of_losses:
-                allowed = [*beside, *shared, *of_losses]
+                allowed = dict.fromkeys([*beside, *shared, *of_losses])
                 raise TypeError(f"no option {name!r}{did_you_mean(name, allowed)}")
         of_loss = {name: value for name, value in options.items() if name in of_losses}
         loss = loss_of(options.get("loss", VarGrad.name), of_loss)

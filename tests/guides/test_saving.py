@@ -94,21 +94,28 @@ def test_the_adapter_is_a_standard_one(tmp_path):
     assert torch.equal(log_q(loaded, CHAIN), log_q(guide, CHAIN))
 
 
-def test_saving_replaces_a_guide_and_nothing_else(tmp_path):
+def test_saving_replaces_a_guide_if_it_may_and_nothing_else(tmp_path):
     guide = lmppl.LMGuide(CHAIN.program, lm=CHAIN.lm)
     guide.save(tmp_path / "guide")
+    before = log_q(guide, CHAIN)
     shaken(guide)
-    guide.save(str(tmp_path / "guide"))
+    with pytest.raises(FileExistsError, match="guide exists: overwrite=True replaces it"):
+        guide.save(tmp_path / "guide")
+    kept = lmppl.LMGuide.load(tmp_path / "guide", CHAIN.program, lm=CHAIN.lm)
+    assert torch.equal(log_q(kept, CHAIN), before)
+    with pytest.raises(TypeError, match="overwrite=1"):
+        guide.save(tmp_path / "guide", overwrite=1)
+    guide.save(str(tmp_path / "guide"), overwrite=True)
     assert os.listdir(tmp_path) == ["guide"]
     loaded = lmppl.LMGuide.load(tmp_path / "guide", CHAIN.program, lm=CHAIN.lm)
     assert torch.equal(log_q(loaded, CHAIN), log_q(guide, CHAIN))
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
     with pytest.raises(FileExistsError, match="thesis exists and is no guide"):
-        guide.save(tmp_path / "thesis")
+        guide.save(tmp_path / "thesis", overwrite=True)
     (tmp_path / "file").write_text("also work")
     with pytest.raises(FileExistsError, match="file exists and is no guide"):
-        guide.save(tmp_path / "file")
+        guide.save(tmp_path / "file", overwrite=True)
     assert (tmp_path / "thesis" / "chapter.txt").read_text() == "years of work"
 
 
@@ -123,7 +130,7 @@ def test_an_interrupted_save_leaves_the_old_guide(tmp_path, monkeypatch):
 
     monkeypatch.setattr("lmppl.states.save_file", fail)
     with pytest.raises(KeyboardInterrupt):
-        guide.save(tmp_path / "guide")
+        guide.save(tmp_path / "guide", overwrite=True)
     with pytest.raises(KeyboardInterrupt):
         guide.save(tmp_path / "new")
     assert os.listdir(tmp_path) == ["guide"]

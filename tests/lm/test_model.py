@@ -334,8 +334,14 @@ def test_what_cannot_be_loaded(tmp_path, monkeypatch) -> None:
         LM.from_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match="no GGUF file"):
         LM.from_pretrained(tmp_path / "model.gguf")
-    with pytest.raises(OSError, match="did you mean 'smollm2-135m-instruct'"):
-        LM.from_pretrained("smollm2-135-instruct", local_files_only=True)
+    with monkeypatch.context() as patch:
+        patch.setattr("lmppl.lm.loading.load_pretrained", None)  # the hub is not asked
+        with pytest.raises(OSError, match="'SmolLM2-135-instruct'; did you mean 'smollm2-135m-i"):
+            LM.from_pretrained("SmolLM2-135-instruct")
+    with pytest.raises(OSError, match="hub did not give it. The hub said"):  # its name is right
+        LM.from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct", local_files_only=True)
+    with pytest.raises(OSError, match="hub did not give it. The hub said"):
+        LM.from_pretrained("distilgpt2", local_files_only=True)
     with pytest.raises(ValueError, match="trust_remote_code is not supported"):
         LM.from_pretrained(tmp_path, trust_remote_code=True)
     with pytest.raises(ValueError, match="dtype here"):

@@ -1,5 +1,6 @@
 """A run of training: losses that need latents, evaluations, early stops, divergence."""
 
+import inspect
 import itertools
 import math
 
@@ -14,6 +15,7 @@ from lmppl import lm_sample, require
 from lmppl.testing import total_variation
 from lmppl.testing.programs import CASES
 from lmppl.training.callbacks import DivergenceGuard, EarlyStopping
+from lmppl.training.options import FitOptions
 
 # --- losses that need latents --------------------------------------------------------------------
 
@@ -350,3 +352,16 @@ def test_a_tuned_guide_is_a_proposal_of_shaken_ones():
     bad = guide.fit([("ab.", "a")], steps=1, learning_rate=1e-9, **QUICK).history[-1]["elbo"]
     good = guide.fit([("ab.", "a")], steps=60, **QUICK).history[-1]["elbo"]
     assert good > bad
+
+
+def test_signatures_show_all_options():
+    """To ``help`` and completion; what is shown as default is what is taken."""
+    of_fit = inspect.signature(lmppl.LMGuide.fit).parameters
+    of_learn = inspect.signature(lmppl.learn).parameters
+    for name in ("simulate", "eval_every", "batch_size", "loss"):
+        assert of_fit[name].kind is of_fit[name].KEYWORD_ONLY
+    assert of_fit["batch_size"].default == FitOptions().batch_size
+    assert (of_fit["eval_every"].default, of_learn["eval_every"].default) == (50, 20)
+    assert "simulate" not in of_learn and list(of_learn)[-1] == "loss_options"
+    shown = {n: p.default for n, p in of_fit.items() if p.kind is p.KEYWORD_ONLY}
+    new_guide().fit([("ab.", "a")], steps=1, **{**shown, **QUICK})
