@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
+from types import ModuleType
 
 import pytest
 
+import lmppl
+from lmppl import lm_sample
+from lmppl.report import progress
 from lmppl.report.progress import progress_bar
+from lmppl.testing import tiny_lm
 
 
 class Terminal(io.StringIO):
@@ -106,5 +112,36 @@ def test_an_exception_takes_the_bar_down(watched):
 def test_the_total_may_be_unknown(watched):
     terminal = watched()
     with progress_bar("work") as bar:
-        bar.advance(5)
-    assert "5/?" in terminal.getvalue()
+        bar.advance(5, stage=5)
+    assert "stage 5" in terminal.getvalue() and "/?" not in terminal.getvalue()
+
+
+def test_the_bar_moves_with_the_passes_of_a_language_model(watched, monkeypatch):
+    monkeypatch.setattr("lmppl.report.progress._REFRESH_SECONDS", 0.0)
+    terminal, lm = watched(), tiny_lm("ab.")
+    with progress_bar("work"):
+        lm.log_prob("ab", ["ba", "b"])
+        lm.log_prob("ab", ["ba."])
+        within = terminal.getvalue()
+    assert "3 tokens" in within and "/s" in within
+    written = len(terminal.getvalue())
+    lm.log_prob("ab", ["ba"])
+    assert len(terminal.getvalue()) == written, "nobody is told after the end"
+
+
+def test_an_engine_says_its_tokens_while_it_draws(watched, monkeypatch):
+    monkeypatch.setattr("lmppl.report.progress._REFRESH_SECONDS", 0.0)
+    terminal = watched()
+    program = lambda: lm_sample("z", "ab", max_tokens=40)  # noqa: E731
+    lmppl.infer(program, lm=tiny_lm("ab.", eos=False), method="smc", num_samples=8, seed=0)
+    seen = [int(n.replace(",", "")) for n in re.findall(r"([\d,]+) tokens", terminal.getvalue())]
+    assert len(set(seen)) > 30 and seen[-1] <= 320 and "stage 0" in terminal.getvalue()
+
+
+@pytest.mark.parametrize("widgets", [True, False])
+def test_a_notebook_with_widgets_shows_bars(monkeypatch, widgets):
+    monkeypatch.setitem(sys.modules, "ipykernel", ModuleType("ipykernel"))
+    monkeypatch.setattr(
+        "lmppl.report.progress.find_spec", lambda name: "there" if widgets else None
+    )
+    assert progress._is_watched() == widgets

@@ -28,6 +28,7 @@ KINDS: tuple[Kind, ...] = ("sampled", "scored", "trained", "read")
 
 _ledger: Ledger | None = None  # there while somebody records
 _recordings = threading.Lock()
+_watchers: list[Callable[[], None]] = []
 
 
 @dataclass
@@ -202,8 +203,20 @@ def region(kind: Kind) -> Iterator[None]:
 def count_pass(matrices: Callable[[], Matrices], tokens: Tensor, outputs: Tensor | None) -> None:
     """A forward pass of (B, T) ``tokens``, of which the positions ``outputs`` (None: all) go
     through the output layer. (``matrices`` is asked for only while somebody records.)"""
+    for seen in _watchers:
+        seen()
     if (ledger := _ledger) is not None:
         ledger.count(matrices(), tokens, tokens.numel() if outputs is None else outputs.numel())
+
+
+@contextmanager
+def watching(seen: Callable[[], None]) -> Iterator[None]:
+    """In the block, call ``seen`` at each forward pass of a language model of this process."""
+    _watchers.append(seen)
+    try:
+        yield
+    finally:
+        _watchers.remove(seen)
 
 
 def watch_backward(outputs: Iterable[Tensor]) -> None:
