@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -39,10 +40,22 @@ def replace(path: Path, old: str, new: str) -> None:
 
 
 @pytest.mark.slow
-def test_the_site_builds(repository):
+def test_the_site_can_be_read_from_disk(repository):
     built = make_docs(repository)
     assert built.returncode == 0, built.stderr
-    assert (repository / "site/index.html").is_file()
+    site = repository / "site"
+    assert (site / "search/search_index.js").is_file()
+    for page in site.glob("*.html"):
+        loaded = re.findall(
+            r"<(?:script|img|iframe)\b[^>]*\bsrc=[\"']?([^\"' >]*)"
+            r"|<link\b[^>]*\brel=[\"']?stylesheet[^>]*\bhref=[\"']?([^\"' >]*)",
+            page.read_text(),
+        )
+        assert loaded
+        assert not [url for url in map("".join, loaded) if "//" in url], page.name
+    formulas = (site / "engines.html").read_text()
+    assert '<math display="block">' in formulas
+    assert "arithmatex" not in formulas
 
 
 @pytest.mark.slow
@@ -65,6 +78,7 @@ def test_the_site_builds(repository):
             "Parameter 'num_sample' does not appear in the function signature",
             id="docstring",
         ),
+        pytest.param("docs/engines.md", r"\hat Z", r"\hatt Z", r"\hatt", id="formula"),
         pytest.param(
             "docs/api.md", "::: lmppl.infer\n", "::: lmppl.infr\n", "lmppl.infr", id="name"
         ),

@@ -47,7 +47,8 @@ def infer_batch(
     """The posterior of each of many inputs, in their order.
 
     ```python
-    for posterior in lmppl.infer_batch(infill, [(x1, y1), (x2, y2)], lm=lm, guide=guide):
+    inputs = [(x1, y1), (x2, y2)]
+    for posterior in lmppl.infer_batch(infill, inputs, lm=lm, guide=guide):
         print(posterior.best("z"))
     ```
 

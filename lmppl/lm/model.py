@@ -38,7 +38,8 @@ class LM:
         name: for messages; by default the model's own.
 
     Attributes:
-        model, tokenizer: the Hugging Face objects.
+        model: the Hugging Face model.
+        tokenizer: its Hugging Face tokenizer.
         vocabulary: text to ids, ids to text, which tokens end a text.
         usage: counters of tokens sampled, scored and trained on, shared with its adapters.
         memory: what a batch may take (``lmppl.Memory``); adapters begin with their base's.

@@ -74,9 +74,9 @@ class Posterior(WeightedTraces, Report):
         """Posterior probability of each value, the largest first; they sum to 1.
 
         ```python
-        posterior.probs("z")                              # of a site
-        posterior.probs(lambda v: v["z"].split()[0])      # of a function of a sample's values, by site
-        posterior.probs(returns=True)                     # of what the program returns
+        posterior.probs("z")                          # of a site
+        posterior.probs(lambda v: v["z"].split()[0])  # of a sample's values, by site
+        posterior.probs(returns=True)                 # of what the program returns
         ```
 
         Texts that are equal as strings count as one; tensors are numbers or nested tuples; lists,
@@ -265,9 +265,10 @@ class Posterior(WeightedTraces, Report):
         """Read a posterior that ``save`` wrote.
 
         ```python
-        posterior = lmppl.Posterior.load("runs/infill")                    # to look at
-        posterior = lmppl.Posterior.load("runs/infill", lm=lm)             # texts with their tokens
-        posterior = lmppl.Posterior.load("runs/infill", infill, x, y, lm=lm)  # whole traces
+        load = lmppl.Posterior.load
+        posterior = load("runs/infill")                       # to look at
+        posterior = load("runs/infill", lm=lm)                # texts with their tokens
+        posterior = load("runs/infill", infill, x, y, lm=lm)  # whole traces
         ```
 
         Without anything else it answers all questions about values: ``probs``, ``mean``,

@@ -54,7 +54,8 @@ class LMGuide:
             share. (A site in a loop, ``f"step_{i}"``, has as many as it has names.)
 
     Attributes:
-        model, base: the program and its language model.
+        model: the program.
+        base: its language model.
         inner: the guide itself, an ``AutomaticGuide`` or a ``ProgramGuide``.
         history: one dict a training step: loss, log_z, elbo, ess, alive, length, seconds, ...
         notes: what training has to say of itself ("complete traces only: ...").

@@ -84,7 +84,8 @@ def subtb(
     Madan et al. (2022, arXiv 2209.12782). For a text z and a closing token c it is the mean over
     pairs i < j, with weights ``lam ** (j - i)``, of the square of
 
-        log [R(z_<=i c) q(z_i+1 .. z_j | z_<=i) q(c | z_<=j)] - log [R(z_<=j c) q(c | z_<=i)].
+        log [R(z_<=i c) q(z_i+1 .. z_j | z_<=i) q(c | z_<=j)]
+            - log [R(z_<=j c) q(c | z_<=i)].
 
     With ``log_r[t]`` and ``log_q[t]`` those of the truncation ``z_<=t c`` this is ``u_i - u_j``.
     (The paper writes a sum. A mean has the same scale for short and long texts.) At ``lam = 1`` it
