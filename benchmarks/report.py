@@ -1,7 +1,8 @@
 """Tables and plots of recorded results.
 
 python -m benchmarks.report                 remakes the results part of docs/performance.md,
-                                            with all machines but "local", and its plots
+                                            with all machines but "local", and its plots,
+                                            without our goals
 python -m benchmarks.report --machine local writes results/local/report.md and plots beside it
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks import plots
@@ -28,10 +30,9 @@ def table(results: Sequence[Result]) -> str:
     lines: list[str] = []
     if rows:
         compared = any(len(row.sides) > 1 for _, row in rows)
-        valued = any(row.unit for _, row in rows)
-        cells = [
-            _cells(result, row, compared, valued, results[0].value_label) for result, row in rows
-        ]
+        value_label = results[0].value_label if any(row.unit for _, row in rows) else None
+        has_goals = any(row.goal for _, row in rows)
+        cells = [_cells(result, row, compared, value_label, has_goals) for result, row in rows]
         lines += [
             "| " + " | ".join(cells[0]) + " |",
             "| " + " | ".join("---" for _ in cells[0]) + " |",
@@ -75,23 +76,37 @@ def machine_report(results: Sequence[Result], images: Sequence[tuple[str, str]])
     return "\n".join(lines).strip()
 
 
-def render(folder: Path, images: Path, link: str) -> str:
-    """The report of a folder of results.
-
-    Args:
-        folder: of one machine.
-        images: folder for its plots.
-        link: what their names begin with in links.
+def results_of(folder: Path) -> list[Result]:
+    """The results of one machine, in the order of the benchmarks.
 
     Raises:
-        FileNotFoundError: there are no results.
+        FileNotFoundError: there are none.
     """
     names = list(BENCHMARKS)
     known = [result for result in load_all(folder) if result.benchmark in names]
     results = sorted(known, key=lambda result: names.index(result.benchmark))
     if not results:
         raise FileNotFoundError(f"there are no results in {folder}")
-    drawn = plots.draw(results, images, folder.name)
+    return results
+
+
+def without_goals(results: Sequence[Result]) -> list[Result]:
+    """What was measured, without what we had hoped for."""
+    return [
+        replace(result, rows=[replace(row, goal=None) for row in result.rows]) for result in results
+    ]
+
+
+def render(results: Sequence[Result], machine: str, images: Path, link: str) -> str:
+    """The report of a machine's results.
+
+    Args:
+        results: of one machine.
+        machine: its name, with which the names of the plots begin.
+        images: folder for the plots.
+        link: what their names begin with in links.
+    """
+    drawn = plots.draw(results, images, machine)
     return machine_report(results, [(link + name, words) for name, words in drawn])
 
 
@@ -120,7 +135,10 @@ def published(root: Path, images: Path) -> str:
     folders = machines(root)
     if not folders:
         return "No machine's results have been recorded yet."
-    parts = [f"### {path.name}\n\n{render(path, images, IMAGES + '/')}" for path in folders]
+    parts = []
+    for path in folders:
+        report = render(without_goals(results_of(path)), path.name, images, IMAGES + "/")
+        parts.append(f"### {path.name}\n\n{report}")
     return "\n\n".join(parts)
 
 
@@ -138,7 +156,7 @@ def seconds_in_words(seconds: float) -> str:
 
 
 def _cells(
-    result: Result, row: Row, compared: bool, valued: bool, value_label: str
+    result: Result, row: Row, compared: bool, value_label: str | None, has_goals: bool
 ) -> dict[str, str]:
     ours = row.sides[0]
     cells = {"case": row.case, "dtype": result.dtype, "lmppl": _time(ours), "peak": _peak(ours)}
@@ -146,8 +164,9 @@ def _cells(
         other = row.sides[1] if len(row.sides) > 1 else None
         cells["alternative"] = "" if other is None else f"{other.label}: {_time(other)}"
         cells["its peak"] = "" if other is None else _peak(other)
-    if valued:
+    if value_label is not None:
         cells[value_label] = _value(row)
+    if has_goals:
         cells["goal"] = _goal(row)
     return cells
 
@@ -211,7 +230,8 @@ def main() -> None:
     if options.machine == LOCAL:
         folder = FOLDER / LOCAL
         path = folder / "report.md"
-        write_text(path, f"# Benchmarks\n\n{render(folder, folder, '')}\n")
+        report = render(results_of(folder), folder.name, folder, "")
+        write_text(path, f"# Benchmarks\n\n{report}\n")
     else:
         path = PAGE
         write_text(path, update(PAGE.read_text(), published(FOLDER, DOCS / IMAGES)))

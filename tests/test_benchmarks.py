@@ -174,7 +174,14 @@ def test_the_page_gets_published_results_only(tmp_path):
     with pytest.raises(ValueError, match="results:begin"):
         report.update("a page", content)
     with pytest.raises(FileNotFoundError):
-        report.render(tmp_path / "nothing", images, "")
+        report.results_of(tmp_path / "nothing")
+
+
+def test_goals_are_not_published(tmp_path):
+    sampling_result().save(tmp_path / "a-machine")
+    assert "| goal |" in report.table(report.results_of(tmp_path / "a-machine"))
+    assert "goal" not in report.published(tmp_path, tmp_path / "images")
+    assert "goal" not in (tmp_path / "images/a-machine-ratios.svg").read_text()
 
 
 def test_the_page_of_the_docs_has_the_markers():

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
 
 
 def make_docs(folder: Path) -> subprocess.CompletedProcess[str]:
@@ -37,6 +38,15 @@ def replace(path: Path, old: str, new: str) -> None:
     text = path.read_text()
     assert old in text
     path.write_text(text.replace(old, new, 1))
+
+
+# The page of results shows programs as they stand in examples/.
+@pytest.mark.parametrize("name", sorted({path.name for path in DOCS.glob("*.md")} - {"results.md"}))
+def test_code_fits_its_column_and_can_be_copied(name):
+    page = (DOCS / name).read_text()
+    blocks = re.findall(r"^```(?:python|console)\n(.*?)^```$", page, re.S | re.M)
+    lines = "".join(blocks).splitlines()
+    assert not [line for line in lines if len(line) > 80 or line.startswith("$ ")]
 
 
 @pytest.mark.slow
