@@ -8,6 +8,7 @@ for a model is decided by a probe that compares it with the plain one, never by 
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 import warnings
 from collections import OrderedDict
@@ -135,6 +136,7 @@ class Runner:
         self._parameters = tuple(self._model.parameters())
         self._prompts: OrderedDict[Tokens, Prompt] = OrderedDict()  # the last used at the end
         self._watch = WeightWatch(self._parameters)
+        self._cache_argument = _cache_argument(self._model)
         self._kinds = self._watch.kinds()
         self.slow_reason: str | None = None  # why it is not fast
         self.can_record = len({p.device for p in self._parameters}) == 1  # steps, on CUDA
@@ -257,7 +259,7 @@ class Runner:
         at = cache.positions(tokens.shape[1], tokens.device).expand(tokens.shape[0], -1)
         if self.context_length is not None:  # padding may stand behind it, nothing else does
             at = at.clamp(max=self.context_length - 1)
-        given = {"past_key_values": cache, "lmppl_cache": cache, "position_ids": at}
+        given = {self._cache_argument: cache, "lmppl_cache": cache, "position_ids": at}
         return self._run(self._fast_model, tokens, positions, use_cache=True, **given)
 
     def count(self, tokens: Tensor, positions: Tensor | None) -> None:
@@ -404,6 +406,11 @@ class Runner:
         exact = prompt.layers[0][0].dtype in (torch.float32, torch.float64)
         agree = logits_agree(got, want, exact=exact)
         return None if agree else "its logits are not those of the plain model"
+
+
+def _cache_argument(model: Any) -> str:
+    """What the model's forward pass calls its cache: transformers 5.24 has another name for it."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def common_length(a: Tokens, b: Tokens, limit: int | None = None) -> int:
