@@ -44,7 +44,7 @@ def replace(path: Path, old: str, new: str) -> None:
 @pytest.mark.parametrize("name", sorted({path.name for path in DOCS.glob("*.md")} - {"results.md"}))
 def test_code_fits_its_column_and_can_be_copied(name):
     page = (DOCS / name).read_text()
-    blocks = re.findall(r"^```(?:python|console)\n(.*?)^```$", page, re.S | re.M)
+    blocks = re.findall(r"^```(?:python|bash|console)\n(.*?)^```$", page, re.S | re.M)
     lines = "".join(blocks).splitlines()
     assert not [line for line in lines if len(line) > 80 or line.startswith("$ ")]
 
@@ -63,9 +63,10 @@ def test_the_site_can_be_read_from_disk(repository):
         )
         assert loaded
         assert not [url for url in map("".join, loaded) if "//" in url], page.name
-    formulas = (site / "engines.html").read_text()
-    assert '<math display="block">' in formulas
-    assert "arithmatex" not in formulas
+    page = (site / "engines.html").read_text()
+    assert '<math display="block">' in page and "arithmatex" not in page
+    assert 'sentences"><pre><span></span><code>all 10 samples have probability zero' in page
+    assert 'sentences"><pre><span></span><code>exact       log evidence' not in page
 
 
 @pytest.mark.slow
