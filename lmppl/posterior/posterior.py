@@ -6,10 +6,11 @@ It is a list of Pyro traces with log-weights, of which all else is computed.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,11 +23,15 @@ from lmppl.posterior.saving import Samples, load_samples, save_samples
 from lmppl.posterior.summary import is_number, joint_rows, summarise
 from lmppl.posterior.weighted import WeightedTraces
 from lmppl.primitives import use
+from lmppl.report.plots import bars, histogram
 from lmppl.report.posteriors import joint_blocks, posterior_blocks
 from lmppl.report.tables import Block, Report, Shown
 from lmppl.runtime import estimates
 from lmppl.runtime.arguments import bind
 from lmppl.runtime.sites import values_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 NameOrFn = str | Callable[[dict[str, Any]], Any]
 """The name of a site, or a function of one sample's values, which it gets as a dict by site."""
@@ -111,6 +116,49 @@ class Posterior(WeightedTraces, Report):
         ``probs`` does."""
         found = self.probs(name_or_fn, returns=returns)
         return next((value for value in found if value is not None), None)
+
+    def plot(
+        self,
+        name_or_fn: NameOrFn | None = None,
+        *,
+        returns: bool = False,
+        prior: Posterior | None = None,
+        rows: int = 10,
+        path: str | os.PathLike[str] | None = None,
+    ) -> Figure:
+        """Draw the posterior of a site: bars of the most probable values, or a histogram where they are
+        continuous. Needs matplotlib.
+
+        ```python
+        prior = lmppl.infer(infill, x, lm=lm, method="importance")     # the ending is not observed
+        posterior.plot("z", prior=prior, path="middles.svg")
+        ```
+
+        Args:
+            name_or_fn, returns: what to draw, as ``probs`` takes it.
+            prior: another posterior of the same program to draw beside it, with less observed.
+            rows: so many values; the probability of the others is one bar.
+            path: also write the figure to this file; its ending says the format (none: PNG).
+
+        Returns:
+            A matplotlib figure, which notebooks show.
+
+        Raises:
+            ImportError: if matplotlib is not installed.
+            KeyError, ZeroEvidenceError: as ``probs``.
+        """
+        rows = check_int("rows", rows)
+        if prior is not None and not isinstance(prior, Posterior):
+            raise TypeError(f"prior= takes a Posterior, given {type(prior).__name__}")
+        drawn = {"posterior": self} | ({} if prior is None else {"prior": prior})
+        named = isinstance(name_or_fn, str)
+        title = name_or_fn if isinstance(name_or_fn, str) else "returned" if returns else ""
+        if named and not check_flag("returns", returns) and is_number(self._nodes(title)):
+            numbers = {name: one._numbers(title) for name, one in drawn.items()}
+            flat = {name: (v.flatten().tolist(), w.tolist()) for name, (v, w) in numbers.items()}
+            return histogram(flat, title, path)
+        found = {name: one.probs(name_or_fn, returns=returns) for name, one in drawn.items()}
+        return bars(found, title, rows, path)
 
     def mean(self, name_or_fn: NameOrFn) -> torch.Tensor:
         """Posterior expectation, float64, of a numeric site, or of a function from the values of one

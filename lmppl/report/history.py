@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import math
 import os
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmppl.checks import check_int
+from lmppl.report.plots import BLUE, RED, drawing
 from lmppl.report.tables import Block, Report, Table, as_text, duration, percent, plain, show
 
 if TYPE_CHECKING:
@@ -34,7 +33,6 @@ _PANELS = (
 )  # fmt: skip
 _FRACTIONS = ("ess", "alive", "model_ess")
 _NATS = ("log_z", "elbo", "eubo", "log_evidence")
-_RED, _BLUE = ("#c8452c", "#eec2b8"), ("#1b6ca8", "#b3cde1")  # of lines and of points
 
 
 class History(Report, list[dict[str, Any]]):
@@ -145,33 +143,15 @@ class History(Report, list[dict[str, Any]]):
             ImportError: if matplotlib is not installed.
             ValueError: if there is nothing to draw yet, or for an unknown column.
         """
-        try:
-            import matplotlib
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError("plots need matplotlib: pip install lmppl[plot]") from error
-
-        class Shown(Figure):
-            # Notebooks know how to show a figure only once pyplot has been imported.
-            def _repr_png_(self) -> bytes:
-                self.savefig(out := io.BytesIO(), format="png")
-                return out.getvalue()
-
-        style: Any = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True}
-        style |= {"grid.alpha": 0.25, "axes.titlesize": 10, "font.size": 9}
-        style |= {"figure.constrained_layout.use": True}
         panels = self._panels(columns)
         across = min(3, len(panels))
         down = math.ceil(len(panels) / across)
-        with matplotlib.rc_context(style):
-            figure = Shown(figsize=(3.6 * across, 2.6 * down), dpi=120)
+        with drawing(3.6 * across, 2.6 * down, path) as figure:
             axes = figure.subplots(down, across, squeeze=False).flatten()
             for axis, names in zip(axes, panels, strict=False):
                 self._draw(axis, names)
             for axis in axes[len(panels) :]:
                 axis.remove()
-            if path is not None:
-                _write(figure, Path(path))
         return figure
 
     def _panels(self, columns: Sequence[str] | None) -> list[list[str]]:
@@ -193,7 +173,7 @@ class History(Report, list[dict[str, Any]]):
         steps = [n if math.isfinite(n) else float(i) for i, n in enumerate(numbers)]
         window = min(math.isqrt(len(self)), 100)
         for name in names:
-            colour, faint = _RED if name.removeprefix(_HELD_OUT) == "elbo" else _BLUE
+            colour, faint = RED if name.removeprefix(_HELD_OUT) == "elbo" else BLUE
             values = self.column(name)
             there = [i for i, value in enumerate(values) if math.isfinite(value)]
             at, points = [steps[i] for i in there], [values[i] for i in there]
@@ -262,13 +242,3 @@ def _cell(name: str, figures: dict[str, Any]) -> str:
     if base in ("length", _RATE):
         return f"{value:,.1f}"
     return f"{value:.2f}" if base in _NATS and abs(value) < 1e6 else show(value)
-
-
-def _write(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}-{os.getpid()}")
-    try:
-        figure.savefig(temporary, format=path.suffix[1:] or "png", facecolor="white")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
