@@ -153,7 +153,7 @@ class Task:
                 raise BadInput(f"{args.out} has rows of {kept.task}: give another file")
             results.rows, results.references = kept.rows, kept.references
         if getattr(args, "plot", None) is not None:
-            package("matplotlib", "lmppl[plot]", "--plot")
+            package("matplotlib", "lmppl-pyro[plot]", "--plot")
         lm = lmppl.LM.from_pretrained(args.model, dtype=args.dtype)
         threads = torch.get_num_threads()
         words = f"{machine(lm.device)}, {threads} thread{'s' * (threads != 1)}"

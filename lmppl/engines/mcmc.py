@@ -209,7 +209,7 @@ class MCMC(Engine):
         if not mixing.is_available():
             state.notes.append(
                 "R-hat and the effective sample size of the chains need arviz-stats: pip install "
-                "'lmppl[diagnostics]'"
+                "'lmppl-pyro[diagnostics]'"
             )
             return {}
         if len(chains[0]) < mixing.LEAST_DRAWS:

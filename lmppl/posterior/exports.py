@@ -23,7 +23,7 @@ def need(module: str, package: str, extra: str, what: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ImportError(f"{what} needs {package}: pip install 'lmppl[{extra}]'") from error
+        raise ImportError(f"{what} needs {package}: pip install 'lmppl-pyro[{extra}]'") from error
 
 
 def to_dataframe(

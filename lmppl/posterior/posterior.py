@@ -221,7 +221,7 @@ class Posterior(WeightedTraces, Report):
             returns: add what the program returned as ``returned``.
 
         Raises:
-            ImportError: without pandas, ``pip install 'lmppl[pandas]'``.
+            ImportError: without pandas, ``pip install 'lmppl-pyro[pandas]'``.
         """
         weights = self.weights if self._alive else torch.zeros(len(self), dtype=torch.float64)
         given = self.returns if check_flag("returns", returns) else None
@@ -252,7 +252,7 @@ class Posterior(WeightedTraces, Report):
             seed: of the resampling; None: taken from torch's random stream.
 
         Raises:
-            ImportError: without arviz-base, ``pip install 'lmppl[arviz]'``.
+            ImportError: without arviz-base, ``pip install 'lmppl-pyro[arviz]'``.
             ValueError: if chains have different draws.
             ZeroEvidenceError: if all samples have probability zero.
         """

@@ -41,7 +41,7 @@ def drawing(
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install lmppl[plot]") from error
+        raise ImportError("plots need matplotlib: pip install lmppl-pyro[plot]") from error
 
     class Shown(Figure):
         # Notebooks know how to show a figure only once pyplot has been imported.

@@ -108,7 +108,7 @@ def pareto_k(u: np.ndarray) -> tuple[float | None, str | None]:
     try:
         from arviz_stats.base import array_stats
     except ImportError:
-        return None, "it needs arviz-stats, pip install 'lmppl[diagnostics]'"
+        return None, "it needs arviz-stats, pip install 'lmppl-pyro[diagnostics]'"
     # The fit divides by the tail's first quartile, counted from the largest weight below the tail.
     u = np.sort(u - u.max())
     tail = int(3 * math.sqrt(len(u))) if len(u) > 225 else len(u) // 5

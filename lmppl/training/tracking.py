@@ -82,7 +82,7 @@ def _tracker(kind: Any, directory: str | os.PathLike[str] | None, name: str) -> 
         )
     # Kinds that the user registered with accelerate are in neither of its lists.
     if kind in LoggerType and LoggerType(kind) not in get_available_trackers():
-        package = "lmppl[tracking]" if kind == "tensorboard" else kind
+        package = "lmppl-pyro[tracking]" if kind == "tensorboard" else kind
         raise ValueError(f"log_with={kind!r}: not installed: pip install {package}")
     made = LOGGER_TYPE_TO_CLASS[kind]
     if not made.requires_logging_directory:

@@ -331,7 +331,7 @@ def test_without_arviz_stats(monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "arviz_stats", None)
     found = run(ONE, num_samples=30)
-    assert found.pareto_k is None and any("lmppl[diagnostics]" in each for each in found.notes)
+    assert found.pareto_k is None and any("lmppl-pyro[diagnostics]" in each for each in found.notes)
 
 
 # --- bad input -----------------------------------------------------------------------------------

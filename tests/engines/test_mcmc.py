@@ -310,7 +310,7 @@ def test_mixing_of_chains_that_agree_and_of_those_that_do_not():
 def test_without_arviz_stats_the_chains_say_what_is_missing(monkeypatch):
     monkeypatch.setattr(mixing, "is_available", lambda: False)
     posterior = run(moving.chain, *moving.ARGS)
-    assert "lmppl[diagnostics]" in posterior.info["notes"][0]
+    assert "lmppl-pyro[diagnostics]" in posterior.info["notes"][0]
     assert math.isnan(posterior.ess) and posterior.info["chains"]["diagnostics"] == {}
     assert "ESS" in repr(posterior)
 

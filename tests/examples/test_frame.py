@@ -167,7 +167,7 @@ def test_a_plot_without_matplotlib_is_refused_before_the_work(monkeypatch, capsy
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(SystemExit):
         call(task(lambda run: 1 / 0, plot=lambda rows: None), "--plot", "picture.png")
-    assert "--plot needs matplotlib: pip install 'lmppl[plot]'" in capsys.readouterr().err
+    assert "--plot needs matplotlib: pip install 'lmppl-pyro[plot]'" in capsys.readouterr().err
 
 
 # --- inputs --------------------------------------------------------------------------------------

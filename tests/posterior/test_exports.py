@@ -182,7 +182,7 @@ def test_bad_arguments():
 )
 def test_without_the_library(module, ask, extra, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ImportError, match=rf"needs .*pip install 'lmppl\[{extra}\]'"):
+    with pytest.raises(ImportError, match=rf"needs .*pip install 'lmppl-pyro\[{extra}\]'"):
         ask(mixed())
 
 

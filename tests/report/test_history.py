@@ -261,7 +261,7 @@ def test_notebooks_show_the_figure():
 
 def test_without_matplotlib(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"pip install lmppl\[plot\]"):
+    with pytest.raises(ImportError, match=r"pip install lmppl-pyro\[plot\]"):
         run().plot()
 
 

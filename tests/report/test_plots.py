@@ -95,7 +95,7 @@ def test_bad_input(posterior, monkeypatch):
         with pytest.raises(error, match=message):
             given_ending.plot(**given)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"pip install lmppl\[plot\]"):
+    with pytest.raises(ImportError, match=r"pip install lmppl-pyro\[plot\]"):
         given_ending.plot("z")
 
 

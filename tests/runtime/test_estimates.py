@@ -49,7 +49,7 @@ def test_pareto_k_says_why_there_is_none(monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "arviz_stats", None)
     value, why = estimates.pareto_k(u)
-    assert value is None and "lmppl[diagnostics]" in why
+    assert value is None and "lmppl-pyro[diagnostics]" in why
 
 
 def test_upper_bound_in_expectation():

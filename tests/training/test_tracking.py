@@ -147,7 +147,7 @@ def test_unknown_names(wrong, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "package"), [("wandb", "wandb"), ("tensorboard", r"lmppl\[tracking\]")]
+    ("name", "package"), [("wandb", "wandb"), ("tensorboard", r"lmppl-pyro\[tracking\]")]
 )
 def test_names_that_are_not_installed(name, package, monkeypatch):
     monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: [])
