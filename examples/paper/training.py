@@ -20,13 +20,15 @@ LOSSES = {
 """The losses of the methods that train a guide, by the methods' names."""
 
 _SHARE = 20  # a step's tokens are counted by runs of a 20th and a 10th of the steps
+_MOST_OF_SFT = 4  # times the guide's steps
 _MOST_SIMULATED = 40  # for these steps: simulations are made ahead, and are no part of a step
 _EVALUATION = ("eval_data", "eval_every", "eval_samples", "patience")
 
 
 @dataclass
 class Trainer:
-    """Trains guides of one program, each method for as many tokens as ``"guide"`` spends.
+    """Trains guides of one program, each method for as many tokens as ``"guide"`` spends; ``"sft"`` for
+    4 times its steps at most, as a few known texts would be read hundreds of times.
 
     Args:
         new_guide: makes an untrained guide.
@@ -56,6 +58,8 @@ class Trainer:
         steps = self.steps
         if method != "guide":
             steps = max(1, round(self._budget / self._tokens_a_step(method)))
+        if method == "sft":
+            steps = min(steps, _MOST_OF_SFT * self.steps)
         guide, options = self.new_guide(), self._options(method)
         before, began = tokens(guide.base), time.perf_counter()
         if method == "guide" and self.prepare is not None:

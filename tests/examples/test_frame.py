@@ -222,11 +222,14 @@ def test_all_methods_train_at_equal_tokens():
     for method in LOSSES:
         guide, costs[method] = trainer.train(method, seed=0, progress=False)
         assert len(guide.history) == costs[method]["steps"]
-    for method in ("sft", "elbo", "wake"):
+    for method in ("elbo", "wake"):
         assert costs[method]["tokens"] == pytest.approx(costs["guide"]["tokens"], rel=0.3)
     # Draws that have become all alike cost less, as the model is asked once.
     assert 0.3 < costs["ppo"]["tokens"] / costs["guide"]["tokens"] < 1.3
-    assert costs["guide"]["steps"] == 16 < costs["sft"]["steps"]
+    assert costs["guide"]["steps"] == 16 and costs["sft"]["steps"] == 64, (
+        "or it reads one text for ever"
+    )
+    assert costs["sft"]["tokens"] < costs["guide"]["tokens"]
     before = tokens(LM)
     trainer.train("guide", seed=1, progress=False)
     assert tokens(LM) - before == pytest.approx(costs["guide"]["tokens"], rel=0.1), "counted once"
