@@ -135,7 +135,8 @@ class Posterior(WeightedTraces, Report):
         ```
 
         Args:
-            name_or_fn, returns: what to draw, as ``probs`` takes it.
+            name_or_fn: what to draw, as ``probs`` takes it.
+            returns: draw what the program returned.
             prior: another posterior of the same program to draw beside it, with less observed.
             rows: so many values; the probability of the others is one bar.
             path: also write the figure to this file; its ending says the format (none: PNG).
