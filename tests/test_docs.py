@@ -2,11 +2,12 @@
 
 On the pages listed below, the ``python`` blocks are run in order in one namespace a page. A block
 that is followed by a ``text`` block must print that (numbers may differ a little, seconds and rates
-freely), any other must print nothing. After a change of the pages or of lmppl,
+freely), any other must print nothing. One that is followed by a picture must have made the matplotlib
+figure ``figure``. After a change of the pages or of lmppl,
 
     python tests/test_docs.py docs/programs.md
 
-writes the outputs anew.
+writes the outputs and the pictures anew.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ import sys
 import warnings
 from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
+import matplotlib
 import pyro
 import pytest
 
@@ -37,16 +40,20 @@ PAGES = {
     "guides.md": 0.3,
     "training.md": 0.3,
     "diagnostics.md": 0.1,
+    "tutorials/first_program.md": 0.05,
+    "tutorials/conditioning.md": 0.05,
 }
 
 BLOCK = re.compile(
-    r"^```python\n(?P<code>.*?)^```\n(?:\n```text\n(?P<output>.*?)^```\n)?", re.S | re.M
+    r"^```python\n(?P<code>.*?)^```\n(?:\n```text\n(?P<output>.*?)^```\n)?"
+    r"(?:\n!\[[^\]]*\]\((?P<picture>[^)\n]+)\)\n)?",
+    re.S | re.M,
 )
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e-?\d+)?")
 
 
-def run(page: Path) -> list[tuple[re.Match[str], str]]:
-    """The blocks of a page, each with what it printed."""
+def run(page: Path, *, draw: bool = False) -> list[tuple[re.Match[str], str]]:
+    """The blocks of a page, each with what it printed; ``draw``: write its pictures."""
     lmppl.primitives._warned.clear()
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
@@ -60,10 +67,18 @@ def run(page: Path) -> list[tuple[re.Match[str], str]]:
         # Tables are as wide as the terminal.
         with redirect_stdout(printed), patch.dict(os.environ, COLUMNS="100"):
             exec(code, namespace)
+        if block["picture"]:
+            figure: Any = namespace.pop("figure")  # KeyError: the block has made none
+            _draw(figure, page.parent / block["picture"] if draw else io.BytesIO())
         results.append(
             (block, "".join(f"{each.rstrip()}\n" for each in printed.getvalue().splitlines()))
         )
     return results
+
+
+def _draw(figure: Any, file: Path | io.BytesIO) -> None:
+    with matplotlib.rc_context({"svg.hashsalt": "lmppl", "svg.fonttype": "none"}):
+        figure.savefig(file, format="svg", facecolor="white", metadata={"Date": None})
 
 
 def untimed(text: str) -> str:
@@ -103,9 +118,10 @@ def test_snippets_print_what_the_page_says(page):
 def write(page: Path) -> None:
     """Replace the outputs on a page by real ones."""
     text, parts, at = page.read_text(), [], 0
-    for block, printed in run(page):
+    for block, printed in run(page, draw=True):
         output = f"\n```text\n{printed}```\n" if printed else ""
-        parts += [text[at : block.start()], f"```python\n{block['code']}```\n{output}"]
+        picture = block[0][block[0].rindex("\n![") :] if block["picture"] else ""
+        parts += [text[at : block.start()], f"```python\n{block['code']}```\n{output}{picture}"]
         at = block.end()
     page.write_text("".join([*parts, text[at:]]))
 

@@ -41,7 +41,9 @@ def replace(path: Path, old: str, new: str) -> None:
 
 
 # The page of results shows programs as they stand in examples/.
-@pytest.mark.parametrize("name", sorted({path.name for path in DOCS.glob("*.md")} - {"results.md"}))
+@pytest.mark.parametrize(
+    "name", sorted({str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md")} - {"results.md"})
+)
 def test_code_fits_its_column_and_can_be_copied(name):
     page = (DOCS / name).read_text()
     blocks = re.findall(r"^```(?:python|bash|console)\n(.*?)^```$", page, re.S | re.M)
