@@ -40,10 +40,11 @@ def replace(path: Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new, 1))
 
 
-# The page of results shows programs as they stand in examples/.
-@pytest.mark.parametrize(
-    "name", sorted({str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md")} - {"results.md"})
-)
+# Not the page of results, which shows programs as they stand in examples/.
+PAGES = sorted({str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md")} - {"results.md"})
+
+
+@pytest.mark.parametrize("name", PAGES)
 def test_code_fits_its_column_and_can_be_copied(name):
     page = (DOCS / name).read_text()
     blocks = re.findall(r"^```(?:python|bash|console)\n(.*?)^```$", page, re.S | re.M)
