@@ -42,6 +42,7 @@ CALIBRATION_STEPS = 3
 _EARLY_STOPPING = {"eval_data": 16, "eval_every": 8, "eval_samples": 32, "patience": 4}
 RUNS: dict[str, dict[str, Any]] = {
     "vargrad": {},
+    "vargrad, forward=0": {"forward": 0.0},
     "wake": {"loss": "wake"},
     "elbo": {"loss": "elbo"},
     "ppo": {"loss": "ppo"},
@@ -121,7 +122,7 @@ def main() -> None:
             time_split=split, samples_per_second=float(rate), notes=guide.notes,
         )  # fmt: skip
         if args.save:
-            guide.save(args.save / name)
+            guide.save(args.save / name, overwrite=True)
     print(table([row for row in rows if task.key.items() <= row.items()]))
 
 

@@ -147,7 +147,7 @@ class Point:
     log_z_error: float | None
     expectation_error: float
     runs: int
-    z_spread: float | None
+    z_spread: float | None = None
 
 
 def engines(comparison: Comparison, num_samples: int) -> dict[str, dict[str, Any]]:

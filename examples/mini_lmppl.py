@@ -18,20 +18,22 @@ import copy
 import math
 from collections import Counter
 from dataclasses import dataclass, replace
+from inspect import signature
 from types import SimpleNamespace
 
 import torch
+import transformers as hf
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
+
+NAMES = signature(hf.LlamaForCausalLM.forward).parameters  # transformers 5.24 has renamed the cache
+CACHE = "cache" if "cache" in NAMES else "past_key_values"
 
 
 # --- 1. A language model is a distribution over token sequences ----------------------------------
 # A string can be several token sequences, each with its own probability. So a text keeps its tokens.
 class Text(str):
-    token_ids = (
-        prefix_ids
-    ) = ()  # all of them; those that it adds to a prefix, which are without EOS
+    token_ids = prefix_ids = ()  # all; those that it adds to a prefix, without EOS
 
 
 # All that a program needs of a Hugging Face model and its tokenizer.
@@ -52,10 +54,8 @@ class LM:
     def encode(self, prefix):  # a string, or a list of strings and texts
         ids = ()
         for part in [prefix] if isinstance(prefix, str) else prefix:
-            if isinstance(part, Text):
-                ids += part.prefix_ids
-            else:
-                ids += tuple(self.tokenizer.encode(part, add_special_tokens=False))
+            known = part.prefix_ids if isinstance(part, Text) else None
+            ids += known or tuple(self.tokenizer.encode(part, add_special_tokens=False))
         return ids
 
     # log p of every next token, after each of the last `last` tokens: (last, V), nats. Without gradient,
@@ -67,9 +67,9 @@ class LM:
         read, cache = self.memory.get("read", (None, None))
         goes_on = keep and last == 1 and read == ids[:-1]
         inputs = torch.tensor([ids[-1:] if goes_on else self.bos + ids], device=self.model.device)
-        found = self.model(inputs, past_key_values=cache if goes_on else None, use_cache=keep)
+        found = self.model(inputs, **{CACHE: cache if goes_on else None}, use_cache=keep)
         log_probs = torch.log_softmax(found.logits[0, -last:].float().cpu(), -1)
-        self.memory["read"] = keep and ids, found.past_key_values
+        self.memory["read"] = keep and ids, found.get(CACHE)
         if keep and len(self.memory) * log_probs.numel() < 10**7:
             self.memory[ids, last] = log_probs
         return log_probs
@@ -320,10 +320,10 @@ def tiny_lm(seed=0):  # a random Llama of four tokens, whose programs can be enu
     torch.manual_seed(seed)
     backend = Tokenizer(models.WordLevel({"a": 0, "b": 1, ".": 2, "<eos>": 3}))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+    tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 4}
-    config = LlamaConfig(**sizes, num_attention_heads=4, eos_token_id=3, initializer_range=0.2)
-    return LM(AutoModelForCausalLM.from_config(config), tokenizer)
+    config = hf.LlamaConfig(**sizes, num_attention_heads=4, eos_token_id=3, initializer_range=0.2)
+    return LM(hf.AutoModelForCausalLM.from_config(config), tokenizer)
 
 
 def main():
@@ -331,7 +331,7 @@ def main():
     parser.add_argument("--model", help="a Hugging Face causal LM or its folder; else a tiny one")
     name, found = parser.parse_args().model, {}
     if name:
-        lm = LM(*(c.from_pretrained(name) for c in (AutoModelForCausalLM, AutoTokenizer)))
+        lm = LM(*(c.from_pretrained(name) for c in (hf.AutoModelForCausalLM, hf.AutoTokenizer)))
         texts = "Anna lost her keys.", " She opened the fridge.", " They lay beside the milk."
         args, num_samples, steps, lr = (lm, *texts, 8), 8, 5, 1e-3
     else:

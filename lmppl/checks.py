@@ -60,12 +60,15 @@ def did_you_mean(name: object, allowed: Iterable[str], what: str = "Allowed") ->
     """The end of a refusal of an unknown name: the allowed one that other libraries call so, or else the
     nearest, and all of them."""
     names = list(allowed)
+    if what != "Allowed":  # names of the user's own
+        return f"{nearest(name, names) or '.'} {what}: {', '.join(names)}"
+    here = _CANONICAL.get(str(name), str(name))
     if name in _CUTS:
         hint = (
             f": {name} would make it another distribution than the model's. For likelier texts give a "
             "site temperature=, or weight the whole text by poutine.scale."
         )
-    elif (here := _CANONICAL.get(str(name))) in names:
+    elif here in names:
         hint = f"; it is called {here!r} here."
     elif here in _BELONGS:
         hint = f"; that is {_BELONGS[here]}({here}=...)."

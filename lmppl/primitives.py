@@ -359,7 +359,12 @@ def lm_sample(
         fn, value = shared.get(key) or keep(shared, key, _distribution(*arguments))
     _warn_of_retokenisation(name, prefix)
     text = _of_site(name, fn.text, _site(name, fn, value, infer))
-    if obs is None and stop in _SPACES and len(text.token_ids) == 1:
+    if (
+        obs is None
+        and stop in _SPACES
+        and text.finish_reason == "stop"
+        and len(text.token_ids) == 1
+    ):
         _warn_of_space_as_stop(name, text)
     if call is not None:
         memory.remember(name, call, text)

@@ -96,6 +96,11 @@ def test_names_of_other_libraries_are_known():
     ):
         with pytest.raises(TypeError, match=f"no option '{option}'.*{hint}"):
             call(**{option: 1})
+    posterior = infer(lambda: lm_sample("step_1", "ab", max_tokens=1))
+    with pytest.raises(KeyError, match="site 'step'; did you mean 'step_1'"):
+        posterior.probs("step")
+    with pytest.raises(TypeError, match=r"no option 'max_tokens'; that is lm_sample\(max_tokens"):
+        infer(one_site, max_tokens=8)
     assert inspect.signature(lm_sample).parameters["stop"].default is None
 
 
@@ -106,6 +111,8 @@ def test_a_space_as_stop_is_warned_of_once():
         infer(lambda: lm_sample("z", "a", max_tokens=2, stop=[" "]), lm=words, num_samples=64)
     assert len(caught) == 1 and caught[0].filename == __file__
     infer(lambda: lm_sample("x", "a", max_tokens=1, stop="."), lm=words, num_samples=64)
+    no_spaces = tiny_lm("ab", seed=0)  # closed by EOS or at its length
+    infer(lambda: lm_sample("w", "a", max_tokens=1, stop=" "), lm=no_spaces, num_samples=64)
 
 
 def test_a_programs_keyword_is_told_apart():

@@ -13,6 +13,7 @@ import lmppl
 import random_number
 from benchmarks import compare_engines
 from benchmarks.compare_engines import Point, Truth
+from benchmarks.results import FOLDER
 from lmppl.testing import tiny_lm
 
 LM = tiny_lm("0123456789.", seed=3, contrast=1.0)
@@ -51,6 +52,11 @@ def test_every_engine_has_a_point_and_a_run_goes_on(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(lmppl, "infer", None)
     compare_engines.main([*OPTIONS, "--out", str(out)])
     assert out.read_text() == before
+
+
+def test_the_results_of_the_docs_are_read():
+    rows = json.loads((FOLDER / "engines.json").read_text())
+    assert "| guide |" in compare_engines.table([Point(**row) for row in rows])
 
 
 def test_an_exact_engine_has_no_error(monkeypatch):

@@ -58,7 +58,7 @@ def test_the_site_can_be_read_from_disk(repository):
     assert built.returncode == 0, built.stderr
     site = repository / "site"
     assert (site / "search/search_index.js").is_file()
-    for page in site.glob("*.html"):
+    for page in site.rglob("*.html"):
         loaded = re.findall(
             r"<(?:script|img|iframe)\b[^>]*\bsrc=[\"']?([^\"' >]*)"
             r"|<link\b[^>]*\brel=[\"']?stylesheet[^>]*\bhref=[\"']?([^\"' >]*)",

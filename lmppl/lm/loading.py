@@ -40,7 +40,7 @@ def load(
     if path.suffix == ".gguf" or path.is_dir():
         model, tokenizer = load_local(path, dtype, **hf_kwargs)
     elif like_alias and "/" not in name:
-        raise OSError(f"no model is called {name!r}{like_alias}, which is embedded")
+        raise OSError(f"no model is called {name!r}{like_alias} (That one is embedded.)")
     else:
         try:  # a download may take long: let it show
             model, tokenizer = load_pretrained(name, dtype, progress=True, **hf_kwargs)

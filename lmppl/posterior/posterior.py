@@ -147,6 +147,7 @@ class Posterior(WeightedTraces, Report):
         Raises:
             ImportError: if matplotlib is not installed.
             KeyError, ZeroEvidenceError: as ``probs``.
+            ValueError: for a continuous site whose values are vectors.
         """
         rows = check_int("rows", rows)
         if prior is not None and not isinstance(prior, Posterior):
@@ -156,6 +157,11 @@ class Posterior(WeightedTraces, Report):
         title = name_or_fn if isinstance(name_or_fn, str) else "returned" if returns else ""
         if named and not check_flag("returns", returns) and is_number(self._nodes(title)):
             numbers = {name: one._numbers(title) for name, one in drawn.items()}
+            shape = numbers["posterior"][0].shape[1:]
+            if shape.numel() != 1:
+                raise ValueError(
+                    f"site '{title}' has values of shape {tuple(shape)}: a histogram is of numbers"
+                )
             flat = {name: (v.flatten().tolist(), w.tolist()) for name, (v, w) in numbers.items()}
             return histogram(flat, title, path)
         found = {name: one.probs(name_or_fn, returns=returns) for name, one in drawn.items()}

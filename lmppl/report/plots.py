@@ -84,7 +84,7 @@ def bars(
         axis = figure.subplots()
         for number, (name, found) in enumerate(series.items()):
             shares = [found.get(value, 0.0) for value in shown]
-            shares += [sum(found.values()) - sum(shares)] if left_out else []
+            shares += [sum(found.get(value, 0.0) for value in values[rows:])] if left_out else []
             at = [
                 place + (number - (len(series) - 1) / 2) * thickness for place in range(len(labels))
             ]

@@ -97,15 +97,15 @@ class progress_bar:
 
     def _move(self) -> None:
         """Show the time, and the tokens so far, if it was long ago that they were shown."""
-        now = time.monotonic()
-        if now - self._refreshed > _REFRESH_SECONDS:
+        now, bar = time.monotonic(), self._bar
+        if bar is not None and now - self._refreshed > _REFRESH_SECONDS:
             self._refreshed = now
             usage = total_usage() - self._usage
             tokens = usage.tokens_sampled + usage.tokens_scored + usage.tokens_trained
             rate = tokens / max(now - self._began, 1e-9)
             words = [f"{tokens:,} tokens  {rate:,.0f}/s"] if tokens else []
-            self._bar.update(self._task, figures="  ".join([*words, self._figures]))
-            self._bar.refresh()
+            bar.update(self._task, figures="  ".join([*words, self._figures]))
+            bar.refresh()
 
 
 def _is_watched() -> bool:

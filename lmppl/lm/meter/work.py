@@ -203,7 +203,7 @@ def region(kind: Kind) -> Iterator[None]:
 def count_pass(matrices: Callable[[], Matrices], tokens: Tensor, outputs: Tensor | None) -> None:
     """A forward pass of (B, T) ``tokens``, of which the positions ``outputs`` (None: all) go
     through the output layer. (``matrices`` is asked for only while somebody records.)"""
-    for seen in _watchers:
+    for seen in tuple(_watchers):
         seen()
     if (ledger := _ledger) is not None:
         ledger.count(matrices(), tokens, tokens.numel() if outputs is None else outputs.numel())

@@ -409,7 +409,7 @@ class Runner:
 
 
 def _cache_argument(model: Any) -> str:
-    """What the model's forward pass calls its cache: transformers 5.24 has another name for it."""
+    """What the model's forward pass calls its cache: ``cache`` from transformers 5.24 on."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
