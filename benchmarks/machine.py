@@ -15,7 +15,7 @@ import torch
 from benchmarks.measuring import memory_method
 from lmppl.report.machine import machine
 
-PACKAGES = ("lmppl", "torch", "transformers", "peft")
+PACKAGES = ("lmppl-pyro", "torch", "transformers", "peft")
 ROOT = Path(__file__).parent.parent
 
 
