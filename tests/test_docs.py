@@ -42,6 +42,8 @@ PAGES = {
     "diagnostics.md": 0.1,
     "tutorials/first_program.md": 0.05,
     "tutorials/conditioning.md": 0.05,
+    "tutorials/guide_programs.md": 0.2,
+    "tutorials/amortizing.md": 0.2,
 }
 
 BLOCK = re.compile(
