@@ -44,6 +44,7 @@ PAGES = {
     "tutorials/conditioning.md": 0.05,
     "tutorials/guide_programs.md": 0.2,
     "tutorials/amortizing.md": 0.2,
+    "tutorials/latent_rationales.md": 0.1,
 }
 
 BLOCK = re.compile(
