@@ -45,6 +45,7 @@ PAGES = {
     "tutorials/guide_programs.md": 0.2,
     "tutorials/amortizing.md": 0.2,
     "tutorials/latent_rationales.md": 0.1,
+    "tutorials/statistics_and_text.md": 0.1,
 }
 
 BLOCK = re.compile(
