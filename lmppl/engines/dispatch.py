@@ -51,7 +51,7 @@ def infer(
         guide: a proposal: a ``LMGuide`` or a guide program; None: the program's prior (and
             ``"gflownet"`` trains a guide).
         seed: makes the run reproducible; None: taken from torch's random stream.
-        progress: show a progress bar; None: on a terminal.
+        progress: show a progress bar; None: on a terminal and in a notebook.
         callback: called with a dict of figures at every stage.
         profile: measure where the time goes; the posterior's ``.profile`` says it.
         kwargs: the program's arguments by name: ``kwargs={"y": " The end."}``. (Those given here are not

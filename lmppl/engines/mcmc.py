@@ -109,7 +109,9 @@ class MCMC(Engine):
         chains = Chains(self, state.seed, starts)
         num_draws = -(-state.num_samples // len(chains.states))
         draws: list[list[ChainState]] = []
-        for turn in range(self.warmup + self.thin * num_draws):
+        num_moves = self.warmup + self.thin * num_draws
+        state.bar.begin(num_moves, "move")
+        for turn in range(num_moves):
             chains.move(turn)
             state.report(moves=turn + 1, acceptance=chains.acceptance)
             made = turn + 1 - self.warmup

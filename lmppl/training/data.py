@@ -44,7 +44,7 @@ def read_data(
         options: of the training.
         seed: of simulations, and of the draws of a distilled posterior.
         generator: of the order in which inputs come.
-        progress: whether a bar shows how many are simulated; None: on a terminal.
+        progress: whether a bar shows how many are simulated; None: on a terminal and in a notebook.
 
     Raises:
         TypeError, ValueError: see ``fit``.

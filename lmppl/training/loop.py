@@ -95,7 +95,7 @@ class Run:
             "wandb", ...), a tracker object, or a list of those.
         logging_dir: where they write.
         seed: makes the run reproducible.
-        progress: whether a progress bar is shown; None: on a terminal.
+        progress: whether a progress bar is shown; None: on a terminal and in a notebook.
         callback: called with each step's dict of figures.
 
     Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -138,10 +138,74 @@ def test_an_engine_says_its_tokens_while_it_draws(watched, monkeypatch):
     assert len(set(seen)) > 30 and seen[-1] <= 320 and "stage 0" in terminal.getvalue()
 
 
-@pytest.mark.parametrize("widgets", [True, False])
-def test_a_notebook_with_widgets_shows_bars(monkeypatch, widgets):
+@pytest.fixture
+def notebook(monkeypatch):
+    """The kernel of a notebook, as far as a bar sees it: all that its cell shows, in turn."""
+    shown: list[str] = []
+
+    class Handle:
+        def update(self, data, raw):
+            assert raw
+            shown.append(data["text/plain"])
+
+    def display(data, raw, display_id):
+        assert display_id
+        Handle().update(data, raw)
+        return Handle()
+
+    shell = ModuleType("IPython")
+    shell.get_ipython = lambda: SimpleNamespace(kernel=object())
+    shell.display = ModuleType("IPython.display")
+    shell.display.display = display
+    monkeypatch.setitem(sys.modules, "IPython", shell)
+    monkeypatch.setitem(sys.modules, "IPython.display", shell.display)
     monkeypatch.setitem(sys.modules, "ipykernel", ModuleType("ipykernel"))
-    monkeypatch.setattr(
-        "lmppl.report.progress.find_spec", lambda name: "there" if widgets else None
+    return shown
+
+
+def test_a_notebook_shows_bars_by_default_and_empties_them(notebook, capsys):
+    run(loss=0.5)
+    assert (
+        notebook[0].startswith("training ━") and "1/3" in notebook[0] and "loss 0.5" in notebook[0]
     )
-    assert progress._is_watched() == widgets
+    assert notebook[-1] == "" and capsys.readouterr() == ("", "")
+
+
+def test_an_ipython_that_is_no_notebook_is_not_taken_for_one(notebook, monkeypatch):
+    monkeypatch.setattr(sys.modules["IPython"], "get_ipython", lambda: None)
+    assert not progress._is_watched()
+
+
+def test_smc_says_how_long_the_longest_text_can_become(watched, monkeypatch):
+    monkeypatch.setattr("lmppl.report.progress._REFRESH_SECONDS", 0.0)
+    terminal = watched()
+
+    def program():
+        z = lm_sample("z", "ab", max_tokens=7)
+        lm_sample("y", z, obs="ab")
+        lm_sample("w", [z, "a"], max_tokens=5)
+
+    lmppl.infer(program, lm=tiny_lm("ab.", eos=False), method="smc", num_samples=4, seed=0)
+    seen = terminal.getvalue()
+    assert all(f"token {k}/7" in seen for k in range(7)) and "token 4/5" in seen
+    assert re.search(r"text 0/[1-4] ", seen), "the texts of y that are scored"
+    assert "/?" not in seen and re.search(r"\d tokens  \d+/s", seen)
+
+
+def test_mcmc_counts_its_moves(watched, monkeypatch):
+    monkeypatch.setattr("lmppl.report.progress._REFRESH_SECONDS", 0.0)
+    terminal = watched()
+    program = lambda: lm_sample("z", "ab", max_tokens=2)  # noqa: E731
+    options = {"num_samples": 4, "num_chains": 2, "warmup": 3, "num_starts": 2}
+    lmppl.infer(program, lm=tiny_lm("ab."), method="mcmc", seed=0, **options)
+    assert "move 1/13" in terminal.getvalue() and "move 13/13" in terminal.getvalue()
+
+
+def test_the_time_that_is_left_is_that_of_the_steps_so_far():
+    frame = progress._Frame("exact", 50, counts_steps=True, done=10, unit="trace", tokens=600)
+    frame.began, frame.counted_from, frame.advanced, frame.now = 100.0, 110.0, 120.0, 130.0
+    # ten steps took 10 s, the other forty take 40 s, of which 10 s are over
+    assert frame.words().split("  ")[:4] == [
+        "trace 10/50", "0:00:30", "about 0:00:30 left", "600 tokens",
+    ]  # fmt: skip
+    assert "20/s" in frame.words()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lmppl.lm.batches.requests import Draw, Drawn, no_distribution
 from lmppl.lm.batches.rows import Rows
-from lmppl.lm.meter.work import region
+from lmppl.lm.meter.work import counting, region
 from lmppl.lm.network.runner import Runner, without_grad
 from lmppl.lm.tokens.stopping import Stopping, StoppingState
 from lmppl.lm.tokens.text import FinishReason
@@ -53,6 +53,7 @@ class Decoding:
         # Why each slot's sequence closed; None while it is open, and of a dead end.
         self.reasons: list[FinishReason | None] = [None] * len(self._draws)
         self.num_steps = 0
+        self._most_steps = max((_longest(draw) for _, draw in self._draws), default=0)
         self._states: list[StoppingState] = [_begin(draw) for _, draw in self._draws]
         self._batches: list[_Batch] = []
         by_model: dict[Runner, list[int]] = {}
@@ -67,7 +68,8 @@ class Decoding:
             step = -(-len(slots) // num_parts)
             for at in range(0, len(slots), step):
                 part = sorted(slots[at : at + step])
-                self._batches.append(_Batch(runner, part, [requests[slot] for slot in part]))
+                with counting("token", 0, self._most_steps):
+                    self._batches.append(_Batch(runner, part, [requests[slot] for slot in part]))
         self._drop_dead_ends()
 
     def __len__(self) -> int:
@@ -97,7 +99,8 @@ class Decoding:
         """
         for batch in self._batches:
             slots = batch.slots
-            batch.advance(self.token_ids)
+            with counting("token", self.num_steps, self._most_steps):
+                batch.advance(self.token_ids)
             for slot, token, log_prob, log_mass in zip(slots, *self._drawn(batch), strict=True):
                 if math.isnan(log_prob):
                     raise self._invalid(slot)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lmppl.lm.batches.packing import WORTH_A_PROMPT, Row, batch, group_by_prefix, pack_rows
 from lmppl.lm.batches.requests import Score, Scored, no_distribution
-from lmppl.lm.meter.work import Kind, region, watch_backward
+from lmppl.lm.meter.work import Kind, counting, region, watch_backward
 from lmppl.lm.network.attention import PrefixCache
 from lmppl.lm.network.modules import recomputed
 from lmppl.lm.network.output import PackedMasks
@@ -94,7 +94,6 @@ def score(runner: Runner, requests: Sequence[Score], *, grad: bool = False) -> l
     """
     runner.refresh()
     sequences: dict[tuple[Tokens, int], _Sequence] = {}
-    num_tokens = 0
     for request in dict.fromkeys(requests):
         runner.check_request(len(request.prefix), len(request.continuation), request.name)
         if request.continuation:
@@ -102,7 +101,6 @@ def score(runner: Runner, requests: Sequence[Score], *, grad: bool = False) -> l
             key = (tokens, len(request.prefix))
             if key not in sequences:
                 sequences[key] = _Sequence(tokens[:-1], len(request.prefix) - 1)
-                num_tokens += len(request.continuation)
             sequences[key].requests.append(request)
     device = runner.device if grad else torch.device("cpu")
     empty = torch.zeros(0, device=device)
@@ -113,8 +111,7 @@ def score(runner: Runner, requests: Sequence[Score], *, grad: bool = False) -> l
     }
     kind: Kind = "trained" if grad and runner.trains else "scored"
     with region(kind), without_autocast() if grad else without_grad():
-        _score(runner, list(sequences.values()), grad, found)
-    runner.usage.count(**{kind: num_tokens})
+        _score(runner, list(sequences.values()), kind, grad, found)
     if grad:
         for scored in found.values():
             watch_backward(t for t in (scored.log_probs, scored.closing_log_probs) if t is not None)
@@ -147,12 +144,20 @@ def hidden(runner: Runner, prefixes: Sequence[Tokens]) -> Tensor:
 
 
 def _score(
-    runner: Runner, sequences: list[_Sequence], grad: bool, found: dict[Score, Scored]
+    runner: Runner,
+    sequences: list[_Sequence],
+    kind: Kind,
+    grad: bool,
+    found: dict[Score, Scored],
 ) -> None:
-    memory = runner.memory
+    memory, done = runner.memory, 0
     for one_pass in _passes(runner, sequences, grad=grad):
         run = functools.partial(_log_probs, runner, one_pass, memory.gradient_checkpointing)
-        both = recomputed(run) if grad and memory.training_tokens is not None else run()
+        with counting("text", done, len(sequences)):
+            both = recomputed(run) if grad and memory.training_tokens is not None else run()
+        done += len(one_pass.sequences)
+        num_tokens = sum(len(sequence.tokens) - sequence.start for sequence in one_pass.sequences)
+        runner.usage.count(**{kind: num_tokens})
         requests = [request for request, _ in one_pass.requests()]
         both = both if grad else both.cpu()
         parts = both.split([len(r.continuation) for r in requests], 1)

@@ -57,6 +57,34 @@ def total_usage() -> Usage:
     return replace(_total)
 
 
+@dataclass(frozen=True)
+class Stretch:
+    """How far a piece of work has come whose length is known."""
+
+    unit: str  # what is counted, in the singular
+    done: int
+    total: int  # a bound: texts may close earlier
+
+
+_stretch: Stretch | None = None
+
+
+def stretch() -> Stretch | None:
+    """How far the present work has come; None: not known."""
+    return _stretch
+
+
+@contextmanager
+def counting(unit: str, done: int, total: int) -> Iterator[None]:
+    """What is done in the block comes after ``done`` of at most ``total`` such units of work."""
+    global _stretch
+    before, _stretch = _stretch, Stretch(unit, done, total)
+    try:
+        yield
+    finally:
+        _stretch = before
+
+
 @dataclass
 class PassCounts:
     """Forward passes of one kind of work through models of one shape."""
