@@ -149,16 +149,22 @@ class State:
         Returns:
             Whether any waits at a latent site.
         """
-        runtime.run_to_draws(self.particles)
-        increments = [particle.take_log_weight() for particle in self.particles]
-        self.log_weights = self.log_weights + torch.tensor(increments, dtype=torch.float64)
-        self.has_proposed |= any(getattr(p.proposer, "draws", True) for p in self.particles)
-        for particle, log_weight in zip(self.particles, self.log_weights.tolist(), strict=True):
-            if log_weight == -math.inf and not particle.finished:
-                particle.close()  # nothing that it does can matter any more
+        self.extend_part(0, len(self.particles))
         num, finished = len(self.particles), sum(p.finished for p in self.particles)
         self.report(ess=self.ess, finished=finished, of=num)
         return finished < num
+
+    def extend_part(self, begin: int, end: int) -> None:
+        """What ``extend`` does, to the particles of some slots, and without a report."""
+        part = self.particles[begin:end]
+        runtime.run_to_draws(part)
+        increments = [particle.take_log_weight() for particle in part]
+        self.log_weights = self.log_weights.clone()
+        self.log_weights[begin:end] += torch.tensor(increments, dtype=torch.float64)
+        self.has_proposed |= any(getattr(p.proposer, "draws", True) for p in part)
+        for particle, log_weight in zip(part, self.log_weights[begin:end].tolist(), strict=True):
+            if log_weight == -math.inf and not particle.finished:
+                particle.close()  # nothing that it does can matter any more
 
     def report(self, **figures: Any) -> None:
         """Say that a stage is done: to the progress bar and to who asked to be called."""

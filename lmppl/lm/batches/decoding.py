@@ -369,8 +369,44 @@ def _next_log_probs(
     """The log-probabilities of the token after each sequence, (V,) float32, made for some at a time."""
     step = max(1, _MOST_LOGITS // runner.size)
     for at in range(0, len(sequences), step):
-        rows = Rows.start(runner, sequences[at : at + step], 1)
-        yield from torch.log_softmax(rows.logits.float() / temperature, -1).cpu()
+        with counting("text", at, len(sequences)):
+            logits = Rows.start(runner, sequences[at : at + step], 1).logits
+        yield from torch.log_softmax(logits.float() / temperature, -1).cpu()
+
+
+def _surpasses(
+    runner: Runner,
+    prefix: tuple[int, ...],
+    stopping: Stopping,
+    temperature: float,
+    limit: int,
+) -> bool:
+    """Whether it is seen in a few passes that a site without a constraint has more than ``limit``
+    sequences of positive probability.
+
+    Each token of positive probability begins one at least. So every open text that is read adds as many
+    as it has such tokens, less one; depth first, only so many texts are read as may be needed.
+    """
+    count = 1
+    level: list[tuple[tuple[int, ...], StoppingState]] = [((), stopping.start())]
+    while level:
+        needed = (limit - count) // max(runner.size - 1, 1) + 1
+        sequences = [prefix + ids for ids, _ in level[:needed]]
+        following: list[tuple[tuple[int, ...], StoppingState]] = []
+        log_probs = _next_log_probs(runner, sequences, temperature)
+        for (ids, state), row in zip(level, log_probs, strict=False):
+            possible = torch.nonzero(row > -torch.inf).flatten()
+            count += max(len(possible), 1) - 1
+            if count > limit:
+                return True
+            for token in possible.tolist():
+                if len(following) > (limit - count) // max(runner.size - 1, 1):
+                    break
+                after = state.copy()
+                if after.push(token) is None:
+                    following.append(((*ids, token), after))
+        level = following
+    return False
 
 
 @region("read")
@@ -391,6 +427,9 @@ def enumerate_sequences(
         ValueError: the context is too short, or the logits define no distribution.
     """
     runner.check_request(len(prefix), stopping.max_tokens or 0, "")
+    may_surpass = stopping.constraint is None and runner.size ** (stopping.max_tokens or 0) > limit
+    if may_surpass and _surpasses(runner, prefix, stopping, temperature, limit):
+        return None
     complete: list[tuple[tuple[int, ...], Tensor]] = []
     nothing: tuple[int, ...] = ()
     level = [(nothing, torch.zeros(()), stopping.start())]
