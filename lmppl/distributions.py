@@ -269,8 +269,24 @@ class LMText(TorchDistribution):
         return hashlib.sha256(f"{self.lm.vocabulary.fingerprint} {shown}".encode()).hexdigest()
 
     def __repr__(self) -> str:
-        prefix = self.lm.vocabulary.decode(self._rows[0][-24:])
-        return f"LMText({self.lm.name}, ...{prefix!r}, event_shape={tuple(self.event_shape)})"
+        first, most, stop = self._rows[0], self.stopping.max_tokens, self.stopping.stop
+        tail = self.lm.vocabulary.decode(first[-24:])
+        parts = [self.lm.name, "..." * (len(first) > 24) + repr(tail)]
+        if self.choices is not None:
+            parts.append(f"{len(self.choices)} choices")
+        else:
+            parts.append(
+                f"num_tokens={self.event_shape[0]}" if most is None else f"max_tokens={most}"
+            )
+        if stop:
+            parts.append(f"stop={(stop[0] if len(stop) == 1 else list(stop))!r}")
+        if self.is_constrained:
+            parts.append(f"{self.stopping.constraint!r}, constrain={self.constrain!r}")
+        if self.temperature != 1.0:
+            parts.append(f"temperature={self.temperature:g}")
+        if self.batch_shape:
+            parts.append(f"batch_shape={tuple(self.batch_shape)}")
+        return f"LMText({', '.join(parts)})"
 
     @property
     def num_uniforms(self) -> int:

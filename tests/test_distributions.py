@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 
 from lmppl import LM, LMText, Text
+from lmppl.constraints import Regex
 from lmppl.distributions import PAD, ToolCall, ToolResult, draw_texts, score_texts
 from lmppl.testing import enumerate_site, naive_log_prob, tiny_byte_lm
 from lmppl.testing import tiny_lm as trainable_tiny_lm
@@ -54,6 +55,19 @@ def test_it_sums_to_one_over_its_values_and_equals_a_plain_forward(lm, site):
         log_probs.double(), torch.tensor(list(table.values()), dtype=torch.float64),
         atol=1e-4, rtol=0,
     )  # fmt: skip
+
+
+def test_a_distribution_says_what_it_is():
+    assert repr(LMText(TINY, "ab", max_tokens=3)) == "LMText(tiny-ab.-0, 'ab', max_tokens=3)"
+    d = LMText(TINY, "ab" * 20, max_tokens=3, stop=".", temperature=0.5)
+    tail = "ab" * 12
+    assert repr(d) == f"LMText(tiny-ab.-0, ...'{tail}', max_tokens=3, stop='.', temperature=0.5)"
+    assert repr(LMText(TINY, "a", choices=["a", "b"])) == "LMText(tiny-ab.-0, 'a', 2 choices)"
+    assert repr(LMText(TINY, "a", num_tokens=2)) == "LMText(tiny-ab.-0, 'a', num_tokens=2)"
+    regex = LMText(TINY, "a", max_tokens=2, stop=["a", "b"], constraint=Regex("a|b"))
+    shown = f"LMText(tiny-ab.-0, 'a', max_tokens=2, stop=['a', 'b'], {Regex('a|b')!r}"
+    assert repr(regex) == f"{shown}, constrain='global')"
+    assert repr(regex.expand((2,))) == f"{shown}, constrain='global', batch_shape=(2,))"
 
 
 def test_every_other_sequence_has_probability_zero():
@@ -301,7 +315,7 @@ def test_enumerate_support_of_a_batch():
 def test_it_can_be_copied():
     d = LMText(TINY, "ab", max_tokens=2)
     again = copy.copy(d)
-    assert d.same_as(again) and "event_shape=(2,)" in repr(d)
+    assert d.same_as(again) and repr(again) == repr(d)
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,10 @@ class LM:
 
     def __repr__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"LM({self.name!r}, {dtype} on {self.device})"
+        adapter = ""
+        if adapters.is_adapted(self.model):
+            adapter = f", with an adapter: {adapters.adapter_summary(self.model)}"
+        return f"LM({self.name!r}, {dtype} on {self.device}{adapter})"
 
     @property
     def device(self) -> torch.device:

@@ -45,6 +45,20 @@ def test_what_a_model_tells_of_itself(lm: LM) -> None:
     assert repr(lm) == "LM('tiny-ab.-0', float32 on cpu)"
 
 
+def test_a_model_with_an_adapter_says_so(lm: LM) -> None:
+    from peft import IA3Config, LoraConfig
+
+    small = lm.adapter(LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    assert sum(p.numel() for p in small.model.parameters() if p.requires_grad) == 896
+    assert repr(small) == (
+        "LM('tiny-ab.-0', float32 on cpu, with an adapter: LoRA of rank 2 on 4 layers, "
+        "896 trainable parameters)"
+    )
+    other = lm.adapter(IA3Config(target_modules=["v_proj"], feedforward_modules=[]))
+    assert "with an adapter: IA3 on 2 layers, 64 trainable parameters" in repr(other)
+    assert "adapter" not in repr(lm) + repr(small.merged())
+
+
 def test_eos_is_the_union_of_all_that_is_named() -> None:
     base = tiny_lm("abcd.")
     base.model.config.eos_token_id = [1, 99]  # 99 is not in the vocabulary: it cannot occur

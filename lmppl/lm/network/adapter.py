@@ -32,6 +32,19 @@ def is_adapted(model: Any) -> bool:
     return peft is not None and isinstance(model, peft.PeftModel)
 
 
+def adapter_summary(model: PeftModel) -> str:
+    """An adapter in a few words: kind, rank, how many layers it changes, how many numbers it trains."""
+    config = next(iter(model.peft_config.values()))
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    parts = [{"LORA": "LoRA"}.get(kind, kind)]
+    if isinstance(rank := getattr(config, "r", None), int):
+        parts[0] += f" of rank {rank}"
+    if layers := len(_tuned_layers(model)):
+        parts[0] += f" on {layers} layer{'s' * (layers != 1)}"
+    parts.append(f"{sum(p.numel() for p in _trained(model)):,} trainable parameters")
+    return ", ".join(parts)
+
+
 def adapted_modules(model: PeftModel) -> Any:
     """The base model's modules, with those of the adapter in their place. ``ValueError``: the
     adapter is more than that (prompt learning)."""
