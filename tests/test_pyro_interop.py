@@ -257,6 +257,26 @@ def test_predictive_replays_posterior_draws():
     assert draws["y"].shape == (2, 3) and torch.equal(draws["z"], samples["z"])
 
 
+def test_decode_gives_the_texts_that_predictive_draws():
+    lm, seen = tiny_lm("ab.", contrast=0.5), []
+
+    def program(x):
+        z = lm_sample("z", x, max_tokens=3, stop=".", lm=lm)
+        w = lm_sample("w", [x, z], max_tokens=2, lm=lm)
+        seen.append((z, w))
+
+    def all_of(text):
+        return text, text.token_ids, text.body
+
+    draws = Predictive(program, num_samples=6)("ab")
+    pairs = list(zip(lm.decode(draws["z"], stop="."), lm.decode(draws["w"]), strict=True))
+    assert pairs == seen[-6:] and len(set(pairs)) > 2
+    for decoded, drawn in zip(pairs, seen[-6:], strict=True):
+        assert list(map(all_of, decoded)) == list(map(all_of, drawn))
+    posterior = Importance(program, num_samples=4).run("ab")
+    assert lm.decode(EmpiricalMarginal(posterior, sites="z").sample()) in [z for z, _ in seen[6:]]
+
+
 def test_importance_weighs_by_the_exact_likelihood():
     posterior = Importance(infill, num_samples=20).run("ab.", "ab")
     exact = {trace.values["z"]: trace for trace in enumerate_program(infill, "ab.", "ab", lm=LM)}

@@ -250,6 +250,50 @@ class LM:
             )
         return ids
 
+    def decode(self, ids: Any, *, stop: str | Sequence[str] | None = None) -> Any:
+        """The texts of token ids: of values as Pyro keeps them, in traces and in what ``Predictive`` and
+        ``EmpiricalMarginal`` return.
+
+        ```python
+        draws = Predictive(infill, num_samples=3)(x)
+        texts = lm.decode(draws["z"])              # a list of 3 texts
+        ```
+
+        Args:
+            ids: ``(..., max_tokens)`` integers, a tensor or nested lists; each row is padded on the
+                right with -1.
+            stop: the site's stop string or strings, for ``Text.body`` and ``Text.finish_reason``.
+
+        Returns:
+            A ``Text`` of ids of one dimension, else nested lists of them, of the shape ``(...)``.
+
+        Raises:
+            TypeError: what are no integers.
+            ValueError: what is no token of the vocabulary; a row that goes on after -1, after an EOS or
+                after a stop string.
+        """
+        values = torch.as_tensor(ids)
+        if values.numel() and (values.is_floating_point() or values.dtype is torch.bool):
+            raise TypeError(f"decode takes token ids, integers, given a tensor of {values.dtype}")
+        if values.dim() == 0:
+            raise ValueError(f"decode takes token ids of shape (..., max_tokens), given {ids!r}")
+        stopping = Stopping(self.vocabulary, stop, values.shape[-1] + 1)  # type: ignore[arg-type]
+        return self._decoded(values.tolist(), values.dim(), stopping)
+
+    def _decoded(self, rows: list[Any], dim: int, stopping: Stopping) -> Any:
+        if dim > 1:
+            return [self._decoded(row, dim - 1, stopping) for row in rows]
+        ids = rows[: rows.index(-1)] if -1 in rows else rows
+        rest = rows[len(ids) :]
+        if any(token != -1 for token in rest) or not all(
+            0 <= t < self.vocabulary.size for t in ids
+        ):
+            raise ValueError(
+                f"{rows} is no text of {self.name!r}: a row holds tokens from 0 to "
+                f"{self.vocabulary.size - 1}, and then only -1"
+            )
+        return stopping.text(ids)
+
     def encode_observed(self, obs: str, stopping: Stopping, *, name: str = "") -> tuple[int, ...]:
         """The tokens that are scored when ``obs`` is observed at a site: those of a ``Text``, or the
         canonical ones of a ``str``. If something closes the site and ``obs`` does not, EOS is appended.

@@ -59,6 +59,33 @@ def test_a_model_with_an_adapter_says_so(lm: LM) -> None:
     assert "adapter" not in repr(lm) + repr(small.merged())
 
 
+def test_decode_gives_the_texts_of_padded_ids(lm: LM) -> None:
+    ids = torch.tensor([[[0, 1, -1], [2, -1, -1]], [[1, EOS, -1], [-1, -1, -1]]])
+    texts = lm.decode(ids)
+    assert texts == [["ab", "."], ["b", ""]]
+    assert [text.token_ids for row in texts for text in row] == [(0, 1), (2,), (1, EOS), ()]
+    assert [texts[0][0].finish_reason, texts[1][0].finish_reason] == [None, "eos"]
+    text = lm.decode([0, 2, -1], stop=".")
+    assert (text, text.body, text.finish_reason, text.stop) == ("a.", "a", "stop", ".")
+    assert lm.encode(["ab", text])[-4:] == (0, 1, 0, 2)
+    assert lm.decode(torch.zeros(0, 3, dtype=torch.long)) == []
+
+
+@pytest.mark.parametrize(
+    "ids, error, match",
+    [
+        ([0.0, 1.0], TypeError, "integers, given a tensor of torch.float32"),
+        (3, ValueError, r"shape \(..., max_tokens\), given 3"),
+        ([[0, -1, 1]], ValueError, r"\[0, -1, 1\] is no text .* from 0 to 4, and then only -1"),
+        ([5], ValueError, r"\[5\] is no text"),
+        ([EOS, 1], ValueError, "closes at token 1"),
+    ],
+)
+def test_decode_refuses_what_is_no_text(lm: LM, ids, error, match) -> None:
+    with pytest.raises(error, match=match):
+        lm.decode(ids)
+
+
 def test_eos_is_the_union_of_all_that_is_named() -> None:
     base = tiny_lm("abcd.")
     base.model.config.eos_token_id = [1, 99]  # 99 is not in the vocabulary: it cannot occur
