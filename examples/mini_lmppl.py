@@ -5,8 +5,8 @@ texts from a language model (LM) and observes others. Its traces have an exact d
 conditioned: by enumeration, by importance sampling, by sequential Monte Carlo (SMC), and by a guide,
 a LoRA adapter of the LM that learns to draw from the posterior and serves the samplers as a proposal.
 
-    python examples/mini_lmppl.py                            # a random LM of four tokens: seconds
-    python examples/mini_lmppl.py --model NAME_OR_FOLDER     # any Hugging Face causal LM: minutes
+    python examples/mini_lmppl.py                                  # a random LM of four tokens: seconds
+    python examples/mini_lmppl.py --model ~/.cache/lmppl/smollm2*  # lmppl's, or any causal LM: minutes
 
 With the random LM all engines print about the same log evidence, and the effective sample size (ESS)
 is larger with the guide. What the library has and this leaves out: speed, constraints, choices, tools,
@@ -333,12 +333,12 @@ def main():
     if name:
         lm = LM(*(c.from_pretrained(name) for c in (hf.AutoModelForCausalLM, hf.AutoTokenizer)))
         texts = "Anna lost her keys.", " She opened the fridge.", " They lay beside the milk."
-        args, num_samples, steps, lr = (lm, *texts, 8), 8, 5, 1e-3
+        args, num_samples, *training = (lm, *texts, 8), 8, 5, 4, 1e-3
     else:
-        args, num_samples, steps, lr = (tiny_lm(), "ab.", "ba.", "bb.", 3), 200, 60, 1e-2
+        args, num_samples, *training = (tiny_lm(), "ab.", "ba.", "bb.", 3), 200, 60, 16, 1e-2
         found["exact"] = exact(story, args)
     guide = Guide(args[0], tell=lambda lm, begin, middle, end, max_tokens: [end, middle])
-    guide.fit(story, [args], steps, lr=lr)
+    guide.fit(story, [args], *training)  # steps, batch_size, lr
     for words, proposal in (("", None), (" with the guide", guide)):
         found["importance" + words] = importance(story, args, num_samples, proposal)
         found["smc" + words] = smc(story, args, num_samples, proposal)
