@@ -18,11 +18,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -36,11 +37,15 @@ from lmppl.guides.scoring import LatentScores, score_latents
 from lmppl.lm import LM
 from lmppl.posterior import Posterior, ZeroEvidenceError
 from lmppl.primitives import use
+from lmppl.report.diagnoses import diagnosis_figure
 from lmppl.report.tables import Block, Report, diagnosis_blocks
 from lmppl.runtime import estimates
 from lmppl.runtime.arguments import bind
 from lmppl.runtime.estimates import Bracket
 from lmppl.training.lm_guide import LMGuide
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["Diagnosis", "TextDiversity", "diagnose"]
 
@@ -126,6 +131,27 @@ class Diagnosis(Report):
         summary = vars(self) | {"texts": texts, "notes": list(self.notes)}
         del summary["samples"]
         return summary
+
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
+        """Draw what the draws say of log Z, on one axis of nats: above, the log-weights of the live
+        draws as two histograms, by number and by weight, which are alike where the guide is the
+        posterior; below, the estimates and bounds of log Z, with two standard errors to each side, and
+        the divergences that separate them from it. The dashed line is ``log_z`` (``iw_bound``, where
+        that is not known). The matplotlib ``Figure`` is shown by notebooks; pyplot does not know it.
+
+        ```python
+        lmppl.diagnose(infill, x, y, guide=guide, lm=lm).plot("guide.png")
+        ```
+
+        Args:
+            path: also write it to this file; its ending says the format (none: PNG). The file is
+                there either whole or not at all.
+
+        Raises:
+            ImportError: if matplotlib is not installed.
+            ValueError: if every draw has probability zero.
+        """
+        return diagnosis_figure(self.summary(), self.samples.log_weights.tolist(), path)
 
     def _blocks(self) -> list[Block]:
         return diagnosis_blocks(self.summary())

@@ -334,6 +334,91 @@ def test_without_arviz_stats(monkeypatch):
     assert found.pareto_k is None and any("lmppl-pyro[diagnostics]" in each for each in found.notes)
 
 
+# --- the picture ---------------------------------------------------------------------------------
+
+
+def rows_of(axis):
+    """Name of each row to its point and its interval, None where there is none."""
+    names = [label.get_text() for label in axis.get_yticklabels()]
+    points = {}
+    for point, _, (bars,) in axis.containers:
+        ((left, _), (right, _)) = bars.get_segments()[0]
+        points[names[round(point.get_ydata()[0])]] = (point.get_xdata()[0], left, right)
+    return {name: points.get(name) for name in names}
+
+
+def heights(axis):
+    """Shares of the bins of each histogram."""
+    outlines = {patch.get_label(): patch.get_xy() for patch in axis.patches}
+    return {name: [y for _, y in xy[1 : len(xy) // 2 : 2]] for name, xy in outlines.items()}
+
+
+def test_the_picture_has_the_figures():
+    pytest.importorskip("matplotlib")
+    found = diagnosed(ONE)
+    above, below = found.plot().axes
+    rows = rows_of(below)
+    assert list(rows) == ["ELBO", "log mean weight", "log Z, exact", "EUBO"]
+    for name, key in (("ELBO", "elbo"), ("log mean weight", "iw_bound"), ("EUBO", "eubo")):
+        value, stderr = getattr(found, key), getattr(found, f"{key}_stderr")
+        assert rows[name] == pytest.approx((value, value - 2 * stderr, value + 2 * stderr))
+    words = [text.get_text() for text in below.texts]
+    assert words[0] == f"KL(guide || posterior) {found.kl_guide_posterior[0]:.2f}"
+    assert words[1] == f"KL(posterior || guide) {found.kl_posterior_guide[0]:.2f}"
+    shares = heights(above)
+    u = found.samples.log_weights
+    for name, weights in (("draws", None), ("weight", found.samples.weights)):
+        expected, _ = torch.histogram(u, 30, weight=weights)
+        drawn = shares[f"share of the {name}"]
+        assert drawn == pytest.approx((expected / expected.sum()).tolist(), abs=1e-6)
+    lines = [line for axis in (above, below) for line in axis.lines]
+    dashed = [line.get_xdata()[0] for line in lines if line.get_linestyle() == "--"]
+    assert dashed == [found.log_z] * 2
+    dotted = [line.get_xdata() for line in lines if line.get_linestyle() == ":"]
+    assert dotted == [
+        pytest.approx((found.elbo, found.log_z)),
+        pytest.approx((found.eubo, found.log_z)),
+    ]
+
+
+def test_the_picture_of_a_guide_with_dead_draws_is_of_the_live_ones():
+    pytest.importorskip("matplotlib")
+    found = run(DEAD)
+    above, below = found.plot().axes
+    rows = rows_of(below)
+    assert list(rows) == ["ELBO of the live", "log mean weight", "log Z, by the prior"]
+    assert rows["ELBO of the live"][0] == pytest.approx(found.elbo_alive)
+    assert below.texts[0].get_text().startswith("KL(guide || posterior) >= ")
+    assert above.get_title(loc="left").endswith("dead")
+    assert all(sum(shares) == pytest.approx(1.0) for shares in heights(above).values())
+
+
+def test_the_picture_of_a_guide_that_cannot_draw_the_posterior(tmp_path):
+    pytest.importorskip("matplotlib")
+
+    def program(x):
+        lm_sample("z", x, choices=["a", "b"])
+
+    def blind(x):
+        lm_sample("z", x, choices=["a"])
+
+    posterior = lmppl.infer(program, "ab.", lm=ONE.lm, method="exact")
+    found = lmppl.diagnose(program, "ab.", guide=blind, lm=ONE.lm, posterior=posterior, seed=0)
+    _, below = found.plot(tmp_path / "blind.svg").axes
+    assert rows_of(below)["EUBO"] is None
+    assert below.texts[-1].get_text() == "KL(posterior || guide) inf"
+    assert (tmp_path / "blind.svg").stat().st_size > 1000
+
+
+def test_no_picture_of_dead_draws_alone():
+    def impossible(x):
+        require("never", lm_sample("z", x, max_tokens=2) == "?")
+
+    found = lmppl.diagnose(impossible, "ab.", lm=ONE.lm, num_samples=5, seed=0)
+    with pytest.raises(ValueError, match="every draw has probability zero"):
+        found.plot()
+
+
 # --- bad input -----------------------------------------------------------------------------------
 
 
