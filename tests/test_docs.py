@@ -46,6 +46,8 @@ PAGES = {
     "tutorials/amortizing.md": 0.2,
     "tutorials/latent_rationales.md": 0.1,
     "tutorials/statistics_and_text.md": 0.1,
+    "tutorials/one_argument.md": 0.3,
+    "tutorials/diagnostics.md": 0.1,
 }
 
 BLOCK = re.compile(
