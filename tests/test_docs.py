@@ -42,11 +42,11 @@ PAGES = {
     "diagnostics.md": 0.1,
     "tutorials/first_program.md": 0.05,
     "tutorials/conditioning.md": 0.05,
+    "tutorials/one_argument.md": 0.3,
     "tutorials/guide_programs.md": 0.2,
     "tutorials/amortizing.md": 0.2,
     "tutorials/latent_rationales.md": 0.1,
     "tutorials/statistics_and_text.md": 0.1,
-    "tutorials/one_argument.md": 0.3,
     "tutorials/diagnostics.md": 0.1,
 }
 
