@@ -45,6 +45,8 @@ PAGES = {
     "tutorials/one_argument.md": 0.3,
     "tutorials/guide_programs.md": 0.2,
     "tutorials/amortizing.md": 0.2,
+    "tutorials/constraints.md": 0.1,
+    "tutorials/tools_and_control_flow.md": 0.1,
     "tutorials/latent_rationales.md": 0.1,
     "tutorials/statistics_and_text.md": 0.1,
     "tutorials/diagnostics.md": 0.1,
