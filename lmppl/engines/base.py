@@ -28,6 +28,7 @@ import torch
 from lmppl import runtime
 from lmppl.checks import check_int
 from lmppl.distributions import LMText
+from lmppl.engines.genealogy import Genealogy
 from lmppl.exclusive import exclusive
 from lmppl.guides import proposer_factory
 from lmppl.guides.mixture import MixtureProposer, mixed
@@ -104,6 +105,7 @@ class State:
         claims_evidence: whether the mean of w estimates the evidence.
         trained: the guide that the posterior is to carry.
         notes, info: what the posterior is to say of the run.
+        genealogy: what became of the particles; None: the engine does not take it down.
     """
 
     engine: str
@@ -126,6 +128,7 @@ class State:
         self.trained: Any = None
         self.notes: list[str] = []
         self.info: dict[str, Any] = {}
+        self.genealogy: Genealogy | None = None
         self._began, self._usage = time.perf_counter(), own_usage()
         self.has_proposed = False
 
@@ -222,6 +225,7 @@ class State:
         returns = [particle.returned for particle in self.particles]
         common = {"guide": self.trained, "claims_evidence": self.claims_evidence}
         posterior = Posterior(traces, self.log_weights, returns, info=info, **common)
+        posterior.genealogy = None if self.genealogy is None else self.genealogy.steps
         posterior.check_alive()
         return posterior
 

@@ -34,6 +34,7 @@ from lmppl import runtime
 from lmppl.checks import check_choice, check_int, check_number
 from lmppl.engines import twists
 from lmppl.engines.base import Engine, State
+from lmppl.engines.genealogy import Genealogy
 from lmppl.engines.rejuvenation import rejuvenate
 from lmppl.engines.resampling import SCHEMES, settle_in_place
 from lmppl.engines.twists import Twist
@@ -48,7 +49,7 @@ _DEFENSE, _DEFENDED_SLOTS, _MOST_DEFENSE = 0.2, 4, 0.5
 
 @dataclass(frozen=True)
 class SMC(Engine):
-    """Sequential Monte Carlo.
+    """Sequential Monte Carlo. What became of its particles, the posterior shows by ``plot_particles``.
 
     Args:
         ess_threshold: resample when the effective sample size of the particles that go on falls below
@@ -112,14 +113,17 @@ class SMC(Engine):
         if laws is not None:
             state.info["rejuvenation"] = []
         state.info["resamplings"] = 0
+        state.genealogy = genealogy = Genealogy()
         sites: set[str] = set()  # at which texts were drawn token by token
         while state.extend():
-            self._resample(state)
+            self._resample(state, genealogy)
             if laws is not None:
                 acceptance = rejuvenate(state, laws, self.rejuvenate)
                 state.info["rejuvenation"] += [] if acceptance is None else [acceptance]
             sites |= {wait.name for wait in twists.text_waits(state.particles).values()}
-            self._draw(state)
+            self._draw(state, genealogy)
+        everyone = torch.arange(len(state.particles))
+        genealogy.at_barrier(state.particles, state.log_weights, everyone)
         unmet = self.twist.keys() - sites if isinstance(self.twist, Mapping) else ()
         if unmet and state.ess > 0.0:
             state.warn(
@@ -128,7 +132,7 @@ class SMC(Engine):
                 "may be on a branch that none took.)"
             )
 
-    def _resample(self, state: State) -> None:
+    def _resample(self, state: State, genealogy: Genealogy) -> None:
         """If the particles that go on are unequal, let copies of them take their slots and those of the
         dead."""
         log_weights = state.log_weights
@@ -136,9 +140,11 @@ class SMC(Engine):
         slots = (~has_ended | (log_weights == -torch.inf)).nonzero().flatten()
         among = log_weights[slots]
         if not 0.0 < runtime.ess(among) < self.ess_threshold * len(slots):
+            genealogy.at_barrier(state.particles, log_weights, slots)
             return
         ancestors = torch.arange(len(log_weights))
         ancestors[slots] = slots[self._ancestors((among - among.max()).exp(), state.generator)]
+        genealogy.at_barrier(state.particles, log_weights, slots, ancestors.tolist())
         state.select(ancestors.tolist())
         state.log_weights = log_weights.index_fill(0, slots, log_mean_exp(among))
         state.info["resamplings"] += 1
@@ -147,7 +153,7 @@ class SMC(Engine):
         """Ancestors with probability in proportion to ``weights``, both (N,)."""
         return settle_in_place(SCHEMES[self.resampling](weights, generator))
 
-    def _draw(self, state: State) -> None:
+    def _draw(self, state: State, genealogy: Genealogy) -> None:
         """Every waiting particle draws its site: texts of which something is known on the way token by
         token, the others at once."""
         twist = twists.twist_function_of(self.twist, state)
@@ -161,6 +167,7 @@ class SMC(Engine):
                 known,
                 twist,
                 lambda weights: self._ancestors(weights, state.generator),
+                genealogy,
                 threshold=self.ess_threshold,
                 every=self.twist_every,
                 defense=self._defense(len(known)),

@@ -44,9 +44,11 @@ import torch
 
 from lmppl.distributions import LMText, draw_request, drawn_text
 from lmppl.engines.base import State
+from lmppl.engines.genealogy import Genealogy
 from lmppl.lm import begin_draws
 from lmppl.lm.batches.decoding import Decoding
 from lmppl.lm.tokens.text import Text
+from lmppl.lm.tokens.vocabulary import Vocabulary
 from lmppl.runtime import DrawWait, Given, Particle, ending, is_latent, run_to_draws
 from lmppl.runtime.batching import resume
 
@@ -151,6 +153,12 @@ class Texts:
         self.log_psi = log_psi
         return any(value is not None for value in values)
 
+    def so_far(self) -> list[tuple[str, Vocabulary, list[int]]]:
+        """Of each slot, the site's name, the vocabulary and the tokens so far."""
+        waits = [_wait(self.particles[i]) for i in self.programs]
+        ids = self.decoding.token_ids
+        return [(w.name, w.fn.lm.vocabulary, t) for w, t in zip(waits, ids, strict=True)]
+
     def select(self, ancestors: Sequence[int]) -> None:
         """Slot i becomes a copy of slot ``ancestors[i]``."""
         index = torch.tensor(ancestors)
@@ -184,6 +192,7 @@ def draw(
     members: Sequence[int],
     twist: TwistFunction,
     ancestors_of: Callable[[torch.Tensor], torch.Tensor],
+    genealogy: Genealogy,
     *,
     threshold: float,
     every: int,
@@ -195,6 +204,7 @@ def draw(
         members: M particles that wait to draw a text, one a slot.
         twist: judges texts.
         ancestors_of: draws M ancestors with probabilities in proportion to (M,) weights.
+        genealogy: where resamplings are taken down.
         threshold, every, defense: as of ``SMC``, where ``threshold`` is of 1 / sum(a^2).
 
     Returns:
@@ -221,9 +231,14 @@ def draw(
         log_weights = state.log_weights[index]
         if decoding.done or decoding.num_steps % every or not texts.update(log_weights):
             continue
-        a = shares(log_weights + texts.log_masses, texts.log_psi, defense)
-        if 1.0 / float((a**2).sum()) < threshold * num:
+        paid = log_weights + texts.log_masses
+        a = shares(paid, texts.log_psi, defense)
+        if (ess := 1.0 / float((a**2).sum())) < threshold * num:
             ancestors = ancestors_of(a)
+            compared = state.log_weights.index_copy(0, index, a.log() + paid.logsumexp(0))
+            genealogy.within_texts(
+                members, texts.so_far(), compared, ess, ancestors.tolist(), decoding.num_steps
+            )
             decoding.select(ancestors.tolist())
             texts.select(ancestors.tolist())
             state.log_weights[index] = log_weights_of_copies(log_weights, a, ancestors)

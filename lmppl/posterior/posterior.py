@@ -23,12 +23,15 @@ from lmppl.posterior.saving import Samples, load_samples, save_samples
 from lmppl.posterior.summary import is_number, joint_rows, summarise
 from lmppl.posterior.weighted import WeightedTraces
 from lmppl.primitives import use
+from lmppl.report.particle_page import particle_page
+from lmppl.report.particles import ParticleStep, draw_particles
 from lmppl.report.plots import bars, histogram
 from lmppl.report.posteriors import joint_blocks, posterior_blocks
 from lmppl.report.tables import Block, Report, Shown
 from lmppl.runtime import estimates
 from lmppl.runtime.arguments import bind
 from lmppl.runtime.sites import values_of
+from lmppl.states import write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -167,6 +170,73 @@ class Posterior(WeightedTraces, Report):
         found = {name: one.probs(name_or_fn, returns=returns) for name, one in drawn.items()}
         return bars(found, title, rows, path)
 
+    @property
+    def particles(self) -> list[ParticleStep]:
+        """What SMC's particles went through: at every barrier, and at every resampling within a text,
+        what they weighed, whose copies went on, and what each had for the latent sites. The last step
+        is the end; it has the weights and values of the posterior's own samples.
+
+        ```python
+        for step in posterior.particles:
+            print(step.title, step.ess, step.ancestors)
+        ```
+
+        The engine always takes this down: it costs some numbers a particle and step, and the tokens' ids
+        of texts, which are decoded here. It is of the run, so a posterior that was resampled has it
+        too. It is not saved; ``particles_html`` writes what can be kept. Where particles are moved
+        (``rejuvenate=``), their values may differ from those of their ancestors; without, a
+        text begins with that of its ancestor.
+
+        Raises:
+            ValueError: by another engine, or for a posterior that was loaded.
+        """
+        if self.genealogy is None:
+            engine = self.info.get("engine")
+            why = (
+                "what they went through is not saved: run the engine again, or write "
+                "posterior.particles_html(path) before posterior.save(path)"
+                if engine == "smc"
+                else "only particles of method='smc' are copies of each other"
+            )
+            by = f" by {engine}" if engine else ""
+            raise ValueError(f"this posterior{by} has no record of particles; {why}")
+        return self.genealogy()
+
+    def plot_particles(self, path: str | os.PathLike[str] | None = None) -> Figure:
+        """Draw what SMC's particles went through: a row a particle, a column a step, with weights,
+        effective sample sizes, texts, and lines from particles to their copies. Needs matplotlib.
+
+        Where there are more than four steps there is room for the texts of the last alone;
+        ``particles_html`` has all of them.
+
+        Args:
+            path: also write the figure to this file; its ending says the format (none: PNG).
+
+        Returns:
+            A matplotlib figure, which notebooks show.
+
+        Raises:
+            ImportError: if matplotlib is not installed.
+            ValueError: as ``particles``.
+        """
+        return draw_particles(self.particles, path)
+
+    def particles_html(self, path: str | os.PathLike[str] | None = None) -> str:
+        """What ``plot_particles`` draws as a page of HTML, with the texts of all particles at all steps.
+        The page needs nothing else, no server and no script.
+
+        Args:
+            path: also write it to this file, which is there whole or not at all.
+
+        Raises:
+            OSError: if it cannot be written.
+            ValueError: as ``particles``.
+        """
+        page = particle_page(self.particles, self.info.get("engine", "smc"))
+        if path is not None:
+            write_text(Path(path), page)
+        return page
+
     def mean(self, name_or_fn: NameOrFn) -> torch.Tensor:
         """Posterior expectation, float64, of a numeric site, or of a function from the values of one
         trace (a dict by site) to a number, a bool or a tensor:
@@ -293,7 +363,8 @@ class Posterior(WeightedTraces, Report):
         Saved are the values of all sites (texts with their tokens), their log-probabilities, the
         log-weights, and what is plain of the returned values, results of tools and ``info``: None,
         bools, numbers, strings, texts, tensors, and lists, tuples, sets and dicts of these. For any
-        other value its ``repr`` is kept. The guide (``guide.save``) and the profile are not saved.
+        other value its ``repr`` is kept. The guide (``guide.save``), the profile and the steps of
+        particles (``particles_html``) are not saved.
 
         Args:
             path: the folder.

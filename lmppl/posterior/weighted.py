@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self
 
@@ -18,6 +18,7 @@ from lmppl.runtime.sites import has_value, is_latent, value_of
 from lmppl.runtime.weights import ess, log_mean_exp
 
 if TYPE_CHECKING:
+    from lmppl.report.particles import ParticleStep
     from lmppl.report.profiling import Profile
 
 
@@ -63,6 +64,7 @@ class WeightedTraces:
         self.guide = guide
         self.info: dict[str, Any] = dict(info or {})
         self.profile: Profile | None = None
+        self.genealogy: Callable[[], list[ParticleStep]] | None = None  # see ``particles``
         self._claims_evidence = claims_evidence
 
     @cached_property
@@ -180,7 +182,7 @@ class WeightedTraces:
         """Other samples by the same run."""
         common: dict[str, Any] = {"guide": self.guide, "claims_evidence": self._claims_evidence}
         new = type(self)(traces, log_weights, returns, info=info, **common)
-        new.profile = self.profile
+        new.profile, new.genealogy = self.profile, self.genealogy
         return new
 
     def __copy__(self) -> Self:
@@ -188,8 +190,9 @@ class WeightedTraces:
         return self._with(self.traces, self.log_weights, self.returns, self.info)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """A posterior with values of its own. Shared are the guide, the profile, the distributions
-        (and so the language models), the programs' arguments and the functions of tools."""
+        """A posterior with values of its own. Shared are the guide, the profile, what is known of
+        particles, the distributions (and so the language models), the programs' arguments and the
+        functions of tools."""
         traces = [_copied(trace, memo) for trace in self.traces]
         returns = [_value_copied(value, memo) for value in self.returns]
         return self._with(traces, self.log_weights, returns, copy.deepcopy(self.info, memo))
