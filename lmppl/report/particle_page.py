@@ -31,7 +31,7 @@ p { margin: .2rem 0; }
 .soft, .facts { color: var(--soft); font-size: .875rem; }
 svg { display: block; width: 100%; }
 .bars { height: 3.5rem; border-bottom: 1px solid var(--ink); margin: .25rem 0 .15rem; }
-.lines { height: 3rem; }
+.lines { height: 3rem; margin-bottom: .3rem; }
 .live { fill: var(--live); } .gone { fill: var(--gone); }
 path { fill: none; vector-effect: non-scaling-stroke; }
 path.gone { fill: none; stroke: var(--gone); stroke-width: 1px; }
@@ -41,6 +41,7 @@ ol { list-style: none; margin: 0 0 1rem; padding: 0; }
 li { display: grid; grid-template-columns: 3rem 5.5rem 1fr; gap: 0 .6rem; padding: .3rem .2rem;
   border-top: 1px solid var(--rule); }
 li:target { background: var(--pick); }
+li a { color: inherit; }
 .weight { font-variant-numeric: tabular-nums; font-size: .875rem; }
 .weight i { display: block; height: .35rem; background: var(--live); }
 .text { font-family: ui-monospace, monospace; font-size: .875rem; overflow-wrap: anywhere; }
@@ -87,7 +88,7 @@ def _picture(step: ParticleStep, s: int, texts: list[list[Piece]], alive: set[in
         step.ess_title,
         "resampled" if step.is_resampled else "not resampled",
         f"largest weight {percent(max(weights))}",
-        f"log evidence so far {_nats(step.log_evidence)}",
+        *[f"log evidence so far {_nats(step.log_evidence)}"] * (step.num_tokens is None),
         f"{len(alive)} with descendants at the end",
     ]
     return (
@@ -108,9 +109,9 @@ def _list(
     step, weights, rows = steps[s], steps[s].weights.tolist(), []
     copies = Counter(step.ancestors)
     for slot in sorted(range(len(step)), key=lambda slot: -weights[slot]):
-        came = "" if s == 0 else f"from {steps[s - 1].ancestors[slot]}"
+        came = "" if s == 0 else _link(s - 1, steps[s - 1].ancestors[slot])
         went = "" if s == len(steps) - 1 else _goes_on(copies[slot], slot in alive)
-        told = " · ".join(_escape(part) for part in (came, went) if part)
+        told = " · ".join(part for part in (came, went) if part)
         rows.append(
             f'<li id="s{s}p{slot}"><span class="soft">#{slot}</span>'
             f'<span class="weight">{percent(weights[slot])}'
@@ -121,6 +122,10 @@ def _list(
         f"<details{' open' * is_open}><summary>{s + 1}. {_escape(step.title)}</summary>"
         f"<ol>{''.join(rows)}</ol></details>"
     )
+
+
+def _link(s: int, slot: int) -> str:
+    return f'<a href="#s{s}p{slot}">from #{slot} of step {s + 1}</a>'
 
 
 def _goes_on(copies: int, survives: bool) -> str:

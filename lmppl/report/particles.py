@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _GREY = "#8c8c8c"  # lighter than the blue, so that neither needs its colour
 _MOST_TEXTS = 4  # columns that have room for texts
 _CHARACTER = 0.0575  # inches, of the font of texts
-_ROW, _WIDTH, _LEAST_TEXT, _MOST_GAP = 0.155, 6.4, 1.4, 1.6  # inches
+_ROW, _WIDTH, _LEAST_TEXT, _MOST_GAP = 0.155, 6.4, 1.15, 1.6  # inches
 _HEAD = 4.2  # rows
 
 
@@ -196,12 +196,14 @@ def _texts_of(steps: Sequence[ParticleStep]) -> list[list[str]]:
     """What is written beside the bars of each step."""
     if len(steps) <= _MOST_TEXTS:
         found = [pieces(steps, s) for s in range(len(steps))]
-        return [
-            [" ".join(p.new_or_empty for p in own if p.is_new) for own in step] for step in found
-        ]
+        return [[_line(p.new_or_empty for p in own if p.is_new) for own in step] for step in found]
     last = pieces(steps, len(steps) - 1)
-    whole = [" ".join(p.before + p.new for p in own) for own in last]
+    whole = [_line(p.before + p.new for p in own) for own in last]
     return [*[[] for _ in steps[1:]], whole]
+
+
+def _line(shown: Iterable[str]) -> str:
+    return " ".join(part.strip() for part in shown)
 
 
 def _columns(texts: Sequence[Sequence[str]]) -> list[_Column]:
@@ -209,7 +211,7 @@ def _columns(texts: Sequence[Sequence[str]]) -> list[_Column]:
     inches wide, or as wide as a readable part of their texts needs."""
     num, has_few = len(texts), len(texts) <= _MOST_TEXTS
     bar, gap = (0.5, 0.6) if has_few else (0.45, 0.4)
-    needed = [max((_CHARACTER * len(text) + 0.1 for text in step), default=0.0) for step in texts]
+    needed = [max((_CHARACTER * len(text) + 0.15 for text in step), default=0.0) for step in texts]
     room = max(_WIDTH - 0.2 - num * bar - (num - 1) * gap, _LEAST_TEXT * sum(map(bool, texts)))
     widths = [0.0] * num
     left = room
@@ -249,7 +251,7 @@ def _draw_bars(axis: Any, step: ParticleStep, column: _Column, alive: set[int]) 
 
 def _draw_text(axis: Any, shown: str, slot: int, column: _Column, survives: bool) -> None:
     text = axis.text(
-        column.left + column.bar + 0.05, slot, _cut(shown, int((column.text - 0.05) / _CHARACTER)),
+        column.left + column.bar + 0.05, slot, _cut(shown, int((column.text - 0.09) / _CHARACTER)),
         family="monospace", fontsize=6.8, va="center", color="#111111" if survives else _GREY,
     )  # fmt: skip
     text.set_parse_math(False)

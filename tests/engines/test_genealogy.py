@@ -149,7 +149,9 @@ def test_nothing_depends_on_the_record(run, monkeypatch):
     monkeypatch.setattr(Genealogy, "within_texts", lambda *args: None)
     torch.manual_seed(0)
     plain = infer(run)
-    assert torch.equal(recorded.log_weights, plain.log_weights) and torch.equal(after, torch.rand(()))
+    assert torch.equal(recorded.log_weights, plain.log_weights) and torch.equal(
+        after, torch.rand(())
+    )
     for name in plain.latents:
         values = zip(recorded[name], plain[name], strict=True)
         assert all(a is b is None or bool((torch.as_tensor(a == b)).all()) for a, b in values)
