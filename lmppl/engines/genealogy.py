@@ -5,9 +5,8 @@ At every barrier, and within texts at every resampling, ``Genealogy`` takes down
     log-weights, ancestors                           a few numbers a particle
     of each particle, what it has that its ancestor had not at the step before: tokens, numbers
 
-so a token that was drawn is kept once or twice (of a text under way, and again when that is whole),
-and nothing is decoded before somebody asks. Hence there is no switch. It reads, and changes nothing, and
-holds no particle, trace or distribution.
+so each token that was drawn is kept once, and nothing is decoded before somebody asks. Hence there is no
+switch. It reads, and changes nothing, and holds no particle, trace or distribution.
 """
 
 from __future__ import annotations
@@ -84,7 +83,8 @@ class Genealogy:
         for particle, before in zip(particles, self._seen, strict=True):
             latents = particle.latents
             now = {name: node["value"] for name, node in latents.items()}
-            new = {n: _value(latents[n]) for n, value in now.items() if before.get(n) is not value}
+            fresh = [name for name, value in now.items() if before.get(name) is not value]
+            new: dict[str, _Change] = {n: _change(latents[n], before.get(n)) for n in fresh}
             changes.append(new | {name: None for name in before if name not in now})
             seen.append(now)
         self._seen = seen
@@ -155,9 +155,13 @@ class Genealogy:
         return steps
 
 
-def _value(node: Any) -> _Change:
+def _change(node: Any, known: torch.Tensor | int | None) -> _Change:
+    """The value of a site; of a text, ``known`` may be how many of its tokens are recorded."""
     fn, value = node["fn"], node["value"]
-    return _Tokens(fn.lm.vocabulary, fn.token_ids(value)) if is_text(fn) else value.detach()
+    if not is_text(fn):
+        return value.detach()
+    first = known if isinstance(known, int) else 0
+    return _Tokens(fn.lm.vocabulary, fn.token_ids(value)[first:], is_more=first > 0)
 
 
 def _after(held: dict[str, Any], changes: dict[str, _Change]) -> dict[str, Any]:
