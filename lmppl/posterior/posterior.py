@@ -223,7 +223,8 @@ class Posterior(WeightedTraces, Report):
 
     def particles_html(self, path: str | os.PathLike[str] | None = None) -> str:
         """What ``plot_particles`` draws as a page of HTML, with the texts of all particles at all steps.
-        The page needs nothing else, no server and no script.
+        (Of a long text that was there at the step before, it has the end.) The page needs nothing
+        else, no server and no script.
 
         Args:
             path: also write it to this file, which is there whole or not at all.

@@ -145,8 +145,8 @@ def _piece(site: str, known: Any, value: Any) -> Piece:
         before = before.rstrip("\ufffd")  # a character that the end of a token had cut
     if not value.startswith(before):
         before = ""
-    parts = (show(part, quote=False) for part in (before, value[len(before) :]))
-    return Piece(site, *parts, is_new=known != value)
+    new = value[len(before) :]
+    return Piece(site, show(before, quote=False), show(new, quote=False), known != value)
 
 
 # --- the figure ----------------------------------------------------------------------------------
