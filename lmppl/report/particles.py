@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 
 _GREY = "#8c8c8c"  # lighter than the blue, so that neither needs its colour
 _MOST_TEXTS = 4  # columns that have room for texts
-_CHARACTER = 0.0575  # inches, of the font of texts
+_FEW, _FONTS = 24, (8.4, 6.8)  # points: of texts, up to so many particles and beyond
+_CHARACTER = 0.00846  # inches, for each point of the font
 _ROW, _WIDTH, _LEAST_TEXT, _MOST_GAP = 0.155, 6.4, 1.15, 1.6  # inches
-_HEAD = 4.2  # rows
+_HEAD, _HEAD_FONT = 4.2, 8  # rows, points
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,11 +155,12 @@ def _piece(site: str, known: Any, value: Any) -> Piece:
 
 @dataclass(frozen=True)
 class _Column:
-    """Where a step is drawn, in inches: its bars, and its texts."""
+    """Where a step is drawn, in inches: its bars, and its texts, with a font of so many points."""
 
     left: float
     bar: float
     text: float
+    font: float
 
     @property
     def right(self) -> float:
@@ -173,7 +175,7 @@ def draw_particles(
     there are many steps, there is room for those of the last alone, which are whole)."""
     alive, last = survivors(steps), len(steps) - 1
     texts = _texts_of(steps)
-    num, columns = len(steps[0]), _columns(texts)
+    num, columns = len(steps[0]), _columns(texts, len(steps[0]))
     width, rows = max(columns[-1].right + 0.1, _WIDTH), num + _HEAD + 1.5
     with drawing(width, _ROW * rows, path) as figure:
         figure.set_layout_engine("none")  # the axes are the whole figure, in inches and rows
@@ -206,12 +208,15 @@ def _line(shown: Iterable[str]) -> str:
     return " ".join(part.strip() for part in shown)
 
 
-def _columns(texts: Sequence[Sequence[str]]) -> list[_Column]:
+def _columns(texts: Sequence[Sequence[str]], num_particles: int) -> list[_Column]:
     """Where the steps are drawn, of which the texts are given. A figure of few steps is at most 6.4
     inches wide, or as wide as a readable part of their texts needs."""
     num, has_few = len(texts), len(texts) <= _MOST_TEXTS
     bar, gap = (0.5, 0.6) if has_few else (0.45, 0.4)
-    needed = [max((_CHARACTER * len(text) + 0.15 for text in step), default=0.0) for step in texts]
+    font = _FONTS[num_particles > _FEW]
+    needed = [
+        max((font * _CHARACTER * len(text) + 0.15 for text in step), default=0.0) for step in texts
+    ]
     room = max(_WIDTH - 0.2 - num * bar - (num - 1) * gap, _LEAST_TEXT * sum(map(bool, texts)))
     widths = [0.0] * num
     left = room
@@ -223,18 +228,20 @@ def _columns(texts: Sequence[Sequence[str]]) -> list[_Column]:
     if has_few:  # what is left is for the lines
         gap = min(_MOST_GAP, gap + left / max(1, num - 1))
     starts = accumulate((bar + width + gap for width in widths), initial=0.0)
-    return [_Column(start, bar, width) for start, width in zip(starts, widths, strict=False)]
+    return [_Column(start, bar, width, font) for start, width in zip(starts, widths, strict=False)]
 
 
 def _draw_head(axis: Any, step: ParticleStep, column: _Column, number: int) -> None:
     narrow = not column.text
-    room = int((column.bar + column.text + 0.3) / _CHARACTER)
+    room = int((column.bar + column.text + 0.3) / (_HEAD_FONT * _CHARACTER))
     title = [f"{number + 1}: {part}" if i == 0 else part for i, part in enumerate(step.title_parts)]
     title = [_cut(part, room) for part in title] if narrow else [_cut(", ".join(title), room)]
     largest = float(step.weights.max())
     ess = f"ESS {step.ess:.1f}" if narrow else step.ess_title
     lines = [*title, ess, f"max {largest:.0%}" if narrow else f"largest {percent(largest)}"]
-    text = axis.text(column.left, -0.9, "\n".join(lines), fontsize=8, va="bottom", linespacing=1.15)
+    text = axis.text(
+        column.left, -0.9, "\n".join(lines), fontsize=_HEAD_FONT, va="bottom", linespacing=1.15
+    )
     text.set_parse_math(False)
 
 
@@ -250,9 +257,10 @@ def _draw_bars(axis: Any, step: ParticleStep, column: _Column, alive: set[int]) 
 
 
 def _draw_text(axis: Any, shown: str, slot: int, column: _Column, survives: bool) -> None:
+    room = int((column.text - 0.09) / (column.font * _CHARACTER))
     text = axis.text(
-        column.left + column.bar + 0.05, slot, _cut(shown, int((column.text - 0.09) / _CHARACTER)),
-        family="monospace", fontsize=6.8, va="center", color="#111111" if survives else _GREY,
+        column.left + column.bar + 0.05, slot, _cut(shown, room),
+        family="monospace", fontsize=column.font, va="center", color="#111111" if survives else _GREY,
     )  # fmt: skip
     text.set_parse_math(False)
 
