@@ -36,7 +36,7 @@ def infer_batch(
     lm: LM | None = None,
     num_samples: int = 64,
     guide: Any = None,
-    seed: int | None = None,
+    seed: int | Iterable[int] | None = None,
     progress: bool | None = None,
     callback: Callable[[dict[str, Any]], None] | None = None,
     on_error: Literal["raise", "return"] = "raise",
@@ -67,7 +67,9 @@ def infer_batch(
         num_samples: as of ``infer``, for each input.
         guide: a proposal, one for all inputs; ``"gflownet"`` needs one.
         seed: makes the run reproducible; None: taken from torch's random stream. Input i gets the
-            seed ``SeedSequence(seed, spawn_key=(i,))`` (numpy), whatever the others are.
+            seed ``SeedSequence(seed, spawn_key=(i,))`` (numpy), which is ``lmppl.runtime.nth_seed(seed,
+            i)``, whatever the others are. Or a seed for each input, a list or an iterator that is read
+            beside the inputs: so a part of the inputs gets what the whole would give it.
         progress: as of ``infer``; the bar counts inputs.
         callback: as of ``infer``; the figures have the input's number, from 0, as ``"input"``.
         on_error: ``"raise"``: an input's exception ends the run, in its turn. ``"return"``: it is
@@ -82,7 +84,8 @@ def infer_batch(
         of all that ran beside it as well.
 
     Raises:
-        ValueError, TypeError: as ``infer``, when called; ``"gflownet"`` without a guide.
+        ValueError, TypeError: as ``infer``, when called; ``"gflownet"`` without a guide; in its turn,
+            an input for which there is no seed, or one that is none.
         Exception: what an input raises (``on_error="raise"``), or the iterable.
     """
     if "profile" in options:
@@ -101,12 +104,12 @@ def infer_batch(
     usual = max(1, min(_INPUTS, _PARTICLES // num_samples))
     at_once = usual if at_once is None else check_int("at_once", at_once)
     lm = default_lm() if lm is None else lm  # of here, wherever the posteriors are asked for
-    seed = runtime.fresh_seed(seed)
+    seed_of = _seeds(seed)
     common: dict[str, Any] = {"method": engine, "lm": lm, "num_samples": num_samples}
     common |= {"guide": guide, "progress": False, "kwargs": {}}
 
     def start(index: int, item: Any) -> Member:
-        input_seed = runtime.nth_seed(seed, index)
+        input_seed = seed_of(index)
 
         def report(figures: dict[str, Any]) -> None:
             if callback is not None:
@@ -126,6 +129,21 @@ def infer_batch(
 
     bar = progress_bar(f"{engine.name}, inputs", operator.length_hint(inputs) or None, progress)
     return _in_order(source, start, at_once, on_error, bar)
+
+
+def _seeds(seed: int | Iterable[int] | None) -> Callable[[int], int]:
+    """The seed of each input by its number, asked for in the order of the inputs."""
+    if isinstance(seed, Iterable) and not isinstance(seed, str) and getattr(seed, "ndim", 1):
+        seeds = iter(seed)
+
+        def given(index: int) -> int:
+            for input_seed in seeds:
+                return runtime.fresh_seed(check_int("seed", input_seed, least=0))
+            raise ValueError(f"input {index} of the batch has no seed: seed= holds {index} of them")
+
+        return given
+    first = runtime.fresh_seed(seed)
+    return lambda index: runtime.nth_seed(first, index)
 
 
 def _bound(

@@ -13,7 +13,7 @@ from pyro import poutine
 import lmppl
 from lmppl import Posterior, ZeroEvidenceError, infer_batch, lm_sample, require
 from lmppl.primitives import _warned
-from lmppl.runtime import Particle
+from lmppl.runtime import Particle, nth_seed
 from lmppl.testing import tiny_lm
 from lmppl.testing.programs import CASES
 
@@ -181,6 +181,33 @@ def test_neither_at_once_nor_other_inputs_change_a_posterior():
     assert len({posterior.info["seed"] for posterior in all_at_once}) == len(INPUTS)
     others = infer_batch(infill, INPUTS, seed=5, **options)
     assert all_at_once[0].info["seed"] != next(others).info["seed"]
+
+
+@pytest.mark.parametrize("kind", [list, iter, torch.tensor], ids=["list", "iterator", "tensor"])
+def test_with_a_seed_for_each_input_a_part_gets_what_the_whole_would_give_it(kind):
+    options = {"lm": LM, "num_samples": 8, "method": "smc"}
+    whole = list(infer_batch(infill, INPUTS, seed=4, **options))
+    part = [3, 1]
+    seeds = kind([nth_seed(4, i) for i in part])
+    found = infer_batch(infill, [INPUTS[i] for i in part], seed=seeds, **options)
+    for i, posterior in zip(part, found, strict=True):
+        assert posterior.info["seed"] == whole[i].info["seed"]
+        assert_same(posterior, whole[i])
+
+
+@pytest.mark.parametrize(
+    ("seeds", "error", "message"),
+    [
+        ([7], ValueError, "input 1 of the batch has no seed: seed= holds 1 of them"),
+        ([7, None], TypeError, "seed=None: it must be an int"),
+        ([7, 2**64], ValueError, "below"),
+    ],
+)
+def test_an_input_without_a_seed_is_an_error_in_its_turn(seeds, error, message):
+    found = infer_batch(infill, INPUTS, lm=LM, num_samples=2, seed=seeds)
+    assert next(found).info["seed"] == 7
+    with pytest.raises(error, match=message):
+        next(found)
 
 
 def test_a_seeded_run_leaves_torchs_stream_alone_and_another_takes_from_it():
@@ -359,6 +386,7 @@ def test_leaving_early_ends_what_is_suspended(how, particles):
         ({"twits": None}, TypeError, "did you mean 'twist'"),
         ({"profile": True}, TypeError, "with lmppl.profile"),
         ({"num_samples": 0}, ValueError, "num_samples=0"),
+        ({"seed": "7"}, TypeError, "seed='7'"),
         ({"at_once": 0}, ValueError, "at_once=0"),
         ({"at_once": 2.5}, TypeError, "at_once=2.5"),
         ({"on_error": "ignore"}, ValueError, "on_error='ignore'"),
