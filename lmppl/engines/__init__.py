@@ -1,4 +1,4 @@
-"""One algorithm a file; see ``base`` for what they share, and docs/new_engine.md to add one."""
+"""One algorithm a file; see ``base`` for what they share, and docs/how-to/new_engine.md to add one."""
 
 from __future__ import annotations
 
