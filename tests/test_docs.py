@@ -56,7 +56,7 @@ PAGES = {
     "how-to/gpu_and_memory.md": 0.05,
     "how-to/many_inputs.md": 0.05,
     "how-to/many_machines.md": 0.1,
-    "how-to/serve_a_guide.md": 0.05,
+    "how-to/serve_a_guide.md": 0.3,
     "how-to/checkpoints.md": 0.05,
     "how-to/test_your_program.md": 0.1,
     "how-to/one_word.md": 0.15,

@@ -131,9 +131,9 @@ def infer_batch(
     return _in_order(source, start, at_once, on_error, bar)
 
 
-def _seeds(seed: int | Iterable[int] | None) -> Callable[[int], int]:
+def _seeds(seed: Any) -> Callable[[int], int]:
     """The seed of each input by its number, asked for in the order of the inputs."""
-    if isinstance(seed, Iterable) and not isinstance(seed, str) and getattr(seed, "ndim", 1):
+    if isinstance(seed, Iterable) and not isinstance(seed, str) and getattr(seed, "ndim", 1) != 0:
         seeds = iter(seed)
 
         def given(index: int) -> int:
