@@ -179,7 +179,16 @@ class LMText(TorchDistribution):
 
     @classmethod
     def batch(cls, lm: LM, prefixes: Sequence[Any], **kwargs: Any) -> LMText:
-        """A batch of distributions that differ in their prefix: ``batch_shape == (len(prefixes),)``."""
+        """A batch of distributions that differ in their prefix: ``batch_shape == (len(prefixes),)``.
+
+        Args:
+            lm: the language model.
+            prefixes: one a member.
+            **kwargs: the other arguments of ``LMText``, which all share.
+
+        Raises:
+            ValueError: for a string in place of a list, an empty list, and as ``LMText``.
+        """
         if isinstance(prefixes, str) or not prefixes:
             raise ValueError(f"LMText.batch needs a list of prefixes, given {prefixes!r}")
         rows = [cls(lm, prefix, **kwargs) for prefix in prefixes]
@@ -313,7 +322,14 @@ class LMText(TorchDistribution):
         return self._texts[ids]
 
     def encode(self, obs: str) -> torch.Tensor:
-        """A string as a value, shape ``event_shape``; a ValueError if it is none of this site."""
+        """A string as a value, shape ``event_shape``.
+
+        Args:
+            obs: a ``str``, which is scored as its canonical tokens, or a ``Text``, as its own.
+
+        Raises:
+            ValueError: if the site could not have produced it; says where and why.
+        """
         if self.choices is None:
             ids = self.lm.encode_observed(obs, self.stopping)
         else:
@@ -393,7 +409,11 @@ class LMText(TorchDistribution):
     def log_prob(self, value: torch.Tensor) -> torch.Tensor:
         """Log-density in nats, shape ``value.shape[:-1]`` broadcast with ``batch_shape``; ``-inf`` for
         a value that the site could not have produced. Differentiable with respect to the parameters
-        of ``lm`` that require a gradient."""
+        of ``lm`` that require a gradient.
+
+        Raises:
+            ValueError: for a value of another event shape.
+        """
         _check_token_ids(value)
         if value.shape[-1:] != self.event_shape:
             shapes = f"{tuple(self.event_shape)}, given shape {tuple(value.shape)}"
@@ -405,7 +425,12 @@ class LMText(TorchDistribution):
         return torch.stack([log_prob for log_prob, _ in scored]).reshape(shape)
 
     def enumerate_support(self, expand: bool = True) -> torch.Tensor:
-        """All choices, shape ``(num_choices,) + batch_shape + event_shape``."""
+        """All choices, shape ``(num_choices,) + batch_shape + event_shape`` (without ``expand``, with
+        ones in place of ``batch_shape``).
+
+        Raises:
+            NotImplementedError: without ``choices``.
+        """
         if self.choices is None:
             raise NotImplementedError("only a site with choices= enumerates its support")
         values = torch.stack([self.value(choice) for choice in self.choices])

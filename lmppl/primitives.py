@@ -323,6 +323,7 @@ def lm_sample(
         The text. In the trace its value is a right-padded tensor of token ids.
 
     Raises:
+        TypeError: for an argument of another type.
         ValueError: for a latent without ``max_tokens`` or ``choices``, an impossible observation, and
             arguments that define no distribution. The message names the site. (An observation that does
             not match its constraint has probability zero.)
@@ -418,6 +419,13 @@ def require(name: str, condition: Any) -> None:
 
     In lmppl's engines nothing after a failed ``require`` runs. Pyro's own tools cannot stop a
     run: there the site has log-probability ``-inf`` and the program runs on.
+
+    Args:
+        name: the site's name; posteriors count how many samples it ended.
+        condition: true or false.
+
+    Raises:
+        TypeError: for a condition that is neither, as of an array of several truth values.
     """
     _check_name(name, "a requirement")
     try:
@@ -449,6 +457,10 @@ def tool(name: str, fn: Callable[..., Any], *args: Any, on_error: str = "raise")
 
     Returns:
         Whatever ``fn(*args)`` returns. (None after a rejected call under Pyro's own tools.)
+
+    Raises:
+        TypeError: if ``fn`` can't be called.
+        ValueError: for an unknown ``on_error``.
     """
     _check_name(name, "a tool")
     check_choice(f"tool '{name}': on_error", on_error, ("raise", "reject"))

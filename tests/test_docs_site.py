@@ -58,6 +58,8 @@ def test_the_site_can_be_read_from_disk(repository):
     assert built.returncode == 0, built.stderr
     site = repository / "site"
     assert (site / "search/search_index.js").is_file()
+    overview = (site / "reference/index.html").read_text()
+    assert "inference.html#lmppl.infer" in overview and "<!-- names -->" not in overview
     for page in site.rglob("*.html"):
         loaded = re.findall(
             r"<(?:script|img|iframe)\b[^>]*\bsrc=[\"']?([^\"' >]*)"
@@ -94,7 +96,11 @@ def test_the_site_can_be_read_from_disk(repository):
         ),
         pytest.param("docs/engines.md", r"\hat Z", r"\hatt Z", r"\hatt", id="formula"),
         pytest.param(
-            "docs/api.md", "::: lmppl.infer\n", "::: lmppl.infr\n", "lmppl.infr", id="name"
+            "docs/reference/inference.md",
+            "::: lmppl.infer\n",
+            "::: lmppl.infr\n",
+            "lmppl.infr",
+            id="name",
         ),
     ],
 )

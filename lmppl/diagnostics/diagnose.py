@@ -56,9 +56,12 @@ _SAME_DENSITY = 0.5  # nats; a half-precision model scores a trace so differentl
 class Diagnosis(Report):
     """How good a guide is on one input; what ``diagnose`` returns. All in nats.
 
-    A ``..._stderr`` is a standard error (of a bracket: the larger of its ends', as if ELBO and
-    bounds were independent): 0 of an exact figure, None where it is not known. With a ``pareto_k``
-    above its threshold, don't trust those of the importance bounds.
+    ``elbo_stderr``, ``elbo_alive_stderr``, ``iw_bound_stderr``, ``eubo_stderr``,
+    ``iw_upper_bound_stderr``, ``log_z_stderr``, ``kl_guide_posterior_stderr``,
+    ``kl_alive_posterior_stderr`` and ``kl_posterior_guide_stderr`` are standard errors (of a bracket:
+    the larger of its ends', as if ELBO and bounds were independent): 0 of an exact figure, None where
+    it is not known. With a ``pareto_k`` above its threshold, don't trust those of the importance
+    bounds.
 
     Attributes:
         guide: what was diagnosed, in words.

@@ -21,6 +21,7 @@ __all__ = [
 ENGINES: dict[str, Callable[..., EngineLike]] = {
     engine.name: engine for engine in (Importance, SMC, MCMC, GFlowNet, Exact)
 }
+"""What ``method=`` names: engines by their name, those of ``register_engine`` as well."""
 
 
 def register_engine(name: str, engine: Callable[..., EngineLike]) -> None:

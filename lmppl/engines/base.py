@@ -72,8 +72,16 @@ class Engine(ABC):
         progress: bool | None = None,
         callback: Callback | None = None,
     ) -> Posterior:
-        """The posterior of ``model(*args)``, whose sites use the language model of ``lmppl.use``. Other
-        arguments are those of ``infer``.
+        """The posterior of a program, whose sites use the language model of ``lmppl.use``.
+
+        Args:
+            model: the program, as of ``infer``.
+            *args: its arguments.
+            num_samples: as of ``infer``, like all that follow.
+            guide: a proposal.
+            seed: of the run.
+            progress: whether to show a bar.
+            callback: called with a dict of figures at every stage.
 
         Raises:
             ValueError: for a program without a latent site.
@@ -90,8 +98,17 @@ class Engine(ABC):
 
 @dataclass(eq=False)
 class State:
-    """Weighted particles of one program, in the hands of an engine whose name is ``engine``. The other
-    arguments are those of ``Engine.run``; the guide may be changed before ``start``.
+    """Weighted particles of one program, in the hands of an engine.
+
+    Args:
+        engine: its name.
+        model: the program, as of ``Engine.run``, like all that follow.
+        args: the program's arguments.
+        num_samples: how many are wanted.
+        guide: a proposal, or None. It may be changed before ``start``.
+        seed: of the run.
+        progress: whether to show a bar.
+        callback: called with a dict of figures at every stage.
 
     Attributes:
         particles: the runs; always the same list.
@@ -170,7 +187,7 @@ class State:
                 particle.close()  # nothing that it does can matter any more
 
     def report(self, **figures: Any) -> None:
-        """Say that a stage is done: to the progress bar and to who asked to be called."""
+        """Say that a stage is done, with its ``figures``: to the progress bar and to ``callback``."""
         if self.stage == 0:
             self.bar.__enter__()
         figures = {"stage": self.stage, **figures}
@@ -202,7 +219,12 @@ class State:
         return runtime.ess(self.log_weights)
 
     def posterior(self) -> Posterior:
-        """The posterior of finished particles. Raises as ``Engine.run`` does."""
+        """The posterior of finished particles.
+
+        Raises:
+            ValueError: for a program without a latent site.
+            ZeroEvidenceError: if all weights are zero; it carries the posterior.
+        """
         weights = zip(self.particles, self.log_weights.tolist(), strict=True)
         dead = [(p, p.killed_by or "(the engine)") for p, w in weights if w == -math.inf]
         killed = Counter(name for _, name in dead)
@@ -230,7 +252,7 @@ class State:
         return posterior
 
     def warn(self, message: str) -> None:
-        """Say it as a warning and as a note of the posterior."""
+        """Say ``message`` as a warning and as a note of the posterior."""
         self.notes.append(message)
         warnings.warn(message, stacklevel=5)
 

@@ -37,6 +37,10 @@ class GFlowNet(Engine):
         lora: peft's configuration of the adapter, if a guide has to be trained.
         fit: further options of the training, as of ``LMGuide.fit``: ``{"batch_size": 64}``.
         prior_fraction: as of ``Importance``; only with ``correct=True``.
+
+    Raises:
+        TypeError: for an option of another type, or ``steps`` within ``fit``.
+        ValueError: for one out of range, and for ``prior_fraction`` with ``correct=False``.
     """
 
     steps: int = 500

@@ -56,16 +56,17 @@ class SiteKernel(ABC):
 
     @abstractmethod
     def check(self, node: Any) -> None:
-        """Raise ``ValueError`` unless it can move a site."""
+        """Raise ``ValueError`` unless it can move a site; ``node`` is the site in Pyro's trace."""
 
     def cuts(self, node: Any, turn: int) -> range:
-        """The cuts that it chooses from, with equal probability, in a trace that has this site, at move
-        number ``turn``."""
+        """The cuts that it chooses from, with equal probability, in a trace that has the site ``node``,
+        at move number ``turn``."""
         return range(1)
 
     @abstractmethod
     def propose(self, latent: Latent, site: Any, cut: int) -> NewValue:
-        """A new value after a cut. It is asked within the run of the new trace, at the ``site``."""
+        """A new value after a cut. It is asked within the run of the new trace, at the ``site``;
+        ``latent`` is what the old trace has there."""
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,10 @@ class MCMC(Engine):
             R-hat and effective sample sizes are computed; None: the log joint.
 
     ``ess`` is the least bulk effective sample size of these functions. ``log_evidence`` is None.
+
+    Raises:
+        TypeError: for an option of another type.
+        ValueError: for one out of range.
     """
 
     num_chains: int = 8

@@ -70,6 +70,10 @@ class SMC(Engine):
             probability that the guide, or the program, has drawn the latents so far.
         rejuvenate: so many Markov moves (those of ``lmppl.MCMC``) of each particle at every barrier,
             after the resampling if there is one.
+
+    Raises:
+        TypeError: for an option of another type.
+        ValueError: for one out of range, and for ``rejuvenate`` beside ``prior_fraction``.
     """
 
     ess_threshold: float = 0.5

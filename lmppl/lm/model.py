@@ -43,6 +43,9 @@ class LM:
         vocabulary: text to ids, ids to text, which tokens end a text.
         usage: counters of tokens sampled, scored and trained on, shared with its adapters.
         memory: what a batch may take (``lmppl.Memory``); adapters begin with their base's.
+
+    Raises:
+        TypeError: a model that is no causal language model; a tokenizer that can't decode.
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, name: str | None = None) -> None:
@@ -107,6 +110,7 @@ class LM:
 
     @property
     def dtype(self) -> torch.dtype:
+        """That of its token embeddings."""
         return self.model.get_input_embeddings().weight.dtype
 
     @property
@@ -149,7 +153,7 @@ class LM:
         """Draw continuations of one prefix.
 
         Args:
-            prefix: a string, a ``Text``, or a list of them (see :meth:`encode`).
+            prefix: a string, a ``Text``, or a list of them (see ``encode``).
             num_samples: how many, N.
             max_tokens: of each, the closing token included.
             stop: string or strings that close a continuation.
@@ -158,6 +162,9 @@ class LM:
 
         Returns:
             N texts, and their log-probabilities, (N,) float32 in nats.
+
+        Raises:
+            ValueError: no ``max_tokens``, an argument out of range, or a prefix without tokens.
         """
         num_samples, seed = check_int("num_samples", num_samples, least=0), check_seed(seed)
         if max_tokens is None:
@@ -188,11 +195,15 @@ class LM:
         Args:
             prefix: a string, a ``Text``, or a list of them.
             continuations: N strings (scored as their canonical tokens) or ``Text``s (as theirs).
+            max_tokens: the most tokens that the text may have, as of ``sample``.
+            stop: string or strings that close it.
+            temperature: T > 0; each step is renormalised, p^(1/T).
 
         Returns:
             (N,) float32, in nats.
 
         Raises:
+            TypeError: for what is no list of strings.
             ValueError: a continuation that could not have been produced; says where and why.
         """
         if isinstance(continuations, str):

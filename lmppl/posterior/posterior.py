@@ -90,9 +90,15 @@ class Posterior(WeightedTraces, Report):
         Texts that are equal as strings count as one; tensors are numbers or nested tuples; lists,
         dicts and the like are their ``repr``; None: a site that a branch does not reach.
 
+        Args:
+            name_or_fn: the name of a site, or a function of one sample's values, which it gets as a
+                dict by site.
+            returns: take what the program returned, in place of a site.
+
         Raises:
             KeyError: if no trace has such a site.
-            TypeError: for a continuous site, whose values are all different.
+            TypeError: for a continuous site, whose values are all different; unless one of both is
+                given.
             ZeroEvidenceError: if all samples have probability zero.
         """
         if (name_or_fn is None) == (check_flag("returns", returns) is False):
@@ -115,8 +121,15 @@ class Posterior(WeightedTraces, Report):
         return {value: share for (value,), share in distinct([values], self.weights.tolist())}
 
     def best(self, name_or_fn: NameOrFn | None = None, *, returns: bool = False) -> Any:
-        """The most probable value that is not None; None if there is no other. Takes and raises what
-        ``probs`` does."""
+        """The most probable value that is not None; None if there is no other.
+
+        Args:
+            name_or_fn: the name of a site or a function, as of ``probs``.
+            returns: take what the program returned, in place of a site.
+
+        Raises:
+            KeyError, TypeError, ZeroEvidenceError: as ``probs``.
+        """
         found = self.probs(name_or_fn, returns=returns)
         return next((value for value in found if value is not None), None)
 
@@ -150,6 +163,7 @@ class Posterior(WeightedTraces, Report):
         Raises:
             ImportError: if matplotlib is not installed.
             KeyError, ZeroEvidenceError: as ``probs``.
+            TypeError: for a ``prior`` that is no posterior.
             ValueError: for a continuous site whose values are vectors.
         """
         rows = check_int("rows", rows)
@@ -239,9 +253,16 @@ class Posterior(WeightedTraces, Report):
         return page
 
     def mean(self, name_or_fn: NameOrFn) -> torch.Tensor:
-        """Posterior expectation, float64, of a numeric site, or of a function from the values of one
-        trace (a dict by site) to a number, a bool or a tensor:
+        """Posterior expectation of a numeric site or a function.
+
         ``posterior.mean(lambda v: v["z"].endswith("."))`` is a probability.
+
+        Args:
+            name_or_fn: the name of a site, or a function from the values of one trace (a dict by
+                site) to a number, a bool or a tensor.
+
+        Returns:
+            float64, of the value's shape.
 
         Raises:
             KeyError: if no trace has such a site.
@@ -415,6 +436,7 @@ class Posterior(WeightedTraces, Report):
 
         Raises:
             FileNotFoundError: if there is no posterior.
+            TypeError: for arguments without a program.
             ValueError: if a file is damaged or of another format, the texts are of another tokenizer,
                 or the program or its arguments are others; says which.
         """

@@ -23,7 +23,12 @@ if TYPE_CHECKING:
 
 
 class ZeroEvidenceError(RuntimeError):
-    """No sample has a positive weight. The traces of ``.posterior`` say how far each one came."""
+    """No sample has a positive weight. The traces of ``.posterior`` say how far each one came.
+
+    Args:
+        message: what killed the samples, in words.
+        posterior: the samples.
+    """
 
     def __init__(self, message: str, posterior: Any) -> None:
         super().__init__(message)

@@ -58,8 +58,16 @@ class History(Report, list[dict[str, Any]]):
         return [_number(_figure(figures, name)) for figures in self]
 
     def smoothed(self, name: str, window: int) -> list[float]:
-        """Running mean of a figure over the ``window`` steps around each (fewer at the ends). What is
-        not finite is left out; NaN where nothing is left."""
+        """Running mean of a figure: one number a step.
+
+        Args:
+            name: the figure, as of ``column``.
+            window: over how many steps around each (fewer at the ends). What is not finite is left
+                out; NaN where nothing is left.
+
+        Raises:
+            ValueError: if no step has the figure, or for a window below 1.
+        """
         window = check_int("window", window)
         values, back = self.column(name), (window - 1) // 2
         windows = [values[max(0, i - back) : i - back + window] for i in range(len(values))]
@@ -84,7 +92,7 @@ class History(Report, list[dict[str, Any]]):
         return {name: sum(seconds.get(name, 0.0) for seconds in parts) for name in names}
 
     def table(self, rows: int = 10) -> str:
-        """A few steps, evenly spaced (but near those with held-out figures, ``eval_*``), as text no
+        """``rows`` steps, evenly spaced (but near those with held-out figures, ``eval_*``), as text no
         wider than the terminal. ESS and alive are shares of the samples; log Z and the ELBO are in
         nats. The last line says where the time went."""
         return as_text(self._blocks(rows))

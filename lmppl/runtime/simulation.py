@@ -40,12 +40,19 @@ from lmppl.runtime.sites import is_observation, value_of
 @dataclass(frozen=True, eq=False)
 class Simulated:
     """One forward run of a program: its latents are an exact draw of the posterior given the
-    observations (and the results of the tools)."""
+    observations (and the results of the tools).
 
-    observations: dict[str, torch.Tensor | Text]  # by site; a ``Text`` keeps the drawn tokens
-    latents: dict[str, torch.Tensor]  # by site
-    log_joint: float  # log p(latents, observations), nats
-    sites: Mapping[str, Any] = field(repr=False)  # random ones and tools, as in Pyro's trace
+    Attributes:
+        observations: what observed sites drew, by site; a ``Text`` keeps the drawn tokens.
+        latents: values of the latent sites, by site.
+        log_joint: log p(latents, observations), nats.
+        sites: random ones and tools, as in Pyro's trace.
+    """
+
+    observations: dict[str, torch.Tensor | Text]
+    latents: dict[str, torch.Tensor]
+    log_joint: float
+    sites: Mapping[str, Any] = field(repr=False)
 
     @property
     def is_all_observed(self) -> bool:

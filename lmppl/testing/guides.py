@@ -21,16 +21,20 @@ from lmppl.training.lm_guide import LMGuide
 class GuideReport:
     """A guide against the exact posterior of a program on one input.
 
-    ``tv`` is the total variation between them, over whole traces, dead ones too. ``gap``, nats, is
-    ``log Z - E_q[log R - log q]`` of the guide renormalised to live traces: its Kullback-Leibler
-    divergence from the posterior; infinite if no mass is alive.
+    Attributes:
+        tv: the total variation between them, over whole traces, dead ones too.
+        gap: ``log Z - E_q[log R - log q]``, nats, of the guide renormalised to live traces: its
+            Kullback-Leibler divergence from the posterior; infinite if no mass is alive.
+        dead_mass: that the guide gives to traces of probability zero.
+        log_evidence: log Z, nats.
+        num_traces: live ones (of a continuous site, its quadrature nodes are counted).
     """
 
     tv: float
     gap: float
-    dead_mass: float  # that the guide gives to traces of probability zero
-    log_evidence: float  # log Z, nats
-    num_traces: int  # live ones (of a continuous site, its quadrature nodes are counted)
+    dead_mass: float
+    log_evidence: float
+    num_traces: int
 
 
 def guide_report(
@@ -45,8 +49,16 @@ def guide_report(
     """Measure a guide exactly: every trace of the program is enumerated, and its latents are scored in
     the pass that training uses. What the guide leaves to the model has the model's density.
 
-    ``quadrature`` is the number of nodes for every continuous latent; ``exact`` are all traces, if they
-    are known already. Raises as ``enumerate_program`` does.
+    Args:
+        guide: what is measured.
+        program: the program.
+        args: its arguments, of one input.
+        lm: the model of sites that name none.
+        quadrature: the number of nodes for every continuous latent.
+        exact: all traces, if they are known already.
+
+    Raises:
+        ValueError: as ``enumerate_program``.
     """
     exact = exact or enumerate_program(program, *args, lm=lm, quadrature=quadrature)
     live = [trace for trace in exact if trace.log_joint > -math.inf]
@@ -72,8 +84,17 @@ def guide_log_probs(
     traces: Sequence[ExactTrace],
     lm: LM,
 ) -> torch.Tensor:
-    """log q of whole traces, (N,) float64, nats; of a quadrature node, the log of its mass. Dead
-    traces are scored up to where they end, which is their mass under an automatic guide."""
+    """log q of whole traces, (N,) float64, nats; of a quadrature node, the log of its mass.
+
+    Dead traces are scored up to where they end, which is their mass under an automatic guide.
+
+    Args:
+        guide: whose density it is.
+        program: the program.
+        args: its arguments, of one input.
+        traces: N traces, as ``enumerate_program`` finds them.
+        lm: the model of sites that name none.
+    """
     with use(lm):
         scores = score_latents(guide, program, tuple(args), [trace.data for trace in traces])
     # Of a quadrature node, the prior's weight over its density there; else nothing.

@@ -36,8 +36,11 @@ class Language:
 
     @classmethod
     def of_texts(cls, texts: Iterable[str]) -> Language:
-        """These matches and no others. Of an infinite language, give all up to a length at which every
-        text that a site can write has come to an end, or is seen to go on."""
+        """``texts`` match, and no others.
+
+        Of an infinite language, give all up to a length at which every text that a site can write has
+        come to an end, or is seen to go on.
+        """
         bodies = {text.encode() for text in texts}
         begun = {body[:length] for body in bodies for length in range(len(body))}
         return cls(bodies.__contains__, (bodies | begun).__contains__, begun.__contains__)
@@ -46,8 +49,8 @@ class Language:
     def of_pieces(
         cls, matches: Callable[[str], bool], pieces: Sequence[str], longest: int
     ) -> Language:
-        """Those of all strings of at most ``longest`` pieces (characters, or longer) that match, as by
-        Python's ``re.compile(pattern).fullmatch``."""
+        """Those of all strings of at most ``longest`` pieces (characters, or longer) that match;
+        ``matches`` is for instance Python's ``re.compile(pattern).fullmatch``."""
         return cls.of_texts(
             text
             for length in range(longest + 1)
@@ -59,8 +62,9 @@ class Language:
     def of_predicates(
         cls, allows: Callable[[str], bool], complete: Callable[[str], bool] | None = None
     ) -> Language:
-        """What a ``Constraint`` by predicates says: it is asked on whole characters, and nothing is
-        known to be the end."""
+        """What a ``Constraint`` by predicates says: ``allows`` whether a match may begin with a text,
+        ``complete`` whether it is one (None: ``allows`` again). They are asked on whole characters, and
+        nothing is known to be the end."""
         decode = codecs.getincrementaldecoder("utf-8")
 
         def begins(data: bytes) -> bool:
@@ -126,14 +130,14 @@ class ConstrainedSite:
         return values
 
     def log_prob(self, tokens: Ids) -> float:
-        """The log-density of a sequence, nats; ``-inf`` if it is no value that matches."""
+        """The log-density of ``tokens``, nats; ``-inf`` if they are no value that matches."""
         outcomes = [self.outcome(tokens[:length]) for length in range(1, len(tokens) + 1)]
         if outcomes[-1:] != ["match"] or any(outcome != "open" for outcome in outcomes[:-1]):
             return -math.inf
         return math.fsum(self.next_log_probs(tokens[:n])[t] for n, t in enumerate(tokens))
 
     def next_log_probs(self, tokens: Ids) -> list[float]:
-        """Of every token after an open text, in nats."""
+        """Of every token after an open text, ``tokens``, in nats."""
         log_probs = self.lm.next_log_probs((*self.prefix, *tokens), self.temperature)
         if self.is_local:
             dead = [self.outcome((*tokens, token)) == "dead" for token in range(len(log_probs))]
@@ -143,7 +147,7 @@ class ConstrainedSite:
         return log_probs.tolist()
 
     def outcome(self, tokens: Ids) -> Outcome:
-        """What a sequence has come to that was open before its last token: it is still open, or closed
+        """What ``tokens`` have come to, which were open before the last: they are still open, or closed
         with a match, or cut at ``max_tokens`` without one, or can't match any more."""
         matches = self.language.matches
         if tokens[-1] in self.lm.eos_ids:

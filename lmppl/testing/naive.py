@@ -115,7 +115,12 @@ def naive_log_prob(
     """Log-probability of each token given all before it, ``(n,)`` float64, nats.
 
     By one plain float32 forward of ``lm.model`` over the whole sequence. No end factor.
-    ``temperature`` renormalises every step as ``p ** (1 / temperature)``.
+
+    Args:
+        lm: the language model.
+        prefix_ids: the tokens before them, at least one.
+        token_ids: n tokens.
+        temperature: every step is renormalised as ``p ** (1 / temperature)``.
 
     Raises:
         ValueError: an empty prefix.
@@ -134,6 +139,16 @@ def enumerate_site(
 
     A value ends with its first token that is an EOS or that completes a stop string (found by
     decoding every beginning with the tokenizer), or at ``max_tokens``. They sum to 1.
+
+    Args:
+        lm: the language model.
+        prefix_ids: the tokens that the text follows, at least one.
+        max_tokens: the most tokens, the closing one included.
+        stop: a stop string or several.
+        temperature: every step is renormalised as ``p ** (1 / temperature)``.
+
+    Raises:
+        ValueError: an empty prefix.
     """
     stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
     return NaiveLM(lm).enumerate(tuple(prefix_ids), max_tokens, stops, temperature)

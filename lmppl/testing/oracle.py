@@ -85,11 +85,19 @@ class Enumeration(tuple[ExactTrace, ...]):
         return self._table(names, text, [t.log_joint - log_evidence for t in self])
 
     def prior(self, *names: str, text: bool = False) -> dict[Any, float]:
-        """Exact probabilities of running the program forward; see ``posterior``."""
+        """Exact probabilities of running the program forward.
+
+        Args:
+            names: which latent sites, as of ``posterior``.
+            text: give the text of text sites instead of their tokens, summed where equal.
+
+        Raises:
+            ValueError: a name that is no latent site.
+        """
         return self._table(names, text, [t.log_prior for t in self])
 
     def mean(self, fn: Callable[[ExactTrace], float]) -> float:
-        """Posterior expectation of a function of a trace."""
+        """Posterior expectation of ``fn``, a function of a trace."""
         log_evidence = self.log_evidence
         live = [trace for trace in self if trace.log_joint > -math.inf]
         return math.fsum(math.exp(t.log_joint - log_evidence) * float(fn(t)) for t in live)
@@ -107,13 +115,14 @@ class Enumeration(tuple[ExactTrace, ...]):
 
 
 def key(values: dict[str, Any], names: Sequence[str]) -> Any:
-    """The value of the one name, or the tuple of the values of several; None if it has none."""
+    """The value of the one name among ``names``, or the tuple of the values of several; None for a name
+    that ``values``, as of ``ExactTrace.values``, lacks."""
     found = tuple(values.get(name) for name in names)
     return found[0] if len(names) == 1 else found
 
 
 def trace_values(trace: Any) -> dict[str, Any]:
-    """Latent values of a ``pyro.poutine.Trace`` in the form of ``ExactTrace.values``."""
+    """Latent values of ``trace``, a ``pyro.poutine.Trace``, in the form of ``ExactTrace.values``."""
     return {
         name: _plain(node["fn"], node["value"])
         for name, node in trace.nodes.items()

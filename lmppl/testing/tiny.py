@@ -85,7 +85,18 @@ def tiny_byte_lm(
     """A tiny LM with a byte-level tokenizer, whose tokens may split a unicode character.
 
     By default it writes ``a``, ``.``, and the two bytes each of ``"é"`` and ``"è"``; one token
-    ends in the middle of a character. ``options`` are those of :func:`tiny_lm`.
+    ends in the middle of a character.
+
+    Args:
+        tokens: the ordinary tokens, as bytes.
+        seed: of the weights.
+        eos: whether there is an end-of-sequence token.
+        bos: whether the tokenizer puts a BOS in front of a text.
+        **options: ``contrast``, ``hidden_size`` (by default 32), ``num_layers``, ``context_length`` and
+            ``unused_logits``, as of ``tiny_lm``.
+
+    Raises:
+        ValueError: no tokens, an empty token, or one given twice.
     """
     to_char = byte_alphabet()
     names = ["".join(to_char[byte] for byte in token) for token in tokens]
@@ -97,7 +108,14 @@ def tiny_byte_lm(
 def tiny_tokenizer(
     tokens: Sequence[str], *, eos: bool = True, bos: bool = False, byte_level: bool = False
 ) -> PreTrainedTokenizerFast:
-    """The tokenizer of :func:`tiny_lm`. ``byte_level``: tokens are in GPT-2's byte alphabet."""
+    """The tokenizer of ``tiny_lm``.
+
+    Args:
+        tokens: the ordinary tokens; their ids are their positions.
+        eos: whether EOS comes after them.
+        bos: whether BOS comes last, and is put in front of a text.
+        byte_level: whether tokens are written in GPT-2's byte alphabet.
+    """
     special = [EOS] * eos + [BOS] * bos
     vocabulary = {token: i for i, token in enumerate([*tokens, *special])}
     # A word-level model has no unknown token unless it is given one: it raises instead. (BPE
@@ -133,7 +151,18 @@ def tiny_model(
     eos_token_id: int | None = None,
     bos_token_id: int | None = None,
 ) -> LlamaForCausalLM:
-    """The model of :func:`tiny_lm`: float32, on the CPU, in evaluation mode."""
+    """The model of ``tiny_lm``: float32, on the CPU, in evaluation mode.
+
+    Args:
+        vocab_size: how many tokens it knows.
+        seed: of the weights.
+        contrast: standard deviation of the logits over tokens and prefixes.
+        hidden_size: a multiple of 8.
+        num_layers: how many.
+        context_length: in tokens.
+        eos_token_id: of its configuration, None: there is none.
+        bos_token_id: likewise.
+    """
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=hidden_size,

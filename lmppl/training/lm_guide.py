@@ -60,6 +60,11 @@ class LMGuide:
         history: one dict a training step: loss, log_z, elbo, ess, alive, length, seconds, ...
         notes: what training has to say of itself ("complete traces only: ...").
         tempered_target: temperature of the posterior that it has learned; None: it is untempered.
+
+    Raises:
+        TypeError: for what is no program, language model or list of names.
+        ValueError: without a language model, and for ``lora`` or ``adapter_per_site`` beside
+            ``program``.
     """
 
     inner: AutomaticGuide | ProgramGuide

@@ -211,6 +211,9 @@ class PPO(Loss):
         updates: of the optimiser on the same draws.
         clip: bound on the ratio of new to old density; in (0, 1).
         kl: weight of its penalty, the divergence from the program's prior.
+
+    Raises:
+        ValueError: for an option out of range.
     """
 
     updates: int = 4

@@ -64,7 +64,10 @@ def _centre(u: torch.Tensor, huber: float) -> torch.Tensor:
 def tb(log_r: torch.Tensor, log_q: torch.Tensor, log_z: torch.Tensor) -> torch.Tensor:
     """Trajectory balance with a learned log Z (Malkin et al., 2022, arXiv 2201.13259).
 
-    ``log_z`` is 0-d, the learned log evidence of the input, with gradient.
+    Args:
+        log_r: (N,), log joint of the samples, nats.
+        log_q: (N,), their log-density under the guide, with gradient.
+        log_z: 0-d, the learned log evidence of the input, with gradient.
     """
     live = log_r > -torch.inf
     if not bool(live.any()):
@@ -153,6 +156,10 @@ def elbo(log_r: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
     Where q gives mass to traces with R = 0 the ELBO is ``-inf``. They stay out, and the gradient
     is that of ``-E_qA[log R - log qA]`` times the probability of at least two live samples, where
     ``qA`` is q renormalised to live traces. Their mass is left to ``alive``.
+
+    Args:
+        log_r: (N,), N >= 2, log joint of samples of q, nats.
+        log_q: (N,), their log-density under the guide, with gradient.
     """
     live = log_r > -torch.inf
     if int(live.sum()) < 2:
@@ -194,8 +201,13 @@ def _nothing(log_q: torch.Tensor) -> torch.Tensor:
 
 
 def sft(log_q: torch.Tensor) -> torch.Tensor:
-    """Maximum likelihood on given latents (supervised fine-tuning): minus the mean of log q. On
-    draws from the posterior it estimates the forward KL up to a constant."""
+    """Maximum likelihood on given latents (supervised fine-tuning): minus the mean of log q.
+
+    On draws from the posterior it estimates the forward KL up to a constant.
+
+    Args:
+        log_q: (N,), log-density of the latents under the guide, nats, with gradient.
+    """
     return -log_q.mean()
 
 

@@ -102,8 +102,17 @@ def _error_of(grammar: str) -> str:
 
 
 class Regex(GuidanceConstraint):
-    """Texts that match a regular expression as a whole (the syntax of Rust's ``regex`` crate, which has
-    no lookaround and no back-references)."""
+    """Texts that match a regular expression as a whole.
+
+    Args:
+        pattern: in the syntax of Rust's ``regex`` crate, which has no lookaround and no
+            back-references.
+
+    Raises:
+        TypeError: it is no string.
+        ValueError: it is no regular expression of that syntax. (One that no text of a site can match
+            is refused where it is used.)
+    """
 
     name = "regex"
 
@@ -162,6 +171,9 @@ class Grammar(GuidanceConstraint):
 
     Terminals are read as a lexer reads them: each takes as much as it can. So ``A A`` with
     ``A: /a+/`` matches nothing, as the first ``A`` takes all; say it in one terminal, as ``/aa+/``.
+
+    Args:
+        lark: the grammar.
 
     Raises:
         TypeError: it is no string.

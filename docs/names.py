@@ -1,0 +1,98 @@
+"""The overview of the reference: every name of its pages, with the first line of its docstring.
+
+A hook of mkdocs (see ``mkdocs.yml``), which writes the tables into ``reference/index.md``. The pages
+say which names there are: a line ``::: lmppl.infer`` a name.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from pathlib import Path
+
+import griffe
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.nav import Section
+from mkdocs.structure.pages import Page
+
+OVERVIEW = "reference/index.md"
+PLACE = "<!-- names -->"
+NAME = re.compile(r"^::: (\S+)$((?:\n    .*)*)", re.M)
+MEMBERS = re.compile(r"members: \[(.*)\]")
+
+
+def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, **_: object) -> str:
+    """The overview, with a table for each page of the reference, in the order of the navigation."""
+    if page.file.src_uri != OVERVIEW:
+        return markdown
+    section = page.parent
+    if PLACE not in markdown or not isinstance(section, Section):
+        raise PluginError(f"{OVERVIEW} needs a line {PLACE}, and a place in a section of nav")
+    _package.cache_clear()  # mkdocs serve: files may have changed
+    pages = [child.file.src_uri for child in section.children if isinstance(child, Page)]
+    folder = Path(config.docs_dir)
+    tables = [
+        table(folder / uri) for uri in pages if uri.startswith("reference/") and uri != OVERVIEW
+    ]
+    return markdown.replace(PLACE, "\n".join(tables))
+
+
+def table(page: Path) -> str:
+    """The names of a page: a heading that links to it, and a table in Markdown."""
+    text = page.read_text()
+    title = re.search(r"^# (.+)$", text, re.M)
+    rows = [f"| [`{shown(name)}`][{name}] | {summary(name)} |" for name in names(text)]
+    heading = f"## [{title[1] if title else page.stem}]({page.name})"
+    return "\n".join([heading, "", "| name | what it is |", "| --- | --- |", *rows, ""])
+
+
+def names(text: str) -> list[str]:
+    """The names that a page documents. Of a module that has no heading there, its members."""
+    found: list[str] = []
+    for name, options in NAME.findall(text):
+        if "show_root_heading: false" not in options:
+            found.append(name)
+            continue
+        members = MEMBERS.search(options)
+        own = members[1].split(", ") if members else public_members(name)
+        found += [f"{name}.{member}" for member in own]
+    return found
+
+
+def public_members(name: str) -> list[str]:
+    """The functions and classes that a module defines, in its order."""
+    members = resolved(name).members.values()
+    own = [m for m in members if not m.is_alias and (m.is_function or m.is_class)]
+    return [member.name for member in own if not member.name.startswith("_")]
+
+
+def shown(name: str) -> str:
+    """A name as users write it: without ``lmppl.`` where ``lmppl`` itself has it."""
+    last = name.rpartition(".")[2]
+    is_flat = name.startswith("lmppl.losses.") or name == f"lmppl.{last}"
+    return name.removeprefix("lmppl.") if is_flat else name
+
+
+def summary(name: str) -> str:
+    """The first sentence of a docstring, in one line."""
+    docstring = resolved(name).docstring
+    if docstring is None:
+        raise PluginError(f"{name} has no docstring")
+    paragraph = " ".join(docstring.value.split("\n\n")[0].split())
+    sentence = re.split(r"(?<=[.:])\s+(?=[A-Z`\"])", paragraph.replace("``", "`"))[0]
+    return sentence.rstrip(".:").replace("|", "\\|")
+
+
+def resolved(name: str) -> griffe.Object | griffe.Alias:
+    """What a name stands for, read from the sources."""
+    try:
+        return _package()[name.removeprefix("lmppl.")]
+    except (KeyError, griffe.AliasResolutionError) as error:
+        raise PluginError(f"the reference documents {name}, which is not there: {error}") from error
+
+
+@cache
+def _package() -> griffe.Object | griffe.Alias:
+    root = Path(__file__).parent.parent
+    return griffe.load("lmppl", search_paths=[root])
