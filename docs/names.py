@@ -7,7 +7,9 @@ say which names there are: a line ``::: lmppl.infer`` a name.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 
 import griffe
@@ -19,6 +21,7 @@ from mkdocs.structure.pages import Page
 OVERVIEW = "reference/index.md"
 PLACE = "<!-- names -->"
 NAME = re.compile(r"^::: (\S+)$((?:\n    .*)*)", re.M)
+SEVERAL = 4  # names
 MEMBERS = re.compile(r"members: \[(.*)\]")
 
 
@@ -39,12 +42,31 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, **_: ob
 
 
 def table(page: Path) -> str:
-    """The names of a page: a heading that links to it, and a table in Markdown."""
+    """The names of a page: a heading that links to it, and tables in Markdown.
+
+    A module of several names has a table of its own, with short names; elsewhere those that ``lmppl``
+    itself has are short.
+    """
     text = page.read_text()
     title = re.search(r"^# (.+)$", text, re.M)
-    rows = [f"| [`{shown(name)}`][{name}] | {summary(name)} |" for name in names(text)]
-    heading = f"## [{title[1] if title else page.stem}]({page.name})"
-    return "\n".join([heading, "", "| name | what it is |", "| --- | --- |", *rows, ""])
+    lines = [f"## [{title[1] if title else page.stem}]({page.name})"]
+    sizes = Counter(module_of(name) for name in names(text))
+    large = [module for module, size in sizes.items() if size >= SEVERAL and module != "lmppl"]
+    for table_of, group in groupby(
+        names(text), lambda n: module_of(n) if module_of(n) in large else ""
+    ):
+        lines += ["", f"In `{table_of}`:"] if table_of else []
+        lines += ["", "| name | what it is |", "| --- | --- |"]
+        for name in group:
+            short = name.removeprefix(f"{table_of or 'lmppl'}.")
+            shown = short if "." not in short else name
+            lines.append(f"| [`{shown}`][{name}] | {summary(name)} |")
+    return "\n".join([*lines, ""])
+
+
+def module_of(name: str) -> str:
+    """What stands before the last dot of a name."""
+    return name.rpartition(".")[0]
 
 
 def names(text: str) -> list[str]:
@@ -65,13 +87,6 @@ def public_members(name: str) -> list[str]:
     members = resolved(name).members.values()
     own = [m for m in members if not m.is_alias and (m.is_function or m.is_class)]
     return [member.name for member in own if not member.name.startswith("_")]
-
-
-def shown(name: str) -> str:
-    """A name as users write it: without ``lmppl.`` where ``lmppl`` itself has it."""
-    last = name.rpartition(".")[2]
-    is_flat = name.startswith("lmppl.losses.") or name == f"lmppl.{last}"
-    return name.removeprefix("lmppl.") if is_flat else name
 
 
 def summary(name: str) -> str:

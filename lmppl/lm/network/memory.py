@@ -15,7 +15,7 @@ _FREE_SHARE = 0.5  # of the free memory, for one batch
 
 @dataclass(frozen=True)
 class Memory:
-    """What batches may take. Results do not depend on it, beyond rounding.
+    """What a language model's batches may take in memory. Results do not depend on it, beyond rounding.
 
     Args:
         batch_bytes: bound on the memory of one batch: caches, activations, logits. Larger ones are

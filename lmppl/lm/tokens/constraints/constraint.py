@@ -93,7 +93,7 @@ class Constraint:
 
 
 class ConstraintState(ABC):
-    """Where a text that a matching one may begin with has come to. It never changes."""
+    """The state of a constraint after a text that a match may begin with. It never changes."""
 
     @abstractmethod
     def after(self, data: bytes) -> ConstraintState | None:
