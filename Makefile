@@ -32,7 +32,8 @@ TORCH_VERSION := from importlib.metadata import version; print("    torch", vers
 
 say = @printf '==> %s\n'
 
-.PHONY: help setup demo demo-guide test test-all test-long test-fast lint types docs format lock clean distclean
+.PHONY: help setup demo demo-guide test test-all test-long test-fast lint types docs notebooks format lock
+.PHONY: clean distclean
 .PHONY: bench bench-full bench-peers bench-report
 .DELETE_ON_ERROR:
 
@@ -42,6 +43,7 @@ help:
 	@echo 'make test          set up, then lint, types, tests, docs'
 	@echo 'make test-all      the same, and the tests that take minutes'
 	@echo 'make test-fast     set up, then the tests that take seconds'
+	@echo 'make notebooks     set up, then write the tutorials as notebooks into notebooks/'
 	@echo 'make bench         set up, then the benchmarks, in a few minutes'
 	@echo 'make bench-full    the benchmarks at all sizes (MACHINE=name publishes them in the docs)'
 	@echo 'make bench-peers   fetch the projects that two of the benchmarks compare with'
@@ -92,6 +94,11 @@ types: setup
 docs: setup
 	$(say) 'docs (site/)'
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# The same code as on the pages of docs/tutorials.
+notebooks: setup
+	$(say) 'notebooks/'
+	@$(BIN)/python docs/notebooks.py notebooks
 
 format: setup
 	@$(BIN)/ruff format
@@ -200,7 +207,7 @@ lock: $(STAMPS)/venv
 	@rm $(LOCK).new
 
 clean:
-	rm -rf build dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf build dist site notebooks .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find lmppl tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + \
 		2>/dev/null || true
 
