@@ -61,6 +61,7 @@ PAGES = {
     "how-to/own_model.md": 0.05,
     "how-to/serve_a_guide.md": 0.3,
     "how-to/test_your_program.md": 0.1,
+    "tutorials/mini_lmppl.md": 0.3,
 }
 
 BLOCK = re.compile(

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -52,14 +53,26 @@ def test_code_fits_its_column_and_can_be_copied(name):
     assert not [line for line in lines if len(line) > 80 or line.startswith("$ ")]
 
 
+def is_excerpt(code, source):
+    """Whether lines stand in a file as they are, at any depth."""
+    return any(textwrap.indent(code, depth * " ") in source for depth in (0, 4, 8, 12))
+
+
+def test_excerpts_are_verbatim():
+    page = (DOCS / "tutorials/mini_lmppl.md").read_text()
+    source = (ROOT / "examples/mini_lmppl.py").read_text()
+    excerpts = re.findall(r"^```py\n(.*?)^```$", page, re.S | re.M)
+    assert len(excerpts) > 5
+    assert not [code for code in excerpts if not is_excerpt(code, source)]
+    assert not is_excerpt(excerpts[0].replace("closes", "ends"), source)
+
+
 @pytest.mark.slow
 def test_the_site_can_be_read_from_disk(repository):
     built = make_docs(repository)
     assert built.returncode == 0, built.stderr
     site = repository / "site"
     assert (site / "search/search_index.js").is_file()
-    overview = (site / "reference/index.html").read_text()
-    assert "inference.html#lmppl.infer" in overview and "<!-- names -->" not in overview
     for page in site.rglob("*.html"):
         loaded = re.findall(
             r"<(?:script|img|iframe)\b[^>]*\bsrc=[\"']?([^\"' >]*)"
@@ -72,6 +85,14 @@ def test_the_site_can_be_read_from_disk(repository):
     assert '<math display="block">' in page and "arithmatex" not in page
     assert 'sentences"><pre><span></span><code>all 10 samples have probability zero' in page
     assert 'sentences"><pre><span></span><code>exact       log evidence' not in page
+    for page in sorted(DOCS.glob("tutorials/*.md")):
+        shown = (site / "tutorials" / f"{page.stem}.html").read_text()
+        assert page.stem == "index" or f'href="{page.stem}.ipynb" download' in shown
+        assert page.stem == "index" or (site / "tutorials" / f"{page.stem}.ipynb").is_file()
+    overview = (site / "tutorials/index.html").read_text()
+    assert overview.count('<img alt="') >= 3 and 'href="mini_lmppl.html"' in overview
+    overview = (site / "reference/index.html").read_text()
+    assert 'href="inference.html#lmppl.infer"' in overview and "<!-- names -->" not in overview
 
 
 @pytest.mark.slow
