@@ -44,8 +44,8 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, **_: ob
 def table(page: Path) -> str:
     """The names of a page: a heading that links to it, and tables in Markdown.
 
-    A module of several names has a table of its own, with short names; elsewhere those that ``lmppl``
-    itself has are short.
+    A module of several names has a table of its own; elsewhere a name's line ends with its module, if
+    that is not ``lmppl`` itself. So the column of names is narrow enough for a phone.
     """
     text = page.read_text()
     title = re.search(r"^# (.+)$", text, re.M)
@@ -58,9 +58,9 @@ def table(page: Path) -> str:
         lines += ["", f"In `{table_of}`:"] if table_of else []
         lines += ["", "| name | what it is |", "| --- | --- |"]
         for name in group:
-            short = name.removeprefix(f"{table_of or 'lmppl'}.")
-            shown = short if "." not in short else name
-            lines.append(f"| [`{shown}`][{name}] | {summary(name)} |")
+            short, module = name.rpartition(".")[2], module_of(name)
+            where = "" if module in ("lmppl", table_of) else f". In `{module}`"
+            lines.append(f"| [`{short}`][{name}] | {summary(name)}{where} |")
     return "\n".join([*lines, ""])
 
 
