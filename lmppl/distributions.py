@@ -313,7 +313,7 @@ class LMText(TorchDistribution):
         return tuple(ids[: ids.index(PAD)] if PAD in ids else ids)
 
     def text(self, value: torch.Tensor) -> Text:
-        """The ``Text`` of one value."""
+        """The ``Text`` of one ``value``, of shape ``event_shape``."""
         ids = self.token_ids(value)
         if ids not in self._texts:
             if len(self._texts) >= _MOST_TEXTS:
@@ -363,7 +363,7 @@ class LMText(TorchDistribution):
         raise ValueError(f"a value has {what} (short ones are padded with {PAD} on the right)")
 
     def supports(self, value: torch.Tensor) -> bool:
-        """Whether one value is a sequence that the site could have produced (under the law of draws,
+        """Whether one ``value`` is a sequence that the site could have produced (under the law of draws,
         also one that came to a dead end)."""
         padded = value.tolist()
         ids = tuple(padded[: padded.index(PAD)] if PAD in padded else padded)

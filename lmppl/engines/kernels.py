@@ -65,7 +65,7 @@ class SiteKernel(ABC):
 
     @abstractmethod
     def propose(self, latent: Latent, site: Any, cut: int) -> NewValue:
-        """A new value after a cut. It is asked within the run of the new trace, at the ``site``;
+        """A new value after ``cut``. It is asked within the run of the new trace, at the ``site``;
         ``latent`` is what the old trace has there."""
 
 

@@ -49,8 +49,8 @@ class Language:
     def of_pieces(
         cls, matches: Callable[[str], bool], pieces: Sequence[str], longest: int
     ) -> Language:
-        """Those of all strings of at most ``longest`` pieces (characters, or longer) that match;
-        ``matches`` is for instance Python's ``re.compile(pattern).fullmatch``."""
+        """The matches among all strings of at most ``longest`` of some ``pieces`` (characters, or
+        longer); ``matches`` is for instance Python's ``re.compile(pattern).fullmatch``."""
         return cls.of_texts(
             text
             for length in range(longest + 1)

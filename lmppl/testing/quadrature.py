@@ -20,7 +20,7 @@ def quadrature_nodes(distribution: Any, num_nodes: int) -> tuple[torch.Tensor, t
     By Golub and Welsch (Mathematics of Computation 23, 1969): eigenvalues, and squared first
     components of eigenvectors, of the recurrence of the polynomials orthogonal under the density.
 
-    Both are ``(num_nodes,)`` float64. The distribution is a scalar ``Beta``, ``Uniform``, ``Normal``,
+    Both are ``(num_nodes,)`` float64. ``distribution`` is a scalar ``Beta``, ``Uniform``, ``Normal``,
     ``Gamma`` or ``Exponential``.
 
     Raises:

@@ -44,7 +44,7 @@ class Memory:
         check_flag("gradient_checkpointing", self.gradient_checkpointing)
 
     def available(self, device: torch.device) -> int:
-        """Bytes that one batch may take on a device."""
+        """Bytes that one batch may take on ``device``."""
         if self.batch_bytes is not None:
             return self.batch_bytes
         return int(_FREE_SHARE * _free_bytes(device))

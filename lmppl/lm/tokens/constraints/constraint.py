@@ -75,7 +75,7 @@ class Constraint:
         return self.allows(text)
 
     def start(self, vocabulary: Vocabulary) -> ConstraintState | None:
-        """The state of the empty text; None if there is no match at all.
+        """The state of the empty text, of the tokens of ``vocabulary``; None if there is no match.
 
         Raises:
             ValueError: the constraint is broken in itself, or the vocabulary can't spell it.
