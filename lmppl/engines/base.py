@@ -175,7 +175,7 @@ class State:
         return finished < num
 
     def extend_part(self, begin: int, end: int) -> None:
-        """What ``extend`` does, to the particles of some slots, and without a report."""
+        """What ``extend`` does, to the particles of slots ``begin`` up to ``end``, without a report."""
         part = self.particles[begin:end]
         runtime.run_to_draws(part)
         increments = [particle.take_log_weight() for particle in part]
