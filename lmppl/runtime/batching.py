@@ -36,7 +36,7 @@ def slot_seeds(seed: int, num: int) -> list[int]:
 
 
 def nth_seed(seed: int, index: int) -> int:
-    """Seed of the ``index``-th of endlessly many independent streams, below ``2**63``."""
+    """Seed of the ``index``-th of endlessly many independent streams of ``seed``, below ``2**63``."""
     stream = np.random.SeedSequence(seed, spawn_key=(index,))
     return int(stream.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
