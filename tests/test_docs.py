@@ -49,6 +49,7 @@ PAGES = {
     "tutorials/latent_rationales.md": 0.1,
     "tutorials/statistics_and_text.md": 0.1,
     "tutorials/diagnostics.md": 0.1,
+    "tutorials/mini_lmppl.md": 0.3,
     "how-to/chat_models.md": 0.05,
     "how-to/checkpoints.md": 0.05,
     "how-to/from_pyro.md": 0.1,
@@ -61,7 +62,6 @@ PAGES = {
     "how-to/own_model.md": 0.05,
     "how-to/serve_a_guide.md": 0.3,
     "how-to/test_your_program.md": 0.1,
-    "tutorials/mini_lmppl.md": 0.3,
 }
 
 BLOCK = re.compile(
