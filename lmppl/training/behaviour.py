@@ -93,15 +93,41 @@ class Recalled:
         ]
 
 
-class Behaviour:
-    """Draws the traces of each step, from ``seed``, with other random choices from ``generator``;
-    ``visits``: about how often each input is used."""
+@dataclass(frozen=True)
+class Turn:
+    """An input in one step. Its random streams are its own, so that its traces do not depend on what
+    else the step draws, nor on which process draws it.
 
-    def __init__(
-        self, guide: Guide, options: FitOptions, visits: int, seed: int, generator: torch.Generator
-    ) -> None:
+    Attributes:
+        input: the input.
+        num: how many traces it gets.
+        seeds: of its policies.
+        generator: of other choices.
+    """
+
+    input: Input
+    num: int
+    seeds: Sequence[int]
+    generator: torch.Generator
+
+
+def turns_of(inputs: Sequence[Input], batch_size: int, seed: int, number: int) -> list[Turn]:
+    """The turns of all inputs of step ``number`` of the run with that seed, which share the batch."""
+    count = len(inputs)
+    seeds = runtime.slot_seeds(runtime.nth_seed(seed, number), 5 * count)
+    turns = []
+    for k, input_ in enumerate(inputs):
+        generator = torch.Generator().manual_seed(seeds[4 * count + k] >> 1)
+        policies = (*seeds[3 * k : 3 * k + 3], seeds[3 * count + k])
+        turns.append(Turn(input_, batch_size // count, policies, generator))
+    return turns
+
+
+class Behaviour:
+    """Draws the traces of each step; ``visits``: about how often each input is used."""
+
+    def __init__(self, guide: Guide, options: FitOptions, visits: int) -> None:
         self._guide, self._options, self._loss = guide, options, options.loss
-        self._seed, self._generator = seed, generator
         self._stocked_steps = max(1, min(_PRIOR_STOCK, visits))
         self._most_remembered = _MOST_REMEMBERED if visits > 1 else 0
         self._remembered: dict[int, Sample] = {}  # as they were drawn, by the id of their record
@@ -117,23 +143,19 @@ class Behaviour:
             del self._remembered[next(iter(self._remembered))]
         return sample.record
 
-    def draw(self, inputs: Sequence[Input], number: int) -> list[list[Sample]]:
-        """Complete traces of each input of step ``number``."""
-        share = self._options.batch_size // len(inputs)
-        low, high = TEMPERATURES
-        heat = low * (high / low) ** float(torch.rand((), generator=self._generator))
-        seeds = runtime.slot_seeds(runtime.nth_seed(self._seed, number), 4 * len(inputs))
+    def draw(self, turns: Sequence[Turn]) -> list[list[Sample]]:
+        """Complete traces of each turn of a step."""
+        inputs = [turn.input for turn in turns]
         observe(self._guide, inputs)
         runs: list[tuple[int, Drawn | Recalled, list[Particle]]] = []
         known: list[list[Sample]] = []
         with runtime.ending([]) as started:
-            for k, input_ in enumerate(inputs):
-                input_.visits += 1
-                input_seeds = (*seeds[3 * k : 3 * k + 3], seeds[3 * len(inputs) + k])
-                policies, remembered = self._policies(input_, share, heat, input_seeds)
+            for k, turn in enumerate(turns):
+                turn.input.visits += 1
+                policies, remembered = self._policies(turn)
                 known.append(remembered)
                 for policy in policies:
-                    particles = policy.start(self._guide, input_)
+                    particles = policy.start(self._guide, turn.input)
                     started += particles
                     runs.append((k, policy, particles))
             runtime.run_to_end(started)
@@ -142,18 +164,19 @@ class Behaviour:
             drawn[k] += self._keep(inputs[k], policy, particles)
         return [new + old for new, old in zip(drawn, known, strict=True)]
 
-    def _policies(
-        self, input_: Input, share: int, heat: float, seeds: Sequence[int]
-    ) -> tuple[list[Drawn | Recalled], list[Sample]]:
-        """What draws ``share`` traces of an input, and some for later steps; and those remembered."""
+    def _policies(self, turn: Turn) -> tuple[list[Drawn | Recalled], list[Sample]]:
+        """What draws the traces of a turn, and some for later steps; and those remembered."""
         options, loss = self._options, self._loss
-        given = self._given(input_, share)
+        input_, share, seeds = turn.input, turn.num, turn.seeds
+        low, high = TEMPERATURES
+        heat = low * (high / low) ** float(torch.rand((), generator=turn.generator))
+        given = self._given(turn)
         by_program = round(share * options.prior_fraction)
         replayed: list[Record] = []
         tempered = prior = drawn = 0
         if loss.draws == "mixture":
             num = round((share - len(given)) * options.replay_fraction)
-            replayed = input_.buffer.draw(num, self._generator)
+            replayed = input_.buffer.draw(num, turn.generator)
             tempered, prior = round(share * options.tempered_fraction), by_program
             drawn = max(1, share - len(given) - len(replayed) - tempered - prior)
         elif loss.draws == "guide":
@@ -181,15 +204,15 @@ class Behaviour:
             policies.append(Recalled(origin, rest, seed, complete))
         return policies, remembered
 
-    def _given(self, input_: Input, share: int) -> list[Record]:
+    def _given(self, turn: Turn) -> list[Record]:
         """Latents that the user gave: always for losses on them; else once, to seed the buffer."""
-        loss, given = self._loss, input_.given
+        loss, input_, given, share = self._loss, turn.input, turn.input.given, turn.num
         most = share if loss.draws == "given" else max(1, share // 2)
         if loss.draws == "mixture":
             return given[(input_.visits - 1) * most : input_.visits * most]
         if loss.draws == "guide" and not loss.takes_simulated:
             return []
-        picks = torch.randperm(len(given), generator=self._generator)[:most].tolist()
+        picks = torch.randperm(len(given), generator=turn.generator)[:most].tolist()
         return [given[k] for k in sorted(picks)]
 
     def _keep(

@@ -27,7 +27,7 @@ from lmppl.training.fingerprints import identity
 from lmppl.training.inputs import Input
 from lmppl.training.trainer import Trainer
 
-FORMAT = 7
+FORMAT = 8
 
 
 class Part(Protocol):

@@ -138,26 +138,32 @@ class Truncation:
 
 
 def truncate(
-    samples: Sequence[Sample], *, token_budget: int, generator: torch.Generator
+    samples: Sequence[Sequence[Sample]],
+    *,
+    budget: float,
+    generators: Sequence[torch.Generator],
 ) -> list[Truncation]:
-    """Rewards of a random few legal truncations of the samples, for ``token_budget`` tokens; those that
-    need no language model (nothing is observed after the text) are free, and all of them are taken.
+    """Rewards of a random few legal truncations of each input's samples.
 
     Everything after the cut is run again on the truncated value: factors, tools, branches and
     observations. A truncation is not legal if the program comes to another latent after it, or if what
     is left of the text does not match its constraint.
+
+    Args:
+        samples: of each input.
+        budget: tokens that may be spent on an input, as a share of those of its samples. Truncations
+            that need no language model (nothing is observed after the text) are free, and all taken.
+        generators: choose those of each input.
     """
-    texts = [_CutText(sample, name) for sample in samples if (name := _last_text(sample))]
-    cuts = [(text, length) for text in texts for length in text.lengths()]
-    chosen = [(text, length) for text, length in cuts if not text.cost]
-    costly = [(text, length) for text, length in cuts if text.cost]
-    spent = 0
-    for k in torch.randperm(len(costly), generator=generator).tolist():
-        text, length = costly[k]
-        spent += text.cost + length
-        if spent > token_budget:
-            break
-        chosen.append((text, length))
+    groups = [
+        [_CutText(sample, name) for sample in of_input if (name := _last_text(sample))]
+        for of_input in samples
+    ]
+    texts = [text for of_input in groups for text in of_input]
+    chosen: list[tuple[_CutText, int]] = []
+    for of_input, group, generator in zip(samples, groups, generators, strict=True):
+        tokens = sum(sample.num_tokens for sample in of_input)
+        chosen += _affordable(group, round(budget * tokens), generator)
     complete = {text.key(text.full_length): text.sample.log_r for text in texts if text.is_closed}
     unknown, runs = [], dict[Any, Particle]()  # equal truncations of different samples are run once
     for text, length in chosen:
@@ -182,6 +188,23 @@ def truncate(
         for text, length in chosen
         if (log_r := text.rewards[length]) is not None
     ]
+
+
+def _affordable(
+    texts: Sequence[_CutText], tokens: int, generator: torch.Generator
+) -> list[tuple[_CutText, int]]:
+    """Some texts of an input, each with a length to cut it to: all that are free, and a random few for
+    so many tokens."""
+    cuts = [(text, length) for text in texts for length in text.lengths()]
+    chosen = [(text, length) for text, length in cuts if not text.cost]
+    costly = [(text, length) for text, length in cuts if text.cost]
+    for k in torch.randperm(len(costly), generator=generator).tolist():
+        text, length = costly[k]
+        tokens -= text.cost + length
+        if tokens < 0:
+            break
+        chosen.append((text, length))
+    return chosen
 
 
 def _last_text(sample: Sample) -> str | None:

@@ -24,7 +24,7 @@ import torch
 
 from lmppl.guides.guide import TrainableGuide
 from lmppl.training.batch import Batch, batches_of
-from lmppl.training.behaviour import Behaviour, Lookalikes
+from lmppl.training.behaviour import Behaviour, Lookalikes, Turn, turns_of
 from lmppl.training.inputs import Input, Source
 from lmppl.training.losses import LogZ, prompt_state
 from lmppl.training.optimizer import Optimizer
@@ -37,8 +37,8 @@ _FEWEST_TRUNCATIONS = 0.05
 
 
 class Trainer:
-    """The state of one run of a guide's training. Draws come from ``seed``, other random choices from
-    ``generator``, which is that of the source, so that one state is kept."""
+    """The state of one run of a guide's training. All that is random comes from ``seed``, but the order
+    of the inputs, for which the source has ``generator``."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class Trainer:
         self.seed, self.generator = seed, generator
         # A stream's inputs come once.
         visits = steps * self._num_inputs // source.num_inputs if source.num_inputs else 1
-        self._behaviour = Behaviour(guide, options, visits, seed, generator)
+        self._behaviour = Behaviour(guide, options, visits)
         self._lookalikes = Lookalikes(guide, source.num_inputs)
         self._rate = options.rate(guide.base.hidden_size)
         self._optimizer = Optimizer(options, self._rate, steps)
@@ -76,9 +76,10 @@ class Trainer:
         if not inputs:
             return None
         with torch.no_grad():
-            samples = self._draw(inputs, number)
+            turns = turns_of(inputs, self.options.batch_size, self.seed, number)
+            samples = self._draw(turns)
             sampled = time.perf_counter()
-            truncations = self._truncate(samples) if self._cuts else []
+            truncations = self._truncate(turns, samples) if self._cuts else []
         rewarded = time.perf_counter()
         first = batches = self._score(samples, truncations)
         losses = self._losses(inputs, batches, number)
@@ -109,19 +110,21 @@ class Trainer:
             return int(min(options.batch_size, few))
         return int(min(options.inputs_per_step, options.batch_size // 2, few))
 
-    def _draw(self, inputs: Sequence[Input], number: int) -> list[list[Sample]]:
-        samples = self._behaviour.draw(inputs, number)
-        for input_, of_input in zip(inputs, samples, strict=True):
+    def _draw(self, turns: Sequence[Turn]) -> list[list[Sample]]:
+        samples = self._behaviour.draw(turns)
+        for turn, of_input in zip(turns, samples, strict=True):
+            input_ = turn.input
             self._lookalikes.look(input_, of_input)
             self._any_alive |= input_.alive
             (self._dead.discard if input_.alive else self._dead.add)(input_.index)
         self._adopt()
         return samples
 
-    def _truncate(self, samples: Sequence[Sequence[Sample]]) -> list[Truncation]:
-        flat = [sample for of_input in samples for sample in of_input]
-        budget = round(self.options.truncations * sum(sample.num_tokens for sample in flat))
-        return truncate(flat, token_budget=budget, generator=self.generator)
+    def _truncate(
+        self, turns: Sequence[Turn], samples: Sequence[Sequence[Sample]]
+    ) -> list[Truncation]:
+        generators = [turn.generator for turn in turns]
+        return truncate(samples, budget=self.options.truncations, generators=generators)
 
     def _try_truncations(self, batches: Sequence[Batch], number: int) -> None:
         """Give truncations up if in the first steps hardly any were of use."""

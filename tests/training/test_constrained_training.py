@@ -31,7 +31,8 @@ BY_NAME = {str(case): case for case in CASES}
 
 def truncations_of(samples, budget=10**9):
     with lmppl.use(LM), torch.no_grad():
-        return truncate(samples, token_budget=budget, generator=torch.Generator().manual_seed(0))
+        share = budget / sum(sample.num_tokens for sample in samples)
+        return truncate([samples], budget=share, generators=[torch.Generator().manual_seed(0)])
 
 
 # --- truncations ---------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from lmppl import lm_sample, losses, require
 from lmppl.testing import guide_report, tiny_lm
 from lmppl.testing.programs import CASES
 from lmppl.training import behaviour, objectives
+from lmppl.training.behaviour import turns_of
 from lmppl.training.inputs import Collection, Input
 from lmppl.training.options import FitOptions, moved
 from lmppl.training.trainer import Trainer
@@ -39,6 +40,12 @@ def trainer_on(guide, args_of, steps=10, **options):
     guide.prepare(args_of[0])
     source = Collection(inputs, generator)
     return Trainer(guide, source, steps, options, 0, generator), inputs
+
+
+def traces_of(trainer, one, number):
+    """Of an input alone in a step: a list that holds that of its traces."""
+    turns = turns_of([one], trainer.options.batch_size, trainer.seed, number)
+    return trainer._behaviour.draw(turns)
 
 
 def fitted(seed, steps=3, case=CASE, **options):
@@ -116,14 +123,32 @@ def test_the_batch_is_a_mixture_of_policies():
     guide = lmppl.LMGuide(CASE.program, lm=LM)
     with lmppl.use(LM), torch.no_grad():
         trainer, (one,) = trainer_on(guide, [CASE.args], batch_size=16)
-        (first,) = trainer._behaviour.draw([one], 0)
-        (second,) = trainer._behaviour.draw([one], 1)
+        (first,) = traces_of(trainer, one, 0)
+        (second,) = traces_of(trainer, one, 1)
     assert len(first) == len(second) == 16
     origins = [Counter(sample.origin for sample in batch) for batch in (first, second)]
     assert origins[0] == {"guide": 12, "tempered": 2, "prior": 2}  # nothing to replay as yet
     assert origins[1] == {"guide": 8, "tempered": 2, "prior": 2, "replay": 4}
     # Two of the program's own traces a step, drawn for eight steps at a time.
     assert len(one.stock) == 8 * 2 - 4
+
+
+def test_an_inputs_traces_do_not_depend_on_what_else_the_step_draws():
+    """Draws, replayed traces and truncations: so a step can be shared out."""
+    seen = []
+    for alone in (False, True):
+        guide = lmppl.LMGuide(CASE.program, lm=LM)
+        with lmppl.use(LM), torch.no_grad():
+            trainer, inputs = trainer_on(guide, [CASE.args, ("b", "ab")], batch_size=32)
+            for number in range(3):
+                turns = turns_of(inputs, 32, trainer.seed, number)[alone:]
+                samples = trainer._behaviour.draw(turns)
+                cuts = trainer._truncate(turns, samples)
+        mine = {id(sample): i for i, sample in enumerate(samples[-1])}
+        cuts = [(mine[id(t.sample)], t.length) for t in cuts if id(t.sample) in mine]
+        seen.append(([(s.origin, s.record.tokens) for s in samples[-1]], cuts))
+    assert seen[0] == seen[1]
+    assert "replay" in dict(seen[0][0]) and seen[0][1]
 
 
 def test_a_remembered_trace_is_the_one_that_is_run_again(monkeypatch):
@@ -135,10 +160,10 @@ def test_a_remembered_trace_is_the_one_that_is_run_again(monkeypatch):
         guide = lmppl.LMGuide(CASE.program, lm=LM)
         with lmppl.use(LM), torch.no_grad():
             trainer, (one,) = trainer_on(guide, [CASE.args], batch_size=16)
-            trainer._behaviour.draw([one], 0)
+            traces_of(trainer, one, 0)
             if forgets:
                 trainer.forget()
-            steps.append(trainer._behaviour.draw([one], 1)[0])
+            steps.append(traces_of(trainer, one, 1)[0])
         assert len(runs) == 6 * forgets  # four of the buffer, two that were drawn ahead
     for remembered, run in zip(*steps, strict=True):
         assert remembered.origin == run.origin
@@ -163,10 +188,10 @@ def test_the_programs_draws_help_to_unlearn_dead_traces(loss, monkeypatch):
         trainer, (one,) = trainer_on(guide, [case.args], loss=loss, batch_size=16)
         with torch.no_grad():
             while not one.rejects:
-                trainer._behaviour.draw([one], one.visits)
-            batches = trainer._behaviour.draw([one], one.visits)
+                traces_of(trainer, one, one.visits)
+            batches = traces_of(trainer, one, one.visits)
             while all(sample.log_r > -math.inf for sample in batches[0]):
-                batches = trainer._behaviour.draw([one], one.visits)
+                batches = traces_of(trainer, one, one.visits)
         (batch,) = trainer._score(batches, [])
         trainer._losses([one], [batch], 1)
     origins = Counter(sample.origin for sample in batches[0])
@@ -186,7 +211,7 @@ def test_forward_kl_of_vargrad_is_of_the_guides_and_the_programs_draws(origins):
     with lmppl.use(LM):
         trainer, (one,) = trainer_on(guide, [CASE.args], batch_size=16, prior_fraction=0.25)
         with torch.no_grad():
-            (samples,) = trainer._behaviour.draw([one], 0)
+            (samples,) = traces_of(trainer, one, 0)
         others = {"guide", "prior"} - origins
         samples = [sample for sample in samples if sample.origin not in others]
         (batch,) = trainer._score([samples], [])
@@ -233,7 +258,7 @@ def test_losses_on_the_guides_own_draws_begin_near_the_prior(loss, monkeypatch):
     with lmppl.use(LM):
         trainer, (one,) = trainer_on(guide, [CASE.args], steps=10, loss=loss, annealing=0.2)
         with torch.no_grad():
-            batches = trainer._behaviour.draw([one], 0)
+            batches = traces_of(trainer, one, 0)
         (batch,) = trainer._score(batches, [])
         trainer._losses([one], [batch], 2)
     (log_r,) = seen

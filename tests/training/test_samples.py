@@ -23,7 +23,8 @@ _CASES = ["one site", "chain", "branch", "observed text", "scale", "factor", "to
 
 def truncations_of(guide, program, args, samples, budget=PLENTY):
     with lmppl.use(guide.base), torch.no_grad():
-        return truncate(samples, token_budget=budget, generator=torch.Generator().manual_seed(0))
+        share = budget / sum(sample.num_tokens for sample in samples)
+        return truncate([samples], budget=share, generators=[torch.Generator().manual_seed(0)])
 
 
 def cut_values(truncation):

@@ -1,0 +1,140 @@
+"""The processes that train one guide together: ``torch.distributed``, as torchrun or accelerate begin it.
+
+    every rank has the whole run: all inputs, the guide, the optimiser, the same random choices
+    of a step's inputs, rank r has those at the places r, r + K, r + 2K, ...
+    gradients are summed over the ranks, and divided by the number of inputs
+    what a step has found out about its inputs is told to all
+
+An input has its own random streams, whichever rank it falls to, and a loss compares traces of one input
+only. So K ranks take the steps that one process takes, but for the rounding of sums and batches.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+Parallel = Literal["inputs", "none"]
+
+
+class Ranks(ABC):
+    """The processes of a run, as one of them sees them.
+
+    Attributes:
+        rank: the number of this one, from 0.
+        num: how many there are.
+    """
+
+    rank: int
+    num: int
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this one shows progress and writes files."""
+        return self.rank == 0
+
+    def mine(self, items: Sequence[T]) -> Sequence[T]:
+        """Those that fall to this rank."""
+        return items[self.rank :: self.num]
+
+    @abstractmethod
+    def gather(self, mine: Sequence[T]) -> list[T]:
+        """What all ranks have of the items that ``mine`` dealt out, in the order of these."""
+
+    @abstractmethod
+    def of_first(self, value: T) -> T:
+        """What the first rank has."""
+
+    @abstractmethod
+    def sum(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Replace tensors by their sums over the ranks; they have the same shapes on all."""
+
+    @abstractmethod
+    def copy(self, tensor: torch.Tensor, source: int) -> None:
+        """Replace a tensor by that of another rank, of the same shape."""
+
+    @abstractmethod
+    def agree(self, words: Iterable[str]) -> bool:
+        """Whether all ranks have the same words."""
+
+
+class OneProcess(Ranks):
+    """A run in one process."""
+
+    rank, num = 0, 1
+
+    def gather(self, mine: Sequence[T]) -> list[T]:
+        return list(mine)
+
+    def of_first(self, value: T) -> T:
+        return value
+
+    def sum(self, tensors: Sequence[torch.Tensor]) -> None:
+        return
+
+    def copy(self, tensor: torch.Tensor, source: int) -> None:
+        return
+
+    def agree(self, words: Iterable[str]) -> bool:
+        return True
+
+
+class ProcessGroup(Ranks):
+    """The default group of ``torch.distributed``. Objects go by a group of their own, over the CPU."""
+
+    _objects: Any = None  # made once, as groups stay for the life of the process
+
+    def __init__(self) -> None:
+        self.rank, self.num = dist.get_rank(), dist.get_world_size()
+        if ProcessGroup._objects is None:
+            ProcessGroup._objects = dist.new_group(backend="gloo")
+
+    def gather(self, mine: Sequence[T]) -> list[T]:
+        parts: list[Any] = [None] * self.num
+        dist.all_gather_object(parts, list(mine), group=self._objects)
+        longest = max(map(len, parts))
+        return [part[place] for place in range(longest) for part in parts if place < len(part)]
+
+    def of_first(self, value: T) -> T:
+        held = [value]
+        dist.broadcast_object_list(held, src=0, group=self._objects)
+        return held[0]
+
+    def sum(self, tensors: Sequence[torch.Tensor]) -> None:
+        # One message for each dtype and device: a LoRA adapter has hundreds of small tensors.
+        kinds: dict[Any, list[torch.Tensor]] = {}
+        for tensor in tensors:
+            kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+        for alike in kinds.values():
+            flat = torch.cat([tensor.reshape(-1) for tensor in alike])
+            dist.all_reduce(flat)
+            sizes = [tensor.numel() for tensor in alike]
+            for tensor, part in zip(alike, flat.split(sizes), strict=True):
+                tensor.copy_(part.reshape(tensor.shape))
+
+    def copy(self, tensor: torch.Tensor, source: int) -> None:
+        dist.broadcast(tensor, source)
+
+    def agree(self, words: Iterable[str]) -> bool:
+        digest = zlib.crc32("\n".join(words).encode())
+        ends = torch.tensor([digest, -digest])
+        dist.all_reduce(ends, dist.ReduceOp.MAX, group=self._objects)
+        return int(ends[0]) == -int(ends[1])
+
+
+def ranks_of(parallel: Parallel) -> Ranks:
+    """The processes of a run: the default group, if there is one or torchrun has begun several."""
+    if parallel == "none" or not dist.is_available():
+        return OneProcess()
+    if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from accelerate import PartialState
+
+        PartialState()  # joins the others
+    return ProcessGroup() if dist.is_initialized() and dist.get_world_size() > 1 else OneProcess()
