@@ -7,6 +7,7 @@ starts at zero, so that an untrained guide is the prior.
 
 from __future__ import annotations
 
+import zlib
 from contextlib import suppress
 from typing import Any
 
@@ -48,7 +49,7 @@ def head_for(heads: nn.ModuleDict, names: list[str], sizes: tuple[int, int, int]
     key = "-".join(["head", *escaped])
     if key not in heads:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(len(heads))
+            torch.manual_seed(zlib.crc32(key.encode()))  # the same in every process
             heads[key] = Head(*sizes)
     head: Any = heads[key]
     if head.sizes[:2] != sizes[:2]:

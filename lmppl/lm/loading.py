@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,9 @@ def load(
 def choose_device(device: str | torch.device | None) -> torch.device:
     """The given device, else cuda, else mps, else cpu. ValueError if torch cannot use it."""
     if device is None:
-        if torch.cuda.is_available():
-            return torch.device("cuda")
+        if torch.cuda.is_available():  # torchrun numbers the processes of a machine
+            place = int(os.environ.get("LOCAL_RANK", torch.cuda.current_device()))
+            return torch.device("cuda", place % torch.cuda.device_count())
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         chosen = torch.device(device)

@@ -11,20 +11,17 @@ before its first step. So both go on from the same numbers, bit by bit.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from dataclasses import fields
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from lmppl.checks import check_flag, check_int
-from lmppl.distributions import ToolResult
 from lmppl.guides.parameters import same_base
 from lmppl.guides.saving import read_guide, write_guide
-from lmppl.lm.batches.requests import Scored
-from lmppl.runtime.records import Record
-from lmppl.states import is_state, present, read_state, replace_folder, write_state
-from lmppl.training.fingerprints import identity
-from lmppl.training.inputs import Input
+from lmppl.states import present, read_state, replace_folder, write_state
+from lmppl.training.fingerprints import identity, versions
+from lmppl.training.kept import load_input, state_of_input
+from lmppl.training.ranks import Ranks
 from lmppl.training.trainer import Trainer
 
 FORMAT = 8
@@ -48,6 +45,7 @@ class Checkpoints:
         every: steps between them. (One more is written at the end.)
         resume: go on from the checkpoint, if there is one.
         seed: of the run, as it was given.
+        ranks: the processes of the run, of which the first reads and writes.
 
     Raises:
         ValueError: for one out of range, or without what it needs.
@@ -58,9 +56,15 @@ class Checkpoints:
     _run: dict[str, Any]
 
     def __init__(
-        self, checkpoint: str | Path | None, every: int, resume: bool, seed: int | None
+        self,
+        checkpoint: str | Path | None,
+        every: int,
+        resume: bool,
+        seed: int | None,
+        ranks: Ranks,
     ) -> None:
         self._path = None if checkpoint is None else Path(checkpoint)
+        self._ranks = ranks
         self._every = check_int("checkpoint_every", every)
         self._resume = check_flag("resume", resume)
         if resume and checkpoint is None:
@@ -81,39 +85,62 @@ class Checkpoints:
                 options, or of another version of lmppl, or if a file of it was damaged; says which.
             FileExistsError: if there is a checkpoint and the run is a new one.
         """
-        if self._path is None:
-            return 0
         self._trainer, self._parts = trainer, parts
+        if self._path is None and self._ranks.num == 1:
+            return 0
         source, options, steps = trainer.source, trainer.options, trainer.steps
         # Now, before the steps change what it is made of.
         self._run = {**identity(trainer.guide, source, options, steps, trainer.seed), **run}
-        folder = present(self._path)
-        if not folder.exists():
+        self._check_ranks()
+        found = self._ranks.of_first(self._found() if self._ranks.is_first else None)
+        if found is None:
             return 0
-        if not self._resume:
-            raise FileExistsError(
-                f"{self._path} exists: resume=True goes on with the run in it; for a new run give "
-                "another folder"
-            )
-        state = read_state(folder, "checkpoint", FORMAT, ": train anew, in another folder")
+        if isinstance(found, Exception):
+            raise found
+        state, guide_state = found
         self._check_run(state["run"])
-        trainer.guide.load_state_dict(read_guide(folder / "guide"))
+        if state["processes"] != self._ranks.num:
+            warnings.warn(
+                f"the checkpoint {self._path} was written by a run of {state['processes']} processes, "
+                f"this one has {self._ranks.num}: it goes on with the same draws, but for rounding",
+                stacklevel=5,
+            )
+        trainer.guide.load_state_dict(guide_state)
         trainer.load_state_dict(state["trainer"])
         for input_, kept in zip(trainer.source.kept, state["inputs"], strict=True):
-            _load_input(input_, kept)
+            load_input(input_, kept)
         for name, part in parts.items():
             part.load_state_dict(state["parts"][name])
         return int(state["done"])
 
+    def _found(self) -> tuple[Any, Any] | Exception | None:
+        """The state in the folder and its guide's; None if there is none. What is wrong with them is
+        returned, so that all ranks can raise it."""
+        if self._path is None or not (folder := present(self._path)).exists():
+            return None
+        if not self._resume:
+            return FileExistsError(
+                f"{self._path} exists: resume=True goes on with the run in it; for a new run give "
+                "another folder"
+            )
+        try:
+            state = read_state(folder, "checkpoint", FORMAT, ": train anew, in another folder")
+            return state, read_guide(folder / "guide")
+        except (OSError, ValueError) as error:
+            return error
+
+    def _check_ranks(self) -> None:
+        """All processes must train the same."""
+        runs = self._ranks.gather([self._run | {"versions": versions()}])
+        for rank, other in enumerate(runs):
+            for what, one, two in _differences(runs[0], other):
+                raise ValueError(
+                    f"the processes of this run differ in their {what}: rank 0 has {one!r}, rank "
+                    f"{rank} {two!r}. Start all with the same script, data, seeds and packages"
+                )
+
     def _check_run(self, saved: Mapping[str, Any]) -> None:
-        for what in dict.fromkeys([*self._run, *saved]):
-            one, two = saved.get(what), self._run.get(what)
-            if what == "language model":
-                if same_base(saved[what], self._run[what]):
-                    continue
-                one, two = saved[what]["name"], self._run[what]["name"]
-            elif one == two:
-                continue
+        for what, one, two in _differences(saved, self._run):
             raise ValueError(
                 f"the checkpoint {self._path} belongs to another run, its {what} differs: it has "
                 f"{one!r}, this run {two!r}. Resume with what it was begun with, or train anew in "
@@ -130,7 +157,8 @@ class Checkpoints:
         if self._path is None or not (last or done % self._every == 0):
             return False
         try:
-            replace_folder(self._path, "checkpoint", lambda folder: self._write(folder, done))
+            if self._ranks.is_first:
+                replace_folder(self._path, "checkpoint", lambda folder: self._write(folder, done))
         except OSError as error:
             warnings.warn(
                 f"the checkpoint of step {done} could not be written ({error}); the one before is "
@@ -145,7 +173,8 @@ class Checkpoints:
         state = {
             "run": self._run,
             "done": done,
-            "inputs": [_input_state(input_) for input_ in trainer.source.kept],
+            "processes": self._ranks.num,
+            "inputs": [state_of_input(input_) for input_ in trainer.source.kept],
             "trainer": trainer.state_dict(),
             "parts": {name: part.state_dict() for name, part in self._parts.items()},
         }
@@ -154,53 +183,12 @@ class Checkpoints:
         write_state(folder, "checkpoint", FORMAT, state)
 
 
-# --- inputs and records --------------------------------------------------------------------------
-
-
-_KEPT = ("visits", "alive", "rejects", "features")
-
-
-def _input_state(input_: Input) -> dict[str, Any]:
-    records = {"buffer": input_.buffer.records, "stock": input_.stock}
-    return {name: getattr(input_, name) for name in _KEPT} | {
-        name: [_record_state(record) for record in kept if _is_plain(record)]
-        for name, kept in records.items()
-    }
-
-
-def _load_input(input_: Input, state: Mapping[str, Any]) -> None:
-    for name in _KEPT:
-        setattr(input_, name, state[name])
-    input_.buffer.records = [_record(kept) for kept in state["buffer"]]
-    input_.stock = [_record(kept) for kept in state["stock"]]
-
-
-def _is_plain(record: Record) -> bool:
-    """Whether a file can hold the results of its tools; other records are left out."""
-    return all(is_state(node.result) for node in record.tools.values())
-
-
-def _record_state(record: Record) -> dict[str, Any]:
-    known = {
-        name: [log_prob, *([scored.log_probs, scored.closing_log_probs] if scored else ())]
-        for name, (log_prob, scored) in record.known.items()
-    }
-    tools = {
-        name: [node.result, f"{type(node.error).__name__}: {node.error}" if node.error else None]
-        for name, node in record.tools.items()
-    }
-    state = {field.name: getattr(record, field.name) for field in fields(record)}
-    return state | {"known": known, "tools": tools, "counts": sorted(record.counts)}
-
-
-def _record(state: Mapping[str, Any]) -> Record:
-    known = {
-        name: (log_prob, Scored(*terms) if terms else None)
-        for name, (log_prob, *terms) in state["known"].items()
-    }
-    tools = {
-        name: ToolResult.wrap(result, RuntimeError(error) if error else None)
-        for name, (result, error) in state["tools"].items()
-    }
-    tokens, counts = tuple(state["tokens"]), frozenset(state["counts"])
-    return Record(**{**state, "known": known, "tools": tools, "tokens": tokens, "counts": counts})
+def _differences(one: Mapping[str, Any], two: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """In what two runs are not the same, with what each has."""
+    for what in dict.fromkeys([*two, *one]):
+        first, second = one.get(what), two.get(what)
+        if what == "language model":
+            if not same_base(one[what], two[what]):
+                yield what, one[what]["name"], two[what]["name"]
+        elif first != second:
+            yield what, first, second

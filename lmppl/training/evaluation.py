@@ -11,13 +11,19 @@ from lmppl import runtime
 from lmppl.guides.guide import Guide
 from lmppl.guides.scoring import score_traces
 from lmppl.training.inputs import Input, observe
+from lmppl.training.ranks import OneProcess, Ranks
 from lmppl.training.trainer import mean
 
 _MOST_PARTICLES = 512
 
 
 def evaluate(
-    guide: Guide | None, inputs: Sequence[Input], num_samples: int, *, seed: int
+    guide: Guide | None,
+    inputs: Sequence[Input],
+    num_samples: int,
+    *,
+    seed: int,
+    ranks: Ranks | None = None,
 ) -> dict[str, float]:
     """Figures of a guide as a proposal, each the mean over the inputs.
 
@@ -26,6 +32,7 @@ def evaluate(
         inputs: held out from training.
         num_samples: draws for each input.
         seed: the same seed compares the same uniforms, so that differences are less noisy.
+        ranks: the processes that share the inputs out; None: this one alone.
 
     Returns:
         ``eval_ess`` (the effective sample size as a fraction of ``num_samples``; upward biased
@@ -36,12 +43,14 @@ def evaluate(
         no draw is dead (``eval_alive`` is 1), KL(q || p) is below ``eval_eubo - eval_elbo`` and above
         ``eval_log_z - eval_elbo``; else it is infinite.
     """
+    ranks = OneProcess() if ranks is None else ranks
+    seeded = ranks.mine(list(zip(inputs, runtime.slot_seeds(seed, len(inputs)), strict=True)))
+    mine = [input_ for input_, _ in seeded]
     if guide is not None:
-        observe(guide, inputs)
-    seeded = list(zip(inputs, runtime.slot_seeds(seed, len(inputs)), strict=True))
+        observe(guide, mine)
     at_once = max(1, _MOST_PARTICLES // num_samples)
     log_weights: list[float] = []
-    for begin in range(0, len(inputs), at_once):
+    for begin in range(0, len(mine), at_once):
         with torch.no_grad(), runtime.ending([]) as particles:
             for input_, input_seed in seeded[begin : begin + at_once]:
                 program, args, seen = input_.program, input_.args, input_.observations
@@ -53,27 +62,29 @@ def evaluate(
                 )
             runtime.run_to_end(particles)
             log_weights += [particle.take_log_weight() for particle in particles]
-    rows = list(torch.tensor(log_weights, dtype=torch.float64).reshape(-1, num_samples))
+    found = torch.tensor(log_weights, dtype=torch.float64).reshape(-1, num_samples)
+    rows = ranks.gather(list(found))
     live = [row[row > -math.inf] for row in rows]
     figures = {
-        "eval_ess": sum(map(runtime.ess, rows)) / len(log_weights),
+        "eval_ess": sum(map(runtime.ess, rows)) / (len(rows) * num_samples),
         "eval_elbo": mean([float(u.mean()) for u in live]),
         "eval_log_z": mean([runtime.log_mean_exp(row) for row in rows]),
-        "eval_alive": sum(map(len, live)) / len(log_weights),
+        "eval_alive": sum(map(len, live)) / (len(rows) * num_samples),
     }
     if dead := sum(not len(u) for u in live):
         figures["eval_dead"] = float(dead)
     if all(input_.exact for input_ in inputs):
-        figures["eval_eubo"] = _eubo(guide, inputs)
+        each = ranks.gather([_upper_bounds(guide, mine)])
+        figures["eval_eubo"] = float(torch.cat(each).mean())
     return figures
 
 
-def _eubo(guide: Guide | None, inputs: Sequence[Input]) -> float:
-    """Mean of log R - log q over the exact posterior draws of simulated inputs."""
+def _upper_bounds(guide: Guide | None, inputs: Sequence[Input]) -> torch.Tensor:
+    """log R - log q of the exact posterior draws of simulated inputs."""
     pairs = [(input_, record) for input_ in inputs for record in input_.given]
     scores = score_traces(
         guide,
         [(input_.program, input_.args, record.values) for input_, record in pairs],
         [input_.observations or {} for input_, _ in pairs],
     )
-    return float((scores.log_joint - scores.log_q).mean())
+    return scores.log_joint - scores.log_q

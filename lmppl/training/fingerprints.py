@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from importlib import metadata
 from types import CodeType, FunctionType, MethodType
 from typing import Any
 
@@ -44,6 +45,12 @@ def identity(
         "seed": seed,
         **{f"option {name}": value for name, value in plain.items()},
     }
+
+
+def versions() -> dict[str, str]:
+    """Of what a run's numbers depend on, by package."""
+    names = {"lmppl": "lmppl-pyro"} | {name: name for name in ("torch", "transformers", "peft")}
+    return {name: metadata.version(package) for name, package in names.items()}
 
 
 def program_fingerprint(program: Callable[..., Any]) -> str:

@@ -69,13 +69,14 @@ def fit(
             settings,
             seed,
             generator,
-            run.progress,
+            run.progress if run.ranks.is_first else False,
         )
         run.hold_out(held_out)
         guide.start_training(several_inputs=source.num_inputs != 1)
         guide.tempered_target = settings.tempered_target
         guide.prepare(example.args, example.program, example.observations)
-        train(_GuideLearner(Trainer(guide, source, run.steps, settings, seed, generator)), run)
+        trainer = Trainer(guide, source, run.steps, settings, seed, generator, run.ranks)
+        train(_GuideLearner(trainer), run)
 
 
 class _GuideLearner(Learner):

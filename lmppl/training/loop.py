@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 import torch
 
 from lmppl import runtime
-from lmppl.checks import check_callable, check_int
+from lmppl.checks import check_callable, check_choice, check_int
 from lmppl.guides.guide import Guide
 from lmppl.report.history import History
 from lmppl.report.progress import progress_bar
@@ -36,6 +36,7 @@ from lmppl.training.callbacks import DivergenceGuard, EarlyStopping
 from lmppl.training.checkpoints import Checkpoints, Part
 from lmppl.training.inputs import Input
 from lmppl.training.options import FitOptions
+from lmppl.training.ranks import Parallel, ranks_of
 from lmppl.training.tracking import tracker
 from lmppl.training.trainer import Trainer
 
@@ -95,6 +96,9 @@ class Run:
             "wandb", ...), a tracker object, or a list of those.
         logging_dir: where they write.
         seed: makes the run reproducible.
+        parallel: where torchrun or ``accelerate launch`` has begun several processes: ``"inputs"``
+            shares out the inputs of each step, and trains as one process would; ``"none"``: each
+            process trains by itself.
         progress: whether a progress bar is shown; None: on a terminal and in a notebook.
         callback: called with each step's dict of figures.
 
@@ -112,19 +116,23 @@ class Run:
     log_with: Any = None
     logging_dir: str | Path = "runs"
     seed: int | None = None
+    parallel: Parallel = "inputs"
     progress: bool | None = None
     callback: Callable[[dict[str, Any]], None] | None = None
 
     def __post_init__(self) -> None:
+        check_choice("parallel", self.parallel, ("inputs", "none"))
+        self.ranks = ranks_of(self.parallel)
         self.checkpoints = Checkpoints(
-            self.checkpoint, self.checkpoint_every, self.resume, self.seed
+            self.checkpoint, self.checkpoint_every, self.resume, self.seed, self.ranks
         )
         if self.callback is not None:
             check_callable("callback", self.callback)
         EarlyStopping(self.patience)  # checks it
         for name in ("steps", "eval_every", "eval_samples"):
             setattr(self, name, check_int(name, getattr(self, name)))
-        self.random_seed = runtime.fresh_seed(self.seed)
+        fresh = runtime.fresh_seed(self.seed)
+        self.random_seed = self.ranks.of_first(fresh) if self.seed is None else fresh
         self.held_out: Sequence[Input] = ()
 
     def hold_out(self, inputs: Sequence[Input]) -> None:
@@ -139,7 +147,9 @@ class Run:
         if not self.held_out or not due:
             return {}
         began = time.perf_counter()
-        found = evaluation.evaluate(guide, self.held_out, self.eval_samples, seed=self.random_seed)
+        found = evaluation.evaluate(
+            guide, self.held_out, self.eval_samples, seed=self.random_seed, ranks=self.ranks
+        )
         return found | {"seconds_evaluation": time.perf_counter() - began}
 
 
@@ -203,11 +213,15 @@ def train(learner: Learner, run: Run, **config: Any) -> None:
 
     def again() -> float:
         num, seed = run.eval_samples, run.random_seed
-        return evaluation.evaluate(trainer.guide, learner.inputs, num, seed=seed)[evaluated]
+        figures = evaluation.evaluate(
+            trainer.guide, learner.inputs, num, seed=seed, ranks=run.ranks
+        )
+        return figures[evaluated]
 
+    show, log_with = (run.progress, run.log_with) if run.ranks.is_first else (False, None)
     with (
-        progress_bar(learner.task, run.steps, show=run.progress) as bar,
-        tracker(run.log_with, directory=run.logging_dir, name="lmppl", config=config) as log,
+        progress_bar(learner.task, run.steps, show=show) as bar,
+        tracker(log_with, directory=run.logging_dir, name="lmppl", config=config) as log,
         runtime.rare_collections(),
     ):
         bar.advance(done)

@@ -26,8 +26,10 @@ from lmppl.runtime import Given, Particle
 from lmppl.runtime.records import Record
 from lmppl.training.behaviour import Drawn, Recalled
 from lmppl.training.inputs import Input, observe
+from lmppl.training.kept import load_input, state_of_input
 from lmppl.training.optimizer import Optimizer
 from lmppl.training.options import FitOptions
+from lmppl.training.ranks import OneProcess, Ranks
 from lmppl.training.samples import Sample, score_own_draws
 from lmppl.training.trainer import mean
 
@@ -86,6 +88,7 @@ class MStep:
         rate: AdamW's; None: the guide's. It warms up and decays as the guide's does.
         steps: how many there will be.
         num_samples: draws for each input.
+        ranks: the processes that share a step's inputs out; None: this one alone.
         saved: is around the program, for parameters of a resumed run that it comes to late.
 
     Raises:
@@ -100,10 +103,12 @@ class MStep:
         rate: float | None,
         steps: int,
         num_samples: int,
+        ranks: Ranks | None = None,
         saved: SavedParams | None = None,
     ) -> None:
         self.guide, self.inputs, self.options = guide, inputs, options
         self.num_samples, self._given_rate = num_samples, rate
+        self._ranks = OneProcess() if ranks is None else ranks
         self._saved = saved or SavedParams()
         self._trainables = Trainables(guide.base)
         self._trainables.find(guide.model, inputs[0].args)
@@ -119,7 +124,7 @@ class MStep:
                 "its own"
             )
         rate = options.rate(guide.base.hidden_size) if rate is None else rate
-        self._optimizer = Optimizer(options, rate, steps)
+        self._optimizer = Optimizer(options, rate, steps, self._ranks)
         self._adopt()
 
     def _adopt(self) -> None:
@@ -130,37 +135,50 @@ class MStep:
 
     def step(self, inputs: Sequence[Input], number: int, seed: int) -> dict[str, float]:
         """Raise the likelihood of some inputs' observations. Returns its figures."""
-        records, log_weights = self._draw(inputs, seed)
-        losses, sizes = [], []
-        for row, log_joint in zip(log_weights, self._log_joints(inputs, records), strict=True):
+        seeds = runtime.slot_seeds(seed, len(inputs))
+        mine = self._ranks.mine(list(zip(inputs, seeds, strict=True)))
+        records, log_weights = self._draw(mine)
+        losses = []
+        log_joints = self._log_joints([input_ for input_, _ in mine], records)
+        for row, log_joint in zip(log_weights, log_joints, strict=True):
             live = row > -math.inf
             if bool(live.any()):
                 weights = torch.softmax(row[live], 0).to(log_joint)
                 losses.append(-(weights * log_joint[live.to(log_joint.device)]).sum())
-                sizes.append(runtime.ess(row) / len(row))
-        loss = torch.stack(losses).mean() if losses else torch.tensor(math.nan)
         self._adopt()
-        if losses and not math.isfinite(self._optimizer.step(loss, number)):
+        update = self._optimizer.step(losses, number)
+        if not update.is_empty and not math.isfinite(update.norm):
             raise FloatingPointError(
                 "the loss of the model, or its gradient, is not finite: its parameters are kept as "
                 "they were. Lower model_learning_rate"
             )
+        rows = self._share_out(inputs, log_weights)
+        alive = [row for row in rows if bool((row > -math.inf).any())]
         return {
-            "log_evidence": mean([runtime.log_mean_exp(row) for row in log_weights]),
-            "model_loss": float(loss.detach()),
-            "model_ess": mean(sizes),
+            "log_evidence": mean([runtime.log_mean_exp(row) for row in rows]),
+            "model_loss": update.loss,
+            "model_ess": mean([runtime.ess(row) / len(row) for row in alive]),
         }
 
+    def _share_out(self, inputs: Sequence[Input], log_weights: torch.Tensor) -> list[torch.Tensor]:
+        """Tell the other ranks what this one has found for its inputs, and hear of theirs. Returns the
+        log-weights of all inputs."""
+        several = self._ranks.num > 1
+        kept = [state_of_input(input_) if several else {} for input_ in self._ranks.mine(inputs)]
+        heard = self._ranks.gather(list(zip(log_weights, kept, strict=True)))
+        for place, (input_, (_, state)) in enumerate(zip(inputs, heard, strict=True)):
+            if place % self._ranks.num != self._ranks.rank:
+                load_input(input_, state)
+        return [row for row, _ in heard]
+
     @torch.no_grad()
-    def _draw(self, inputs: Sequence[Input], seed: int) -> tuple[list[Record], torch.Tensor]:
+    def _draw(self, seeded: Sequence[tuple[Input, int]]) -> tuple[list[Record], torch.Tensor]:
         """Draws of the mixture for each input, one input after another, and their log-weights:
         (inputs, num_samples) float64, nats."""
-        observe(self.guide, inputs)
+        observe(self.guide, [input_ for input_, _ in seeded])
         mixtures = [
             _Mixture(input_, self.num_samples, self.options, input_seed)
-            for input_, input_seed in zip(
-                inputs, runtime.slot_seeds(seed, len(inputs)), strict=True
-            )
+            for input_, input_seed in seeded
         ]
         with runtime.ending([]) as particles:
             for mixture in mixtures:
@@ -175,7 +193,7 @@ class MStep:
             log_weights.append(mixture.log_weight(sample, of_sample))
             records.append(sample.record)
             mixture.input.buffer.add(records[-1])  # the guide learns from what was found, too
-        return records, torch.tensor(log_weights, dtype=torch.float64).reshape(len(inputs), -1)
+        return records, torch.tensor(log_weights, dtype=torch.float64).reshape(len(seeded), -1)
 
     def _log_joints(self, inputs: Sequence[Input], records: Sequence[Record]) -> torch.Tensor:
         """log p(latents, observations) of each draw, (inputs, num_samples) with gradient."""

@@ -3,27 +3,38 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
 from lmppl.training.options import FitOptions
+from lmppl.training.ranks import Ranks
 
 # Learning rates of parameters whose names begin so, in units of the others': heads are small and new
 # networks; a learned log Z is far from its start and has few gradients.
 _RATES = {"heads": 4.0, "log_z": 25.0}
 
 
+class Update(NamedTuple):
+    """What a step of the optimiser was: the mean loss, the norm of its gradient, and whether there was
+    nothing to learn from, so that both are NaN."""
+
+    loss: float
+    norm: float
+    is_empty: bool = False
+
+
 class Optimizer:
     """AdamW on parameters that become known one after another; ``rate`` is its highest learning rate.
+    All ranks take the same steps.
 
     Gradients of a variance shrink with it, as those of a likelihood do towards its maximum, so a
     memory of 1,000 steps of their size (0.999) would hold the last steps back.
     """
 
-    def __init__(self, options: FitOptions, rate: float, steps: int) -> None:
-        self._options, self._rate, self._steps = options, rate, steps
+    def __init__(self, options: FitOptions, rate: float, steps: int, ranks: Ranks) -> None:
+        self._options, self._rate, self._steps, self._ranks = options, rate, steps, ranks
         none_yet: list[dict[str, Any]] = [{"params": [], "rate": rate}]
         self._adamw = torch.optim.AdamW(none_yet, lr=rate, betas=(0.9, 0.98), weight_decay=0.0)
         self._named: Mapping[str, torch.nn.Parameter] = {}
@@ -42,19 +53,38 @@ class Optimizer:
         self._named = parameters
         self._restore(new)
 
-    def step(self, loss: torch.Tensor, number: int) -> float:
-        """Go one step down. Returns the norm of the gradient; if that or the loss is not finite, the
-        norm is not, and the parameters stay."""
+    def step(self, losses: Sequence[torch.Tensor], number: int) -> Update:
+        """Go one step down the mean of all ranks' losses, of which ``losses`` are this one's. If it or
+        its gradient is not finite, the parameters stay."""
         self._adamw.zero_grad(set_to_none=True)
-        if not bool(torch.isfinite(loss)):
-            return math.nan
-        loss.backward()
+        total = torch.stack(list(losses)).sum() if losses else torch.zeros(())
+        sums = torch.tensor([float(total.detach()), len(losses)], dtype=torch.float64)
+        self._ranks.sum([sums])
+        loss, count = float(sums[0] / sums[1]), int(sums[1])
+        if not math.isfinite(loss):
+            return Update(loss, math.nan, is_empty=not count)
+        if losses:
+            (total / count).backward()
+        self._sum_gradients()
         norm = torch.nn.utils.clip_grad_norm_(self._parameters(), self._options.max_grad_norm)
         if bool(torch.isfinite(norm)):
             for group in self._adamw.param_groups:
                 group["lr"] = group["rate"] * self._options.schedule(number, self._steps)
             self._adamw.step()
-        return float(norm)
+        return Update(loss, float(norm))
+
+    def _sum_gradients(self) -> None:
+        """Over all ranks. A parameter without a gradient on any of them stays so, as AdamW leaves it."""
+        if self._ranks.num == 1:
+            return
+        named = [self._named[name] for name in sorted(self._named)]
+        used = torch.tensor([float(p.grad is not None) for p in named])
+        self._ranks.sum([used])
+        named = [p for p, count in zip(named, used.tolist(), strict=True) if count]
+        for parameter in named:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self._ranks.sum([p.grad for p in named if p.grad is not None])
 
     def _parameters(self) -> list[torch.nn.Parameter]:
         return [p for group in self._adamw.param_groups for p in group["params"]]

@@ -1,4 +1,4 @@
-"""The processes that train one guide together: ``torch.distributed``, as torchrun or accelerate begin it.
+"""The processes that train one guide together, by ``torch.distributed``, as torchrun begins them.
 
     every rank has the whole run: all inputs, the guide, the optimiser, the same random choices
     of a step's inputs, rank r has those at the places r, r + K, r + 2K, ...
@@ -19,6 +19,8 @@ from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
+
+from lmppl.lm.loading import choose_device
 
 T = TypeVar("T")
 Parallel = Literal["inputs", "none"]
@@ -114,13 +116,17 @@ class ProcessGroup(Ranks):
             kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
         for alike in kinds.values():
             flat = torch.cat([tensor.reshape(-1) for tensor in alike])
-            dist.all_reduce(flat)
+            dist.all_reduce(flat, group=self._group(flat))
             sizes = [tensor.numel() for tensor in alike]
             for tensor, part in zip(alike, flat.split(sizes), strict=True):
                 tensor.copy_(part.reshape(tensor.shape))
 
     def copy(self, tensor: torch.Tensor, source: int) -> None:
-        dist.broadcast(tensor, source)
+        dist.broadcast(tensor, source, group=self._group(tensor))
+
+    def _group(self, tensor: torch.Tensor) -> Any:
+        """By which a tensor goes: NCCL takes none of the CPU."""
+        return self._objects if tensor.device.type == "cpu" else None
 
     def agree(self, words: Iterable[str]) -> bool:
         digest = zlib.crc32("\n".join(words).encode())
@@ -130,11 +136,22 @@ class ProcessGroup(Ranks):
 
 
 def ranks_of(parallel: Parallel) -> Ranks:
-    """The processes of a run: the default group, if there is one or torchrun has begun several."""
+    """The processes of a run: the default group, which is begun if torchrun or ``accelerate launch`` has
+    started several."""
     if parallel == "none" or not dist.is_available():
         return OneProcess()
     if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        from accelerate import PartialState
-
-        PartialState()  # joins the others
+        _join()
     return ProcessGroup() if dist.is_initialized() and dist.get_world_size() > 1 else OneProcess()
+
+
+def _join() -> None:
+    """Begin the default group. When torchrun starts all again, its store still has the addresses of
+    the processes that are gone, so each attempt has a part of the store for itself."""
+    store, rank, num = next(dist.rendezvous("env://"))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(choose_device(None))
+    dist.init_process_group(
+        store=dist.PrefixStore(f"attempt-{attempt}", store), rank=rank, world_size=num
+    )

@@ -22,13 +22,16 @@ from typing import Any
 
 import torch
 
+from lmppl import runtime
 from lmppl.guides.guide import TrainableGuide
 from lmppl.training.batch import Batch, batches_of
-from lmppl.training.behaviour import Behaviour, Lookalikes, Turn, turns_of
-from lmppl.training.inputs import Input, Source
+from lmppl.training.behaviour import Behaviour, Lookalikes, Recalled, Turn, turns_of
+from lmppl.training.inputs import Input, Source, observe
+from lmppl.training.kept import load_input, record_of_state, record_state, state_of_input
 from lmppl.training.losses import LogZ, prompt_state
-from lmppl.training.optimizer import Optimizer
+from lmppl.training.optimizer import Optimizer, Update
 from lmppl.training.options import FitOptions, moved
+from lmppl.training.ranks import OneProcess, Ranks
 from lmppl.training.samples import Sample, Truncation, truncate
 
 _TRIAL_STEPS = 8
@@ -48,15 +51,17 @@ class Trainer:
         options: FitOptions,
         seed: int,
         generator: torch.Generator,
+        ranks: Ranks | None = None,
     ) -> None:
         self.guide, self.source, self.steps, self.options = guide, source, steps, options
         self.seed, self.generator = seed, generator
+        self.ranks = OneProcess() if ranks is None else ranks
         # A stream's inputs come once.
         visits = steps * self._num_inputs // source.num_inputs if source.num_inputs else 1
         self._behaviour = Behaviour(guide, options, visits)
         self._lookalikes = Lookalikes(guide, source.num_inputs)
         self._rate = options.rate(guide.base.hidden_size)
-        self._optimizer = Optimizer(options, self._rate, steps)
+        self._optimizer = Optimizer(options, self._rate, steps, self.ranks)
         self.log_z: LogZ | None = None
         if options.loss.learns_log_z:
             with torch.random.fork_rng(devices=[]):
@@ -68,6 +73,13 @@ class Trainer:
         self._any_alive = False
         self._traces_cut = [0, 0]  # in the steps of trial: traces, and truncations of them
         self._cuts = options.loss.truncations and options.truncations > 0
+        if self.ranks.is_first and (idle := self.ranks.num - self._num_inputs) > 0:
+            warnings.warn(
+                f"a step has {self._num_inputs} inputs for {self.ranks.num} processes, so {idle} of "
+                "them are idle: start fewer, or raise inputs_per_step and batch_size (each input has "
+                "two traces at least)",
+                stacklevel=4,
+            )
 
     def step(self, number: int) -> dict[str, Any] | None:
         """One step. Returns its figures; None if the data have ended."""
@@ -76,27 +88,28 @@ class Trainer:
         if not inputs:
             return None
         with torch.no_grad():
-            turns = turns_of(inputs, self.options.batch_size, self.seed, number)
+            all_turns = turns_of(inputs, self.options.batch_size, self.seed, number)
+            turns = self.ranks.mine(all_turns)
             samples = self._draw(turns)
             sampled = time.perf_counter()
             truncations = self._truncate(turns, samples) if self._cuts else []
         rewarded = time.perf_counter()
         first = batches = self._score(samples, truncations)
-        losses = self._losses(inputs, batches, number)
-        norm = self._update(losses, number)
-        self._try_truncations(batches, number)
+        self._meet(inputs, samples)
+        update = last = self._update(self._losses(turns, batches, number), number)
         for _ in range(1, self.options.loss.updates):
             batches = self._score(samples, truncations, [batch.old_log_q for batch in first])
-            norm = self._update(self._losses(inputs, batches, number), number)
-        figures = [batch.figures() for batch in first]
+            last = self._update(self._losses(turns, batches, number), number)
+        figures, num_samples, num_truncations = self._share_out(turns, first)
+        self._try_truncations(num_samples, num_truncations, number)
         return {
-            "loss": mean([float(loss.detach()) for loss in losses]),
-            **{name: mean([of_input[name] for of_input in figures]) for name in figures[0]},
-            "grad_norm": norm,
+            "loss": update.loss,
+            **figures,
+            "grad_norm": last.norm,
             "learning_rate": self._rate * self.options.schedule(number, self.steps),
             "inputs": len(inputs),
-            "samples": sum(map(len, samples)),
-            "truncations": sum(len(batch.truncations) for batch in first),
+            "samples": num_samples,
+            "truncations": num_truncations,
             "seconds_sampling": sampled - began,
             "seconds_truncations": rewarded - sampled,
             "seconds_gradient": time.perf_counter() - rewarded,
@@ -113,10 +126,7 @@ class Trainer:
     def _draw(self, turns: Sequence[Turn]) -> list[list[Sample]]:
         samples = self._behaviour.draw(turns)
         for turn, of_input in zip(turns, samples, strict=True):
-            input_ = turn.input
-            self._lookalikes.look(input_, of_input)
-            self._any_alive |= input_.alive
-            (self._dead.discard if input_.alive else self._dead.add)(input_.index)
+            self._lookalikes.look(turn.input, of_input)
         self._adopt()
         return samples
 
@@ -126,12 +136,11 @@ class Trainer:
         generators = [turn.generator for turn in turns]
         return truncate(samples, budget=self.options.truncations, generators=generators)
 
-    def _try_truncations(self, batches: Sequence[Batch], number: int) -> None:
+    def _try_truncations(self, traces: int, cuts: int, number: int) -> None:
         """Give truncations up if in the first steps hardly any were of use."""
         if not self._cuts or number >= _TRIAL_STEPS:
             return
-        traces = self._traces_cut[0] + sum(batch.num for batch in batches)
-        cuts = self._traces_cut[1] + sum(len(batch.truncations) for batch in batches)
+        traces, cuts = self._traces_cut[0] + traces, self._traces_cut[1] + cuts
         self._traces_cut = [traces, cuts]
         if number < _TRIAL_STEPS - 1 or cuts >= _FEWEST_TRUNCATIONS * traces:
             return
@@ -158,13 +167,13 @@ class Trainer:
         return batches_of(samples, truncations, self.guide.score(proposers), old_log_q)
 
     def _losses(
-        self, inputs: Sequence[Input], batches: Sequence[Batch], number: int
+        self, turns: Sequence[Turn], batches: Sequence[Batch], number: int
     ) -> list[torch.Tensor]:
-        """Of each input that has a trace to learn from."""
+        """Of each turn that has a trace to learn from."""
         beta = self.options.inverse_temperature(number, self.steps)
         losses = []
-        for input_, batch in zip(inputs, batches, strict=True):
-            log_z = None
+        for turn, batch in zip(turns, batches, strict=True):
+            input_, log_z = turn.input, None
             if self.log_z is not None:
                 if input_.features is None:
                     input_.features = prompt_state(self.guide.base, batch.samples)
@@ -176,33 +185,84 @@ class Trainer:
                 losses.append(self.options.loss.of(tempered, moved=moved(number, self.steps)))
         return losses
 
-    def _update(self, losses: Sequence[torch.Tensor], number: int) -> float:
-        """One step of the optimiser on their mean. Returns the norm of the gradient (NaN: none)."""
-        if not losses:
-            return math.nan
-        loss = torch.stack(list(losses)).mean()
-        self._adopt()  # that a guide program's runs for the scores were first to use
-        norm = self._optimizer.step(loss, number)
-        if not math.isfinite(norm) and not bool(torch.isfinite(loss)):
+    def _update(self, losses: Sequence[torch.Tensor], number: int) -> Update:
+        """One step of the optimiser on the mean of all ranks' losses."""
+        self._adopt()  # what a guide program's runs for the scores were first to use
+        update = self._optimizer.step(losses, number)
+        if not math.isfinite(update.loss) and not update.is_empty:
             raise FloatingPointError(
-                f"the loss of step {number} is {float(loss.detach())}: the parameters of the step "
+                f"the loss of step {number} is {update.loss}: the parameters of the step "
                 "before are kept. Lower learning_rate, or look at the program's factors for values "
                 "that are not finite"
             )
-        if not math.isfinite(norm):
+        if not math.isfinite(update.norm) and not update.is_empty:
             raise FloatingPointError(
                 f"the gradient of step {number} is not finite: the parameters of the step before are "
                 "kept. Lower learning_rate, or use float32 (dtype=torch.float32)"
             )
-        return norm
+        return update
+
+    # --- what ranks tell each other --------------------------------------------------------------
+
+    def _share_out(
+        self, turns: Sequence[Turn], batches: Sequence[Batch]
+    ) -> tuple[dict[str, float], int, int]:
+        """Tell the other ranks what this one has found out about its inputs, and hear of theirs.
+        Returns the figures of the step, how many traces it had and how many truncations."""
+        told = [
+            (batch.figures(), batch.num, len(batch.truncations), self._kept(turn.input))
+            for turn, batch in zip(turns, batches, strict=True)
+        ]
+        heard = self.ranks.gather(told)
+        for place, (input_, (*_, kept)) in enumerate(zip(self.inputs, heard, strict=True)):
+            if place % self.ranks.num != self.ranks.rank:
+                load_input(input_, kept)
+            self._any_alive |= input_.alive
+            (self._dead.discard if input_.alive else self._dead.add)(input_.index)
+        figures = [of_input for of_input, *_ in heard]
+        means = {name: mean([of_input[name] for of_input in figures]) for name in figures[0]}
+        return means, sum(num for _, num, *_ in heard), sum(cuts for _, _, cuts, _ in heard)
+
+    def _kept(self, input_: Input) -> dict[str, Any]:
+        return state_of_input(input_) if self.ranks.num > 1 else {}
+
+    def _meet(self, inputs: Sequence[Input], samples: Sequence[Sequence[Sample]]) -> None:
+        """A rank may be the first to come to a site with parameters. The others then run its traces,
+        so that all have them, with the same values."""
+        self._adopt()
+        if self.ranks.agree(sorted(self._named())):
+            return
+        known = self.ranks.gather([sorted(self._named())])
+        traces = self.ranks.gather([[record_state(s.record) for s in one] for one in samples])
+        observe(self.guide, inputs)
+        for input_, states in zip(inputs, traces, strict=True):
+            records = [record_of_state(state) for state in states]
+            runs = Recalled("replay", records, self.seed).start(self.guide, input_)
+            with runtime.ending(runs):
+                runtime.run_to_end(runs)
+            self.guide.score([Sample.of(run, "replay").proposer for run in runs], grad=False)
+        self._adopt()
+        named = self._named()
+        for name in sorted(set().union(*known)):
+            owner = next(rank for rank, names in enumerate(known) if name in names)
+            if name not in named:
+                raise RuntimeError(
+                    f"rank {owner} trains {name!r}, which rank {self.ranks.rank} has not: the program "
+                    "or its guide has other parameters on other ranks"
+                )
+            if not all(name in names for names in known):
+                self.ranks.copy(named[name].data, owner)
 
     def _adopt(self) -> None:
         """Sites that were met for the first time have parameters that are to be trained."""
         for lm in self.guide.adapters():
             lm.memory = self.options.memory(lm.memory)
+        self._optimizer.adopt(self._named())
+
+    def _named(self) -> dict[str, torch.nn.Parameter]:
         log_z = {} if self.log_z is None else dict(self.log_z.named_parameters())
         named = {f"log_z.{name}": parameter for name, parameter in log_z.items()}
-        self._optimizer.adopt(named | self.guide.named_parameters())
+        return named | self.guide.named_parameters()
 
     def report_dead(self) -> None:
         """Say which inputs had no trace of positive probability; ``ValueError`` if none had one."""

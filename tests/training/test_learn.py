@@ -415,7 +415,7 @@ def test_learning_stops_at_the_best_held_out_evidence(monkeypatch):
         own = [p for p in m.model.parameters() if p.requires_grad]
         return [p.detach().clone() for p in (*own, pyro.param("p"), *guide.parameters())]
 
-    def evaluate(guide, inputs, num, seed):
+    def evaluate(guide, inputs, num, seed, ranks):
         assert len(inputs) == 1
         value = next(values)
         seen[value] = parameters()
