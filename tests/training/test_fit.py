@@ -193,7 +193,7 @@ def test_the_programs_draws_help_to_unlearn_dead_traces(loss, monkeypatch):
             while all(sample.log_r > -math.inf for sample in batches[0]):
                 batches = traces_of(trainer, one, one.visits)
         (batch,) = trainer._score(batches, [])
-        trainer._losses([one], [batch], 1)
+        trainer._losses(turns_of([one], 2, 0, 0), [batch], 1)
     origins = Counter(sample.origin for sample in batches[0])
     assert sum(origins.values()) == 16 and origins["prior"] == 2
     ((log_r, log_q, log_drawn),) = seen
@@ -260,7 +260,7 @@ def test_losses_on_the_guides_own_draws_begin_near_the_prior(loss, monkeypatch):
         with torch.no_grad():
             batches = traces_of(trainer, one, 0)
         (batch,) = trainer._score(batches, [])
-        trainer._losses([one], [batch], 2)
+        trainer._losses(turns_of([one], 2, 0, 0), [batch], 2)
     (log_r,) = seen
     expected = batch.log_prior + (0.2 + 0.8 * 2 / 5) * (batch.log_r - batch.log_prior)
     torch.testing.assert_close(log_r, expected)
