@@ -141,7 +141,7 @@ def test_the_weights_of_an_m_step_are_those_of_the_mixture():
         for number in range(2):  # the buffer is empty at first
             kept = {key[0][1:]: record.log_r for key, record in one.buffer._records.items()}
             total = sum(math.exp(log_r) for log_r in kept.values())
-            records, log_weights = learner._draw([one], number)
+            records, log_weights = learner._draw([(one, number)])
             counts = {"b": 4 if kept else 0, "p": 2, "q": 2 if kept else 6}
             for record, log_weight in zip(records, log_weights[0].tolist(), strict=True):
                 (key,) = record.discrete_key
