@@ -62,6 +62,8 @@ PAGES = {
     "how-to/own_model.md": 0.05,
     "how-to/serve_a_guide.md": 0.3,
     "how-to/test_your_program.md": 0.1,
+    "explanation/rewards.md": 0.1,
+    "explanation/particles.md": 0.05,
 }
 
 BLOCK = re.compile(
