@@ -50,6 +50,8 @@ PAGES = {
     "tutorials/statistics_and_text.md": 0.1,
     "tutorials/diagnostics.md": 0.1,
     "tutorials/mini_lmppl.md": 0.3,
+    "explanation/densities.md": 0.05,
+    "explanation/weights.md": 0.2,
     "how-to/chat_models.md": 0.05,
     "how-to/checkpoints.md": 0.05,
     "how-to/from_pyro.md": 0.1,
