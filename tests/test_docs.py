@@ -50,8 +50,6 @@ PAGES = {
     "tutorials/statistics_and_text.md": 0.1,
     "tutorials/diagnostics.md": 0.1,
     "tutorials/mini_lmppl.md": 0.3,
-    "explanation/densities.md": 0.05,
-    "explanation/weights.md": 0.2,
     "how-to/chat_models.md": 0.05,
     "how-to/checkpoints.md": 0.05,
     "how-to/from_pyro.md": 0.1,
@@ -64,8 +62,10 @@ PAGES = {
     "how-to/own_model.md": 0.05,
     "how-to/serve_a_guide.md": 0.3,
     "how-to/test_your_program.md": 0.1,
-    "explanation/rewards.md": 0.1,
+    "explanation/densities.md": 0.05,
     "explanation/particles.md": 0.05,
+    "explanation/rewards.md": 0.1,
+    "explanation/weights.md": 0.2,
 }
 
 BLOCK = re.compile(
@@ -84,25 +84,22 @@ def run(page: Path, *, draw: bool = False) -> list[tuple[re.Match[str], str]]:
     namespace: dict[str, object] = {"__name__": "__main__"}
     results = []
     text = page.read_text()
-    for block in BLOCK.finditer(text):
-        line = text[: block.start("code")].count("\n")
-        code = compile("\n" * line + block["code"], str(page), "exec", dont_inherit=True)
-        printed = io.StringIO()
-        # Tables are as wide as the terminal.
-        with (
-            redirect_stdout(printed),
-            patch.dict(os.environ, COLUMNS="100"),
-            warnings.catch_warnings(),
-        ):
-            # peft 0.21 asks transformers for a property under the name it had before.
-            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-            exec(code, namespace)
-        if block["picture"]:
-            figure: Any = namespace.pop("figure")  # KeyError: the block has made none
-            _draw(figure, page.parent / block["picture"] if draw else io.BytesIO())
-        results.append(
-            (block, "".join(f"{each.rstrip()}\n" for each in printed.getvalue().splitlines()))
-        )
+    with warnings.catch_warnings():  # a page may say what it does not want to hear
+        # peft 0.21 asks transformers for a property under the name it had before.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        for block in BLOCK.finditer(text):
+            line = text[: block.start("code")].count("\n")
+            code = compile("\n" * line + block["code"], str(page), "exec", dont_inherit=True)
+            printed = io.StringIO()
+            # Tables are as wide as the terminal.
+            with redirect_stdout(printed), patch.dict(os.environ, COLUMNS="100"):
+                exec(code, namespace)
+            if block["picture"]:
+                figure: Any = namespace.pop("figure")  # KeyError: the block has made none
+                _draw(figure, page.parent / block["picture"] if draw else io.BytesIO())
+            results.append(
+                (block, "".join(f"{each.rstrip()}\n" for each in printed.getvalue().splitlines()))
+            )
     return results
 
 
