@@ -468,19 +468,19 @@ class Posterior(WeightedTraces, Report):
         Returns:
             A dict of
 
-                - ``marginals``: site to its distinct values, most probable first,
-                  ``[{"weight": 0.31, "value": " ..."}, ...]``: of latent sites, of the results of tools
-                  (their names are in ``tools``) and of ``pyro.deterministic``. None: not reached.
-                - ``numeric``: of those with real numbers, site to ``mean``, ``sd``, ``5%``, ``50%`` and
-                  ``95%`` over the samples that reach it, and the ``weight`` of these.
-                - ``returned``: the same of what the program returned, ``{"rows": [...]}`` or
-                  ``{"numeric": {...}}``; None if that is nothing or always a site's value.
-                - ``doubts``: sentences, why the figures cannot be trusted.
-                - ``pareto_k``: shape of the weights' upper tail, if they are i.i.d. and arviz-stats is
-                  installed (Vehtari et al., 2024, arXiv 1507.02646); else None.
-                - ``engine``, ``num_samples``, ``ess``, ``chains``, ``log_evidence``,
-                  ``log_evidence_stderr``, ``tokens_sampled``, ``tokens_scored``, ``tokens_trained``,
-                  ``seconds``, ``killed``, ``reasons`` and ``notes``.
+            - ``marginals``: site to its distinct values, most probable first,
+              ``[{"weight": 0.31, "value": " ..."}, ...]``: of latent sites, of the results of tools
+              (their names are in ``tools``) and of ``pyro.deterministic``. None: not reached.
+            - ``numeric``: of those with real numbers, site to ``mean``, ``sd``, ``5%``, ``50%`` and
+              ``95%`` over the samples that reach it, and the ``weight`` of these.
+            - ``returned``: the same of what the program returned, ``{"rows": [...]}`` or
+              ``{"numeric": {...}}``; None if that is nothing or always a site's value.
+            - ``doubts``: sentences, why the figures cannot be trusted.
+            - ``pareto_k``: shape of the weights' upper tail, if they are i.i.d. and arviz-stats is
+              installed (Vehtari et al., 2024, arXiv 1507.02646); else None.
+            - ``engine``, ``num_samples``, ``ess``, ``chains``, ``log_evidence``,
+              ``log_evidence_stderr``, ``tokens_sampled``, ``tokens_scored``, ``tokens_trained``,
+              ``seconds``, ``killed``, ``reasons`` and ``notes``.
         """
         weights = self.weights.tolist() if self._alive else [0.0] * len(self)
         summary = self._run() | summarise(self.traces, weights, self.sites, self.returns)
