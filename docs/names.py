@@ -96,7 +96,8 @@ def summary(name: str) -> str:
         raise PluginError(f"{name} has no docstring")
     paragraph = " ".join(docstring.value.split("\n\n")[0].split())
     sentence = re.split(r"(?<=[.:])\s+(?=[A-Z`\"])", paragraph.replace("``", "`"))[0]
-    return sentence.rstrip(".:").replace("|", "\\|")
+    # A bar would end the cell of the table, but not between backquotes, where a backslash is shown.
+    return re.sub(r"(`[^`]*`)|\|", lambda found: found[1] or "\\|", sentence.rstrip(".:"))
 
 
 def resolved(name: str) -> griffe.Object | griffe.Alias:
