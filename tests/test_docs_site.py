@@ -93,6 +93,13 @@ def test_the_site_can_be_read_from_disk(repository):
     assert overview.count('<img alt="') >= 3 and 'href="mini_lmppl.html"' in overview
     overview = (site / "reference/index.html").read_text()
     assert 'href="inference.html#lmppl.infer"' in overview and "<!-- names -->" not in overview
+    assert "x |p(x) - q(x)|</code>" in overview  # total_variation
+    assert 'href="../index.html" title="lmppl"' in overview
+    page = (site / "tutorials/conditioning.html").read_text()
+    assert '<p class="picture"><a href="../images/tutorials/conditioning.svg"><img ' in page
+    page = (site / "reference/inference.html").read_text()
+    yields = page.split("Yields:", 1)[1].split("</ul>", 1)[0]
+    assert yields.count("<li") == 1, "what infer_batch yields is one item, of several lines"
 
 
 @pytest.mark.slow
