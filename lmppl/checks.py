@@ -19,6 +19,7 @@ T = TypeVar("T")
 
 # What other libraries call it, by what it is called here.
 _ELSEWHERE = {
+    "prefix": ("prompt",),
     "max_tokens": ("max_new_tokens", "max_length"),
     "num_samples": (
         "num_return_sequences",
@@ -51,9 +52,11 @@ _CUTS = "top_p", "top_k", "min_p", "typical_p", "repetition_penalty", "no_repeat
 
 
 def nearest(name: object, allowed: Iterable[str], cutoff: float = 0.4) -> str:
-    """``"; did you mean 'smc'?"``, or nothing if none of the allowed names is like ``name``."""
-    near = difflib.get_close_matches(str(name), list(allowed), n=1, cutoff=cutoff)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    """``"; did you mean 'smc'?"``, or nothing if none of the allowed names is like ``name``, whatever
+    the case of its letters and the spaces around it."""
+    plain = {other.strip().lower(): other for other in reversed(list(allowed))}
+    near = difflib.get_close_matches(str(name).strip().lower(), plain, n=1, cutoff=cutoff)
+    return f"; did you mean {plain[near[0]]!r}?" if near else ""
 
 
 def did_you_mean(name: object, allowed: Iterable[str], what: str = "Allowed") -> str:
@@ -73,7 +76,7 @@ def did_you_mean(name: object, allowed: Iterable[str], what: str = "Allowed") ->
     elif here in _BELONGS:
         hint = f"; that is {_BELONGS[here]}({here}=...)."
     else:
-        hint = nearest(name, names) or "."
+        hint = nearest(name, names, cutoff=0.55) or "."
     return f"{hint} {what}: {', '.join(names)}"
 
 

@@ -21,7 +21,7 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from pyro.poutine.runtime import am_i_wrapped
 from torch.distributions import constraints
 
-from lmppl.checks import check_choice, check_int, check_number
+from lmppl.checks import check_choice, check_int, check_number, nearest
 from lmppl.exclusive import exclusive
 from lmppl.lm import LM
 from lmppl.lm.batches.inverse_cdf import inverse_cdf
@@ -338,7 +338,9 @@ class LMText(TorchDistribution):
             ids = next((tokens for tokens in (ids, *closed) if tokens in self.choices), ids)
             if ids not in self.choices:
                 allowed = [self.lm.vocabulary.decode(choice) for choice in self.choices]
-                raise ValueError(f"{str(obs)!r} is none of the choices {allowed}")
+                raise ValueError(
+                    f"{str(obs)!r} is none of the choices {allowed}{nearest(obs, allowed, cutoff=0.7)}"
+                )
         if len(ids) > (most := self.event_shape[0]):
             raise ValueError(f"{str(obs)!r} has {len(ids)} tokens, the site holds {most}")
         return self.value(ids)
@@ -489,7 +491,12 @@ def _encode_choices(stopping: Stopping, choices: Sequence[str]) -> tuple[tuple[i
     if isinstance(choices, (str, bytes)) or not isinstance(choices, Sequence):
         given = type(choices).__name__
         raise TypeError(f"choices={choices!r}: give a list of strings, given {given}")
-    if not choices or any(not isinstance(choice, str) or not choice for choice in choices):
+    if wrong := [choice for choice in choices if not isinstance(choice, str)]:
+        given = type(wrong[0]).__name__
+        raise TypeError(
+            f"choices={list(choices)!r}: give a list of strings, given {given} among them"
+        )
+    if not choices or not all(choices):
         raise ValueError(f"choices={list(choices)!r}: give at least one string, none of them empty")
     vocabulary = stopping.vocabulary
     suffix = stopping.stop[0] if stopping.stop else ""

@@ -53,7 +53,13 @@ def one_site():
 
 @pytest.mark.parametrize(
     ("method", "near"),
-    [("smcc", "smc"), ("importnce", "importance"), ("gflownets", "gflownet"), ("exakt", "exact")],
+    [
+        ("smcc", "smc"),
+        ("importnce", "importance"),
+        ("gflownets", "gflownet"),
+        ("exakt", "exact"),
+        ("SMC", "smc"),
+    ],
 )
 def test_an_unknown_method_names_the_nearest(method, near):
     with pytest.raises(ValueError, match=f"unknown method '{method}'; did you mean '{near}'"):
@@ -74,6 +80,44 @@ def test_a_hopeless_method_lists_all():
 def test_an_unknown_option_names_the_nearest(option, near):
     with pytest.raises(TypeError, match=f"no option '{option}'; did you mean '{near}'"):
         infer(one_site, method="smc", **{option: 1})
+
+
+def test_a_keyword_of_the_program_is_known_by_the_programs_argument():
+    def program(verdict=None):
+        lm_sample("y", "ab", max_tokens=1, obs=verdict)
+
+    for keyword in ("verdict", "verdct"):
+        meant = (
+            rf"no option '{keyword}'; the program has an argument 'verdict'.*kwargs=\{{'verdict': "
+        )
+        with pytest.raises(TypeError, match=meant):
+            infer(program, **{keyword: "a"})
+    with pytest.raises(TypeError, match=r"no option 'zzz'\. Allowed: prior.*kwargs=\{'zzz': "):
+        infer(program, zzz="a")
+
+
+def test_a_name_that_is_like_no_other_suggests_none():
+    with pytest.raises(TypeError, match=r"no option 'do_sample'\. Allowed: name"):
+        lm_sample("z", "ab", max_tokens=1, do_sample=True)
+    with pytest.raises(TypeError, match=r"no option 'prompt'; it is called 'prefix' here"):
+        lm_sample("z", prompt="ab", max_tokens=1)
+
+
+def test_an_observation_that_is_nearly_a_choice_names_it():
+    words = tiny_lm([" Japan", " Italy", "Japan"], seed=0)
+    with pytest.raises(ValueError, match=r"'Japan' is none of the.*; did you mean ' Japan'\?"):
+        infer(lambda: lm_sample("z", " Italy", choices=[" Italy", " Japan"], obs="Japan"), lm=words)
+
+
+def test_enumeration_that_finds_nothing_does_not_advise_more_samples():
+    def impossible():
+        lmppl.require("never", lm_sample("z", "ab", choices=["a", "b"]) == "c")
+
+    with pytest.raises(lmppl.ZeroEvidenceError, match=r"\(2\)\. These are all there are") as caught:
+        infer(impossible, method="exact")
+    assert "more samples" not in str(caught.value)
+    with pytest.raises(lmppl.ZeroEvidenceError, match="Draw more samples"):
+        infer(impossible, method="smc", num_samples=3)
 
 
 def test_names_of_other_libraries_are_known():

@@ -92,7 +92,7 @@ MISUSE = {
         (site(choices=np.array(["a"])), TypeError, "site 'z': choices=.*strings, given ndarray"),
         (site(choices="ab"), TypeError, "site 'z': choices='ab': .*list of strings, given str"),
         (site(choices=3), TypeError, "site 'z': choices=3: .*list of strings, given int"),
-        (site(choices=[1, 2]), ValueError, r"site 'z': choices=\[1, 2\]: .*none of them empty"),
+        (site(choices=[1, 2]), TypeError, r"site 'z': choices=\[1, 2\]: .*given int among them"),
         (
             site(choices=["a.b", "b"], stop="."),
             ValueError,
@@ -106,7 +106,7 @@ MISUSE = {
         (site(stop=b"."), TypeError, "site 'z': stop=b'.': .*a string or a list"),
         (site(stop=np.array(["."])), TypeError, "site 'z': stop=array.*a string or a list"),
         (site(stop=[["a"]]), TypeError, r"site 'z': stop=.*: \['a'\] is not a string"),
-        (site(choices=[["a"], ["b"]]), ValueError, r"site 'z': choices=\[\['a'\], .*empty"),
+        (site(choices=[["a"], ["b"]]), TypeError, r"site 'z': choices=\[\['a'\], .*given list"),
         (site(stop=["a", 3]), TypeError, "site 'z': stop=.*: 3 is not a string"),
         (site(temperature="hot"), TypeError, f"site 'z': temperature='hot': .*{NUMBER}"),
         (site(temperature=None), TypeError, f"site 'z': temperature=None: .*{NUMBER}"),

@@ -344,7 +344,7 @@ def test_probs_of_a_function_and_of_what_the_program_returns():
     assert posterior.best(returns=True) == "[1]"
     for wrong in ({}, {"name_or_fn": "z", "returns": True}, {"name_or_fn": 3}):
         with pytest.raises(
-            TypeError, match="probs takes the name of a site, a fun|name_or_fn must"
+            TypeError, match="say of what.*name of a site.*Sites: z|name_or_fn must"
         ):
             posterior.probs(**wrong)
     with pytest.raises(TypeError, match="returns='z'"):

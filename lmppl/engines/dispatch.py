@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -88,8 +89,8 @@ def prepare(
     model: Any, method: str | EngineLike, lm: LM | None, callback: Any, options: dict[str, Any]
 ) -> EngineLike:
     """The engine of a call; raises for what is wrong with it whatever the program's arguments."""
-    engine = _engine(method, options)
     check_program(model)
+    engine = _engine(model, method, options)
     if lm is not None:
         check_lm("infer", lm)
     if callback is not None:
@@ -97,7 +98,9 @@ def prepare(
     return engine
 
 
-def _engine(method: str | EngineLike, options: dict[str, Any]) -> EngineLike:
+def _engine(
+    model: Callable[..., Any], method: str | EngineLike, options: dict[str, Any]
+) -> EngineLike:
     """The engine object of a method and its options."""
     takes = "method= takes a name or an engine object, given"
     if isinstance(method, type):
@@ -119,9 +122,22 @@ def _engine(method: str | EngineLike, options: dict[str, Any]) -> EngineLike:
     allowed = [name for name, parameter in parameters.items() if parameter.kind in kinds]
     for name in [name for name in options if name not in allowed]:
         common = list(inspect.signature(infer).parameters)[3:-1]
+        argument = _argument_like(model, name)
+        hint = did_you_mean(name, [*allowed, *common])
+        if argument is not None:
+            hint = f"; the program has an argument {argument!r}"
         raise TypeError(
-            f"method={method!r} has no option {name!r}{did_you_mean(name, [*allowed, *common])}. "
-            f"(Keywords are the engine's. The program's go in kwargs={{{name!r}: ...}}, or are bound "
-            f"to it: functools.partial(model, {name}=...).)"
+            f"method={method!r} has no option {name!r}{hint}. (Keywords are the engine's. The program's "
+            f"go in kwargs={{{argument or name!r}: ...}}, or are bound to it: "
+            f"functools.partial(model, {argument or name}=...).)"
         )
     return ENGINES[method](**options)
+
+
+def _argument_like(model: Callable[..., Any], name: str) -> str | None:
+    """The argument of a program whose name is ``name``, or nearly so."""
+    try:
+        arguments = list(inspect.signature(model).parameters)
+    except (TypeError, ValueError):  # some callables have no signature
+        return None
+    return next(iter(difflib.get_close_matches(name, arguments, n=1, cutoff=0.8)), None)

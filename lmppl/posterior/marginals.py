@@ -56,8 +56,8 @@ def numbers(value: Any, where: str) -> torch.Tensor:
         return torch.as_tensor(value).detach().to("cpu", torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
-            f"{where} has no mean, as it gives {value!r} and no number, bool or tensor: "
-            "posterior.probs(name) has the probabilities of a site's values"
+            f"{where} has no mean and no quantiles, as it gives {value!r} and no number, bool or "
+            "tensor: posterior.probs(name) has the probabilities of a site's values"
         ) from error
 
 

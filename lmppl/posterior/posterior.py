@@ -102,7 +102,10 @@ class Posterior(WeightedTraces, Report):
             ZeroEvidenceError: if all samples have probability zero.
         """
         if (name_or_fn is None) == (check_flag("returns", returns) is False):
-            raise TypeError("probs takes the name of a site, a function, or returns=True")
+            raise TypeError(
+                "say of what: either the name of a site, a function of a sample's values, or "
+                f"returns=True. Sites: {', '.join(self.sites)}"
+            )
         if returns:
             values = self.returns
         elif isinstance(name_or_fn, str):

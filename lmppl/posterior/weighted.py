@@ -88,10 +88,15 @@ class WeightedTraces:
             f" '{name}', the first time: {reason.rstrip('.')}."
             for name, reason in self.reasons.items()
         )
+        advice = (
+            "These are all there are: the program cannot meet its conditions and observations"
+            if self.info.get("exact")
+            else "Draw more samples, use a proposal that meets the conditions (guide=), or see whether "
+            "they can be met at all"
+        )
         raise ZeroEvidenceError(
-            f"all {len(self)} samples have probability zero{by}.{why} Draw more samples, use a "
-            "proposal that meets the conditions (guide=), or see whether they can be met at all; "
-            "the samples are in this error's .posterior",
+            f"all {len(self)} samples have probability zero{by}.{why} {advice}; the samples are in this "
+            "error's .posterior",
             self,
         )
 

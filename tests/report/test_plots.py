@@ -90,8 +90,8 @@ def test_bad_input(posterior, monkeypatch):
     given_ending, _ = posterior
     for given, error, message in (
         ({"name_or_fn": "zz"}, KeyError, "site 'zz'"),
-        ({}, TypeError, "probs takes the name of a site"),
-        ({"name_or_fn": "z", "returns": True}, TypeError, "probs takes the name of a site"),
+        ({}, TypeError, "say of what.*the name of a site"),
+        ({"name_or_fn": "z", "returns": True}, TypeError, "say of what.*the name of a site"),
         ({"name_or_fn": "z", "rows": 0}, ValueError, "rows=0"),
         (
             {"name_or_fn": "z", "prior": {"a": 1.0}},
