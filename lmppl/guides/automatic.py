@@ -24,7 +24,7 @@ from lmppl.distributions import LMText, SiteScore, score_texts
 from lmppl.exclusive import exclusive
 from lmppl.guides import parameters, prompts
 from lmppl.guides.guide import Guide
-from lmppl.guides.heads import Head, head_for, moved, num_moves
+from lmppl.guides.heads import Head, head_for, make_head, moved, num_moves
 from lmppl.guides.prompts import OPENING, Observations, ProgramInput, SiteNames
 from lmppl.lm import LM
 from lmppl.primitives import use
@@ -162,13 +162,26 @@ class AutomaticGuide(Guide):
         self._several_inputs = several_inputs
         self.sites = TrainedSites()
 
+    def parts(self) -> dict[str, Any]:
+        heads: Any = self.heads
+        sizes = {key: list(head.sizes) for key, head in heads.items()}
+        return {"adapters": sorted(self._adapters), "heads": sizes, "sites": self.sites.laws}
+
+    def make_parts(self, parts: Mapping[str, Any]) -> None:
+        for site in parts["adapters"]:
+            self.adapter_for(site)
+        for key, sizes in parts["heads"].items():
+            make_head(self.heads, key, tuple(sizes))
+        self.sites.merge(parts["sites"])
+
     def adapters(self) -> list[LM]:
         return list(self._adapters.values())
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         named: dict[str, nn.Parameter] = {}
-        for i, adapter in enumerate(self._adapters.values()):
-            named |= {f"adapter-{i}.{name}": p for name, p in parameters.trainable(adapter).items()}
+        for site, adapter in self._adapters.items():  # each process has its own order of sites
+            of_site = f"adapter-{site}" if self.adapter_per_site else "adapter-0"
+            named |= {f"{of_site}.{name}": p for name, p in parameters.trainable(adapter).items()}
         return named | {f"heads.{name}": p for name, p in self.heads.named_parameters()}
 
     def identity(self) -> dict[str, Any]:
@@ -347,9 +360,14 @@ class TrainedSites:
 
     def learn(self, name: str, fn: LMText) -> None:
         """Note a site in training. What differs from one input to the next is not held to be fixed."""
-        law = _law_of(fn)
-        known = self.laws.get(name, law)
-        self.laws[name] = {key: value for key, value in known.items() if value == law[key]}
+        self.merge({name: _law_of(fn)})
+
+    def merge(self, laws: Mapping[str, Law]) -> None:
+        """Note what other processes have noted of sites."""
+        for name, law in laws.items():
+            known = self.laws.get(name, law)
+            both = known.keys() & law.keys()
+            self.laws[name] = {k: v for k, v in known.items() if k in both and v == law[k]}
 
     def check(self, name: str, fn: LMText) -> None:
         """Warn, once a site, where it is not what it was in training."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -62,6 +62,18 @@ class Guide(Protocol):
     def find_parameters(self, args: Args) -> None:
         """Find the parameters of a guide program by runs on an input; raises ``ValueError`` if it has
         none. Those of other guides are made as sites are met."""
+        return
+
+    def parts(self) -> dict[str, Any] | None:
+        """What its parameters are made from, in JSON's types; None if only runs can make them."""
+        return None
+
+    def make_parts(self, parts: Mapping[str, Any]) -> None:
+        """Make the parameters of another one's ``parts()``, as far as it has them not."""
+        return
+
+    def leave_out(self, names: Collection[str]) -> None:
+        """Forget that it has used these parameters, so that ``score`` finds them anew, in order."""
         return
 
     def adapters(self) -> list[LM]:

@@ -41,17 +41,23 @@ class Head(nn.Module):
         return self.out(torch.tanh(self.hidden(read)))
 
 
+def make_head(heads: nn.ModuleDict, key: str, sizes: tuple[int, int, int]) -> Head:
+    """The head of that key, which has the same first weights in every process."""
+    if key not in heads:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(zlib.crc32(key.encode()))
+            heads[key] = Head(*sizes)
+    head: Any = heads[key]
+    return head
+
+
 def head_for(heads: nn.ModuleDict, names: list[str], sizes: tuple[int, int, int]) -> Head:
     """The head of the first of some sites, after the others; made when it is first met. Raises
     ``ValueError`` if ``sizes``, which are ``Head``'s, are not those that it was made with."""
     # The name of a module has no dots, and is no attribute of modules.
     escaped = [name.replace("_", "__").replace(".", "_d").replace("-", "_h") for name in names]
     key = "-".join(["head", *escaped])
-    if key not in heads:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(zlib.crc32(key.encode()))  # the same in every process
-            heads[key] = Head(*sizes)
-    head: Any = heads[key]
+    head = make_head(heads, key, sizes)
     if head.sizes[:2] != sizes[:2]:
         raise ValueError(
             f"site '{names[0]}': its guide was made for {head.sizes[0]} features and {head.sizes[1]} "

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +58,15 @@ class Trainables:
                 fn = node.get("fn")
                 if isinstance(fn, LMText) and fn.lm not in [self._base, *self.adapters]:
                     self.adapters += [fn.lm] if trainable(fn.lm) else []
+
+    def leave_out(self, names: Collection[str]) -> None:
+        """Forget that these of ``named_parameters()`` were found: what was found last."""
+        self.param_names[:] = [n for n in self.param_names if f"params.{n}" not in names]
+        self.adapters = [
+            adapter
+            for i, adapter in enumerate(self.adapters)
+            if not any(f"adapter-{i}.{name}" in names for name in trainable(adapter))
+        ]
 
     def named_parameters(self) -> dict[str, torch.nn.Parameter]:
         """All of them, unconstrained, each once."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import pyro
@@ -94,6 +94,9 @@ class ProgramGuide(Guide):
                 "the guide program has nothing to train: draw its texts from an adapter, "
                 "lm_sample(..., lm=q) with q = lm.adapter(), or use pyro.param"
             )
+
+    def leave_out(self, names: Collection[str]) -> None:
+        self._trainables.leave_out(names)
 
     def adapters(self) -> list[LM]:
         return list(self._trainables.adapters)

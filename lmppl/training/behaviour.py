@@ -148,24 +148,27 @@ class Behaviour:
         inputs = [turn.input for turn in turns]
         observe(self._guide, inputs)
         runs: list[tuple[int, Drawn | Recalled, list[Particle]]] = []
-        known: list[list[Sample]] = []
+        known: list[Sequence[Sample | None]] = []
         with runtime.ending([]) as started:
             for k, turn in enumerate(turns):
                 turn.input.visits += 1
-                policies, remembered = self._policies(turn)
-                known.append(remembered)
-                for policy in policies:
+                for policy, remembered in self._policies(turn):
                     particles = policy.start(self._guide, turn.input)
                     started += particles
                     runs.append((k, policy, particles))
+                    known.append(remembered)
             runtime.run_to_end(started)
         drawn: list[list[Sample]] = [[] for _ in inputs]
-        for k, policy, particles in runs:
-            drawn[k] += self._keep(inputs[k], policy, particles)
-        return [new + old for new, old in zip(drawn, known, strict=True)]
+        for (k, policy, particles), remembered in zip(runs, known, strict=True):
+            new = iter(self._keep(inputs[k], policy, particles))
+            # In one order, whether this process remembers a trace or not.
+            drawn[k] += [sample or next(new) for sample in remembered]
+            drawn[k] += new
+        return drawn
 
-    def _policies(self, turn: Turn) -> tuple[list[Drawn | Recalled], list[Sample]]:
-        """What draws the traces of a turn, and some for later steps; and those remembered."""
+    def _policies(self, turn: Turn) -> list[tuple[Drawn | Recalled, Sequence[Sample | None]]]:
+        """What draws the traces of a turn, and some for later steps, each with the traces that it need
+        not draw, at their places: those that are remembered."""
         options, loss = self._options, self._loss
         input_, share, seeds = turn.input, turn.num, turn.seeds
         low, high = TEMPERATURES
@@ -186,23 +189,22 @@ class Behaviour:
             ahead, stocked = (self._stocked_steps - 1) * prior, []
         else:
             ahead, stocked = 0, [input_.stock.pop() for _ in range(prior)]
-        policies: list[Drawn | Recalled] = [
-            Drawn("guide", drawn, 1.0, seeds[0]),
-            Drawn("tempered", tempered, heat, seeds[1]),
-            Drawn("prior", prior - len(stocked) + ahead, math.inf, seeds[2], ahead),
+        policies: list[tuple[Drawn | Recalled, Sequence[Sample | None]]] = [
+            (Drawn("guide", drawn, 1.0, seeds[0]), ()),
+            (Drawn("tempered", tempered, heat, seeds[1]), ()),
+            (Drawn("prior", prior - len(stocked) + ahead, math.inf, seeds[2], ahead), ()),
         ]
-        remembered: list[Sample] = []
         origins: tuple[Origin, ...] = ("given", "replay", "prior")
         for origin, records, seed in zip(
             origins, (given, replayed, stocked), runtime.slot_seeds(seeds[3], 3), strict=True
         ):
             known = [self._remembered.get(id(record)) for record in records]
-            remembered += [replace(sample, origin=origin) for sample in known if sample]
+            remembered = [sample and replace(sample, origin=origin) for sample in known]
             rest = [record for record, sample in zip(records, known, strict=True) if not sample]
             # What the guide draws itself is nothing to imitate.
             complete = origin == "given" and loss.draws == "given"
-            policies.append(Recalled(origin, rest, seed, complete))
-        return policies, remembered
+            policies.append((Recalled(origin, rest, seed, complete), remembered))
+        return policies
 
     def _given(self, turn: Turn) -> list[Record]:
         """Latents that the user gave: always for losses on them; else once, to seed the buffer."""

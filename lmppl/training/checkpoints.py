@@ -72,13 +72,20 @@ class Checkpoints:
         if resume and seed is None:
             raise ValueError("resume=True needs seed=: the seed that the run was begun with")
 
-    def begin(self, trainer: Trainer, parts: Mapping[str, Part], run: Mapping[str, Any]) -> int:
+    def begin(
+        self,
+        trainer: Trainer,
+        parts: Mapping[str, Part],
+        run: Mapping[str, Any],
+        beside: Mapping[str, Any],
+    ) -> int:
         """Bring a new run to where it was interrupted. Returns how many steps are done.
 
         Args:
             trainer: what trains the guide.
             parts: what else has a state, by name.
             run: what else must be equal for a run to be the same one; in JSON's types.
+            beside: what must be equal for all its processes alone.
 
         Raises:
             ValueError: if the checkpoint is another run's: of another program, model, data or
@@ -86,12 +93,13 @@ class Checkpoints:
             FileExistsError: if there is a checkpoint and the run is a new one.
         """
         self._trainer, self._parts = trainer, parts
+        self._every = self._ranks.of_first(0 if self._path is None else self._every)
         if self._path is None and self._ranks.num == 1:
             return 0
         source, options, steps = trainer.source, trainer.options, trainer.steps
         # Now, before the steps change what it is made of.
         self._run = {**identity(trainer.guide, source, options, steps, trainer.seed), **run}
-        self._check_ranks()
+        self._check_ranks(beside)
         found = self._ranks.of_first(self._found() if self._ranks.is_first else None)
         if found is None:
             return 0
@@ -129,9 +137,9 @@ class Checkpoints:
         except (OSError, ValueError) as error:
             return error
 
-    def _check_ranks(self) -> None:
+    def _check_ranks(self, beside: Mapping[str, Any]) -> None:
         """All processes must train the same."""
-        runs = self._ranks.gather([self._run | {"versions": versions()}])
+        runs = self._ranks.gather([{**self._run, **beside, "versions": versions()}])
         for rank, other in enumerate(runs):
             for what, one, two in _differences(runs[0], other):
                 raise ValueError(
@@ -154,10 +162,10 @@ class Checkpoints:
         Returns:
             Whether it was time. If so, the trainer has forgotten what a resumed one does not know.
         """
-        if self._path is None or not (last or done % self._every == 0):
+        if not self._every or not (last or done % self._every == 0):
             return False
         try:
-            if self._ranks.is_first:
+            if self._ranks.is_first and self._path is not None:
                 replace_folder(self._path, "checkpoint", lambda folder: self._write(folder, done))
         except OSError as error:
             warnings.warn(

@@ -169,6 +169,10 @@ class _ProgramLearner(Learner):
         named = {f"guide.{name}": parameter for name, parameter in guide.items()}
         return named | {f"model.{name}": parameter for name, parameter in model.items()}
 
+    def begin(self) -> None:
+        super().begin()
+        self._m_step.begin()
+
     def parts(self) -> dict[str, Part]:
         return {"m_step": self._m_step, "learner": self}
 

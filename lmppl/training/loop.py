@@ -34,6 +34,7 @@ from lmppl.report.progress import progress_bar
 from lmppl.training import evaluation
 from lmppl.training.callbacks import DivergenceGuard, EarlyStopping
 from lmppl.training.checkpoints import Checkpoints, Part
+from lmppl.training.fingerprints import digest_of
 from lmppl.training.inputs import Input
 from lmppl.training.options import FitOptions
 from lmppl.training.ranks import Parallel, ranks_of
@@ -65,6 +66,10 @@ class Learner(ABC):
     @abstractmethod
     def named_parameters(self) -> dict[str, torch.nn.Parameter]:
         """All that it trains."""
+
+    def begin(self) -> None:
+        """Before the first step."""
+        self.trainer.begin()
 
     def parts(self) -> dict[str, Part]:
         """What has a state, beside the trainer of the guide."""
@@ -141,6 +146,12 @@ class Run:
             raise ValueError(f"patience={self.patience} needs eval_data=, held-out inputs")
         self.held_out = inputs
 
+    def evaluations(self) -> dict[str, Any]:
+        """When held-out inputs are evaluated and which, by what it is called in messages."""
+        held_out = digest_of([input_.args for input_ in self.held_out])
+        options = ("eval_every", "eval_samples", "patience")
+        return {"eval_data": held_out} | {f"option {name}": getattr(self, name) for name in options}
+
     def evaluate(self, guide: Guide, number: int) -> dict[str, float]:
         """Figures of the held-out inputs after step ``number``; none if it is not time."""
         due = (number + 1) % self.eval_every == 0 or number == self.steps - 1
@@ -205,7 +216,8 @@ def train(learner: Learner, run: Run, **config: Any) -> None:
     watched, evaluated, name = learner.watched
     guard, stopping = DivergenceGuard(name), EarlyStopping(run.patience)
     parts = {**learner.parts(), "guard": guard, "stopping": stopping}
-    done = checkpoints.begin(trainer, parts, learner.identity())
+    done = checkpoints.begin(trainer, parts, learner.identity(), run.evaluations())
+    learner.begin()
     trainer.forget()  # what the model was used for before moves the last bits of a prompt's states
     learner.forget()
     history = learner.history  # with what the checkpoint has of it

@@ -26,7 +26,7 @@ from lmppl.runtime import Given, Particle
 from lmppl.runtime.records import Record
 from lmppl.training.behaviour import Drawn, Recalled
 from lmppl.training.inputs import Input, observe
-from lmppl.training.kept import load_input, state_of_input
+from lmppl.training.kept import load_input, record_of_state, record_state, state_of_input
 from lmppl.training.optimizer import Optimizer
 from lmppl.training.options import FitOptions
 from lmppl.training.ranks import OneProcess, Ranks
@@ -126,6 +126,12 @@ class MStep:
         rate = options.rate(guide.base.hidden_size) if rate is None else rate
         self._optimizer = Optimizer(options, rate, steps, self._ranks)
         self._adopt()
+        self._met: set[str] = set()  # parameters that all ranks have, with the same values
+
+    def begin(self) -> None:
+        """Before the first step: all ranks begin with the parameters of the first."""
+        if self._ranks.num > 1:
+            self._level([])
 
     def _adopt(self) -> None:
         """Some inputs and branches may have parameters that the first runs did not use."""
@@ -140,12 +146,12 @@ class MStep:
         records, log_weights = self._draw(mine)
         losses = []
         log_joints = self._log_joints([input_ for input_, _ in mine], records)
+        self._meet(inputs, records)
         for row, log_joint in zip(log_weights, log_joints, strict=True):
             live = row > -math.inf
             if bool(live.any()):
                 weights = torch.softmax(row[live], 0).to(log_joint)
                 losses.append(-(weights * log_joint[live.to(log_joint.device)]).sum())
-        self._adopt()
         update = self._optimizer.step(losses, number)
         if not update.is_empty and not math.isfinite(update.norm):
             raise FloatingPointError(
@@ -171,6 +177,28 @@ class MStep:
                 load_input(input_, state)
         return [row for row, _ in heard]
 
+    def _meet(self, inputs: Sequence[Input], records: Sequence[Record]) -> None:
+        """What only some ranks have come to, the others find by the same runs, in one order."""
+        self._adopt()
+        new = sorted(self.named_parameters().keys() - self._met)
+        if self._ranks.num == 1 or (self._ranks.agree(new) and not new):
+            return
+        owners = self._ranks.gather([new])
+        size = self.num_samples
+        mine = [records[k : k + size] for k in range(0, len(records), size)]
+        told = self._ranks.gather([list(map(record_state, of_input)) for of_input in mine])
+        self._trainables.leave_out(new)
+        for input_, states in zip(inputs, told, strict=True):
+            with torch.no_grad():
+                self._log_joints([input_], list(map(record_of_state, states)))
+        self._level(owners)
+
+    def _level(self, owners: Sequence[Sequence[str]]) -> None:
+        self._adopt()
+        named = self.named_parameters()
+        self._ranks.level(named, self._met, owners)
+        self._met = set(named)
+
     @torch.no_grad()
     def _draw(self, seeded: Sequence[tuple[Input, int]]) -> tuple[list[Record], torch.Tensor]:
         """Draws of the mixture for each input, one input after another, and their log-weights:
@@ -193,7 +221,7 @@ class MStep:
             log_weights.append(mixture.log_weight(sample, of_sample))
             records.append(sample.record)
             mixture.input.buffer.add(records[-1])  # the guide learns from what was found, too
-        return records, torch.tensor(log_weights, dtype=torch.float64).reshape(len(seeded), -1)
+        return records, torch.tensor(log_weights, dtype=torch.float64).reshape(-1, self.num_samples)
 
     def _log_joints(self, inputs: Sequence[Input], records: Sequence[Record]) -> torch.Tensor:
         """log p(latents, observations) of each draw, (inputs, num_samples) with gradient."""
@@ -209,7 +237,8 @@ class MStep:
             runtime.run_to_draws(runs, grad=True)
             self._trainables.add(runs)
         log_joints = [sum(node["log_prob_sum"] for node in run.sites.values()) for run in runs]
-        return torch.stack(log_joints).reshape(len(inputs), -1)
+        stacked = torch.stack(log_joints) if runs else torch.zeros(0)
+        return stacked.reshape(-1, self.num_samples)
 
     def named_parameters(self) -> dict[str, torch.nn.Parameter]:
         """Of the program, as far as its runs have used them."""

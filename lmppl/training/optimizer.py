@@ -66,7 +66,9 @@ class Optimizer:
         if losses:
             (total / count).backward()
         self._sum_gradients()
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters(), self._options.max_grad_norm)
+        # In one order on all ranks, lest the norm differ in its last bits.
+        parameters = [self._named[name] for name in sorted(self._named)]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self._options.max_grad_norm)
         if bool(torch.isfinite(norm)):
             for group in self._adamw.param_groups:
                 group["lr"] = group["rate"] * self._options.schedule(number, self._steps)

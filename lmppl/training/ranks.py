@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -65,6 +65,26 @@ class Ranks(ABC):
     @abstractmethod
     def agree(self, words: Iterable[str]) -> bool:
         """Whether all ranks have the same words."""
+
+    def level(
+        self, named: Mapping[str, torch.nn.Parameter], known: Collection[str], owners: Sequence[Any]
+    ) -> None:
+        """Give all ranks the same values of parameters that are not ``known``: those of the first rank
+        that came to them, as the names say that each of the ``owners`` has come to.
+
+        Raises:
+            RuntimeError: if there are parameters that not all ranks have.
+        """
+        if not self.agree(sorted(named)):
+            all_names = self.gather([set(named)])
+            some = sorted(set[str].union(*all_names) - set[str].intersection(*all_names))
+            raise RuntimeError(
+                f"{some[0]!r} is trained by some processes, and others have it not: the program or "
+                "its guide has other parameters there"
+            )
+        for name in sorted(named.keys() - set(known)):
+            owner = next((rank for rank, names in enumerate(owners) if name in names), 0)
+            self.copy(named[name].data, owner)
 
 
 class OneProcess(Ranks):

@@ -14,6 +14,7 @@ Other losses (``lmppl.losses``) take other samples; who draws them is in ``behav
 
 from __future__ import annotations
 
+import json
 import math
 import time
 import warnings
@@ -26,6 +27,7 @@ from lmppl import runtime
 from lmppl.guides.guide import TrainableGuide
 from lmppl.training.batch import Batch, batches_of
 from lmppl.training.behaviour import Behaviour, Lookalikes, Recalled, Turn, turns_of
+from lmppl.training.fingerprints import digest_of
 from lmppl.training.inputs import Input, Source, observe
 from lmppl.training.kept import load_input, record_of_state, record_state, state_of_input
 from lmppl.training.losses import LogZ, prompt_state
@@ -68,6 +70,7 @@ class Trainer:
                 torch.manual_seed(0)
                 self.log_z = LogZ(guide.base.hidden_size, source.num_inputs)
         self._adopt()
+        self._met: set[str] = set()  # parameters that all ranks have, with the same values
         self.inputs: list[Input] = []  # of the last step
         self._dead: set[int] = set()  # inputs all of whose traces were dead
         self._any_alive = False
@@ -81,10 +84,18 @@ class Trainer:
                 stacklevel=4,
             )
 
+    def begin(self) -> None:
+        """Before the first step: all ranks begin with the parameters of the first."""
+        if self.ranks.num > 1:
+            self._make(self.ranks.gather([self.guide.parts()]))
+            self._level([])
+
     def step(self, number: int) -> dict[str, Any] | None:
         """One step. Returns its figures; None if the data have ended."""
         began = time.perf_counter()
         inputs = self.inputs = self.source.next(self._num_inputs)
+        if not self.source.num_inputs and self.ranks.num > 1:
+            self._check_stream(inputs, number)
         if not inputs:
             return None
         with torch.no_grad():
@@ -226,32 +237,48 @@ class Trainer:
     def _kept(self, input_: Input) -> dict[str, Any]:
         return state_of_input(input_) if self.ranks.num > 1 else {}
 
+    def _check_stream(self, inputs: Sequence[Input], number: int) -> None:
+        """Raises ``ValueError`` on all ranks if they have not read the same."""
+        if not self.ranks.agree([digest_of([input_.args for input_ in inputs])]):
+            raise ValueError(
+                f"the processes of this run have read other inputs for step {number}: give each the "
+                "whole stream, in the same order (its inputs are shared out here)"
+            )
+
     def _meet(self, inputs: Sequence[Input], samples: Sequence[Sequence[Sample]]) -> None:
-        """A rank may be the first to come to a site with parameters. The others then run its traces,
-        so that all have them, with the same values."""
-        self._adopt()
-        if self.ranks.agree(sorted(self._named())):
+        """A rank may be the first to come to a site with parameters. The others then make them too, so
+        that all have them, with the same values."""
+        if self.ranks.num == 1:
             return
-        known = self.ranks.gather([sorted(self._named())])
-        traces = self.ranks.gather([[record_state(s.record) for s in one] for one in samples])
-        observe(self.guide, inputs)
-        for input_, states in zip(inputs, traces, strict=True):
-            records = [record_of_state(state) for state in states]
-            runs = Recalled("replay", records, self.seed).start(self.guide, input_)
-            with runtime.ending(runs):
-                runtime.run_to_end(runs)
-            self.guide.score([Sample.of(run, "replay").proposer for run in runs], grad=False)
+        new, parts = sorted(self._named().keys() - self._met), self.guide.parts()
+        if self.ranks.agree([*new, json.dumps(parts, sort_keys=True)]) and not new:
+            return
+        told = self.ranks.gather([(new, parts)])
+        if not self._make([parts for _, parts in told]):
+            # All run all traces in one order, by which adapters are told apart.
+            traces = self.ranks.gather([[record_state(s.record) for s in one] for one in samples])
+            self.guide.leave_out(new)
+            observe(self.guide, inputs)
+            for input_, states in zip(inputs, traces, strict=True):
+                records = [record_of_state(state) for state in states]
+                runs = Recalled("replay", records, self.seed).start(self.guide, input_)
+                with torch.no_grad(), runtime.ending(runs):
+                    runtime.run_to_end(runs)
+                self.guide.score([Sample.of(run, "replay").proposer for run in runs])
+        self._level([names for names, _ in told])
+
+    def _make(self, all_parts: Sequence[Any]) -> bool:
+        """Make what the guides of all ranks have; False if only runs can."""
+        for parts in all_parts:
+            if parts is not None:
+                self.guide.make_parts(parts)
+        return None not in all_parts
+
+    def _level(self, owners: Sequence[Sequence[str]]) -> None:
         self._adopt()
         named = self._named()
-        for name in sorted(set().union(*known)):
-            owner = next(rank for rank, names in enumerate(known) if name in names)
-            if name not in named:
-                raise RuntimeError(
-                    f"rank {owner} trains {name!r}, which rank {self.ranks.rank} has not: the program "
-                    "or its guide has other parameters on other ranks"
-                )
-            if not all(name in names for names in known):
-                self.ranks.copy(named[name].data, owner)
+        self.ranks.level(named, self._met, owners)
+        self._met = set(named)
 
     def _adopt(self) -> None:
         """Sites that were met for the first time have parameters that are to be trained."""

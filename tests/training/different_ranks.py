@@ -22,18 +22,25 @@ def other(x, y):
 
 def main() -> None:
     rank = int(os.environ["RANK"])
-    same = {"model": program, "weights": 0, "data": [("a", "b"), ("b", "ab")], "seed": 0}
+    data = [("a", "b"), ("b", "ab")]
+    same = {"model": program, "weights": 0, "data": data, "seed": 0, "eval_data": data}
     kinds = {
         "data": {"data": [("a", "b"), ("b", "aa")]},
         "program": {"model": other},
         "language model": {"weights": 1},
         "seed": {"seed": 1},
+        "eval_data": {"eval_data": None},
+        "a stream": {"data": [("a", "b"), ("b", "ab"), ("b", "aa")]},
     }
     for what, changed in kinds.items():
         run = same | changed if rank else same
         guide = lmppl.LMGuide(run["model"], lm=tiny_lm("ab.", seed=run["weights"]))
+        is_stream = what == "a stream"
         try:
-            guide.fit(run["data"], steps=1, batch_size=8, seed=run["seed"], progress=False)
+            guide.fit(
+                iter(run["data"]) if is_stream else run["data"], steps=2, batch_size=8,
+                inputs_per_step=2, seed=run["seed"], eval_data=run["eval_data"], progress=False,
+            )  # fmt: skip
         except ValueError as error:
             print(f"{what}: {error}")
     lm = tiny_lm("ab.", seed=0)
@@ -42,7 +49,7 @@ def main() -> None:
         "none",
     ):  # without seeds all ranks have that of the first, or their own
         guide = lmppl.LMGuide(program, lm=lm)
-        guide.fit(same["data"], steps=2, batch_size=8, parallel=parallel, progress=False)
+        guide.fit(data, steps=2, batch_size=8, parallel=parallel, progress=False)
         print(f"{parallel}: {guide.history.column('loss')}")
 
 

@@ -42,6 +42,35 @@ def labelled(x, label):
     pyro.sample("label", dist.Bernoulli(p if "b" in z else 1 - p), obs=torch.tensor(label))
 
 
+def texts(x, y):
+    """Texts so long that only some of their truncations are affordable."""
+    z = lm_sample("z", x, max_tokens=6, stop=".")
+    lm_sample("y", [x, z], obs=y)
+
+
+def sites(x, which):
+    z = lm_sample(f"z_{which}", x, max_tokens=2, stop=".")
+    lm_sample("y", [x, z], obs="a")
+
+
+def numbered(x, which):
+    number = pyro.sample("number", dist.Normal(0.0, 1.0))
+    pyro.sample("seen", dist.Normal(number, 0.5), obs=torch.tensor(0.7))
+
+
+def numbered_guide(x, which):
+    """Most inputs have a parameter of their own, whose first value is random."""
+    mean = pyro.param(f"mean_{which}", lambda: torch.randn(()))
+    pyro.sample("number", dist.Normal(mean, 1.0))
+
+
+def labelled_apart(x, which):
+    """Each input has a parameter of its own."""
+    z = lm_sample("z", x, max_tokens=2, stop=".")
+    p = pyro.param(f"p_{which}", torch.tensor(0.7), constraint=dist.constraints.unit_interval)
+    pyro.sample("label", dist.Bernoulli(p if "b" in z else 1 - p), obs=torch.tensor(1.0))
+
+
 class Results:
     """Of the scenarios, by name."""
 
@@ -100,9 +129,16 @@ def language_model(dtype: torch.dtype = torch.float32) -> lmppl.LM:
 
 
 def fitted(
-    results, name, program=ONE_SITE, inputs=INPUTS, steps=20, dtype=torch.float32, **options
+    results,
+    name,
+    program=ONE_SITE,
+    inputs=INPUTS,
+    steps=20,
+    dtype=torch.float32,
+    made=None,
+    **options,
 ):
-    guide = lmppl.LMGuide(program, lm=language_model(dtype))
+    guide = lmppl.LMGuide(program, lm=language_model(dtype), **(made or {}))
     options = {"batch_size": 24, "inputs_per_step": 3, "seed": 0, "progress": False} | options
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
@@ -126,6 +162,13 @@ def main(folder: Path) -> None:
     fitted(results, "an idle rank", inputs=INPUTS[:1], steps=4)
     fitted(results, "a stream", inputs=iter(INPUTS * 4), steps=6)
     fitted(results, "simulated", simulate=8, steps=6)
+    fitted(results, "some truncations", texts, batch_size=48, steps=9, dtype=torch.float64)
+    which = [("a", k) for k in range(5)]
+    fitted(
+        results, "adapters of sites", sites, which, steps=6, dtype=torch.float64,
+        made={"adapter_per_site": True},
+    )  # fmt: skip
+    fitted(results, "a guide program", numbered, which, steps=6, made={"program": numbered_guide})
 
     pyro.clear_param_store()
     guide = lmppl.LMGuide(labelled, lm=language_model())
@@ -136,6 +179,14 @@ def main(folder: Path) -> None:
     )  # fmt: skip
     of_model = [{k: row[k] for k in ("log_evidence", "model_loss", "model_ess")} for row in history]
     results.keep("learn", guide, p=float(pyro.param("p").detach()), model=of_model)
+    pyro.clear_param_store()
+    guide = lmppl.LMGuide(labelled_apart, lm=language_model(torch.float64))
+    learn(
+        guide, which[:3], 4, seed=0, progress=False, guide_steps=1, num_samples=8, batch_size=12,
+        model_learning_rate=0.1, inputs_per_step=2,
+    )  # fmt: skip
+    of_model = {name: float(pyro.param(f"p_{name}").detach()) for name in range(3)}
+    results.keep("learn in turn", guide, model=of_model)
     results.write()
 
 

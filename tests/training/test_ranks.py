@@ -29,6 +29,10 @@ SCENARIOS = {
     "a stream": 1e-3,
     "simulated": 1e-3,
     "learn": 1e-3,
+    "some truncations": 1e-3,
+    "adapters of sites": 1e-3,
+    "a guide program": 1e-3,
+    "learn in turn": 1e-3,
 }
 
 
@@ -146,6 +150,9 @@ def test_a_run_goes_on_when_a_process_was_killed(tmp_path):
 # --- what is told --------------------------------------------------------------------------------
 
 
+DIFFERENT = ("data", "program", "language model", "seed", "eval_data")
+
+
 def test_processes_that_train_something_else_are_told(tmp_path):
     printed = launch("different_ranks.py", 2, options=[f"--log-dir={tmp_path}", "--redirects=3"])
     del printed
@@ -153,7 +160,8 @@ def test_processes_that_train_something_else_are_told(tmp_path):
         next(tmp_path.rglob(f"{rank}/stdout.log")).read_text().splitlines() for rank in (0, 1)
     )
     assert first[:-1] == second[:-1]  # both are told, none waits for the other
-    for line, what in zip(first, ("data", "program", "language model", "seed"), strict=False):
+    for line, what in zip(first, DIFFERENT, strict=False):
         assert line.startswith(f"{what}: the processes of this run differ in their {what}: rank 0")
+    assert "stream: the processes of this run have read other inputs for step 1" in first[5]
     assert first[-2].startswith("inputs: [") and first[-1].startswith("none: [")
     assert first[-1] != second[-1]
