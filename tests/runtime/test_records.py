@@ -170,12 +170,12 @@ def test_a_record_keeps_no_batch_in_memory():
 def test_the_error_of_a_tool_is_in_the_checkpoint(tmp_path):
     from lmppl.distributions import ToolResult
     from lmppl.states import read_state, write_state
-    from lmppl.training.checkpoints import _record, _record_state
+    from lmppl.training.kept import record_of_state, record_state
 
     tools = {"t": ToolResult.wrap(None, KeyError("gone")), "u": ToolResult.wrap(None)}
-    state = _record_state(Record({"z": torch.tensor([1])}, tools=tools))
+    state = record_state(Record({"z": torch.tensor([1])}, tools=tools))
     write_state(tmp_path, "record", 1, state)
-    again = _record(read_state(tmp_path, "record", 1))
+    again = record_of_state(read_state(tmp_path, "record", 1))
     assert torch.equal(again.values["z"], torch.tensor([1]))
     assert "gone" in str(again.tools["t"].error) and again.tools["u"].error is None
 
