@@ -49,6 +49,7 @@ from paper.training import LOSSES, Trainer
 
 OPENINGS = Path(__file__).parent / "data" / "openings.txt"
 ENDS = (".", "!", "?")
+COLOURS, MARKERS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7"), "os^"
 TIMES = 5  # so many times the texts, for the second pair of figures
 PROPOSALS = ("prior", "low_temperature", *LOSSES)  # methods whose draws have a density
 
@@ -184,27 +185,26 @@ def show(row: Row) -> None:
 
 
 def plot(rows: Sequence[Row]) -> Any:
-    """Best log p against diversity: a line a method, from K texts (a ring) to more of them (a dot)."""
+    """Best log p against diversity: a line a method, from K texts (open) to more of them (filled)."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.5, 4.2), layout="constrained")
     axis = figure.subplots()
-    for number, group in enumerate(groups_of(rows)):
+    for group in groups_of(rows):
         means = {name: group.mean(name) for name in COLUMNS}
         x, y = [means["diversity"], means["diversity_more"]], [means["best"], means["best_more"]]
-        colour = f"C{number % 10}"
+        # The same in all pictures: each of the methods has a colour and a marker.
+        number = TASK.methods.index(group.method)
+        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number // len(COLOURS)]
         axis.plot(x, y, "-", color=colour, lw=1)
-        axis.plot(x[:1], y[:1], "o", mfc="white", mec=colour, ms=6)
-        axis.plot(x[1:], y[1:], "o", color=colour, ms=6)
-        axis.annotate(
-            group.method, (x[1], y[1]), xytext=(6, 3), textcoords="offset points", fontsize=8,
-            color=colour, weight="bold" if group.method == "guide" else "normal",
-        )  # fmt: skip
+        axis.plot(x[:1], y[:1], marker, mfc="white", mec=colour, ms=6)
+        axis.plot(x[1:], y[1:], marker, color=colour, ms=6, label=group.method)
     axis.set_xlabel("diversity: 1 - mean cosine of sentence embeddings")
     axis.set_ylabel("log p of the best text (nats)")
-    axis.set_title(f"K texts (rings) and {TIMES} K (dots)", fontsize=9, loc="left")
+    axis.set_title(f"K texts (open) and {TIMES} K (filled)", fontsize=9, loc="left")
     axis.spines[["top", "right"]].set_visible(False)
-    axis.margins(x=0.15)
+    for label in figure.legend(loc="outside right upper", frameon=False, fontsize=9).get_texts():
+        label.set_weight("bold" if label.get_text() == "guide" else "normal")
     return figure
 
 
