@@ -67,6 +67,7 @@ PAGES = {
     "explanation/rewards.md": 0.1,
     "explanation/weights.md": 0.2,
 }
+_USUAL = ("tutorials/first_program.md", "tutorials/conditioning.md")
 
 BLOCK = re.compile(
     r"^```python\n(?P<code>.*?)^```\n(?:\n```text\n(?P<output>.*?)^```\n)?"
@@ -127,8 +128,13 @@ def agree(expected: str, printed: str, tolerance: float) -> bool:
     )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("page", PAGES)
+def _marked(page: str) -> Any:
+    """The tutorials take half a minute each; the first two run with the usual tests."""
+    is_long = page.startswith("tutorials/") and page not in _USUAL
+    return pytest.param(page, marks=pytest.mark.long if is_long else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("page", [_marked(page) for page in PAGES])
 def test_snippets_print_what_the_page_says(page):
     lasting = list(lmppl.primitives._lasting)
     token = lmppl.primitives._default_lm.set(None)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 HERE = Path(__file__).parent
 # The last bits of sums and of batches of other shapes differ. Adam makes a step of full size of a
