@@ -148,6 +148,23 @@ def test_snippets_print_what_the_page_says(page):
         lmppl.primitives._lasting[:] = lasting
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ["index.md", "quickstart.md", "how-to/many_gpus.md"])
+def test_other_snippets_run(page):
+    """With few samples and steps: what they print is of a processor, or takes minutes."""
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        blocks = list(BLOCK.finditer((DOCS / page).read_text()))
+        for block in blocks:
+            code = re.sub(r"\bnum_samples=\d+", "num_samples=4", block["code"])
+            code = re.sub(r"\bsteps=\d+", "steps=1", code)
+            code = re.sub(r"\bbatch_size=\d+", "batch_size=2", code)
+            with redirect_stdout(io.StringIO()):
+                exec(compile(code, page, "exec", dont_inherit=True), namespace)
+    assert blocks
+
+
 def write(page: Path) -> None:
     """Replace the outputs on a page by real ones."""
     text, parts, at = page.read_text(), [], 0
