@@ -109,7 +109,8 @@ class OneProcess(Ranks):
 
 
 class ProcessGroup(Ranks):
-    """The default group of ``torch.distributed``. Objects go by a group of their own, over the CPU."""
+    """The default group of ``torch.distributed``. Objects go by a group of their own, over the CPU, as
+    torch sends them, by pickle: only between the processes of one run, and never from a file."""
 
     _objects: Any = None  # made once, as groups stay for the life of the process
 
