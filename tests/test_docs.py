@@ -67,7 +67,10 @@ PAGES = {
     "explanation/rewards.md": 0.1,
     "explanation/weights.md": 0.2,
 }
+# Pages that train guides or run every engine take half a minute and more. All tutorials but these two,
+# and three other pages, run with the long tests.
 _USUAL = ("tutorials/first_program.md", "tutorials/conditioning.md")
+_LONG = ("engines.md", "guides.md", "training.md")
 
 BLOCK = re.compile(
     r"^```python\n(?P<code>.*?)^```\n(?:\n```text\n(?P<output>.*?)^```\n)?"
@@ -129,8 +132,7 @@ def agree(expected: str, printed: str, tolerance: float) -> bool:
 
 
 def _marked(page: str) -> Any:
-    """The tutorials take half a minute each; the first two run with the usual tests."""
-    is_long = page.startswith("tutorials/") and page not in _USUAL
+    is_long = page in _LONG or (page.startswith("tutorials/") and page not in _USUAL)
     return pytest.param(page, marks=pytest.mark.long if is_long else pytest.mark.slow)
 
 
