@@ -56,6 +56,8 @@ WORKED = (
 THIS, SO = "{sentence}\nThis sentence", " so it is"
 SENTENCES = Path(__file__).parent / "data" / "sentences"
 MOST_TOKENS = 16
+MOST_LABELS = 10
+"""Sentences in one step of "em"."""
 
 Labelled = tuple[str, str]
 """A sentence and its label."""
@@ -189,11 +191,12 @@ def learn_both(run: Run, train: Sequence[Labelled]) -> tuple[lmppl.LMGuide, lmpp
     """A guide, and the adapter that chooses the label after its reasons: by "em"."""
     judge = run.lm.adapter()
     guide = reasons_guide(run, partial(subjectivity, judge=judge))
-    steps = max(1, run.args.steps // 2)
+    # The labels teach the adapter, so each step has as many as it can, and few reasons for each.
+    steps, inputs = run.args.steps, min(MOST_LABELS, len(train))
     before, began = tokens(run.lm), time.perf_counter()
     lmppl.learn(
-        guide, list(map(observed, train)), steps=steps, guide_steps=2,
-        num_samples=max(2, run.args.batch_size // 4), batch_size=run.args.batch_size, seed=run.seed,
+        guide, list(map(observed, train)), steps=steps, guide_steps=1, num_samples=2,
+        inputs_per_step=inputs, batch_size=2 * inputs, seed=run.seed,
     )  # fmt: skip
     run.training = cost(steps, tokens(run.lm) - before, began)
     return guide, judge
