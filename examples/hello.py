@@ -1,7 +1,7 @@
 """The program of the README: what she bought, before and after it is known what happened then.
 
-    python examples/hello.py                     # some seconds on a laptop's CPU
-    python examples/hello.py --plot hello.svg    # the picture, too
+    python examples/hello.py                                 # some seconds on a CPU
+    python examples/hello.py --plot docs/images/hello.svg    # its picture, too
 
 Few values are possible, so both posteriors are exact: nothing is drawn. In bfloat16, which is taken
 where the machine is fast in it, the probabilities differ from those in float32 by a point or two.
