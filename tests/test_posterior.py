@@ -624,8 +624,9 @@ def test_the_table_has_a_marginal_a_site():
     assert lines[0] == "Posterior by importance: 3 samples, ESS 2.8 (93%)"
     assert lines[1].startswith("log evidence -1.099 nats (standard error 0.2")
     assert lines[2] == "don't trust these figures: ESS 2.8 is below 10"
-    assert lines[3] == "1,234 tokens drawn, 567 tokens scored, 3.2 s"
-    assert [line.split() for line in lines if line and "─" not in line][4:-2] == [
+    assert lines[3].startswith("what may help: more samples (num_samples=), ")
+    assert lines[4] == "1,234 tokens drawn, 567 tokens scored, 3.2 s"
+    assert [line.split() for line in lines if line and "─" not in line][5:-2] == [
         ["weight", "a"], ["60.0%", "█" * 10, "'x'"], ["40.0%", "██████▋", "'y'"],
         ["weight", "b"], ["80.0%", "█" * 10, "'", "two'"], ["20.0%", "██▌", "'", "one'"],
         ["weight", "returned"], ["100.0%", "█" * 10, "0"],
@@ -725,18 +726,63 @@ def test_a_table_says_when_its_figures_cannot_be_trusted():
     line = f"don't trust these figures: ESS {few.ess:.1f} is below 10"
     assert repr(few).splitlines()[2] == line and line.replace("'", "&#x27;") in few._repr_html_()
     enough = posterior_of(list("abcdefghijkl"), [1.0] * 12, info={"iid": True})
-    assert "trust" not in repr(enough) and enough.summary()["doubts"] == []
+    assert "trust" not in repr(enough) and "help" not in repr(enough)
+    assert enough.summary()["doubts"] == enough.summary()["remedies"] == []
     tail = heavy(0.85)
     assert tail.ess > 10 and tail.summary()["pareto_k"] > 0.7
     assert tail.summary()["doubts"] == [f"Pareto k {tail.summary()['pareto_k']:.2f} is above 0.7"]
     assert heavy(0.3).summary()["doubts"] == [] and heavy(0.3).summary()["pareto_k"] < 0.7
 
 
+def heard(x, y):
+    lmppl.lm_sample("y", [x, lmppl.lm_sample("z", x, max_tokens=2)], obs=y)
+
+
+def heard_guide(x, y):
+    lmppl.lm_sample("z", x, max_tokens=2)
+
+
+@pytest.mark.parametrize(
+    ("engine", "options", "remedies"),
+    [
+        ("importance", {}, 'more samples (num_samples=), method="smc", a guide (guide=)'),
+        ("smc", {}, 'more samples (num_samples=), a twist (twist="lookahead"), a guide (guide=)'),
+        (
+            "mcmc",
+            {"num_chains": 1, "warmup": 20},
+            "more moves (num_samples=, thin=), better starts (initial=), a guide (guide=)",
+        ),
+        (
+            "gflownet",
+            {"steps": 1, "fit": {"batch_size": 4}},
+            "more samples (num_samples=), more training of the guide (guide.fit)",
+        ),
+        (lmppl.Importance(), {}, 'more samples (num_samples=), method="smc", a guide (guide=)'),
+    ],
+)
+def test_beside_a_doubt_stands_what_may_help_by_the_engine(engine, options, remedies):
+    common = {"num_samples": 4, "seed": 0, "lm": LM}
+    posterior = lmppl.infer(heard, "ab.", "a", method=engine, **common, **options)
+    lines = repr(posterior).splitlines()
+    assert lines[2].startswith("don't trust these figures: ESS ")
+    assert lines[3] == f"what may help: {remedies}"
+    assert ", ".join(posterior.summary()["remedies"]) == remedies
+
+
+def test_a_guide_that_was_there_could_be_better():
+    common = {"num_samples": 4, "seed": 0, "lm": LM}
+    posterior = lmppl.infer(heard, "ab.", "a", guide=heard_guide, **common)
+    assert posterior.summary()["remedies"][-1] == "a better guide"
+    mine = posterior_of(["a"], [1.0], info={"engine": "an engine of mine"})
+    assert mine.summary()["remedies"] == ["more samples (num_samples=)"]
+
+
 def test_nothing_is_doubted_where_nothing_is_estimated():
     exact = posterior_of(["a", "b"], [9.0, 1.0], info={"engine": "exact", "exact": True})
     dead = posterior_of(["a", "b"], [0.0, 0.0])
     assert exact.summary()["doubts"] == dead.summary()["doubts"] == []
-    assert exact.resample(3, seed=0).summary()["doubts"], "three draws are few"
+    drawn = exact.resample(3, seed=0).summary()
+    assert drawn["doubts"] and drawn["remedies"] == ["more draws (resample)"], "three are few"
 
 
 def test_chains_that_disagree_are_doubted(monkeypatch):

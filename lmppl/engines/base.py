@@ -240,7 +240,7 @@ class State:
                 "sites by their names, and an LMGuide the texts of models with its own vocabulary"
             )
         info = {"engine": self.engine, "iid": self.iid, "killed": killed, "notes": self.notes}
-        info["reasons"] = _reasons(dead)
+        info |= {"reasons": _reasons(dead), "has_guide": self.guide is not None}
         info |= asdict(own_usage() - self._usage)
         info |= {"seconds": time.perf_counter() - self._began, **self.info}
         traces = [particle.trace for particle in self.particles]

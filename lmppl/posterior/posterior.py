@@ -20,7 +20,7 @@ from lmppl.posterior.exports import to_arviz, to_dataframe
 from lmppl.posterior.marginals import check_levels, distinct, of_sample, quantiles
 from lmppl.posterior.replaying import rerun
 from lmppl.posterior.saving import Samples, load_samples, save_samples
-from lmppl.posterior.summary import is_number, joint_rows, summarise
+from lmppl.posterior.summary import is_number, joint_rows, remedies, summarise
 from lmppl.posterior.weighted import WeightedTraces
 from lmppl.primitives import use
 from lmppl.report.particle_page import particle_page
@@ -56,6 +56,7 @@ class Posterior(WeightedTraces, Report):
               the evidence has the textbook standard error (SMC's and enumeration's are not);
             - ``exact``: whether the weights are the probabilities themselves, as of an enumeration, so
               that a small effective sample size is no reason for doubt;
+            - ``has_guide``: whether the run had a guide, which could be a better one;
             - ``tokens_sampled``, ``tokens_scored``, ``tokens_trained``, ``seconds``: what it cost;
             - ``killed``: name of a site to the number of samples that it gave probability zero;
             - ``reasons``: name of such a site to one sentence, why the first sample ended there;
@@ -479,6 +480,7 @@ class Posterior(WeightedTraces, Report):
             - ``returned``: the same of what the program returned, ``{"rows": [...]}`` or
               ``{"numeric": {...}}``; None if that is nothing or always a site's value.
             - ``doubts``: sentences, why the figures cannot be trusted.
+            - ``remedies``: what may help against these, by the engine; none without doubts.
             - ``pareto_k``: shape of the weights' upper tail, if they are i.i.d. and arviz-stats is
               installed (Vehtari et al., 2024, arXiv 1507.02646); else None.
             - ``engine``, ``num_samples``, ``ess``, ``chains``, ``log_evidence``,
@@ -496,9 +498,10 @@ class Posterior(WeightedTraces, Report):
     def _run(self) -> dict[str, Any]:
         """What the summary says of the run: all but the samples' values."""
         costs = ("tokens_sampled", "tokens_scored", "tokens_trained", "seconds")
-        k = self._pareto_k
+        k, engine = self._pareto_k, self.info.get("engine")
+        doubts = self._doubts(k)
         return {
-            "engine": self.info.get("engine"),
+            "engine": engine,
             "num_samples": len(self),
             "ess": self.ess,
             "chains": self.info.get("chains"),
@@ -506,7 +509,8 @@ class Posterior(WeightedTraces, Report):
             "log_evidence_stderr": self.log_evidence_stderr,
             **{cost: self.info.get(cost) for cost in costs},
             "pareto_k": k,
-            "doubts": self._doubts(k),
+            "doubts": doubts,
+            "remedies": remedies(engine, bool(self.info.get("has_guide"))) if doubts else [],
             "killed": dict(self.killed.most_common()),
             "reasons": self.reasons,
             "notes": list(self.info.get("notes", ())),

@@ -20,6 +20,21 @@ from lmppl.runtime.sites import (
     value_of,
 )
 
+_REMEDIES = {
+    "exact": ["more draws (resample)"],  # its own weights are not doubted
+    "importance": ["more samples (num_samples=)", 'method="smc"', "{guide}"],
+    "smc": ["more samples (num_samples=)", 'a twist (twist="lookahead")', "{guide}"],
+    "mcmc": ["more moves (num_samples=, thin=)", "better starts (initial=)", "{guide}"],
+    "gflownet": ["more samples (num_samples=)", "more training of the guide (guide.fit)"],
+}
+
+
+def remedies(engine: str | None, has_guide: bool) -> list[str]:
+    """What may help where the samples of an engine are too few to be trusted, the simplest first."""
+    found = _REMEDIES.get(engine or "", ["more samples (num_samples=)"])
+    guide = "a better guide" if has_guide else "a guide (guide=)"
+    return [remedy.format(guide=guide) for remedy in found]
+
 
 def summarise(
     traces: Sequence[Trace],

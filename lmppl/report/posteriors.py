@@ -138,7 +138,9 @@ def _run(summary: Mapping[str, Any]) -> list[Block]:
     ]
     cost = ", ".join(text.format(figure) for text, figure in costs if figure is not None)
     doubts = f"don't trust these figures: {', and '.join(map(plain, summary['doubts']))}"
-    lines = [first, second, *[doubts] * bool(summary["doubts"]), *[cost] * bool(cost)]
+    remedies = f"what may help: {', '.join(summary['remedies'])}"
+    trust = [doubts, remedies] if summary["doubts"] else []
+    lines = [first, second, *trust, *[cost] * bool(cost)]
     return [*lines, *(_chains(summary["chains"]) if summary["chains"] else [])]
 
 
