@@ -18,6 +18,7 @@ from lmppl.checks import check_callable, check_flag, check_int
 from lmppl.lm import LM
 from lmppl.posterior.exports import to_arviz, to_dataframe
 from lmppl.posterior.marginals import check_levels, distinct, of_sample, quantiles
+from lmppl.posterior.questions import of_one
 from lmppl.posterior.replaying import rerun
 from lmppl.posterior.saving import Samples, load_samples, save_samples
 from lmppl.posterior.summary import is_number, joint_rows, remedies, summarise
@@ -77,6 +78,7 @@ class Posterior(WeightedTraces, Report):
         ValueError: if the lengths differ, there are no traces, or a log-weight is NaN or +inf.
     """
 
+    @of_one
     def probs(
         self, name_or_fn: NameOrFn | None = None, *, returns: bool = False
     ) -> dict[Any, float]:
@@ -124,6 +126,7 @@ class Posterior(WeightedTraces, Report):
             values = [name_or_fn(values_of(t)) if weight > 0 else None for t, weight in self]
         return {value: share for (value,), share in distinct([values], self.weights.tolist())}
 
+    @of_one
     def best(self, name_or_fn: NameOrFn | None = None, *, returns: bool = False) -> Any:
         """The most probable value that is not None; None if there is no other.
 
@@ -137,6 +140,7 @@ class Posterior(WeightedTraces, Report):
         found = self.probs(name_or_fn, returns=returns)
         return next((value for value in found if value is not None), None)
 
+    @of_one
     def plot(
         self,
         name_or_fn: NameOrFn | None = None,
@@ -256,6 +260,7 @@ class Posterior(WeightedTraces, Report):
             write_text(Path(path), page)
         return page
 
+    @of_one
     def mean(self, name_or_fn: NameOrFn) -> torch.Tensor:
         """Posterior expectation of a numeric site or a function.
 
@@ -277,6 +282,7 @@ class Posterior(WeightedTraces, Report):
         values, weights = self._numbers(name_or_fn)
         return torch.tensordot(weights, values, 1)
 
+    @of_one
     def quantile(self, name_or_fn: NameOrFn, q: float | Sequence[float]) -> torch.Tensor:
         """Posterior quantiles of a numeric site or a function, as of ``mean``: the smallest value x of a
         sample with P(value <= x) >= q. Nothing is interpolated.
