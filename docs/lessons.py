@@ -10,8 +10,9 @@ from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
-from mkdocs.structure.nav import Section
 from mkdocs.structure.pages import Page
+
+from overviews import with_overview
 
 OVERVIEW = "tutorials/index.md"
 PLACE = "<!-- tutorials -->"
@@ -23,13 +24,12 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, **_: ob
     """The overview, with a row for each tutorial, in the order of the navigation."""
     if page.file.src_uri != OVERVIEW:
         return markdown
-    section = page.parent
-    if PLACE not in markdown or not isinstance(section, Section):
-        raise PluginError(f"{OVERVIEW} needs a line {PLACE}, and a place in a section of nav")
-    pages = [child.file.src_uri for child in section.children if isinstance(child, Page)]
-    folder = Path(config.docs_dir)
-    rows = [row(folder / uri) for uri in pages if uri != OVERVIEW]
-    return markdown.replace(PLACE, "\n".join(["| | |", "| --- | --- |", *rows]))
+    return with_overview(markdown, page, config, PLACE, table)
+
+
+def table(pages: list[Path]) -> str:
+    """The tutorials, a row each, in Markdown."""
+    return "\n".join(["| | |", "| --- | --- |", *map(row, pages)])
 
 
 def row(page: Path) -> str:

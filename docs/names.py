@@ -15,8 +15,9 @@ from pathlib import Path
 import griffe
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
-from mkdocs.structure.nav import Section
 from mkdocs.structure.pages import Page
+
+from overviews import with_overview
 
 OVERVIEW = "reference/index.md"
 PLACE = "<!-- names -->"
@@ -29,16 +30,8 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, **_: ob
     """The overview, with a table for each page of the reference, in the order of the navigation."""
     if page.file.src_uri != OVERVIEW:
         return markdown
-    section = page.parent
-    if PLACE not in markdown or not isinstance(section, Section):
-        raise PluginError(f"{OVERVIEW} needs a line {PLACE}, and a place in a section of nav")
     _package.cache_clear()  # mkdocs serve: files may have changed
-    pages = [child.file.src_uri for child in section.children if isinstance(child, Page)]
-    folder = Path(config.docs_dir)
-    tables = [
-        table(folder / uri) for uri in pages if uri.startswith("reference/") and uri != OVERVIEW
-    ]
-    return markdown.replace(PLACE, "\n".join(tables))
+    return with_overview(markdown, page, config, PLACE, lambda pages: "\n".join(map(table, pages)))
 
 
 def table(page: Path) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import functools
-import importlib.util
 import inspect
 import re
 import textwrap
@@ -20,6 +19,7 @@ import lmppl.engines
 import lmppl.posterior
 import lmppl.testing
 import lmppl.training
+import names  # the hook of mkdocs that makes the overview
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "docs" / "reference"
@@ -27,11 +27,6 @@ PUBLIC = [
     lmppl, lmppl.constraints, lmppl.diagnostics, lmppl.engines, lmppl.posterior, lmppl.testing,
     lmppl.training,
 ]  # fmt: skip
-
-_spec = importlib.util.spec_from_file_location("names", ROOT / "docs" / "names.py")
-assert _spec is not None and _spec.loader is not None
-names = importlib.util.module_from_spec(_spec)  # the hook of mkdocs that makes the overview
-_spec.loader.exec_module(names)
 
 PAGES = {path.name: path.read_text() for path in sorted(FOLDER.glob("*.md"))}
 DOCUMENTED = [name for text in PAGES.values() for name in names.names(text)]

@@ -100,6 +100,8 @@ def test_the_site_can_be_read_from_disk(repository):
     page = (site / "reference/inference.html").read_text()
     yields = page.split("Yields:", 1)[1].split("</ul>", 1)[0]
     assert yields.count("<li") == 1, "what infer_batch yields is one item, of several lines"
+    page = (site / "reference/posteriors.html").read_text()
+    assert 'id="lmppl.Posterior.__getitem__"' in page and "__deepcopy__" not in page
 
 
 @pytest.mark.slow

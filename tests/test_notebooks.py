@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from pathlib import Path
 
@@ -11,12 +10,9 @@ import pytest
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
-ROOT = Path(__file__).parent.parent
-_spec = importlib.util.spec_from_file_location("notebooks", ROOT / "docs" / "notebooks.py")
-assert _spec is not None and _spec.loader is not None
-notebooks = importlib.util.module_from_spec(_spec)  # a script, and a hook of mkdocs
-_spec.loader.exec_module(notebooks)
+import notebooks  # a script, and a hook of mkdocs
 
+ROOT = Path(__file__).parent.parent
 PAGES = notebooks.pages()
 pytestmark = pytest.mark.filterwarnings("ignore")  # of zmq and asyncio, which run the kernel
 
