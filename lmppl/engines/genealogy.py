@@ -12,7 +12,7 @@ switch. It reads, and changes nothing, and holds no particle, trace or distribut
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -41,24 +41,12 @@ _Change = _Tokens | torch.Tensor | None
 """What is new of a site; None: it is no longer there (a move, or a guide, has come by another way)."""
 
 
-@dataclass(frozen=True, eq=False)
-class _Recorded:
-    """A step as it is kept; see ``ParticleStep``."""
-
-    num_tokens: int | None
-    log_weights: torch.Tensor
-    ess: float
-    num_compared: int
-    ancestors: tuple[int, ...]
-    is_resampled: bool
-    changes: list[dict[str, _Change]]
-
-
 class Genealogy:
     """The steps of one run of SMC."""
 
     def __init__(self) -> None:
-        self._recorded: list[_Recorded] = []
+        # Steps without sites and values, each with what is new of every particle.
+        self._recorded: list[tuple[ParticleStep, list[dict[str, _Change]]]] = []
         # What each slot's particle had when it was last seen, to know what is new: values by site, and
         # of a text under way how many of its tokens.
         self._seen: list[dict[str, torch.Tensor | int]] = []
@@ -130,27 +118,32 @@ class Genealogy:
         changes: list[dict[str, _Change]],
         ancestors: Sequence[int] | None,
     ) -> None:
-        is_resampled = ancestors is not None
         whole = tuple(range(len(changes)) if ancestors is None else ancestors)
         self._seen = [self._seen[ancestor] for ancestor in whole]
         all_equal = bool((log_weights == log_weights[0]).all())
         if self._recorded or any(changes) or not all_equal:  # else nothing has happened yet
-            facts = num_tokens, log_weights.clone(), ess, num_compared, whole, is_resampled
-            self._recorded.append(_Recorded(*facts, changes))
+            step = ParticleStep(
+                sites=(),
+                num_tokens=num_tokens,
+                log_weights=log_weights.clone(),
+                ess=ess,
+                num_compared=num_compared,
+                ancestors=whole,
+                is_resampled=ancestors is not None,
+                values=(),
+            )
+            self._recorded.append((step, changes))
 
     def steps(self) -> list[ParticleStep]:
         """What was taken down, with texts."""
         held: list[dict[str, Any]] = [{} for _ in self._seen]
         decoded: dict[_Tokens, str] = {}
         steps = []
-        for step in self._recorded:
-            held = [_after(*pair) for pair in zip(held, step.changes, strict=True)]
+        for step, changes in self._recorded:
+            held = [_after(*pair) for pair in zip(held, changes, strict=True)]
             values = tuple({n: _shown(v, decoded) for n, v in own.items()} for own in held)
-            sites = dict.fromkeys(
-                n for own in step.changes for n, v in own.items() if v is not None
-            )
-            facts = step.log_weights, step.ess, step.num_compared, step.ancestors, step.is_resampled
-            steps.append(ParticleStep(tuple(sites), step.num_tokens, *facts, values))
+            sites = dict.fromkeys(n for own in changes for n, v in own.items() if v is not None)
+            steps.append(replace(step, sites=tuple(sites), values=values))
             held = [held[ancestor] for ancestor in step.ancestors]
         return steps
 

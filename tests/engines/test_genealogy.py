@@ -13,8 +13,8 @@ import torch
 
 import lmppl
 from lmppl import lm_sample, require
-from lmppl.engines.genealogy import Genealogy, _Recorded, _Tokens
-from lmppl.report.particles import survivors
+from lmppl.engines.genealogy import Genealogy, _Tokens
+from lmppl.report.particles import ParticleStep, survivors
 from lmppl.runtime import log_mean_exp
 from lmppl.testing import tiny_byte_lm, tiny_lm
 from lmppl.testing.programs import CASES
@@ -184,12 +184,12 @@ def turn_ancestors_round(patch):
 
 
 def deny_resamplings(patch):
-    init = _Recorded.__init__
+    init = ParticleStep.__init__
 
-    def mutant(self, *args):
-        init(self, *args[:5], False, args[6])
+    def mutant(self, **facts):
+        init(self, **facts | {"is_resampled": False})
 
-    patch.setattr(_Recorded, "__init__", mutant)
+    patch.setattr(ParticleStep, "__init__", mutant)
 
 
 def follow_nobody(patch):
@@ -214,12 +214,13 @@ def begin_texts_anew(patch):
 
 
 def weigh_alike(patch):
-    init = _Recorded.__init__
+    init = ParticleStep.__init__
 
-    def mutant(self, num_tokens, log_weights, *rest):
-        init(self, num_tokens, torch.full_like(log_weights, log_mean_exp(log_weights)), *rest)
+    def mutant(self, log_weights, **facts):
+        alike = torch.full_like(log_weights, log_mean_exp(log_weights))
+        init(self, log_weights=alike, **facts)
 
-    patch.setattr(_Recorded, "__init__", mutant)
+    patch.setattr(ParticleStep, "__init__", mutant)
 
 
 def leave_out_the_end(patch):
@@ -269,7 +270,7 @@ def test_it_holds_tokens_and_numbers_and_no_more_than_were_drawn(run):
     genealogy = posterior.genealogy.__self__
     held(genealogy, found := {})
     kinds = {type(value) for value in found.values()}
-    assert kinds == {Genealogy, _Recorded, _Tokens, list, tuple, dict, torch.Tensor}
+    assert kinds == {Genealogy, ParticleStep, _Tokens, list, tuple, dict, torch.Tensor}
     count = sum(len(value.ids) for value in found.values() if isinstance(value, _Tokens))
     assert 0 < count <= posterior.info["tokens_sampled"]
 
