@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 LATE = [
-    "peft", "rich", "gguf", "accelerate", "matplotlib", "rapidfuzz",
+    "peft", "rich", "gguf", "accelerate", "matplotlib", "rapidfuzz", "ray", "pyarrow",
     "transformers.modeling_outputs", "transformers.modeling_utils",
 ]  # fmt: skip
 
