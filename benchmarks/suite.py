@@ -12,6 +12,7 @@ from benchmarks import (
     masks,
     outside,
     overhead,
+    ray_actors,
     resampling,
     sampling,
     scaling,
@@ -73,6 +74,9 @@ BENCHMARKS = {
     "masks": Benchmark("A constraint at every token", "added to the time of a step", masks.run),
     "resampling": Benchmark(
         "Resampling at every token", "added to the time, or memory", resampling.run
+    ),
+    "ray_actors": Benchmark(
+        "Two actors of Ray, against one", "times one actor's samples/s", ray_actors.run
     ),
     "scaling": Benchmark("How time grows", "", scaling.run),
 }

@@ -84,7 +84,14 @@ def sampling_result(**options):
     return Result("sampling", "Sampling", "times faster", FACTS, rows, **options)
 
 
-@pytest.mark.parametrize("name", suite.BENCHMARKS)
+@pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\.")
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name == "ray_actors" else name  # starts Ray
+        for name in suite.BENCHMARKS
+    ],
+)
 def test_each_benchmark_runs_or_says_why_not(bench, name):
     result = suite.run(name, bench)
     if name in ("smc", "gflownet"):
