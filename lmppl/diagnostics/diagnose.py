@@ -30,11 +30,13 @@ import torch
 from lmppl import runtime
 from lmppl.checks import check_int, check_number
 from lmppl.diagnostics.diversity import TextDiversity, text_diversity
+from lmppl.diagnostics.mismatch import MismatchOption, check_mismatch, mismatch_notes, mismatches
 from lmppl.distributions import check_lm
 from lmppl.engines.dispatch import infer
 from lmppl.exclusive import exclusive
 from lmppl.guides.scoring import LatentScores, score_latents
 from lmppl.lm import LM
+from lmppl.lm.batches.draw_log import logging_draws
 from lmppl.posterior import Posterior, ZeroEvidenceError
 from lmppl.primitives import use
 from lmppl.report.diagnoses import diagnosis_figure
@@ -42,6 +44,7 @@ from lmppl.report.tables import Block, Report, diagnosis_blocks
 from lmppl.runtime import estimates
 from lmppl.runtime.arguments import bind
 from lmppl.runtime.estimates import Bracket
+from lmppl.runtime.mismatch import Mismatch
 from lmppl.training.lm_guide import LMGuide
 
 if TYPE_CHECKING:
@@ -89,6 +92,9 @@ class Diagnosis(Report):
             0.5 the weights have no variance, above 1 no mean. None: no fit (``notes`` say why).
         pareto_k_threshold: min(1 - 1 / log10(live draws), 0.7), above which it is bad.
         texts: diversity of the texts drawn, by latent site.
+        mismatch: how far log-probabilities of the guide's texts are apart: ``"drawn, scored"``, as they
+            were drawn and as a scoring pass finds them; and, if asked for, ``"drawn, float32"`` and
+            ``"scored, float32"``. Empty where no text was drawn token by token.
         doubts: figure (``iw_bound``, ``log_z``) to sentences, why it and its standard error are not
             to be trusted: an ESS below 10, a Pareto k above 0.7. ``notes`` repeat them.
         notes: what to beware of.
@@ -124,6 +130,7 @@ class Diagnosis(Report):
     pareto_k: float | None
     pareto_k_threshold: float | None
     texts: dict[str, TextDiversity]
+    mismatch: dict[str, Mismatch]
     doubts: dict[str, list[str]]
     notes: tuple[str, ...]
     samples: Posterior
@@ -131,7 +138,8 @@ class Diagnosis(Report):
     def summary(self) -> dict[str, Any]:
         """All figures in plain Python values, as the table shows them."""
         texts = {name: dataclasses.asdict(text) for name, text in self.texts.items()}
-        summary = vars(self) | {"texts": texts, "notes": list(self.notes)}
+        mismatch = {pair: dataclasses.asdict(found) for pair, found in self.mismatch.items()}
+        summary = vars(self) | {"texts": texts, "mismatch": mismatch, "notes": list(self.notes)}
         del summary["samples"]
         return summary
 
@@ -170,6 +178,7 @@ def diagnose(
     posterior: Posterior | None = None,
     latents: Sequence[Mapping[str, Any]] | None = None,
     log_z: tuple[float, float] | None = None,
+    mismatch: MismatchOption = True,
     seed: int | None = None,
     progress: bool | None = None,
     kwargs: Mapping[str, Any] | None = None,
@@ -196,6 +205,10 @@ def diagnose(
             tokens; a ``Text`` keeps its own.
         log_z: an estimate of log Z and its standard error (nats) by other means, such as a long run
             of another engine; without it the prior's draws make one.
+        mismatch: score some of the guide's texts anew, about 1,024 tokens (and eight texts at least),
+            and report how far their log-probabilities are from those that they were drawn with;
+            ``"float32"``: also by a copy of their language model in float32, which takes 4 bytes a
+            parameter while it is there; False: neither.
         seed: as of ``infer``.
         progress: as of ``infer``.
         kwargs: the program's arguments by name, as of ``infer``.
@@ -204,19 +217,20 @@ def diagnose(
         TypeError: ``log_z`` that is not two numbers.
         ValueError: ``num_samples`` below 2; a posterior that is not exact or of another program or
             input; latents that are no complete, possible trace of the program; ``log_z`` beside an
-            exact posterior, or with a negative standard error.
+            exact posterior, or with a negative standard error; another ``mismatch``, or quantised
+            weights, of which there is no copy in float32.
     """
     num_samples = check_int("num_samples", num_samples, least=2)
     _check_exact(posterior, latents)
+    check_mismatch(mismatch)
     given = _given_log_z(log_z, posterior)
     model, args = bind(model, args, kwargs)
     seeds = runtime.slot_seeds(runtime.fresh_seed(seed), 2)
-    common: dict[str, Any] = {"method": "importance", "num_samples": num_samples}
-    common |= {"progress": progress, "kwargs": {}}
+    common: dict[str, Any] = {"num_samples": num_samples, "progress": progress, "kwargs": {}}
 
     def draws(proposal: Any, seed: int) -> Posterior:
         try:
-            return infer(model, *args, guide=proposal, seed=seed, **common)
+            return infer(model, *args, method="importance", guide=proposal, seed=seed, **common)
         except ZeroEvidenceError as error:
             return error.posterior  # that all are dead is a finding
 
@@ -224,7 +238,8 @@ def diagnose(
     exact = source = None
     doubts: dict[str, list[str]] = {}
     with nullcontext() if lm is None else use(check_lm("diagnose", lm)):
-        samples = draws(guide, seeds[0])
+        with logging_draws() as log:
+            samples = draws(guide, seeds[0])
         if latents is not None:
             exact = _of_draws(score_latents(guide, model, args, latents))
         if posterior is not None:
@@ -236,16 +251,15 @@ def diagnose(
             prior = draws(None, seeds[1])
             second, source = (prior.log_evidence, prior.log_evidence_stderr), "prior"
             doubts["log_z"] = _doubts(prior)
+        found = mismatches(log.texts, guide, mismatch)
     figures = _figures(samples.log_weights, samples.log_evidence_stderr, exact, posterior, second)
     z_score = estimates.z_score(*figures["iw_bound"], *second)
-    live = samples.log_weights[samples.log_weights > -math.inf]
-    pareto_k, threshold, tail_notes = _tail(live)
+    pareto_k, threshold, tail_notes = _tail(samples)
     doubts["iw_bound"] = _doubts(samples)
-    name = "the prior" if guide is None else getattr(guide, "__name__", "a program")
     return Diagnosis(
-        guide=repr(guide) if isinstance(guide, LMGuide) else name,
+        guide=_name(guide),
         num_samples=num_samples,
-        dead_fraction=1.0 - len(live) / num_samples,
+        dead_fraction=1.0 - len(_live(samples)) / num_samples,
         killed=dict(samples.killed.most_common()),
         exact_source=None if exact is None else "latents" if posterior is None else "posterior",
         log_z_source=source,
@@ -254,12 +268,24 @@ def diagnose(
         pareto_k=pareto_k,
         pareto_k_threshold=threshold,
         texts=text_diversity(samples),
+        mismatch=found,
         doubts={figure: reasons for figure, reasons in doubts.items() if reasons},
-        notes=tuple([*_notes(figures, source, z_score, doubts), *tail_notes]),
+        notes=(
+            *_notes(figures, source, z_score, doubts),
+            *tail_notes,
+            *mismatch_notes(found, guide),
+        ),
         samples=samples,
         **{name: figure[0] for name, figure in figures.items()},
         **{f"{name}_stderr": figure[1] for name, figure in figures.items()},
     )
+
+
+def _name(guide: Any) -> str:
+    """What was given as ``guide=``, in words."""
+    if isinstance(guide, LMGuide):
+        return repr(guide)
+    return "the prior" if guide is None else getattr(guide, "__name__", "a program")
 
 
 _Estimate = tuple[Any, Any]
@@ -309,8 +335,7 @@ def _figures(
 
 def _doubts(draws: Posterior) -> list[str]:
     """Why an estimate of log Z by weighted draws is not to be trusted."""
-    live = draws.log_weights[draws.log_weights > -math.inf]
-    if not len(live):
+    if not len(live := _live(draws)):
         return []  # which the table says as it is
     return estimates.doubts(draws.ess, estimates.pareto_k(live.numpy())[0])
 
@@ -371,8 +396,14 @@ def _given_log_z(log_z: Any, posterior: Posterior | None) -> tuple[float, float]
     return estimate, check_number("log_z, the standard error", log_z[1], least=0.0)
 
 
-def _tail(live: torch.Tensor) -> tuple[float | None, float | None, list[str]]:
-    """Pareto k of live log-weights, what it should be below, and notes on it."""
+def _live(draws: Posterior) -> torch.Tensor:
+    """The log-weights of draws of positive probability, (n,) float64."""
+    return draws.log_weights[draws.log_weights > -math.inf]
+
+
+def _tail(draws: Posterior) -> tuple[float | None, float | None, list[str]]:
+    """Pareto k of draws' log-weights, what it should be below, and notes on it."""
+    live = _live(draws)
     pareto_k, why_not = estimates.pareto_k(live.numpy())
     if pareto_k is None:
         return None, None, [f"no Pareto k: {why_not}"]

@@ -14,12 +14,13 @@ from lmppl.checks import check_int, check_number, check_seed
 from lmppl.exclusive import exclusive
 from lmppl.lm.batches import scoring
 from lmppl.lm.batches.decoding import Decoding
+from lmppl.lm.batches.draw_log import note_drawn, note_scored
 from lmppl.lm.batches.requests import Draw, Drawn, Score, Scored
-from lmppl.lm.loading import load
+from lmppl.lm.loading import DTYPES, load
 from lmppl.lm.meter.work import Usage
 from lmppl.lm.network import adapter as adapters
 from lmppl.lm.network.memory import Memory
-from lmppl.lm.network.modules import context_length, text_config
+from lmppl.lm.network.modules import clone, context_length, text_config
 from lmppl.lm.network.runner import Runner
 from lmppl.lm.tokens.chat import apply_chat_template
 from lmppl.lm.tokens.stopping import Stopping, encode_observed
@@ -349,13 +350,18 @@ class LM:
         decoding = begin_draws([(self, request) for request in draws])
         while not decoding.done:
             decoding.step()
-        return decoding.results()
+        drawn = decoding.results()
+        note_drawn(self, draws, drawn)
+        return drawn
 
     @exclusive()
     def score(self, scores: Sequence[Score], *, grad: bool = False) -> list[Scored]:
         """Score the tokens of every request (equal ones once). ``grad``: keep the graph, for the
         parameters of an adapter."""
-        return scoring.score(self.runner, scores, grad=grad)
+        scored = scoring.score(self.runner, scores, grad=grad)
+        if grad:
+            note_scored(self, scores, scored)
+        return scored
 
     @exclusive()
     def hidden(self, prefixes: Sequence[tuple[int, ...]]) -> Tensor:
@@ -401,6 +407,24 @@ class LM:
         """
         return self._with(adapters.merge(self.model)) if adapters.is_adapted(self.model) else self
 
+    def in_float32(self) -> LM:
+        """A copy in which weights of 16 bits are converted to float32, which takes 4 bytes for each, and
+        the others are shared; this model itself if it has none. Its log-probabilities are those that
+        the weights define, without the rounding of computing in 16 bits.
+
+        Raises:
+            ValueError: quantised weights, which are not numbers by themselves.
+        """
+        parameters = list(self.model.parameters())
+        if quantised := [p.dtype for p in parameters if p.dtype not in DTYPES.values()]:
+            kind = str(quantised[0]).removeprefix("torch.")
+            raise ValueError(
+                f"{self.name!r} has quantised weights ({kind}), of which there is no copy in float32"
+            )
+        tensors = [*parameters, *self.model.buffers()]
+        half = [t for t in tensors if t.dtype in (torch.float16, torch.bfloat16)]
+        return self._with(clone(self.model, {t: _float32(t) for t in half})) if half else self
+
     @cached_property
     def _merges(self) -> bool:
         return adapters.is_adapted(self.model) and adapters.can_merge(self.model)
@@ -430,6 +454,11 @@ class LM:
         other = type(self)(model, self.tokenizer, name=self.name)
         other.usage, other.memory, other.vocabulary = self.usage, self.memory, self.vocabulary
         return other
+
+
+def _float32(tensor: Tensor) -> Tensor:
+    whole, is_parameter = tensor.detach().float(), isinstance(tensor, torch.nn.Parameter)
+    return torch.nn.Parameter(whole, requires_grad=False) if is_parameter else whole
 
 
 def begin_draws(draws: Sequence[tuple[LM, Draw]]) -> Decoding:

@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 from lmppl.checks import check_int
 from lmppl.report.plots import BLUE, RED, drawing
-from lmppl.report.tables import Block, Report, Table, as_text, duration, percent, plain, show
+from lmppl.report.tables import (
+    NEGLIGIBLE,
+    Block,
+    Report,
+    Table,
+    as_text,
+    duration,
+    percent,
+    plain,
+    show,
+    two_versions,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -116,7 +127,16 @@ class History(Report, list[dict[str, Any]]):
             [[_cell(name, self[i]) for name in names] for i in self._spaced(rows)],
             gap=1 if len(names) < 10 else 0,  # a terminal may have 80 columns
         )
-        return [above, table, *[f"time: {', '.join(split)}"] * bool(split)]
+        time = [f"time: {', '.join(split)}"] * bool(split)
+        return [above, table, *time, *self._mismatch()]
+
+    def _mismatch(self) -> list[str]:
+        """How far draws and scores are apart, if that is more than rounding in float32."""
+        nats, share = (_finite(self, name) for name in ("mismatch", "mismatch_ess"))
+        if not nats or not share or statistics.fmean(nats) < NEGLIGIBLE:
+            return []
+        apart, left = f"{statistics.fmean(nats):.2g}", percent(statistics.fmean(share))
+        return [f"{two_versions('drawn, scored')}: {apart} nats a token apart (ESS {left})"]
 
     def _tells(self, name: str) -> bool:
         """Whether a figure is known of any step (of a guide that draws nothing, some never are)."""

@@ -18,6 +18,7 @@ import torch
 
 MAX_ROWS = 10
 _BAR_WIDTH = 10
+NEGLIGIBLE = 1e-4  # nats a token that drawing and scoring in float32 differ by, at most
 ABSENT = "-"  # such as a site that a branch of the program did not reach
 
 Kind = Literal["figure", "name", "text", "bar"]
@@ -268,7 +269,20 @@ def _weights(summary: Mapping[str, Any]) -> list[list[str]]:
     if summary["pareto_k"] is not None:
         good = f"good below {summary['pareto_k_threshold']:.2f}"
         rows.append(["Pareto k", number(summary["pareto_k"], ".2f"), good])
+    for pair, mismatch in summary["mismatch"].items():
+        if mismatch["per_token"] > NEGLIGIBLE or "float32" in pair:
+            apart, left = f"{mismatch['per_token']:.2g} a token", percent(mismatch["ess_fraction"])
+            rows.append([two_versions(pair), apart, f"ESS {left}"])
     return rows
+
+
+_VERSIONS = {"drawn": "as drawn", "scored": "as scored", "float32": "in float32"}
+
+
+def two_versions(pair: str) -> str:
+    """A key of ``Diagnosis.mismatch``, in words."""
+    first, second = (_VERSIONS[version] for version in pair.split(", "))
+    return f"log q {first} and {second}"
 
 
 _DIVERSITY = {

@@ -19,12 +19,15 @@ import math
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 
 from lmppl import runtime
 from lmppl.guides.guide import TrainableGuide
+from lmppl.lm.batches.draw_log import DrawLog, logging_draws
+from lmppl.runtime.mismatch import Mismatch, TextMismatch, text_mismatches
 from lmppl.training.batch import Batch, batches_of
 from lmppl.training.behaviour import Behaviour, Lookalikes, Recalled, Turn, turns_of
 from lmppl.training.fingerprints import digest_of
@@ -98,20 +101,21 @@ class Trainer:
             self._check_stream(inputs, number)
         if not inputs:
             return None
-        with torch.no_grad():
-            all_turns = turns_of(inputs, self.options.batch_size, self.seed, number)
-            turns = self.ranks.mine(all_turns)
-            samples = self._draw(turns)
-            sampled = time.perf_counter()
-            truncations = self._truncate(turns, samples) if self._cuts else []
-        rewarded = time.perf_counter()
-        first = batches = self._score(samples, truncations)
+        with logging_draws() as log:
+            with torch.no_grad():
+                all_turns = turns_of(inputs, self.options.batch_size, self.seed, number)
+                turns = self.ranks.mine(all_turns)
+                samples = self._draw(turns)
+                sampled = time.perf_counter()
+                truncations = self._truncate(turns, samples) if self._cuts else []
+            rewarded = time.perf_counter()
+            first = batches = self._score(samples, truncations)  # with the parameters that drew
         self._meet(inputs, samples)
         update = last = self._update(self._losses(turns, batches, number), number)
         for _ in range(1, self.options.loss.updates):
             batches = self._score(samples, truncations, [batch.old_log_q for batch in first])
             last = self._update(self._losses(turns, batches, number), number)
-        figures, num_samples, num_truncations = self._share_out(turns, first)
+        figures, num_samples, num_truncations = self._share_out(turns, first, log)
         self._try_truncations(num_samples, num_truncations, number)
         return {
             "loss": update.loss,
@@ -216,23 +220,24 @@ class Trainer:
     # --- what ranks tell each other --------------------------------------------------------------
 
     def _share_out(
-        self, turns: Sequence[Turn], batches: Sequence[Batch]
+        self, turns: Sequence[Turn], batches: Sequence[Batch], log: DrawLog
     ) -> tuple[dict[str, float], int, int]:
-        """Tell the other ranks what this one has found out about its inputs, and hear of theirs.
-        Returns the figures of the step, how many traces it had and how many truncations."""
+        """Tell the other ranks what this one has found out about its inputs and in its log, and hear of
+        theirs. Returns the figures of the step, how many traces it had and how many truncations."""
+        compared = [text_mismatches(log.pairs), *[[]] * len(turns)]  # told with the first turn
         told = [
-            (batch.figures(), batch.num, len(batch.truncations), self._kept(turn.input))
-            for turn, batch in zip(turns, batches, strict=True)
+            (batch.figures(), batch.num, len(batch.truncations), self._kept(turn.input), texts)
+            for turn, batch, texts in zip(turns, batches, compared, strict=False)
         ]
         heard = self.ranks.gather(told)
-        for place, (input_, (*_, kept)) in enumerate(zip(self.inputs, heard, strict=True)):
+        for place, (input_, (*_, kept, _)) in enumerate(zip(self.inputs, heard, strict=True)):
             if place % self.ranks.num != self.ranks.rank:
                 load_input(input_, kept)
             self._any_alive |= input_.alive
             (self._dead.discard if input_.alive else self._dead.add)(input_.index)
-        figures = [of_input for of_input, *_ in heard]
-        means = {name: mean([of_input[name] for of_input in figures]) for name in figures[0]}
-        return means, sum(num for _, num, *_ in heard), sum(cuts for _, _, cuts, _ in heard)
+        of_inputs, nums, cuts, _, texts = zip(*heard, strict=True)
+        figures = {name: mean([of_input[name] for of_input in of_inputs]) for name in of_inputs[0]}
+        return figures | _mismatch_figures(list(chain(*texts))), sum(nums), sum(cuts)
 
     def _kept(self, input_: Input) -> dict[str, Any]:
         return state_of_input(input_) if self.ranks.num > 1 else {}
@@ -336,6 +341,14 @@ class Trainer:
         self._behaviour.forget()
         for lm in (self.guide.base, *self.guide.adapters()):
             lm.forget()
+
+
+def _mismatch_figures(texts: Sequence[TextMismatch]) -> dict[str, float]:
+    """What drawing and scoring of the guide's own draws differ by; NaN if there are none."""
+    if not texts:
+        return {"mismatch": math.nan, "mismatch_ess": math.nan}
+    found = Mismatch.of_texts(texts)
+    return {"mismatch": found.per_token, "mismatch_ess": found.ess_fraction}
 
 
 def mean(values: Sequence[float]) -> float:

@@ -410,3 +410,48 @@ def test_defaults_of_device_and_dtype(monkeypatch) -> None:
     assert choose_dtype(None, torch.device("mps")) == torch.float32
     with pytest.raises(ValueError, match="mps"):
         choose_dtype("float64", torch.device("mps"))
+
+
+# In float32.
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_copy_in_float32_computes_what_the_weights_define(dtype: torch.dtype) -> None:
+    half, exact = tiny_lm("ab."), tiny_lm("ab.")
+    half.model.requires_grad_(False).to(dtype)
+    exact.model.to(dtype).float()
+    whole = half.in_float32()
+    assert (whole.dtype, half.dtype) == (torch.float32, dtype)
+    texts, ends = ["ab.", "b.", "aab."], {"max_tokens": 5, "stop": "."}
+    want, got, rounded = (lm.log_prob("ab", texts, **ends) for lm in (exact, whole, half))
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+    assert float((rounded - want).abs().max()) > 1e-4
+    assert whole.vocabulary is half.vocabulary and whole.usage is half.usage
+    weight = whole.model.model.embed_tokens.weight
+    assert not weight.requires_grad and {p.dtype for p in half.model.parameters()} == {dtype}
+
+
+def test_an_adapter_in_float32_keeps_its_own_weights() -> None:
+    half = tiny_lm("ab.")
+    half.model.requires_grad_(False).bfloat16()
+    adapter = half.adapter()
+    whole = adapter.in_float32()
+    trained, same = (
+        [p for p in lm.model.parameters() if p.requires_grad] for lm in (adapter, whole)
+    )
+    assert trained and all(p is q for p, q in zip(trained, same, strict=True))
+    with torch.no_grad():
+        for p in trained:
+            p.add_(0.1)
+    got, base = (lm.log_prob("ab", ["ab."], max_tokens=4) for lm in (whole, half.in_float32()))
+    near = adapter.log_prob("ab", ["ab."], max_tokens=4)
+    assert abs(float(got - near)) < 0.1 < abs(float(got - base))
+
+
+def test_in_float32_is_itself_or_refused(lm: LM) -> None:
+    assert lm.in_float32() is lm
+    odd = tiny_lm("ab.")
+    layer = odd.model.model.layers[0].mlp.up_proj
+    layer.weight = torch.nn.Parameter(layer.weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"'tiny-ab\.-0' has quantised weights \(int8\)"):
+        odd.in_float32()

@@ -117,6 +117,20 @@ def test_the_table():
     assert max(map(len, lines)) <= 80 and "…" not in repr(history)
 
 
+def test_draws_and_scores_that_differ():
+    history = run()
+    for figures, nats, share in zip(history, [0.02, 0.04], [0.98, 0.96], strict=False):
+        figures |= {"mismatch": nats, "mismatch_ess": share}
+    for figures in history[2:]:
+        figures |= {"mismatch": NAN, "mismatch_ess": NAN}  # steps without a draw of the guide
+    told = "log q as drawn and as scored: 0.03 nats a token apart (ESS 97.0%)"
+    assert repr(history).splitlines()[-1] == told
+    assert max(map(len, repr(history).splitlines())) <= 80
+    for figures in history:
+        figures["mismatch"] = 1e-5  # rounding of float32
+    assert "as drawn" not in repr(history)
+
+
 def test_rows_are_spaced_evenly_and_meet_the_evaluations():
     plain = History({"step": i, "loss": 1.0, "seconds_a": 1.0} for i in range(101))
     assert [int(row[0]) for row in cells(plain.table(5))] == [0, 25, 50, 75, 100]

@@ -92,7 +92,7 @@ def test_the_history():
         assert set(figures) == {
             "step", "loss", "log_z", "elbo", "ess", "alive", "length", "inputs", "samples",
             "truncations", "grad_norm", "learning_rate", "seconds_sampling",
-            "seconds_truncations", "seconds_gradient",
+            "seconds_truncations", "seconds_gradient", "mismatch", "mismatch_ess",
         }  # fmt: skip
         assert figures["alive"] == 1.0 and figures["inputs"] == 1 and 0 < figures["ess"] <= 1
         assert figures["samples"] == 8 and figures["elbo"] <= figures["log_z"] + 1e-6

@@ -16,13 +16,11 @@ from torch.nn import Parameter
 from torch.utils.checkpoint import checkpoint
 
 
-def clone(
-    model: torch.nn.Module, parameters: Mapping[Parameter, Parameter] = MappingProxyType({})
-) -> Any:
+def clone(model: torch.nn.Module, replaced: Mapping[Any, Tensor] = MappingProxyType({})) -> Any:
     """A copy of the module tree and its configuration on the same parameters and buffers, but for
-    what ``parameters`` puts in the place of some."""
+    what ``replaced`` puts in the place of some."""
     memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    memo.update((id(old), new) for old, new in parameters.items())
+    memo.update((id(old), new) for old, new in replaced.items())
     return copy.deepcopy(model, memo=memo)
 
 
