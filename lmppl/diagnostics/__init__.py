@@ -2,5 +2,6 @@
 
 from lmppl.diagnostics.diagnose import Diagnosis, diagnose
 from lmppl.diagnostics.diversity import TextDiversity
+from lmppl.runtime.mismatch import Mismatch
 
-__all__ = ["Diagnosis", "TextDiversity", "diagnose"]
+__all__ = ["Diagnosis", "Mismatch", "TextDiversity", "diagnose"]

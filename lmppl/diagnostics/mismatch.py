@@ -20,7 +20,7 @@ from lmppl.runtime.mismatch import Mismatch
 
 MismatchOption = bool | Literal["float32"]
 
-_MOST_TOKENS = 1024
+MOST_TOKENS = 1024
 _FEWEST_TEXTS = 8  # also of longer ones
 _MUCH = 0.9  # of the effective sample size
 
@@ -32,18 +32,21 @@ def check_mismatch(asked: object) -> None:
 
 
 def mismatches(
-    texts: Sequence[LoggedText], guide: Any, asked: MismatchOption
+    texts: Sequence[LoggedText],
+    guide: Any,
+    asked: MismatchOption,
+    most_tokens: int = MOST_TOKENS,
 ) -> dict[str, Mismatch]:
     """How far log-probabilities of texts that were drawn under a guide are apart: as they were drawn,
     as a pass without gradients scores them, and, if ``asked`` for, as one in float32 does; none
-    without texts.
+    without texts. Of more than ``most_tokens`` some are chosen.
 
     Raises:
         ValueError: a model with quantised weights, if float32 is asked for.
     """
     if getattr(guide, "reads_observations", False):  # it has let the program run, to find these
         texts = [text for text in texts if text.lm in guide.adapters()]
-    chosen = _some(texts) if asked else []
+    chosen = _some(texts, most_tokens) if asked else []
     if not chosen:
         return {}
     versions = {"drawn": [text.log_probs for text in chosen], "scored": _scored(chosen)}
@@ -56,12 +59,12 @@ def mismatches(
     }
 
 
-def _some(texts: Sequence[LoggedText]) -> Sequence[LoggedText]:
-    """Texts of all sites and slots: all, or about as many as ``_MOST_TOKENS`` hold."""
+def _some(texts: Sequence[LoggedText], most_tokens: int) -> Sequence[LoggedText]:
+    """Texts of all sites and slots: all, or about as many as have so many tokens."""
     tokens = sum(len(text.drawn.token_ids) for text in texts)
-    if tokens <= _MOST_TOKENS:
+    if tokens <= most_tokens:
         return texts
-    num = min(len(texts), max(_FEWEST_TEXTS, len(texts) * _MOST_TOKENS // tokens))
+    num = min(len(texts), max(_FEWEST_TEXTS, len(texts) * most_tokens // tokens))
     return [texts[k * len(texts) // num] for k in range(num)]
 
 

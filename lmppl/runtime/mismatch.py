@@ -42,8 +42,8 @@ class Mismatch:
         largest: of any token, nats.
         per_text_stdev: standard deviation of the texts' differences, nats; None of one text.
         ess_fraction: what it leaves of the effective sample size: that of weights that differ by
-            nothing else, over the number of texts; close to exp(-``per_text_stdev``\\ ²). Of programs
-            that draw several texts a run, about the product over these.
+            nothing else, over the number of texts; near exp(-v), v the square of
+            ``per_text_stdev``. In programs that draw several texts a run, each costs as much.
     """
 
     num_texts: int

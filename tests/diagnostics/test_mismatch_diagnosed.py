@@ -124,10 +124,10 @@ def test_the_figures_do_not_change_what_is_diagnosed():
 
 
 def test_the_cost_is_bounded(monkeypatch):
-    monkeypatch.setattr(mismatch, "_MOST_TOKENS", 40)
+    bounded(monkeypatch, 40)
     found = run().mismatch["drawn, scored"]
     assert 8 <= found.num_texts < 64 and 20 <= found.num_tokens <= 60
-    monkeypatch.setattr(mismatch, "_MOST_TOKENS", 1)
+    bounded(monkeypatch, 1)
     before = LM.tokens_scored
     found = run().mismatch["drawn, scored"]
     assert found.num_texts == 8
@@ -139,7 +139,7 @@ def test_the_cost_is_bounded(monkeypatch):
 
 
 def test_texts_of_all_sites_are_among_them(monkeypatch):
-    monkeypatch.setattr(mismatch, "_MOST_TOKENS", 40)
+    bounded(monkeypatch, 40)
     seen = []
     monkeypatch.setattr(
         mismatch, "_scored", lambda texts: seen.extend(texts) or [t.log_probs for t in texts]
@@ -158,19 +158,23 @@ def test_without_a_text_that_is_drawn_token_by_token_there_is_nothing_to_compare
 def test_what_is_shown(monkeypatch):
     assert "log q as drawn" not in repr(run())  # they agree
     found = run(mismatch="float32")
-    assert re_row(found, "log q as drawn and in float32").endswith("ESS 100.0%")
+    assert row_of(found, "log q as drawn and in float32").endswith("ESS 100.0%")
     assert json.loads(json.dumps(found.summary()["mismatch"])) == found.summary()["mismatch"]
     generator = torch.Generator().manual_seed(0)
     shifted(monkeypatch, lambda shape: 0.5 * torch.randn(shape, generator=generator))
     assert not any("nats a token apart" in note for note in run().notes)  # the prior's cancel
     found = run(guide=program)
-    row = re_row(found, "log q as drawn and as scored")
+    row = row_of(found, "log q as drawn and as scored")
     assert " a token" in row and row.endswith("%")
     (note,) = [note for note in found.notes if "nats a token apart" in note]
     assert note.startswith("log q as drawn and as scored are 0.") and "dtype='float32'" in note
 
 
-def re_row(found, label):
+def bounded(monkeypatch, most_tokens):
+    monkeypatch.setattr(mismatch.mismatches, "__defaults__", (most_tokens,))
+
+
+def row_of(found, label):
     (row,) = [line for line in repr(found).splitlines() if line.startswith(label)]
     return row
 
