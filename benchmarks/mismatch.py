@@ -20,6 +20,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pyro
+import torch
+
 import lmppl
 from lmppl import lm_sample
 from lmppl.diagnostics.mismatch import mismatches
@@ -35,8 +38,10 @@ COLUMNS = {"drawn, scored": "as scored", "drawn, float32": "in float32"}
 
 
 def program(opening: str, length: int, ending: str) -> None:
-    """A text of ``length`` tokens (fewer, if the model ends it) between an opening and an ending."""
+    """A text of up to ``length`` tokens between an opening and an ending. Its length is rewarded, as the
+    trained guide would otherwise write nothing."""
     middle = lm_sample("middle", opening, max_tokens=length)
+    pyro.factor("length", torch.tensor(4.0 * len(middle.token_ids)))
     lm_sample("ending", [opening, middle], obs=ending)
 
 

@@ -16,7 +16,7 @@ import torch
 
 from lmppl.lm.batches.draw_log import LoggedText
 from lmppl.report.tables import two_versions
-from lmppl.runtime.mismatch import Mismatch
+from lmppl.runtime.mismatch import Mismatch, between
 
 MismatchOption = bool | Literal["float32"]
 
@@ -53,7 +53,7 @@ def mismatches(
     if asked == "float32":
         versions["float32"] = _scored(chosen, in_float32=True)
     return {
-        f"{first}, {second}": Mismatch.of(versions[first], versions[second])
+        f"{first}, {second}": between(versions[first], versions[second])
         for first, second in (("drawn", "scored"), ("drawn", "float32"), ("scored", "float32"))
         if second in versions
     }

@@ -53,24 +53,24 @@ class Mismatch:
     per_text_stdev: float | None
     ess_fraction: float
 
-    @classmethod
-    def of(cls, firsts: Sequence[Tensor], seconds: Sequence[Tensor]) -> Mismatch:
-        """Of at least one text, from two versions of its tokens' log-probabilities, (n,) each, n > 0."""
-        return cls.of_texts(text_mismatches(zip(firsts, seconds, strict=True)))
 
-    @classmethod
-    def of_texts(cls, texts: Sequence[TextMismatch]) -> Mismatch:
-        """Of at least one text that was compared."""
-        tokens = sum(text.num_tokens for text in texts)
-        totals = torch.tensor([text.total for text in texts], dtype=torch.float64)
-        return cls(
-            num_texts=len(texts),
-            num_tokens=tokens,
-            per_token=sum(text.size for text in texts) / tokens,
-            largest=max(text.largest for text in texts),
-            per_text_stdev=float(totals.std()) if len(texts) > 1 else None,
-            ess_fraction=ess(-totals) / len(texts),
-        )
+def between(firsts: Sequence[Tensor], seconds: Sequence[Tensor]) -> Mismatch:
+    """Of at least one text, from two versions of its tokens' log-probabilities, (n,) each, n > 0."""
+    return over_texts(text_mismatches(zip(firsts, seconds, strict=True)))
+
+
+def over_texts(texts: Sequence[TextMismatch]) -> Mismatch:
+    """The figures of at least one text that was compared."""
+    tokens = sum(text.num_tokens for text in texts)
+    totals = torch.tensor([text.total for text in texts], dtype=torch.float64)
+    return Mismatch(
+        num_texts=len(texts),
+        num_tokens=tokens,
+        per_token=sum(text.size for text in texts) / tokens,
+        largest=max(text.largest for text in texts),
+        per_text_stdev=float(totals.std()) if len(texts) > 1 else None,
+        ess_fraction=ess(-totals) / len(texts),
+    )
 
 
 def text_mismatches(pairs: Iterable[tuple[Tensor, Tensor]]) -> list[TextMismatch]:
@@ -80,9 +80,8 @@ def text_mismatches(pairs: Iterable[tuple[Tensor, Tensor]]) -> list[TextMismatch
     if not firsts:
         return []
     sizes = [len(first) for first in firsts]
-    seconds = [
-        second.detach().to(seconds[0].device) for second in seconds
-    ]  # several models' are rare
+    device = seconds[0].device  # several models' texts may be on several
+    seconds = [second.detach().to(device) for second in seconds]
     drawn, scored = (torch.cat(of_all).cpu().double() for of_all in (firsts, seconds))
     differences = torch.where(drawn == scored, 0.0, drawn - scored)  # equal are -inf and -inf, too
     return [

@@ -27,7 +27,7 @@ import torch
 from lmppl import runtime
 from lmppl.guides.guide import TrainableGuide
 from lmppl.lm.batches.draw_log import DrawLog, logging_draws
-from lmppl.runtime.mismatch import Mismatch, TextMismatch, text_mismatches
+from lmppl.runtime.mismatch import TextMismatch, over_texts, text_mismatches
 from lmppl.training.batch import Batch, batches_of
 from lmppl.training.behaviour import Behaviour, Lookalikes, Recalled, Turn, turns_of
 from lmppl.training.fingerprints import digest_of
@@ -347,7 +347,7 @@ def _mismatch_figures(texts: Sequence[TextMismatch]) -> dict[str, float]:
     """What drawing and scoring of the guide's own draws differ by; NaN if there are none."""
     if not texts:
         return {"mismatch": math.nan, "mismatch_ess": math.nan}
-    found = Mismatch.of_texts(texts)
+    found = over_texts(texts)
     return {"mismatch": found.per_token, "mismatch_ess": found.ess_fraction}
 
 
