@@ -8,7 +8,7 @@ for a score; ``serve_draws`` draws for everyone who waits for a draw. An engine 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -48,14 +48,17 @@ def start(
     *,
     seed: int,
     proposer: ProposerFactory | None = None,
+    slots: Iterable[int] | None = None,
     **options: Any,
 ) -> list[Particle]:
     """``num`` particles of ``program(*args)``, each at its first wait. ``seed`` is that of all their
-    streams, ``options`` are further arguments of ``Particle``."""
+    streams, ``slots`` are those of them that are started (None: all), ``options`` are further arguments
+    of ``Particle``."""
     particles, shared = [], dict[Any, Any]()
-    for slot, slot_seed in enumerate(slot_seeds(seed, num)):
-        made = None if proposer is None else proposer(slot, slot_seed ^ 0x5DEECE66D)
-        options |= {"seed": slot_seed, "proposer": made, "slot": slot, "shared": shared}
+    seeds = slot_seeds(seed, num)
+    for slot in range(num) if slots is None else slots:
+        made = None if proposer is None else proposer(slot, seeds[slot] ^ 0x5DEECE66D)
+        options |= {"seed": seeds[slot], "proposer": made, "slot": slot, "shared": shared}
         particles.append(Particle(program, args, **options))
     try:
         resume(particles)

@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple, TypeVar
 
 import torch
 
 from lmppl import runtime
 from lmppl.distributions import LMText, SiteScore
-from lmppl.training.samples import Origin, Sample, Truncation, score_own_draws
+from lmppl.training.samples import AnySample, Origin, Sample, Truncation, own_of, score_own_draws
+
+K = TypeVar("K")
+
+
+def log_own_of(samples: Sequence[AnySample]) -> list[float]:
+    """The log-density of each trace's latents as the program draws them itself, nats, of the traces that
+    this process has."""
+    own = list(own_of(samples).values())
+    score_own_draws(own)
+    return [sample.log_own() for sample in own]
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,14 +30,16 @@ class Batch:
     """The samples of one input, with what the guide says of them: N complete traces, and M
     truncations of some of them. Log-densities are in nats, those of the traces first."""
 
-    samples: Sequence[Sample]
+    samples: Sequence[AnySample]
     truncations: Sequence[Truncation]
     log_r: torch.Tensor  # (N + M,) log joints; -inf where R = 0
     log_q: torch.Tensor  # (N + M,) of the guide, with gradient
     old_log_q: torch.Tensor  # (N,) of the guide that drew them: log_q at the first update
     log_prior: torch.Tensor  # (N,) the program's own log-density of the latents
+    is_scored: Sequence[bool]  # (N,) whether the guide draws any of the latents
     beta: float = 1.0  # the inverse temperature that is in log_r
     log_z: torch.Tensor | None = None  # the learned log evidence, 0-d, where one is learned
+    log_own_of: Callable[[Sequence[AnySample]], list[float]] = log_own_of
 
     @property
     def num(self) -> int:
@@ -45,6 +58,7 @@ class Batch:
             log_q=self.log_q[: self.num][rows],
             old_log_q=self.old_log_q[rows],
             log_prior=self.log_prior[rows],
+            is_scored=list(itertools.compress(self.is_scored, kept)),
         )
 
     def tempered(self, beta: float, log_z: torch.Tensor | None = None) -> Batch:
@@ -55,8 +69,14 @@ class Batch:
     def log_own(self) -> torch.Tensor:
         """(N,) the log-density of the latents as the program draws them itself: ``log_prior``, but
         where a text has a constraint."""
-        score_own_draws(self.samples)
-        return self.log_prior.new_tensor([sample.log_own() for sample in self.samples])
+        return self.log_prior.new_tensor(self.log_own_of(self.samples))
+
+    def check(self) -> Batch:
+        """Itself; raises ``ValueError`` if the guide draws no latent, though a trace is alive. (A dead
+        one may have ended before its first latent.)"""
+        if not any(self.is_scored) and any(sample.log_r > -math.inf for sample in self.samples):
+            raise ValueError("the guide has proposed no latent site of the program")
+        return self
 
     def figures(self) -> dict[str, float]:
         """What the guide's own draws say of it; NaN if there are none."""
@@ -81,7 +101,6 @@ def batches_of(
     samples: Sequence[Sequence[Sample]],
     truncations: Sequence[Truncation],
     scores: Sequence[Scores],
-    old_log_q: Sequence[torch.Tensor] | None = None,
 ) -> list[Batch]:
     """The samples of each input as tensors, with those of their truncations that the guide has
     scored token by token.
@@ -89,10 +108,9 @@ def batches_of(
     Args:
         samples, truncations: of each input; of any of them.
         scores: of each sample, one input after the other.
-        old_log_q: of each input, see ``Batch``; None: that of these scores.
 
     Raises:
-        ValueError: if the guide draws no latent of a live trace, or cannot draw one of them.
+        ValueError: if the guide cannot draw a latent of a live trace.
     """
     flat = [sample for of_input in samples for sample in of_input]
     number = {id(sample): i for i, sample in enumerate(flat)}
@@ -102,11 +120,8 @@ def batches_of(
     cut_log_q = _log_q_of_cuts(cuts, scores, log_q)
     found: list[Batch] = []
     end = 0
-    for k, of_input in enumerate(samples):
+    for of_input in samples:
         begin, end = end, end + len(of_input)
-        if not any(scores[begin:end]) and any(sample.log_r > -math.inf for sample in of_input):
-            # (A dead trace may have ended before its first latent.)
-            raise ValueError("the guide has proposed no latent site of the program")
         rows = [row for row, (i, _) in enumerate(cuts) if begin <= i < end]
         of_cuts = [cuts[row][1] for row in rows]
         log_r = [*(sample.log_r for sample in of_input), *(cut.log_r for cut in of_cuts)]
@@ -115,8 +130,9 @@ def batches_of(
             of_cuts,
             log_r=log_q.new_tensor(log_r),
             log_q=torch.cat([log_q[begin:end], cut_log_q[rows]]),
-            old_log_q=log_q[begin:end].detach() if old_log_q is None else old_log_q[k],
+            old_log_q=log_q[begin:end].detach(),
             log_prior=log_q.new_tensor([sample.log_p for sample in of_input]),
+            is_scored=list(map(bool, scores[begin:end])),
         )
         found.append(batch)
     return found
@@ -189,3 +205,70 @@ def _check_support(samples: Sequence[Sample], scores: Sequence[Scores]) -> None:
                     "constraint). Or train with loss='elbo', which learns from the guide's own draws "
                     "only"
                 )
+
+
+# --- batches of traces that several processes have ------------------------------------------------
+
+
+class Cell(NamedTuple):
+    """A number of a batch, of a complete trace or of a truncation."""
+
+    log_q: float
+    is_scored: bool = True
+    cut: tuple[str, int, float, int] | None = None  # what ``Truncation`` has beside its trace
+
+
+Place = tuple[int, int, int]
+"""Of a cell: whether it is of a truncation, the number of the trace, and the length."""
+
+
+def cells_of(samples: Sequence[AnySample], own: Batch) -> dict[Place, Cell]:
+    """The numbers of a batch of this process's traces, in its order; ``samples``: all of the input."""
+    number = {id(sample): i for i, sample in own_of(samples).items()}
+    log_q = own.log_q.tolist()
+    cells: dict[Place, Cell] = {}
+    for sample, value, is_scored in zip(own.samples, log_q[: own.num], own.is_scored, strict=True):
+        cells[0, number[id(sample)], 0] = Cell(value, is_scored)
+    for cut, value in zip(own.truncations, log_q[own.num :], strict=True):
+        of_cut = cut.name, cut.length, cut.log_r, cut.full_length
+        cells[1, number[id(cut.sample)], cut.length] = Cell(value, cut=of_cut)
+    return cells
+
+
+def whole_batch(
+    samples: Sequence[AnySample],
+    cells: Mapping[Place, Cell],
+    own: Mapping[Place, Cell],
+    batch: Batch,
+) -> Batch:
+    """The batch of all ``samples`` of an input, on the CPU, in which only log q of this process's traces
+    has a gradient.
+
+    Args:
+        samples: of all processes.
+        cells: of all, in the order of their places.
+        own: of this one's ``batch``.
+    """
+    truncations = [
+        Truncation(samples[i], *cell.cut) for (_, i, _), cell in cells.items() if cell.cut
+    ]
+    log_q = spliced({place: cell.log_q for place, cell in cells.items()}, list(own), batch.log_q)
+    log_r = [*(sample.log_r for sample in samples), *(cut.log_r for cut in truncations)]
+    return Batch(
+        samples,
+        truncations,
+        log_r=log_q.new_tensor(log_r),
+        log_q=log_q,
+        old_log_q=log_q.detach()[: len(samples)],
+        log_prior=log_q.new_tensor([sample.log_p for sample in samples]),
+        is_scored=[cell.is_scored for cell in cells.values() if not cell.cut],
+    )
+
+
+def spliced(values: Mapping[K, float], own: Sequence[K], log_probs: torch.Tensor) -> torch.Tensor:
+    """Values as a tensor, float64 on the CPU, with ``log_probs`` and their gradient at the places that
+    are this process's ``own``."""
+    row = {place: k for k, place in enumerate(values)}
+    rows = torch.tensor([row[place] for place in own], dtype=torch.long)
+    whole = torch.tensor(list(values.values()), dtype=torch.float64)
+    return whole.index_put((rows,), log_probs.cpu().to(whole))

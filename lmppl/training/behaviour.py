@@ -3,8 +3,9 @@
     for each input of the step:
         how many traces each policy draws          (by what the loss learns from)
         each policy starts its runs of the program
-    all runs go on side by side to their ends
-    the best traces are kept in the input's buffer, for replay
+        those that fall to this process (see ``sharing``) go on side by side to their ends
+    all processes are told of the traces
+    the best are kept in the input's buffer, for replay
 
 A policy is an object that starts runs. ``Drawn`` draws from the guide, at its own or another
 temperature, or from the program (the prior); ``Recalled`` has latents that are known: kept in the
@@ -15,10 +16,11 @@ again.
 from __future__ import annotations
 
 import math
+import pickle
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -30,8 +32,10 @@ from lmppl.runtime.records import Record, rescore
 from lmppl.runtime.sites import is_text
 from lmppl.training.fingerprints import digest_of
 from lmppl.training.inputs import Input, observe
+from lmppl.training.kept import record_of_state, record_state
 from lmppl.training.options import FitOptions
-from lmppl.training.samples import Origin, Sample
+from lmppl.training.samples import AnySample, Origin, RemoteSample, Sample
+from lmppl.training.sharing import SharedInputs, Sharing
 
 TEMPERATURES = (0.5, 2.0)
 """Range of the tempered policy."""
@@ -54,7 +58,10 @@ class Drawn:
     seed: int
     ahead: int = 0  # how many of them are for later steps
 
-    def start(self, guide: Guide, input_: Input) -> list[Particle]:
+    def start(
+        self, guide: Guide, input_: Input, slots: Sequence[int] | None = None
+    ) -> list[Particle]:
+        """The runs of some of the draws; None: of all."""
         if self.num < 1:
             return []
         program, args = input_.program, input_.args
@@ -62,7 +69,9 @@ class Drawn:
             args, temperature=self.temperature, observations=input_.observations
         )
         scoring = {"score_closing": True, "score_late": True}
-        return runtime.start(program, args, self.num, seed=self.seed, proposer=proposer, **scoring)
+        return runtime.start(
+            program, args, self.num, seed=self.seed, proposer=proposer, slots=slots, **scoring
+        )
 
 
 @dataclass(frozen=True)
@@ -73,14 +82,23 @@ class Recalled:
     records: Sequence[Record]
     seed: int  # of what is drawn beside them
     complete: bool = False  # whether a latent that a record has not is an error
+    ahead = 0
 
-    def start(self, guide: Guide, input_: Input) -> list[Particle]:
+    @property
+    def num(self) -> int:
+        """How many there are."""
+        return len(self.records)
+
+    def start(
+        self, guide: Guide, input_: Input, slots: Sequence[int] | None = None
+    ) -> list[Particle]:
+        """The runs of some of them; None: of all."""
         assert input_.observations is not None
         kind = "demonstration" if self.origin == "given" else "stored trace"
         seeds = runtime.slot_seeds(self.seed, len(self.records))
         return [
             rescore(
-                record,
+                self.records[slot],
                 input_.program,
                 input_.args,
                 guide.recaller(input_.args, input_.observations),
@@ -89,7 +107,7 @@ class Recalled:
                 seed=seeds[slot],
                 slot=slot,
             )
-            for slot, record in enumerate(self.records)
+            for slot in (range(self.num) if slots is None else slots)
         ]
 
 
@@ -123,52 +141,123 @@ def turns_of(inputs: Sequence[Input], batch_size: int, seed: int, number: int) -
     return turns
 
 
+class _Trace(NamedTuple):
+    """A trace of a step, and whether later steps may use it, for which its record is told to all."""
+
+    sample: AnySample
+    is_news: bool
+
+
+def _told(trace: _Trace) -> tuple[Any, ...]:
+    sample = trace.sample
+    state = None
+    if trace.is_news:
+        _check_tools(sample.record)
+        state = record_state(sample.record)
+    return sample.origin, sample.log_r, sample.log_p, sample.num_tokens, state
+
+
+def _check_tools(record: Record) -> None:
+    """Raises ``ValueError`` for results of tools that other processes cannot be told."""
+    for name, node in record.tools.items():
+        try:
+            pickle.dumps(node.result)
+        except Exception as error:
+            raise ValueError(
+                f"parallel='split' tells the other processes of a trace with what its tools returned, "
+                f"but the result of '{name}', a {type(node.result).__name__}, cannot be pickled "
+                f"({error}): let the tool return texts, numbers or tensors, or use parallel='inputs'"
+            ) from error
+
+
+def _heard(told: tuple[Any, ...]) -> _Trace:
+    origin, log_r, log_p, num_tokens, state = told
+    record = None if state is None else record_of_state(state)
+    return _Trace(RemoteSample(origin, log_r, log_p, num_tokens, record), record is not None)
+
+
 class Behaviour:
     """Draws the traces of each step; ``visits``: about how often each input is used."""
 
-    def __init__(self, guide: Guide, options: FitOptions, visits: int) -> None:
+    def __init__(
+        self, guide: Guide, options: FitOptions, visits: int, sharing: Sharing | None = None
+    ) -> None:
         self._guide, self._options, self._loss = guide, options, options.loss
+        self._sharing = SharedInputs() if sharing is None else sharing
         self._stocked_steps = max(1, min(_PRIOR_STOCK, visits))
         self._most_remembered = _MOST_REMEMBERED if visits > 1 else 0
-        self._remembered: dict[int, Sample] = {}  # as they were drawn, by the id of their record
+        # Traces as they were run, with the record that is kept of them, by the id of that.
+        self._remembered: dict[int, tuple[Record, Sample]] = {}
 
     def forget(self) -> None:
         """Forget the traces that a checkpoint holds as records only."""
         self._remembered.clear()
 
-    def _remember(self, sample: Sample) -> Record:
-        """The record of a trace, which need not be run again; the oldest one is forgotten."""
-        self._remembered[id(sample.record)] = sample
-        if len(self._remembered) > self._most_remembered:
-            del self._remembered[next(iter(self._remembered))]
-        return sample.record
+    def _remember(self, sample: AnySample, kept: Record | None = None) -> Record:
+        """The record of a trace (None: its own), which need not be run again by the process that has it;
+        the oldest one is forgotten."""
+        record = sample.record if kept is None else kept
+        if isinstance(sample, Sample):
+            self._remembered[id(record)] = record, sample
+            if len(self._remembered) > self._most_remembered:
+                del self._remembered[next(iter(self._remembered))]
+        return record
 
-    def draw(self, turns: Sequence[Turn]) -> list[list[Sample]]:
-        """Complete traces of each turn of a step."""
-        inputs = [turn.input for turn in turns]
-        observe(self._guide, inputs)
-        runs: list[tuple[int, Drawn | Recalled, list[Particle]]] = []
-        known: list[Sequence[Sample | None]] = []
-        with runtime.ending([]) as started:
-            for k, turn in enumerate(turns):
-                turn.input.visits += 1
-                for policy, remembered in self._policies(turn):
-                    particles = policy.start(self._guide, turn.input)
-                    started += particles
-                    runs.append((k, policy, particles))
-                    known.append(remembered)
-            runtime.run_to_end(started)
-        drawn: list[list[Sample]] = [[] for _ in inputs]
-        for (k, policy, particles), remembered in zip(runs, known, strict=True):
-            new = iter(self._keep(inputs[k], policy, particles))
-            # In one order, whether this process remembers a trace or not.
-            drawn[k] += [sample or next(new) for sample in remembered]
-            drawn[k] += new
+    def draw(self, turns: Sequence[Turn]) -> list[list[AnySample]]:
+        """Complete traces of each turn of a step, in one order, whoever draws them."""
+        observe(self._guide, [turn.input for turn in turns])
+        plans = []
+        for turn in turns:
+            turn.input.visits += 1
+            plans.append(self._policies(turn))
+        rows = self._sharing.pool(self._run(turns, plans), tell=_told, hear=_heard)
+        drawn: list[list[AnySample]] = [[] for _ in turns]
+        for turn, policies, row, samples in zip(turns, plans, rows, drawn, strict=True):
+            for number, policy in enumerate(policies):
+                traces = [row[number, slot] for slot in range(policy.num)]
+                samples += self._keep(turn.input, policy, traces)
         return drawn
 
-    def _policies(self, turn: Turn) -> list[tuple[Drawn | Recalled, Sequence[Sample | None]]]:
-        """What draws the traces of a turn, and some for later steps, each with the traces that it need
-        not draw, at their places: those that are remembered."""
+    def _run(
+        self, turns: Sequence[Turn], plans: Sequence[Sequence[Drawn | Recalled]]
+    ) -> list[dict[tuple[int, int], _Trace]]:
+        """Of each turn the traces that fall to this process, by the number of their policy and their
+        slot; those that are remembered are not run again."""
+        found: list[dict[tuple[int, int], _Trace]] = [{} for _ in turns]
+        runs = []
+        dealt = 0
+        with runtime.ending([]) as started:
+            for turn, policies, row in zip(turns, plans, found, strict=True):
+                for number, policy in enumerate(policies):
+                    slots = self._sharing.slots(dealt, policy.num)
+                    dealt += policy.num - policy.ahead
+                    known = self._known(policy, slots)
+                    row |= {(number, slot): _Trace(one, False) for slot, one in known.items()}
+                    rest = [slot for slot in slots if slot not in known]
+                    particles = policy.start(self._guide, turn.input, rest)
+                    started += particles
+                    runs.append((turn.input, row, number, policy, rest, particles))
+            runtime.run_to_end(started)
+        for input_, row, number, policy, rest, particles in runs:
+            for slot, particle in zip(rest, particles, strict=True):
+                sample = Sample.of(particle, policy.origin)
+                trace = _Trace(sample, self._is_news(input_, policy, slot, sample))
+                row[number, slot] = trace
+                if isinstance(policy, Recalled) and policy.origin == "replay" and not trace.is_news:
+                    self._remember(sample, policy.records[slot])
+        return found
+
+    def _known(self, policy: Drawn | Recalled, slots: Sequence[int]) -> dict[int, Sample]:
+        """The traces at these slots of a policy that are remembered."""
+        if isinstance(policy, Drawn):
+            return {}
+        found = {slot: self._remembered.get(id(policy.records[slot])) for slot in slots}
+        return {
+            slot: replace(known[1], origin=policy.origin) for slot, known in found.items() if known
+        }
+
+    def _policies(self, turn: Turn) -> list[Drawn | Recalled]:
+        """What draws the traces of a turn, and some for later steps."""
         options, loss = self._options, self._loss
         input_, share, seeds = turn.input, turn.num, turn.seeds
         low, high = TEMPERATURES
@@ -189,22 +278,17 @@ class Behaviour:
             ahead, stocked = (self._stocked_steps - 1) * prior, []
         else:
             ahead, stocked = 0, [input_.stock.pop() for _ in range(prior)]
-        policies: list[tuple[Drawn | Recalled, Sequence[Sample | None]]] = [
-            (Drawn("guide", drawn, 1.0, seeds[0]), ()),
-            (Drawn("tempered", tempered, heat, seeds[1]), ()),
-            (Drawn("prior", prior - len(stocked) + ahead, math.inf, seeds[2], ahead), ()),
+        # What the guide draws itself is nothing to imitate.
+        complete = loss.draws == "given"
+        of_given, of_replayed, of_stocked = runtime.slot_seeds(seeds[3], 3)
+        return [
+            Drawn("guide", drawn, 1.0, seeds[0]),
+            Drawn("tempered", tempered, heat, seeds[1]),
+            Drawn("prior", prior - len(stocked) + ahead, math.inf, seeds[2], ahead),
+            Recalled("given", given, of_given, complete),
+            Recalled("replay", replayed, of_replayed),
+            Recalled("prior", stocked, of_stocked),
         ]
-        origins: tuple[Origin, ...] = ("given", "replay", "prior")
-        for origin, records, seed in zip(
-            origins, (given, replayed, stocked), runtime.slot_seeds(seeds[3], 3), strict=True
-        ):
-            known = [self._remembered.get(id(record)) for record in records]
-            remembered = [sample and replace(sample, origin=origin) for sample in known]
-            rest = [record for record, sample in zip(records, known, strict=True) if not sample]
-            # What the guide draws itself is nothing to imitate.
-            complete = origin == "given" and loss.draws == "given"
-            policies.append((Recalled(origin, rest, seed, complete), remembered))
-        return policies
 
     def _given(self, turn: Turn) -> list[Record]:
         """Latents that the user gave: always for losses on them; else once, to seed the buffer."""
@@ -217,31 +301,39 @@ class Behaviour:
         picks = torch.randperm(len(given), generator=turn.generator)[:most].tolist()
         return [given[k] for k in sorted(picks)]
 
+    def _is_news(self, input_: Input, policy: Drawn | Recalled, slot: int, sample: Sample) -> bool:
+        """Whether later steps may use a trace that was run, so that it has to be kept."""
+        if isinstance(policy, Drawn):
+            is_ahead = slot >= policy.num - policy.ahead
+            return is_ahead or (self._loss.draws == "mixture" and input_.buffer.lacks(sample))
+        if policy.origin == "given":
+            _check_given(input_, sample)
+            return True
+        return policy.origin == "replay" and not policy.records[slot].known  # the model has changed
+
     def _keep(
-        self, input_: Input, policy: Drawn | Recalled, particles: Sequence[Particle]
-    ) -> list[Sample]:
+        self, input_: Input, policy: Drawn | Recalled, traces: Sequence[_Trace]
+    ) -> list[AnySample]:
         """Keep what later steps may use of a policy's traces. Returns those that are for this one."""
-        samples = [Sample.of(particle, policy.origin) for particle in particles]
+        samples = [trace.sample for trace in traces]
         dead = [sample.log_r == -math.inf for sample in samples]
         input_.alive |= not all(dead)
         input_.rejects |= any(dead)
         keeps = self._loss.draws == "mixture"
         if isinstance(policy, Recalled):
-            for record, sample in zip(policy.records, samples, strict=True):
-                if policy.origin == "given":
-                    _check_given(input_, sample)
+            for record, (sample, is_news) in zip(policy.records, traces, strict=True):
+                if is_news and policy.origin == "given":
                     input_.given[input_.given.index(record)] = self._remember(sample)
                     if keeps:
                         input_.buffer.add(sample.record)
-                elif policy.origin == "replay" and not record.known:  # the model has changed
+                elif is_news:
                     input_.buffer.replace(record, self._remember(sample))
             return samples
         now = policy.num - policy.ahead
         input_.stock += [self._remember(sample) for sample in samples[now:]]
-        for sample in sorted(samples, key=lambda sample: -sample.log_r) if keeps else ():
-            if not sample.log_r > input_.buffer.least:
-                break  # the others are no better
-            if sample.discrete_key not in input_.buffer and input_.buffer.add(sample.record):
+        news = [sample for sample, is_news in traces if is_news] if keeps else []
+        for sample in sorted(news, key=lambda sample: -sample.log_r):
+            if input_.buffer.lacks(sample) and input_.buffer.add(sample.record):
                 self._remember(sample)
         return samples[:now]
 

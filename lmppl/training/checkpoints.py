@@ -21,10 +21,10 @@ from lmppl.guides.saving import read_guide, write_guide
 from lmppl.states import present, read_state, replace_folder, write_state
 from lmppl.training.fingerprints import identity, versions
 from lmppl.training.kept import load_input, state_of_input
-from lmppl.training.ranks import Ranks
+from lmppl.training.sharing import Sharing
 from lmppl.training.trainer import Trainer
 
-FORMAT = 8
+FORMAT = 9
 
 
 class Part(Protocol):
@@ -45,7 +45,7 @@ class Checkpoints:
         every: steps between them. (One more is written at the end.)
         resume: go on from the checkpoint, if there is one.
         seed: of the run, as it was given.
-        ranks: the processes of the run, of which the first reads and writes.
+        sharing: the processes of the run, of which the first reads and writes.
 
     Raises:
         ValueError: for one out of range, or without what it needs.
@@ -61,10 +61,10 @@ class Checkpoints:
         every: int,
         resume: bool,
         seed: int | None,
-        ranks: Ranks,
+        sharing: Sharing,
     ) -> None:
         self._path = None if checkpoint is None else Path(checkpoint)
-        self._ranks = ranks
+        self._sharing, self._ranks = sharing, sharing.ranks
         self._every = check_int("checkpoint_every", every)
         self._resume = check_flag("resume", resume)
         if resume and checkpoint is None:
@@ -107,10 +107,10 @@ class Checkpoints:
             raise found
         state, guide_state = found
         self._check_run(state["run"])
-        if state["processes"] != self._ranks.num:
+        if state["processes"] != str(self._sharing):
             warnings.warn(
-                f"the checkpoint {self._path} was written by a run of {state['processes']} processes, "
-                f"this one has {self._ranks.num}: it goes on with the same draws, but for rounding",
+                f"the checkpoint {self._path} was written by a run of {state['processes']}, this one "
+                f"has {self._sharing}: it goes on with the same draws, but for rounding",
                 stacklevel=5,
             )
         trainer.guide.load_state_dict(guide_state)
@@ -139,7 +139,8 @@ class Checkpoints:
 
     def _check_ranks(self, beside: Mapping[str, Any]) -> None:
         """All processes must train the same."""
-        runs = self._ranks.gather([{**self._run, **beside, "versions": versions()}])
+        parallel = {"option parallel": self._sharing.parallel}
+        runs = self._ranks.gather([{**self._run, **beside, **parallel, "versions": versions()}])
         for rank, other in enumerate(runs):
             for what, one, two in _differences(runs[0], other):
                 raise ValueError(
@@ -181,7 +182,7 @@ class Checkpoints:
         state = {
             "run": self._run,
             "done": done,
-            "processes": self._ranks.num,
+            "processes": str(self._sharing),
             "inputs": [state_of_input(input_) for input_ in trainer.source.kept],
             "trainer": trainer.state_dict(),
             "parts": {name: part.state_dict() for name, part in self._parts.items()},

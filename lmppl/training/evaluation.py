@@ -11,7 +11,7 @@ from lmppl import runtime
 from lmppl.guides.guide import Guide
 from lmppl.guides.scoring import score_traces
 from lmppl.training.inputs import Input, observe
-from lmppl.training.ranks import OneProcess, Ranks
+from lmppl.training.sharing import SharedInputs, Sharing
 from lmppl.training.trainer import mean
 
 _MOST_PARTICLES = 512
@@ -23,7 +23,7 @@ def evaluate(
     num_samples: int,
     *,
     seed: int,
-    ranks: Ranks | None = None,
+    sharing: Sharing | None = None,
 ) -> dict[str, float]:
     """Figures of a guide as a proposal, each the mean over the inputs.
 
@@ -32,7 +32,7 @@ def evaluate(
         inputs: held out from training.
         num_samples: draws for each input.
         seed: the same seed compares the same uniforms, so that differences are less noisy.
-        ranks: the processes that share the inputs out; None: this one alone.
+        sharing: which draws fall to this process; None: all.
 
     Returns:
         ``eval_ess`` (the effective sample size as a fraction of ``num_samples``; upward biased
@@ -43,27 +43,12 @@ def evaluate(
         no draw is dead (``eval_alive`` is 1), KL(q || p) is below ``eval_eubo - eval_elbo`` and above
         ``eval_log_z - eval_elbo``; else it is infinite.
     """
-    ranks = OneProcess() if ranks is None else ranks
-    seeded = ranks.mine(list(zip(inputs, runtime.slot_seeds(seed, len(inputs)), strict=True)))
-    mine = [input_ for input_, _ in seeded]
-    if guide is not None:
-        observe(guide, mine)
-    at_once = max(1, _MOST_PARTICLES // num_samples)
-    log_weights: list[float] = []
-    for begin in range(0, len(mine), at_once):
-        with torch.no_grad(), runtime.ending([]) as particles:
-            for input_, input_seed in seeded[begin : begin + at_once]:
-                program, args, seen = input_.program, input_.args, input_.observations
-                proposer = (
-                    None if guide is None else guide.proposer_factory(args, observations=seen)
-                )
-                particles += runtime.start(
-                    program, args, num_samples, seed=input_seed, proposer=proposer
-                )
-            runtime.run_to_end(particles)
-            log_weights += [particle.take_log_weight() for particle in particles]
-    found = torch.tensor(log_weights, dtype=torch.float64).reshape(-1, num_samples)
-    rows = ranks.gather(list(found))
+    sharing = SharedInputs() if sharing is None else sharing
+    own = _log_weights(guide, inputs, num_samples, seed, sharing)
+    found = sharing.of_all(
+        [list(row.values()) for row in sharing.pool(own, tell=float, hear=float)]
+    )
+    rows = [torch.tensor(row, dtype=torch.float64) for row in found]
     live = [row[row > -math.inf] for row in rows]
     figures = {
         "eval_ess": sum(map(runtime.ess, rows)) / (len(rows) * num_samples),
@@ -74,9 +59,37 @@ def evaluate(
     if dead := sum(not len(u) for u in live):
         figures["eval_dead"] = float(dead)
     if all(input_.exact for input_ in inputs):
-        each = ranks.gather([_upper_bounds(guide, mine)])
+        mine = sharing.ranks.mine(inputs)  # each has few exact draws
+        each = sharing.ranks.gather([_upper_bounds(guide, mine)])
         figures["eval_eubo"] = float(torch.cat(each).mean())
     return figures
+
+
+def _log_weights(
+    guide: Guide | None, inputs: Sequence[Input], num_samples: int, seed: int, sharing: Sharing
+) -> list[dict[int, float]]:
+    """log R - log q of the draws that fall to this process, by slot, of each of its inputs; nats."""
+    seeded = sharing.mine(list(zip(inputs, runtime.slot_seeds(seed, len(inputs)), strict=True)))
+    if guide is not None:
+        observe(guide, [input_ for input_, _ in seeded])
+    found: list[dict[int, float]] = []
+    at_once = max(1, _MOST_PARTICLES // num_samples)
+    for begin in range(0, len(seeded), at_once):
+        dealt: list[range] = []
+        with torch.no_grad(), runtime.ending([]) as particles:
+            for input_, input_seed in seeded[begin : begin + at_once]:
+                program, args, seen = input_.program, input_.args, input_.observations
+                proposer = (
+                    None if guide is None else guide.proposer_factory(args, observations=seen)
+                )
+                dealt.append(sharing.slots(len(dealt) * num_samples, num_samples))
+                particles += runtime.start(
+                    program, args, num_samples, seed=input_seed, proposer=proposer, slots=dealt[-1]
+                )
+            runtime.run_to_end(particles)
+            log_weights = (particle.take_log_weight() for particle in particles)
+            found += [{slot: next(log_weights) for slot in slots} for slots in dealt]
+    return found
 
 
 def _upper_bounds(guide: Guide | None, inputs: Sequence[Input]) -> torch.Tensor:

@@ -75,7 +75,7 @@ def fit(
         guide.start_training(several_inputs=source.num_inputs != 1)
         guide.tempered_target = settings.tempered_target
         guide.prepare(example.args, example.program, example.observations)
-        trainer = Trainer(guide, source, run.steps, settings, seed, generator, run.ranks)
+        trainer = Trainer(guide, source, run.steps, settings, seed, generator, run.sharing)
         train(_GuideLearner(trainer), run)
 
 

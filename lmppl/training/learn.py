@@ -109,7 +109,7 @@ def learn(
         run.hold_out(held_out_inputs(guide, eval_data, settings))
         inputs = list(read_inputs(guide.model, data, settings))
         m_step = MStep(
-            guide, inputs, settings, model_learning_rate, run.steps, num_samples, run.ranks, saved
+            guide, inputs, settings, model_learning_rate, run.steps, num_samples, run.sharing, saved
         )
         guide.start_training(several_inputs=len(inputs) > 1)
         guide.tempered_target = settings.tempered_target
@@ -149,7 +149,7 @@ class _ProgramLearner(Learner):
         self._data = Collection(inputs, generator)
         self._dreams = Dreams(guide, inputs, options, guide_seed) if method != "em" else None
         source, steps = self._dreams or self._data, run.steps * guide_steps
-        self.trainer = Trainer(guide, source, steps, options, guide_seed, generator, run.ranks)
+        self.trainer = Trainer(guide, source, steps, options, guide_seed, generator, run.sharing)
 
     def step(self, number: int) -> dict[str, Any] | None:
         """Some training steps of the guide, and an M-step."""

@@ -37,7 +37,8 @@ from lmppl.training.checkpoints import Checkpoints, Part
 from lmppl.training.fingerprints import digest_of
 from lmppl.training.inputs import Input
 from lmppl.training.options import FitOptions
-from lmppl.training.ranks import Parallel, ranks_of
+from lmppl.training.ranks import Parallel
+from lmppl.training.sharing import sharing_of
 from lmppl.training.tracking import tracker
 from lmppl.training.trainer import Trainer
 
@@ -102,8 +103,9 @@ class Run:
         logging_dir: where they write.
         seed: makes the run reproducible.
         parallel: where torchrun or ``accelerate launch`` has begun several processes: ``"inputs"``
-            shares out the inputs of each step, and trains as one process would; ``"none"``: each
-            process trains by itself.
+            shares out the inputs of each step, and trains as one process would; ``"split"`` shares
+            out the traces of each input, for few inputs with many traces each, and trains as one
+            process would, too; ``"none"``: each process trains by itself.
         progress: whether a progress bar is shown; None: on a terminal and in a notebook.
         callback: called with each step's dict of figures.
 
@@ -126,10 +128,11 @@ class Run:
     callback: Callable[[dict[str, Any]], None] | None = None
 
     def __post_init__(self) -> None:
-        check_choice("parallel", self.parallel, ("inputs", "none"))
-        self.ranks = ranks_of(self.parallel)
+        check_choice("parallel", self.parallel, ("inputs", "split", "none"))
+        self.sharing = sharing_of(self.parallel)
+        self.ranks = self.sharing.ranks
         self.checkpoints = Checkpoints(
-            self.checkpoint, self.checkpoint_every, self.resume, self.seed, self.ranks
+            self.checkpoint, self.checkpoint_every, self.resume, self.seed, self.sharing
         )
         if self.callback is not None:
             check_callable("callback", self.callback)
@@ -159,7 +162,7 @@ class Run:
             return {}
         began = time.perf_counter()
         found = evaluation.evaluate(
-            guide, self.held_out, self.eval_samples, seed=self.random_seed, ranks=self.ranks
+            guide, self.held_out, self.eval_samples, seed=self.random_seed, sharing=self.sharing
         )
         return found | {"seconds_evaluation": time.perf_counter() - began}
 
@@ -226,7 +229,7 @@ def train(learner: Learner, run: Run, **config: Any) -> None:
     def again() -> float:
         num, seed = run.eval_samples, run.random_seed
         figures = evaluation.evaluate(
-            trainer.guide, learner.inputs, num, seed=seed, ranks=run.ranks
+            trainer.guide, learner.inputs, num, seed=seed, sharing=run.sharing
         )
         return figures[evaluated]
 

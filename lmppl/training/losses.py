@@ -22,7 +22,7 @@ from lmppl.guides.heads import Head
 from lmppl.lm import LM
 from lmppl.training import objectives
 from lmppl.training.batch import Batch
-from lmppl.training.samples import Sample
+from lmppl.training.samples import AnySample, own_of
 
 
 class Loss(ABC):
@@ -308,12 +308,20 @@ class LogZ(nn.Module):
         return value + self.own[index] if len(self.own) else value
 
 
-def prompt_state(lm: LM, samples: Sequence[Sample]) -> torch.Tensor:
-    """What ``LogZ`` reads of an input, the LM's state after the prompt of the first latent text:
-    (hidden_size,) float32 on the CPU."""
-    for sample in samples:
+def first_prompts(samples: Sequence[AnySample]) -> dict[int, tuple[int, ...]]:
+    """The prompt of the first latent text, of the first trace of this process that has one, by the place
+    of the trace."""
+    for i, sample in own_of(samples).items():
         for draw in sample.proposer.draws.values():
             fn = getattr(draw, "fn", None) if not isinstance(draw, dict) else draw["fn"]
             if isinstance(fn, LMText):
-                return lm.hidden([fn.prefix_ids])[0].float().cpu()
-    return torch.zeros(lm.hidden_size)  # a program without latent texts
+                return {i: fn.prefix_ids}
+    return {}
+
+
+def prompt_state(lm: LM, prompts: Mapping[int, tuple[int, ...]]) -> torch.Tensor:
+    """What ``LogZ`` reads of an input, the LM's state after the first of these prompts: (hidden_size,)
+    float32 on the CPU. It is zero for a program without latent texts."""
+    for prompt in prompts.values():
+        return lm.hidden([prompt])[0].float().cpu()
+    return torch.zeros(lm.hidden_size)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -26,11 +26,11 @@ from lmppl.runtime import Given, Particle
 from lmppl.runtime.records import Record
 from lmppl.training.behaviour import Drawn, Recalled
 from lmppl.training.inputs import Input, observe
-from lmppl.training.kept import load_input, record_of_state, record_state, state_of_input
+from lmppl.training.kept import record_of_state, record_state
 from lmppl.training.optimizer import Optimizer
 from lmppl.training.options import FitOptions
-from lmppl.training.ranks import OneProcess, Ranks
 from lmppl.training.samples import Sample, score_own_draws
+from lmppl.training.sharing import SharedInputs, Sharing
 from lmppl.training.trainer import mean
 
 
@@ -53,8 +53,8 @@ class _Mixture:
         self._of_guide = num - self._of_program - self._of_buffer
         self._seeds = runtime.slot_seeds(seed, 3)
 
-    def start(self, guide: Guide) -> list[Particle]:
-        """The runs of the program, each at its first wait."""
+    def start(self, guide: Guide, slots: Sequence[int]) -> list[Particle]:
+        """The runs of the program that are at these slots, each at its first wait."""
         of_guide, of_program, of_buffer = self._seeds
         policies: list[Drawn | Recalled] = [
             Drawn("guide", self._of_guide, 1.0, of_guide),
@@ -65,7 +65,12 @@ class _Mixture:
             shares = [math.exp(log_share) for log_share in log_shares]
             chosen = random.Random(of_buffer).choices(records, shares, k=self._of_buffer)
             policies.append(Recalled("replay", chosen, of_buffer))
-        return [run for policy in policies for run in policy.start(guide, self.input)]
+        runs, begin = [], 0
+        for policy in policies:
+            of_policy = [slot - begin for slot in slots if 0 <= slot - begin < policy.num]
+            runs += policy.start(guide, self.input, of_policy)
+            begin += policy.num
+        return runs
 
     def log_weight(self, sample: Sample, scores: Mapping[str, SiteScore]) -> float:
         """log R less the log-density of a trace in the mixture, nats; ``scores``: of the guide."""
@@ -78,6 +83,25 @@ class _Mixture:
         return sample.log_r - float(torch.logsumexp(torch.tensor(log_terms).double(), 0))
 
 
+class _Draw(NamedTuple):
+    """A draw for an input, and its log-weight (nats)."""
+
+    record: Record | None  # None: another process has it, and the buffer need not keep it
+    log_weight: float
+    is_news: bool = True  # whether the buffer may keep it
+
+    def told(self) -> tuple[Any, float]:
+        """What other processes are told of it."""
+        told = record_state(self.record) if self.record and self.is_news else None
+        return told, self.log_weight
+
+    @classmethod
+    def heard(cls, told: tuple[Any, float]) -> _Draw:
+        """What another process has told of it."""
+        state, log_weight = told
+        return cls(record_of_state(state) if state else None, log_weight, state is not None)
+
+
 class MStep:
     """The optimiser of a program's parameters.
 
@@ -88,7 +112,7 @@ class MStep:
         rate: AdamW's; None: the guide's. It warms up and decays as the guide's does.
         steps: how many there will be.
         num_samples: draws for each input.
-        ranks: the processes that share a step's inputs out; None: this one alone.
+        sharing: which draws fall to this process; None: all.
         saved: is around the program, for parameters of a resumed run that it comes to late.
 
     Raises:
@@ -103,12 +127,13 @@ class MStep:
         rate: float | None,
         steps: int,
         num_samples: int,
-        ranks: Ranks | None = None,
+        sharing: Sharing | None = None,
         saved: SavedParams | None = None,
     ) -> None:
         self.guide, self.inputs, self.options = guide, inputs, options
         self.num_samples, self._given_rate = num_samples, rate
-        self._ranks = OneProcess() if ranks is None else ranks
+        self._sharing = SharedInputs() if sharing is None else sharing
+        self._ranks = self._sharing.ranks
         self._saved = saved or SavedParams()
         self._trainables = Trainables(guide.base)
         self._trainables.find(guide.model, inputs[0].args)
@@ -124,7 +149,7 @@ class MStep:
                 "its own"
             )
         rate = options.rate(guide.base.hidden_size) if rate is None else rate
-        self._optimizer = Optimizer(options, rate, steps, self._ranks)
+        self._optimizer = Optimizer(options, rate, steps, self._sharing)
         self._adopt()
         self._met: set[str] = set()  # parameters that all ranks have, with the same values
 
@@ -142,11 +167,15 @@ class MStep:
     def step(self, inputs: Sequence[Input], number: int, seed: int) -> dict[str, float]:
         """Raise the likelihood of some inputs' observations. Returns its figures."""
         seeds = runtime.slot_seeds(seed, len(inputs))
-        mine = self._ranks.mine(list(zip(inputs, seeds, strict=True)))
-        records, log_weights = self._draw(mine)
-        losses = []
-        log_joints = self._log_joints([input_ for input_, _ in mine], records)
+        seeded = self._sharing.mine(list(zip(inputs, seeds, strict=True)))
+        mine = [input_ for input_, _ in seeded]
+        own = self._draw(seeded)
+        log_weights = self._keep(mine, own)
+        records = [{slot: draw.record for slot, draw in row.items() if draw.record} for row in own]
+        found = self._log_joints(mine, records)
+        log_joints = self._sharing.vectors(list(map(list, records)), found)
         self._meet(inputs, records)
+        losses = []
         for row, log_joint in zip(log_weights, log_joints, strict=True):
             live = row > -math.inf
             if bool(live.any()):
@@ -158,7 +187,7 @@ class MStep:
                 "the loss of the model, or its gradient, is not finite: its parameters are kept as "
                 "they were. Lower model_learning_rate"
             )
-        rows = self._share_out(inputs, log_weights)
+        rows = self._sharing.tell_inputs(inputs, log_weights)
         alive = [row for row in rows if bool((row > -math.inf).any())]
         return {
             "log_evidence": mean([runtime.log_mean_exp(row) for row in rows]),
@@ -166,31 +195,31 @@ class MStep:
             "model_ess": mean([runtime.ess(row) / len(row) for row in alive]),
         }
 
-    def _share_out(self, inputs: Sequence[Input], log_weights: torch.Tensor) -> list[torch.Tensor]:
-        """Tell the other ranks what this one has found for its inputs, and hear of theirs. Returns the
-        log-weights of all inputs."""
-        several = self._ranks.num > 1
-        kept = [state_of_input(input_) if several else {} for input_ in self._ranks.mine(inputs)]
-        heard = self._ranks.gather(list(zip(log_weights, kept, strict=True)))
-        for place, (input_, (_, state)) in enumerate(zip(inputs, heard, strict=True)):
-            if place % self._ranks.num != self._ranks.rank:
-                load_input(input_, state)
-        return [row for row, _ in heard]
+    def _keep(
+        self, inputs: Sequence[Input], own: Sequence[Mapping[int, _Draw]]
+    ) -> list[torch.Tensor]:
+        """Keep the best of what all processes drew for inputs, as the guide learns from it, too. Returns
+        the log-weights of all draws of each, (num_samples,) float64, nats."""
+        rows = self._sharing.pool(own, tell=_Draw.told, hear=_Draw.heard)
+        for input_, row in zip(inputs, rows, strict=True):
+            for draw in row.values():
+                if draw.record and draw.is_news:
+                    input_.buffer.add(draw.record)
+        log_weights = [[draw.log_weight for draw in row.values()] for row in rows]
+        return list(torch.tensor(log_weights, dtype=torch.float64).reshape(-1, self.num_samples))
 
-    def _meet(self, inputs: Sequence[Input], records: Sequence[Record]) -> None:
+    def _meet(self, inputs: Sequence[Input], records: Sequence[Mapping[int, Record]]) -> None:
         """What only some ranks have come to, the others find by the same runs, in one order."""
         self._adopt()
         new = sorted(self.named_parameters().keys() - self._met)
         if self._ranks.num == 1 or (self._ranks.agree(new) and not new):
             return
         owners = self._ranks.gather([new])
-        size = self.num_samples
-        mine = [records[k : k + size] for k in range(0, len(records), size)]
-        told = self._ranks.gather([list(map(record_state, of_input)) for of_input in mine])
+        told = self._sharing.records(records)
         self._trainables.leave_out(new)
-        for input_, states in zip(inputs, told, strict=True):
+        for input_, of_input in zip(inputs, told, strict=True):
             with torch.no_grad():
-                self._log_joints([input_], list(map(record_of_state, states)))
+                self._log_joints([input_], [dict(enumerate(of_input))])
         self._level(owners)
 
     def _level(self, owners: Sequence[Sequence[str]]) -> None:
@@ -200,45 +229,51 @@ class MStep:
         self._met = set(named)
 
     @torch.no_grad()
-    def _draw(self, seeded: Sequence[tuple[Input, int]]) -> tuple[list[Record], torch.Tensor]:
-        """Draws of the mixture for each input, one input after another, and their log-weights:
-        (inputs, num_samples) float64, nats."""
+    def _draw(self, seeded: Sequence[tuple[Input, int]]) -> list[dict[int, _Draw]]:
+        """Draws of the mixture for each input, by slot, those that fall to this process."""
         observe(self.guide, [input_ for input_, _ in seeded])
-        mixtures = [
-            _Mixture(input_, self.num_samples, self.options, input_seed)
-            for input_, input_seed in seeded
-        ]
+        num = self.num_samples
+        dealt = [self._sharing.slots(k * num, num) for k in range(len(seeded))]
+        mixtures = [_Mixture(input_, num, self.options, one_seed) for input_, one_seed in seeded]
         with runtime.ending([]) as particles:
-            for mixture in mixtures:
-                particles += mixture.start(self.guide)
+            for mixture, slots in zip(mixtures, dealt, strict=True):
+                particles += mixture.start(self.guide, slots)
             runtime.run_to_end(particles)
         samples = [Sample.of(particle, "guide") for particle in particles]
         score_own_draws([sample for sample in samples if sample.log_r > -math.inf])
         scores = self.guide.score([sample.proposer for sample in samples], grad=False)
-        records, log_weights = [], []
-        for k, (sample, of_sample) in enumerate(zip(samples, scores, strict=True)):
-            mixture = mixtures[k // self.num_samples]
-            log_weights.append(mixture.log_weight(sample, of_sample))
-            records.append(sample.record)
-            mixture.input.buffer.add(records[-1])  # the guide learns from what was found, too
-        return records, torch.tensor(log_weights, dtype=torch.float64).reshape(-1, self.num_samples)
+        scored = iter(zip(samples, scores, strict=True))
+        found: list[dict[int, _Draw]] = []
+        for mixture, slots in zip(mixtures, dealt, strict=True):
+            found.append({})
+            for slot, (sample, of_sample) in zip(slots, scored, strict=False):
+                is_news = mixture.input.buffer.lacks(sample)
+                log_weight = mixture.log_weight(sample, of_sample)
+                found[-1][slot] = _Draw(sample.record, log_weight, is_news)
+        return found
 
-    def _log_joints(self, inputs: Sequence[Input], records: Sequence[Record]) -> torch.Tensor:
-        """log p(latents, observations) of each draw, (inputs, num_samples) with gradient."""
+    def _log_joints(
+        self, inputs: Sequence[Input], records: Sequence[Mapping[int, Record]]
+    ) -> list[torch.Tensor]:
+        """log p(latents, observations) of draws for each input, given by slot, with gradient."""
         runs = []
-        for slot, record in enumerate(records):
-            input_, values = inputs[slot // self.num_samples], {**record.values, **record.tools}
-            given = {name: Given(torch.as_tensor(value)) for name, value in values.items()}
-            runs.append(
-                Particle(input_.program, input_.args, seed=slot, given=given, grad=True, slot=slot)
-            )
+        for k, (input_, of_input) in enumerate(zip(inputs, records, strict=True)):
+            for slot, record in of_input.items():
+                given = {
+                    name: Given(torch.as_tensor(value))
+                    for name, value in {**record.values, **record.tools}.items()
+                }
+                at = k * self.num_samples + slot
+                runs.append(
+                    Particle(input_.program, input_.args, seed=at, given=given, grad=True, slot=at)
+                )
         with runtime.ending(runs):
             runtime.resume(runs)
             runtime.run_to_draws(runs, grad=True)
             self._trainables.add(runs)
         log_joints = [sum(node["log_prob_sum"] for node in run.sites.values()) for run in runs]
         stacked = torch.stack(log_joints) if runs else torch.zeros(0)
-        return stacked.reshape(-1, self.num_samples)
+        return list(stacked.split(list(map(len, records))))
 
     def named_parameters(self) -> dict[str, torch.nn.Parameter]:
         """Of the program, as far as its runs have used them."""

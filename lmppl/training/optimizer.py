@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lmppl.training.options import FitOptions
-from lmppl.training.ranks import Ranks
+from lmppl.training.sharing import Sharing
 
 # Learning rates of parameters whose names begin so, in units of the others': heads are small and new
 # networks; a learned log Z is far from its start and has few gradients.
@@ -33,8 +33,9 @@ class Optimizer:
     memory of 1,000 steps of their size (0.999) would hold the last steps back.
     """
 
-    def __init__(self, options: FitOptions, rate: float, steps: int, ranks: Ranks) -> None:
-        self._options, self._rate, self._steps, self._ranks = options, rate, steps, ranks
+    def __init__(self, options: FitOptions, rate: float, steps: int, sharing: Sharing) -> None:
+        self._options, self._rate, self._steps, self._sharing = options, rate, steps, sharing
+        self._ranks = sharing.ranks
         none_yet: list[dict[str, Any]] = [{"params": [], "rate": rate}]
         self._adamw = torch.optim.AdamW(none_yet, lr=rate, betas=(0.9, 0.98), weight_decay=0.0)
         self._named: Mapping[str, torch.nn.Parameter] = {}
@@ -54,16 +55,15 @@ class Optimizer:
         self._restore(new)
 
     def step(self, losses: Sequence[torch.Tensor], number: int) -> Update:
-        """Go one step down the mean of all ranks' losses, of which ``losses`` are this one's. If it or
+        """Go one step down the mean of all inputs' losses, of which ``losses`` are this rank's. If it or
         its gradient is not finite, the parameters stay."""
         self._adamw.zero_grad(set_to_none=True)
         total = torch.stack(list(losses)).sum() if losses else torch.zeros(())
-        sums = torch.tensor([float(total.detach()), len(losses)], dtype=torch.float64)
-        self._ranks.sum([sums])
-        loss, count = float(sums[0] / sums[1]), int(sums[1])
+        of_all, count = self._sharing.total(float(total.detach()), len(losses))
+        loss = of_all / count if count else math.nan
         if not math.isfinite(loss):
             return Update(loss, math.nan, is_empty=not count)
-        if losses:
+        if total.requires_grad:
             (total / count).backward()
         self._sum_gradients()
         # In one order on all ranks, lest the norm differ in its last bits.

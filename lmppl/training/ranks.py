@@ -1,12 +1,13 @@
 """The processes that train one guide together, by ``torch.distributed``, as torchrun begins them.
 
     every rank has the whole run: all inputs, the guide, the optimiser, the same random choices
-    of a step's inputs, rank r has those at the places r, r + K, r + 2K, ...
+    what of a step's inputs, or of their traces, falls to which rank: see ``sharing``
     gradients are summed over the ranks, and divided by the number of inputs
     what a step has found out about its inputs is told to all
 
-An input has its own random streams, whichever rank it falls to, and a loss compares traces of one input
-only. So K ranks take the steps that one process takes, but for the rounding of sums and batches.
+An input and each of its traces has its own random streams, whichever rank it falls to, and a loss
+compares traces of one input only. So K ranks take the steps that one process takes, but for the rounding
+of sums and batches.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from __future__ import annotations
 import os
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,7 +24,33 @@ import torch.distributed as dist
 from lmppl.lm.loading import choose_device
 
 T = TypeVar("T")
-Parallel = Literal["inputs", "none"]
+V = TypeVar("V")
+Parallel = Literal["inputs", "split", "none"]
+
+
+class Pool(Protocol):
+    """Brings together what each process knows of its traces of some inputs."""
+
+    def __call__(
+        self, own: Sequence[Mapping[Any, T]], tell: Callable[[T], Any], hear: Callable[[Any], V]
+    ) -> list[dict[Any, T | V]]:
+        """What is known of all traces of each input.
+
+        Args:
+            own: of each input, what this process knows of its traces, by their places.
+            tell: what others are sent of it.
+            hear: what that becomes where it is heard.
+
+        Returns:
+            Of each input, ``own`` and what was heard of the others, in the order of the places.
+        """
+
+
+def alone(
+    own: Sequence[Mapping[Any, T]], tell: Callable[[T], Any], hear: Callable[[Any], V]
+) -> list[dict[Any, T | V]]:
+    """The ``Pool`` of a process that has all traces of its inputs."""
+    return [dict(row) for row in own]
 
 
 class Ranks(ABC):

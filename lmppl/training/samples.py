@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -22,6 +22,7 @@ from lmppl.guides.scoring import is_constrained, own_draw_log_probs
 from lmppl.runtime import Given, Particle, is_latent
 from lmppl.runtime.records import Record, ReplayProposer, discrete_key, is_count, record_of
 from lmppl.runtime.sites import is_text
+from lmppl.training.ranks import Pool, alone
 
 Origin = Literal["guide", "tempered", "prior", "replay", "given"]
 """Where latents come from: drawn from the guide itself; from the guide at another temperature; from the
@@ -98,6 +99,36 @@ class Sample:
         return sum(map(_num_tokens, self.sites.values()))
 
 
+@dataclass(frozen=True, eq=False)
+class RemoteSample:
+    """What this process knows of a complete trace that another one has, see ``Sample``."""
+
+    origin: Origin
+    log_r: float
+    log_p: float
+    num_tokens: int
+    told: Record | None  # its record, where later steps may use it
+
+    @property
+    def record(self) -> Record:
+        """What is kept of it."""
+        assert self.told is not None
+        return self.told
+
+    @property
+    def discrete_key(self) -> tuple[Any, ...]:
+        """That of its record."""
+        return self.record.discrete_key
+
+
+AnySample = Sample | RemoteSample
+
+
+def own_of(samples: Sequence[AnySample]) -> dict[int, Sample]:
+    """Those that this process has, by their places."""
+    return {i: sample for i, sample in enumerate(samples) if isinstance(sample, Sample)}
+
+
 def score_own_draws(
     samples: Sequence[Sample], without: Sequence[Mapping[str, Any]] | None = None
 ) -> None:
@@ -130,7 +161,7 @@ def _num_tokens(node: Any) -> int:
 class Truncation:
     """``length`` tokens of the last latent text ``name`` of ``sample``, closed by c."""
 
-    sample: Sample
+    sample: AnySample
     name: str
     length: int
     log_r: float  # of the truncated trace, nats
@@ -138,12 +169,13 @@ class Truncation:
 
 
 def truncate(
-    samples: Sequence[Sequence[Sample]],
+    samples: Sequence[Sequence[AnySample]],
     *,
     budget: float,
     generators: Sequence[torch.Generator],
+    pool: Pool = alone,
 ) -> list[Truncation]:
-    """Rewards of a random few legal truncations of each input's samples.
+    """Rewards of a random few legal truncations of each input's samples, of those that this process has.
 
     Everything after the cut is run again on the truncated value: factors, tools, branches and
     observations. A truncation is not legal if the program comes to another latent after it, or if what
@@ -153,17 +185,24 @@ def truncate(
         samples: of each input.
         budget: tokens that may be spent on an input, as a share of those of its samples. Truncations
             that need no language model (nothing is observed after the text) are free, and all taken.
-        generators: choose those of each input.
+        generators: choose those of each input, and the same in all processes.
+        pool: brings together how texts can be cut, where other processes have some of the samples.
     """
-    groups = [
-        [_CutText(sample, name) for sample in of_input if (name := _last_text(sample))]
+    own = [
+        {i: _CutText(one, name) for i, one in own_of(of_input).items() if (name := _last_text(one))}
         for of_input in samples
     ]
-    texts = [text for of_input in groups for text in of_input]
+    possible = pool(
+        [{i: text.cuts() for i, text in of_input.items()} for of_input in own],
+        tell=tuple,
+        hear=lambda told: _Cuts(*told),
+    )
+    texts = [text for of_input in own for text in of_input.values()]
     chosen: list[tuple[_CutText, int]] = []
-    for of_input, group, generator in zip(samples, groups, generators, strict=True):
+    for of_input, group, cuts, generator in zip(samples, own, possible, generators, strict=True):
         tokens = sum(sample.num_tokens for sample in of_input)
-        chosen += _affordable(group, round(budget * tokens), generator)
+        affordable = _affordable(cuts, round(budget * tokens), generator)
+        chosen += [(group[i], length) for i, length in affordable if i in group]
     complete = {text.key(text.full_length): text.sample.log_r for text in texts if text.is_closed}
     unknown, runs = [], dict[Any, Particle]()  # equal truncations of different samples are run once
     for text, length in chosen:
@@ -190,20 +229,27 @@ def truncate(
     ]
 
 
+class _Cuts(NamedTuple):
+    """How a text can be cut."""
+
+    cost: int  # tokens of the texts that are observed after it
+    lengths: list[int]  # after how many tokens c closes the text, so that it is one of the site's
+
+
 def _affordable(
-    texts: Sequence[_CutText], tokens: int, generator: torch.Generator
-) -> list[tuple[_CutText, int]]:
-    """Some texts of an input, each with a length to cut it to: all that are free, and a random few for
-    so many tokens."""
-    cuts = [(text, length) for text in texts for length in text.lengths()]
-    chosen = [(text, length) for text, length in cuts if not text.cost]
-    costly = [(text, length) for text, length in cuts if text.cost]
+    cuts: Mapping[int, _Cuts], tokens: int, generator: torch.Generator
+) -> list[tuple[int, int]]:
+    """Some of an input's texts, by number, each with a length to cut it to: all that are free, and a
+    random few for so many tokens."""
+    pairs = [(i, length) for i, of_text in cuts.items() for length in of_text.lengths]
+    chosen = [(i, length) for i, length in pairs if not cuts[i].cost]
+    costly = [(i, length) for i, length in pairs if cuts[i].cost]
     for k in torch.randperm(len(costly), generator=generator).tolist():
-        text, length = costly[k]
-        tokens -= text.cost + length
+        i, length = costly[k]
+        tokens -= cuts[i].cost + length
         if tokens < 0:
             break
-        chosen.append((text, length))
+        chosen.append((i, length))
     return chosen
 
 
@@ -217,8 +263,7 @@ def _last_text(sample: Sample) -> str | None:
 
 
 class _CutText:
-    """The last latent text of a trace, which can be cut to fewer than ``full_length`` tokens;
-    ``cost``: tokens of the texts that are observed after it."""
+    """The last latent text of a trace, which can be cut to fewer than ``full_length`` tokens."""
 
     def __init__(self, sample: Sample, name: str) -> None:
         self.sample, self.name, self.rewards = sample, name, sample.cut_rewards
@@ -231,7 +276,7 @@ class _CutText:
         sites = list(sample.sites.items())
         at = list(sample.sites).index(name)
         self._before = dict(sites[:at])
-        self.cost = sum(_num_tokens(node) for _, node in sites[at + 1 :])
+        self._after = [node for _, node in sites[at + 1 :]]
         # A simulated input is a program of its own; a tool may answer differently each time.
         key: list[Any] = [id(sample.particle.program), id(sample.particle.args)]
         for other, node in self._before.items():
@@ -245,8 +290,11 @@ class _CutText:
         """Equal for truncations to the same trace of the same input, continuous values included."""
         return *self._key, self._ids[:length]
 
-    def lengths(self) -> list[int]:
-        """After how many tokens c closes the text, so that it is one of the site's."""
+    def cuts(self) -> _Cuts:
+        """How it can be cut."""
+        return _Cuts(sum(map(_num_tokens, self._after)), self._lengths())
+
+    def _lengths(self) -> list[int]:
         if not self._fn.is_constrained:
             return list(range(self.full_length))
         assert self._closing is not None
@@ -286,6 +334,10 @@ class ReplayBuffer:
 
     def __contains__(self, discrete_key: tuple[Any, ...]) -> bool:
         return discrete_key in self._records
+
+    def lacks(self, sample: AnySample) -> bool:
+        """Whether a trace is new to it, and better than the worst one that it has to keep."""
+        return sample.log_r > self.least and sample.discrete_key not in self
 
     @property
     def records(self) -> list[Record]:

@@ -19,6 +19,7 @@ import math
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -32,12 +33,11 @@ from lmppl.training.batch import Batch, batches_of
 from lmppl.training.behaviour import Behaviour, Lookalikes, Recalled, Turn, turns_of
 from lmppl.training.fingerprints import digest_of
 from lmppl.training.inputs import Input, Source, observe
-from lmppl.training.kept import load_input, record_of_state, record_state, state_of_input
-from lmppl.training.losses import LogZ, prompt_state
+from lmppl.training.losses import LogZ, first_prompts, prompt_state
 from lmppl.training.optimizer import Optimizer, Update
 from lmppl.training.options import FitOptions, moved
-from lmppl.training.ranks import OneProcess, Ranks
-from lmppl.training.samples import Sample, Truncation, truncate
+from lmppl.training.samples import AnySample, Sample, Truncation, own_of, truncate
+from lmppl.training.sharing import SharedInputs, Sharing
 
 _TRIAL_STEPS = 8
 _FEWEST_TRUNCATIONS = 0.05
@@ -56,17 +56,18 @@ class Trainer:
         options: FitOptions,
         seed: int,
         generator: torch.Generator,
-        ranks: Ranks | None = None,
+        sharing: Sharing | None = None,
     ) -> None:
         self.guide, self.source, self.steps, self.options = guide, source, steps, options
         self.seed, self.generator = seed, generator
-        self.ranks = OneProcess() if ranks is None else ranks
+        self.sharing = SharedInputs() if sharing is None else sharing
+        self.ranks = self.sharing.ranks
         # A stream's inputs come once.
         visits = steps * self._num_inputs // source.num_inputs if source.num_inputs else 1
-        self._behaviour = Behaviour(guide, options, visits)
+        self._behaviour = Behaviour(guide, options, visits, self.sharing)
         self._lookalikes = Lookalikes(guide, source.num_inputs)
         self._rate = options.rate(guide.base.hidden_size)
-        self._optimizer = Optimizer(options, self._rate, steps, self.ranks)
+        self._optimizer = Optimizer(options, self._rate, steps, self.sharing)
         self.log_z: LogZ | None = None
         if options.loss.learns_log_z:
             with torch.random.fork_rng(devices=[]):
@@ -79,13 +80,9 @@ class Trainer:
         self._any_alive = False
         self._traces_cut = [0, 0]  # in the steps of trial: traces, and truncations of them
         self._cuts = options.loss.truncations and options.truncations > 0
-        if self.ranks.is_first and (idle := self.ranks.num - self._num_inputs) > 0:
-            warnings.warn(
-                f"a step has {self._num_inputs} inputs for {self.ranks.num} processes, so {idle} of "
-                "them are idle: start fewer, or raise inputs_per_step and batch_size (each input has "
-                "two traces at least)",
-                stacklevel=4,
-            )
+        idle = self.sharing.idle(self._num_inputs, options.batch_size)
+        if self.ranks.is_first and idle:
+            warnings.warn(idle, stacklevel=4)
 
     def begin(self) -> None:
         """Before the first step: all ranks begin with the parameters of the first."""
@@ -104,7 +101,7 @@ class Trainer:
         with logging_draws() as log:
             with torch.no_grad():
                 all_turns = turns_of(inputs, self.options.batch_size, self.seed, number)
-                turns = self.ranks.mine(all_turns)
+                turns = self.sharing.mine(all_turns)
                 samples = self._draw(turns)
                 sampled = time.perf_counter()
                 truncations = self._truncate(turns, samples) if self._cuts else []
@@ -113,9 +110,12 @@ class Trainer:
         self._meet(inputs, samples)
         update = last = self._update(self._losses(turns, batches, number), number)
         for _ in range(1, self.options.loss.updates):
-            batches = self._score(samples, truncations, [batch.old_log_q for batch in first])
+            batches = [
+                replace(batch, old_log_q=drawn.old_log_q)
+                for batch, drawn in zip(self._score(samples, truncations), first, strict=True)
+            ]
             last = self._update(self._losses(turns, batches, number), number)
-        figures, num_samples, num_truncations = self._share_out(turns, first, log)
+        figures, num_samples, num_truncations = self._share_out(first, log)
         self._try_truncations(num_samples, num_truncations, number)
         return {
             "loss": update.loss,
@@ -138,18 +138,18 @@ class Trainer:
             return int(min(options.batch_size, few))
         return int(min(options.inputs_per_step, options.batch_size // 2, few))
 
-    def _draw(self, turns: Sequence[Turn]) -> list[list[Sample]]:
+    def _draw(self, turns: Sequence[Turn]) -> list[list[AnySample]]:
         samples = self._behaviour.draw(turns)
         for turn, of_input in zip(turns, samples, strict=True):
-            self._lookalikes.look(turn.input, of_input)
+            self._lookalikes.look(turn.input, list(own_of(of_input).values()))
         self._adopt()
         return samples
 
     def _truncate(
-        self, turns: Sequence[Turn], samples: Sequence[Sequence[Sample]]
+        self, turns: Sequence[Turn], samples: Sequence[Sequence[AnySample]]
     ) -> list[Truncation]:
-        generators = [turn.generator for turn in turns]
-        return truncate(samples, budget=self.options.truncations, generators=generators)
+        budget, generators = self.options.truncations, [turn.generator for turn in turns]
+        return truncate(samples, budget=budget, generators=generators, pool=self.sharing.pool)
 
     def _try_truncations(self, traces: int, cuts: int, number: int) -> None:
         """Give truncations up if in the first steps hardly any were of use."""
@@ -173,13 +173,14 @@ class Trainer:
 
     def _score(
         self,
-        samples: Sequence[Sequence[Sample]],
+        samples: Sequence[Sequence[AnySample]],
         truncations: Sequence[Truncation],
-        old_log_q: Sequence[torch.Tensor] | None = None,
     ) -> list[Batch]:
         """The traces of each input, with the guide's densities."""
-        proposers = [sample.proposer for of_input in samples for sample in of_input]
-        return batches_of(samples, truncations, self.guide.score(proposers), old_log_q)
+        own = [list(own_of(of_input).values()) for of_input in samples]
+        proposers = [sample.proposer for of_input in own for sample in of_input]
+        batches = batches_of(own, truncations, self.guide.score(proposers))
+        return [batch.check() for batch in self.sharing.join(samples, batches)]
 
     def _losses(
         self, turns: Sequence[Turn], batches: Sequence[Batch], number: int
@@ -191,8 +192,10 @@ class Trainer:
             input_, log_z = turn.input, None
             if self.log_z is not None:
                 if input_.features is None:
-                    input_.features = prompt_state(self.guide.base, batch.samples)
-                log_z = self.log_z(input_.features, input_.index)
+                    own = first_prompts(batch.samples)
+                    (prompts,) = self.sharing.pool([own], tell=tuple, hear=tuple)
+                    input_.features = prompt_state(self.guide.base, prompts)
+                log_z = self.sharing.once(self.log_z(input_.features, input_.index))
             # Of latents that are given, it does not matter whether the program allows them.
             is_given = self.options.loss.draws == "given"
             if is_given or any(sample.log_r > -math.inf for sample in batch.samples):
@@ -201,7 +204,7 @@ class Trainer:
         return losses
 
     def _update(self, losses: Sequence[torch.Tensor], number: int) -> Update:
-        """One step of the optimiser on the mean of all ranks' losses."""
+        """One step of the optimiser on the mean of all inputs' losses."""
         self._adopt()  # what a guide program's runs for the scores were first to use
         update = self._optimizer.step(losses, number)
         if not math.isfinite(update.loss) and not update.is_empty:
@@ -220,27 +223,19 @@ class Trainer:
     # --- what ranks tell each other --------------------------------------------------------------
 
     def _share_out(
-        self, turns: Sequence[Turn], batches: Sequence[Batch], log: DrawLog
+        self, batches: Sequence[Batch], log: DrawLog
     ) -> tuple[dict[str, float], int, int]:
         """Tell the other ranks what this one has found out about its inputs and in its log, and hear of
         theirs. Returns the figures of the step, how many traces it had and how many truncations."""
-        compared = [text_mismatches(log.pairs), *[[]] * len(turns)]  # told with the first turn
-        told = [
-            (batch.figures(), batch.num, len(batch.truncations), self._kept(turn.input), texts)
-            for turn, batch, texts in zip(turns, batches, compared, strict=False)
-        ]
-        heard = self.ranks.gather(told)
-        for place, (input_, (*_, kept, _)) in enumerate(zip(self.inputs, heard, strict=True)):
-            if place % self.ranks.num != self.ranks.rank:
-                load_input(input_, kept)
+        told = [(batch.figures(), batch.num, len(batch.truncations)) for batch in batches]
+        heard = self.sharing.tell_inputs(self.inputs, told)
+        texts = list(chain(*self.ranks.gather([text_mismatches(log.pairs)])))
+        for input_ in self.inputs:
             self._any_alive |= input_.alive
             (self._dead.discard if input_.alive else self._dead.add)(input_.index)
-        of_inputs, nums, cuts, _, texts = zip(*heard, strict=True)
+        of_inputs, nums, cuts = zip(*heard, strict=True)
         figures = {name: mean([of_input[name] for of_input in of_inputs]) for name in of_inputs[0]}
-        return figures | _mismatch_figures(list(chain(*texts))), sum(nums), sum(cuts)
-
-    def _kept(self, input_: Input) -> dict[str, Any]:
-        return state_of_input(input_) if self.ranks.num > 1 else {}
+        return figures | _mismatch_figures(texts), sum(nums), sum(cuts)
 
     def _check_stream(self, inputs: Sequence[Input], number: int) -> None:
         """Raises ``ValueError`` on all ranks if they have not read the same."""
@@ -250,7 +245,7 @@ class Trainer:
                 "whole stream, in the same order (its inputs are shared out here)"
             )
 
-    def _meet(self, inputs: Sequence[Input], samples: Sequence[Sequence[Sample]]) -> None:
+    def _meet(self, inputs: Sequence[Input], samples: Sequence[Sequence[AnySample]]) -> None:
         """A rank may be the first to come to a site with parameters. The others then make them too, so
         that all have them, with the same values."""
         if self.ranks.num == 1:
@@ -261,12 +256,14 @@ class Trainer:
         told = self.ranks.gather([(new, parts)])
         if not self._make([parts for _, parts in told]):
             # All run all traces in one order, by which adapters are told apart.
-            traces = self.ranks.gather([[record_state(s.record) for s in one] for one in samples])
+            own = [
+                {i: sample.record for i, sample in own_of(of_input).items()} for of_input in samples
+            ]
+            records = self.sharing.records(own)
             self.guide.leave_out(new)
             observe(self.guide, inputs)
-            for input_, states in zip(inputs, traces, strict=True):
-                records = [record_of_state(state) for state in states]
-                runs = Recalled("replay", records, self.seed).start(self.guide, input_)
+            for input_, of_input in zip(inputs, records, strict=True):
+                runs = Recalled("replay", of_input, self.seed).start(self.guide, input_)
                 with torch.no_grad(), runtime.ending(runs):
                     runtime.run_to_end(runs)
                 self.guide.score([Sample.of(run, "replay").proposer for run in runs])

@@ -141,9 +141,10 @@ def test_the_weights_of_an_m_step_are_those_of_the_mixture():
         for number in range(2):  # the buffer is empty at first
             kept = {key[0][1:]: record.log_r for key, record in one.buffer._records.items()}
             total = sum(math.exp(log_r) for log_r in kept.values())
-            records, log_weights = learner._draw([(one, number)])
+            (drawn,) = learner._draw([(one, number)])
+            learner._keep([one], [drawn])
             counts = {"b": 4 if kept else 0, "p": 2, "q": 2 if kept else 6}
-            for record, log_weight in zip(records, log_weights[0].tolist(), strict=True):
+            for record, log_weight, _ in drawn.values():
                 (key,) = record.discrete_key
                 log_r, log_q_z = exact[record.tokens]
                 likelihood = 0.3 if "b" in LM.vocabulary.decode(record.tokens) else 0.7
@@ -415,7 +416,7 @@ def test_learning_stops_at_the_best_held_out_evidence(monkeypatch):
         own = [p for p in m.model.parameters() if p.requires_grad]
         return [p.detach().clone() for p in (*own, pyro.param("p"), *guide.parameters())]
 
-    def evaluate(guide, inputs, num, seed, ranks):
+    def evaluate(guide, inputs, num, seed, sharing):
         assert len(inputs) == 1
         value = next(values)
         seen[value] = parameters()

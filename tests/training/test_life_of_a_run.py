@@ -174,7 +174,7 @@ def test_early_stopping_puts_the_best_parameters_back(monkeypatch):
     values = iter([0.2, 0.5, 0.4, 0.3])
     kept = {}
 
-    def evaluate(guide, inputs, num, seed, ranks):
+    def evaluate(guide, inputs, num, seed, sharing):
         value = next(values)
         kept[value] = weights(guide)
         return {"eval_ess": value}
