@@ -15,7 +15,7 @@ from lmppl.runtime.batching import (
 from lmppl.runtime.coroutine import suspend
 from lmppl.runtime.particle import Given, Particle, Proposer, ProposerFactory
 from lmppl.runtime.replay import Replay, ReplayError
-from lmppl.runtime.scheduler import Member, advance, own_usage
+from lmppl.runtime.scheduler import Member, advance, own_usage, run_members
 from lmppl.runtime.sites import is_latent, latents_of
 from lmppl.runtime.waits import ChoiceWait, DrawWait, HiddenWait, ModelWait, ScoreWait, Wait
 from lmppl.runtime.weights import ess, log_mean_exp
@@ -24,6 +24,6 @@ __all__ = [
     "ChoiceWait", "DrawWait", "Given", "HiddenWait", "Member", "ModelWait", "Particle",
     "Proposer", "ProposerFactory", "Replay", "ReplayError", "ScoreWait", "Wait", "advance",
     "ending", "ess", "fresh_seed", "is_latent", "latents_of", "log_mean_exp", "nth_seed",
-    "own_usage", "rare_collections", "resume", "run_to_draws", "run_to_end", "serve_draws",
-    "slot_seeds", "start", "suspend",
+    "own_usage", "rare_collections", "resume", "run_members", "run_to_draws", "run_to_end",
+    "serve_draws", "slot_seeds", "start", "suspend",
 ]  # fmt: skip

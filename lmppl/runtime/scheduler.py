@@ -10,7 +10,9 @@ An engine is a loop that runs its particles to their draws and draws for them (`
         resume those that got answers
 
 Draws come last, since a batch of draws costs as many steps as its longest text: so engines that
-came apart meet again at their next draw. Outside of a member ``ask`` calls the model at once.
+came apart meet again at their next draw. Outside of a member ``ask`` calls the model at once. A member
+may itself run members (the islands of SMC, of an input of ``infer_batch``): then what these ask for
+together, it asks for.
 """
 
 from __future__ import annotations
@@ -81,6 +83,21 @@ def advance(members: Sequence[Member]) -> None:
         member.go_on(answers)
 
 
+def run_members(members: Sequence[Member]) -> None:
+    """Run all to their ends, side by side. Raises the first exception of one; the others may be
+    suspended then."""
+    for member in members:
+        member.go_on()
+    while True:
+        for member in members:
+            if member.error is not None:
+                raise member.error
+        running = [member for member in members if not member.finished]
+        if not running:
+            return
+        advance(running)
+
+
 def ask(waits: Sequence[ModelWait], *, grad: bool = False) -> list[Any]:
     """What each of some particles waits for (at least one; all of one type).
 
@@ -107,7 +124,7 @@ def own_usage() -> Usage:
 def _answers(asked: list[Sequence[ModelWait]]) -> list[list[Any] | Exception]:
     """The answers to each member, or the exception that its own requests raise."""
     try:
-        answers = iter(type(asked[0][0]).answer([wait for waits in asked for wait in waits]))
+        answers = iter(ask([wait for waits in asked for wait in waits]))
         return [list(islice(answers, len(waits))) for waits in asked]
     except Exception as error:
         if len(asked) == 1:

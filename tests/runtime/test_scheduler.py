@@ -249,6 +249,56 @@ def test_members_do_not_see_each_others_state():
     assert torch.equal(torch.get_rng_state(), rng) and not poutine.runtime._PYRO_STACK
 
 
+def nested(*functions, seed=0):
+    """A function that runs members of its own, and returns their results and what it has spent."""
+
+    def run():
+        before = own_usage()
+        members = [Member(fn, GlobalState.fresh(seed + i)) for i, fn in enumerate(functions)]
+        with runtime.ending(members):
+            runtime.run_members(members)
+        return [member.result for member in members], own_usage() - before
+
+    return run
+
+
+def test_members_within_members_share_the_calls(calls):
+    """Also of members that run beside them, within another one or not."""
+    engines = [engine(infill, "ab.", "ab", seed=seed) for seed in range(5)]
+    members = together(nested(*engines[:2]), nested(*engines[2:4]), engines[4])
+    assert calls == [("draw", 20), ("score", 20)]
+    found = [*members[0].result[0], *members[1].result[0], members[2].result]
+    for particles, fn in zip(found, engines, strict=True):
+        assert outcomes(particles) == outcomes(fn())
+
+
+def test_tokens_of_members_within_a_member_are_its_own():
+    same = engine(infill, "ab.", "ab", num=8)  # the very same requests
+    run, other = nested(same, same), engine(infill, "ab.", "ab", num=8, seed=1)
+    members = together(run, other)
+    assert members[0].result[1] == run()[1]  # alone
+    assert members[0].result[1].tokens_scored == nested(same)()[1].tokens_scored > 0
+    assert members[0].result[1].tokens_sampled == 2 * nested(same)()[1].tokens_sampled
+
+
+def test_an_exception_of_a_member_within_a_member(lm):
+    """It ends the outer one with all its members, and nobody else."""
+    ended = []
+
+    def program():
+        try:
+            infill("ab.", "ab")
+            infill("ab.", "ab")
+        finally:
+            ended.append(True)
+
+    too_long = engine(infill, "ab" * 200, "ab")
+    members = together(nested(engine(program, num=2), too_long), engine(infill, "ab.", "ab"))
+    assert isinstance(members[0].error, ValueError) and "context" in str(members[0].error)
+    assert ended == [True] * 2
+    assert outcomes(members[1].result) == outcomes(engine(infill, "ab.", "ab")())
+
+
 def test_members_run_under_inference_mode():
     with torch.inference_mode():
         (member,) = together(engine(infill, "ab.", "ab"))
