@@ -20,7 +20,7 @@ from lmppl.engines.infer_batch import infer_batch
 from lmppl.lm import LM
 from lmppl.lm.network.memory import Memory
 from lmppl.lm.tokens.text import Text
-from lmppl.posterior import Posterior, ZeroEvidenceError
+from lmppl.posterior import Posterior, ZeroEvidenceError, pool
 from lmppl.primitives import chat, lm_sample, require, tool, use
 from lmppl.report.profiling import Profile, profile
 from lmppl.runtime import ReplayError
@@ -33,6 +33,6 @@ __version__ = "0.1.0"
 __all__ = [
     "LM", "SMC", "Diagnosis", "Engine", "Exact", "GFlowNet", "Importance", "LMGuide", "LMText",
     "MCMC", "Memory", "Posterior", "Profile", "RandomWalk", "Redraw", "ReplayError", "Suffix", "Text",
-    "ZeroEvidenceError", "chat", "constraints", "diagnose", "infer", "infer_batch", "learn", "lm_sample",
-    "losses", "profile", "register_engine", "require", "tool", "use",
+    "ZeroEvidenceError", "chat", "constraints", "diagnose", "infer", "infer_batch", "learn",
+    "lm_sample", "losses", "pool", "profile", "register_engine", "require", "tool", "use",
 ]  # fmt: skip

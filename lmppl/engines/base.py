@@ -33,6 +33,7 @@ from lmppl.exclusive import exclusive
 from lmppl.guides import proposer_factory
 from lmppl.guides.mixture import MixtureProposer, mixed
 from lmppl.posterior import Posterior
+from lmppl.posterior.pooling import pooled_runs
 from lmppl.report.progress import progress_bar
 from lmppl.runtime import Particle, Proposer, own_usage
 
@@ -123,6 +124,8 @@ class State:
         trained: the guide that the posterior is to carry.
         notes, info: what the posterior is to say of the run.
         genealogy: what became of the particles; None: the engine does not take it down.
+        islands: the runs that the posterior is to be pooled of (see ``on_islands``); none: it is of the
+            particles.
     """
 
     engine: str
@@ -146,6 +149,7 @@ class State:
         self.notes: list[str] = []
         self.info: dict[str, Any] = {}
         self.genealogy: Genealogy | None = None
+        self.islands: list[Posterior] = []
         self._began, self._usage = time.perf_counter(), own_usage()
         self.has_proposed = False
 
@@ -225,6 +229,28 @@ class State:
             ValueError: for a program without a latent site.
             ZeroEvidenceError: if all weights are zero; it carries the posterior.
         """
+        posterior = self.as_it_is()
+        if not self.has_proposed:
+            self.warn(
+                f"the guide {getattr(self.guide, '__name__', repr(self.guide))} proposed nothing: all "
+                "latents of all particles were drawn from the program. A guide draws the program's "
+                "sites by their names, and an LMGuide the texts of models with its own vocabulary"
+            )
+            posterior.info["notes"].append(self.notes[-1])
+        posterior.check_alive()
+        return posterior
+
+    def as_it_is(self) -> Posterior:
+        """The same of an island: all its weights may be zero, and what there is to warn of is not said,
+        as it may be true of this island alone."""
+        told = {"engine": self.engine, "seed": self.seed, "has_guide": self.guide is not None}
+        told |= asdict(own_usage() - self._usage)
+        told |= {"seconds": time.perf_counter() - self._began, **self.info}
+        if self.islands:
+            posterior = pooled_runs(self.islands)
+            posterior.info |= told
+            posterior.info["notes"] += self.notes
+            return posterior
         weights = zip(self.particles, self.log_weights.tolist(), strict=True)
         dead = [(p, p.killed_by or "(the engine)") for p, w in weights if w == -math.inf]
         killed = Counter(name for _, name in dead)
@@ -233,22 +259,13 @@ class State:
                 "the program has no latent site, so there is nothing to infer: leave out obs= at "
                 "the site that you want the posterior of"
             )
-        if not self.has_proposed:
-            self.warn(
-                f"the guide {getattr(self.guide, '__name__', repr(self.guide))} proposed nothing: all "
-                "latents of all particles were drawn from the program. A guide draws the program's "
-                "sites by their names, and an LMGuide the texts of models with its own vocabulary"
-            )
-        info = {"engine": self.engine, "iid": self.iid, "killed": killed, "notes": self.notes}
-        info |= {"reasons": _reasons(dead), "has_guide": self.guide is not None}
-        info |= asdict(own_usage() - self._usage)
-        info |= {"seconds": time.perf_counter() - self._began, **self.info}
+        info = {"iid": self.iid, "killed": killed, "notes": list(self.notes)}
+        info |= {"reasons": _reasons(dead), **told}
         traces = [particle.trace for particle in self.particles]
         returns = [particle.returned for particle in self.particles]
         common = {"guide": self.trained, "claims_evidence": self.claims_evidence}
         posterior = Posterior(traces, self.log_weights, returns, info=info, **common)
-        posterior.genealogy = None if self.genealogy is None else self.genealogy.steps
-        posterior.check_alive()
+        posterior.genealogies = [None if self.genealogy is None else self.genealogy.steps]
         return posterior
 
     def warn(self, message: str) -> None:

@@ -64,6 +64,9 @@ class Posterior(WeightedTraces, Report):
             - ``notes``: a list of sentences the reader must know ("the target is tempered");
             - ``ess``: the effective sample size, where that of the weights is not it (the draws of
               Markov chains have equal weights, and depend on each other); NaN: not known;
+            - ``seed``: that of the run;
+            - ``islands``: of independent runs that were pooled, a dict for each: its ``num_samples``,
+              and what its own ``info`` said;
             - ``chain``: of Markov chains, the pair (chain, draw) of each trace, counted from 0;
             - ``chains``: how these mixed, as the table shows it: a dict of ``num_chains``,
               ``num_draws`` (of each chain), ``acceptance`` (site to the share of moves accepted)
@@ -73,6 +76,8 @@ class Posterior(WeightedTraces, Report):
 
     Attributes:
         profile: where the time went, if ``infer`` was called with ``profile=True``; else None.
+        genealogies: of each island, what gives the steps of its particles, as ``particles`` has them;
+            None: not known.
 
     Raises:
         ValueError: if the lengths differ, there are no traces, or a log-weight is NaN or +inf.
@@ -210,9 +215,17 @@ class Posterior(WeightedTraces, Report):
         text begins with that of its ancestor.
 
         Raises:
-            ValueError: by another engine, or for a posterior that was loaded.
+            ValueError: by another engine, for a posterior that was loaded, or for one of several
+                islands, each of which has a record: ``posterior.islands[0].particles``.
         """
-        if self.genealogy is None:
+        if len(self.genealogies) > 1:
+            raise ValueError(
+                f"the particles of {len(self.genealogies)} islands never met, so each island has a "
+                "record of its own: posterior.islands[0].plot_particles(), for example (of a posterior "
+                "as it was before posterior.resample)"
+            )
+        genealogy = self.genealogies[0]
+        if genealogy is None:
             engine = self.info.get("engine")
             why = (
                 "what they went through is not saved: run the engine again, or write "
@@ -222,7 +235,7 @@ class Posterior(WeightedTraces, Report):
             )
             by = f" by {engine}" if engine else ""
             raise ValueError(f"this posterior{by} has no record of particles; {why}")
-        return self.genealogy()
+        return genealogy()
 
     def plot_particles(self, path: str | os.PathLike[str] | None = None) -> Figure:
         """Draw what SMC's particles went through: a row a particle, a column a step, with weights,
@@ -487,6 +500,7 @@ class Posterior(WeightedTraces, Report):
               ``{"numeric": {...}}``; None if that is nothing or always a site's value.
             - ``doubts``: sentences, why the figures cannot be trusted.
             - ``remedies``: what may help against these, by the engine; none without doubts.
+            - ``islands``: how many independent runs were pooled; 1: it is a single one.
             - ``pareto_k``: shape of the weights' upper tail, if they are i.i.d. and arviz-stats is
               installed (Vehtari et al., 2024, arXiv 1507.02646); else None.
             - ``engine``, ``num_samples``, ``ess``, ``chains``, ``log_evidence``,
@@ -510,6 +524,7 @@ class Posterior(WeightedTraces, Report):
             "engine": engine,
             "num_samples": len(self),
             "ess": self.ess,
+            "islands": len(self._island_sizes),
             "chains": self.info.get("chains"),
             "log_evidence": self.log_evidence,
             "log_evidence_stderr": self.log_evidence_stderr,
@@ -533,7 +548,8 @@ class Posterior(WeightedTraces, Report):
             return []  # nothing is claimed; nothing is estimated
         chains = (self.info.get("chains") or {}).get("diagnostics") or {}
         r_hats = {name: found.get("r_hat") for name, found in chains.items()}
-        return estimates.doubts(self.ess, pareto_k, r_hats)
+        shares = torch.softmax(self._island_totals, 0).tolist()
+        return estimates.doubts(self.ess, pareto_k, r_hats, shares)
 
     def table(self, *names: str, joint: bool = False, rows: int | None = None) -> Report:
         """The table that ``print(posterior)`` shows, of other sites or with more rows. Print it, or let

@@ -75,6 +75,8 @@ def save_samples(path: str | Path, samples: Samples, *, overwrite: bool) -> None
 def _plain(info: Mapping[str, Any]) -> dict[str, Any]:
     """What can be saved of ``info``, with a note of what cannot."""
     plain = {key: dict(v) if isinstance(v, dict) else v for key, v in info.items()}  # of a Counter
+    if "islands" in plain:
+        plain["islands"] = [_plain(island) for island in plain["islands"]]
     lost = [key for key, value in plain.items() if not is_plain(value)]
     kept = {key: value for key, value in plain.items() if key not in lost}
     if lost:

@@ -14,6 +14,7 @@ from pyro.poutine import Trace
 
 from lmppl.checks import check_int, check_seed, did_you_mean
 from lmppl.lm.batches.inverse_cdf import inverse_cdf
+from lmppl.runtime import estimates
 from lmppl.runtime.sites import has_value, is_latent, value_of
 from lmppl.runtime.weights import ess, log_mean_exp
 
@@ -69,7 +70,9 @@ class WeightedTraces:
         self.guide = guide
         self.info: dict[str, Any] = dict(info or {})
         self.profile: Profile | None = None
-        self.genealogy: Callable[[], list[ParticleStep]] | None = None  # see ``particles``
+        # What is known of particles, of each island; see ``particles`` and ``islands``.
+        self.genealogies: list[Callable[[], list[ParticleStep]] | None]
+        self.genealogies = [None] * len(self.info.get("islands") or [self])
         self._claims_evidence = claims_evidence
 
     @cached_property
@@ -124,14 +127,49 @@ class WeightedTraces:
 
     @property
     def log_evidence_stderr(self) -> float | None:
-        """Standard error of ``log_evidence``, nats, by the delta method; None unless the weights are
-        i.i.d., positive for some sample and at least two. It is itself estimated from the weights:
-        with an ESS of a few samples, don't trust it."""
-        count = len(self)
-        if not (self._claims_evidence and self.info.get("iid") and self._alive and count > 1):
+        """Standard error of ``log_evidence``, nats. It is itself estimated: of i.i.d. weights from their
+        spread, by the delta method; of at least four islands from theirs, by the jackknife. None: of
+        neither, or all weights are zero. Where a few samples, or one island, have most of the weight,
+        don't trust it. It is infinite if one island has all."""
+        if not (self._claims_evidence and self._alive):
             return None
-        relative_variance = count * float((self.weights**2).sum()) - 1.0  # var(w) / mean(w)^2
-        return math.sqrt(max(relative_variance, 0.0) / (count - 1))
+        count, sizes = len(self), self._island_sizes
+        if self.info.get("iid") and count > 1:
+            relative_variance = count * float((self.weights**2).sum()) - 1.0  # var(w) / mean(w)^2
+            return math.sqrt(max(relative_variance, 0.0) / (count - 1))
+        if len(sizes) < estimates.LEAST_ISLANDS:
+            return None
+        return estimates.jackknife_stderr(self._island_totals, sizes)
+
+    @property
+    def islands(self) -> list[Self]:
+        """The independent runs that were pooled into this posterior, in their order; of a single run
+        itself alone. Each has the weights that it had alone, so that its ``log_evidence`` is its own
+        estimate, and what became of its particles (``posterior.islands[0].plot_particles()``). One whose
+        particles are all dead is there, too."""
+        told = self.info.get("islands")
+        if not told:
+            return [self]
+        found, begin = [], 0
+        for one, genealogy in zip(told, self.genealogies, strict=True):
+            info = {key: value for key, value in one.items() if key != "num_samples"}
+            part = slice(begin, begin + one["num_samples"])
+            begin = part.stop
+            samples = self.traces[part], self.log_weights[part], self.returns[part], info
+            found.append(island := self._with(*samples))
+            island.genealogies = [genealogy]
+        return found
+
+    @property
+    def _island_sizes(self) -> list[int]:
+        told = self.info.get("islands")
+        return [one["num_samples"] for one in told] if told else [len(self)]
+
+    @property
+    def _island_totals(self) -> torch.Tensor:
+        """Of each island, the log of the sum of its weights, (K,) nats."""
+        parts = self.log_weights.split(self._island_sizes)
+        return torch.stack([part.logsumexp(0) for part in parts])
 
     @property
     def ess(self) -> float:
@@ -184,6 +222,7 @@ class WeightedTraces:
         info = {**self.info, "iid": False, "exact": False, "notes": notes}
         info["ess"] = float(n) if self.info.get("exact") else min(self.ess, float(n))
         info.pop("chain", None)
+        info.pop("islands", None)
         return self._with(traces, log_weights, returns, info)
 
     def _with(
@@ -192,7 +231,7 @@ class WeightedTraces:
         """Other samples by the same run."""
         common: dict[str, Any] = {"guide": self.guide, "claims_evidence": self._claims_evidence}
         new = type(self)(traces, log_weights, returns, info=info, **common)
-        new.profile, new.genealogy = self.profile, self.genealogy
+        new.profile, new.genealogies = self.profile, self.genealogies
         return new
 
     def __copy__(self) -> Self:

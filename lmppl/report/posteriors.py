@@ -122,6 +122,8 @@ def _run(summary: Mapping[str, Any]) -> list[Block]:
     if chains := summary["chains"]:
         num = chains["num_chains"]
         first += f" of {num:,} Markov chain{'s' * (num != 1)}"
+    if summary["islands"] > 1:
+        first += f" in {summary['islands']:,} islands"
     if count:
         known = f"{summary['ess']:.1f} ({summary['ess'] / count:.0%})"
         first += f", ESS {'not known' if math.isnan(summary['ess']) else known}"

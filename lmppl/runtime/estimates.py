@@ -6,7 +6,7 @@ A standard error is None where the sample does not tell it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -18,6 +18,11 @@ ROUNDING = 1e-3
 LEAST_ESS = 10
 WORST_PARETO_K = 0.7
 WORST_R_HAT = 1.01
+MOST_OF_ONE_ISLAND = 0.7
+
+# Two standard errors by the spread of so few islands hold the truth in 86% of all cases, where the
+# estimates are normal; of eight in 92%, of many in 95%. Of two in 70%.
+LEAST_ISLANDS = 4
 
 Bracket = tuple[float, float]
 """Lower and upper end, nats. Estimates: noise may cross them, or put them below zero."""
@@ -29,6 +34,36 @@ def mean_of(u: torch.Tensor) -> tuple[float, float | None]:
     if len(u) < 2 or not math.isfinite(mean):
         return mean, None
     return mean, float(u.std()) / math.sqrt(len(u))
+
+
+def jackknife_stderr(log_totals: torch.Tensor, sizes: Sequence[int]) -> float:
+    """Standard error (nats) of the log of a mean of weights that are in independent groups: what the
+    estimate would be without each of the groups (of unequal sizes: Busing et al., 1999).
+
+    The usual one, the relative standard error of the mean, is at most 1 nat, however many nats the
+    groups are apart. This one grows with the distance; where the groups hardly differ both are equal.
+
+    Args:
+        log_totals: (K,), of each of at least two groups the log of the sum of its weights, nats; at
+            least one is finite.
+        sizes: how many weights each group has.
+
+    Returns:
+        ``inf`` if a single group has all weight.
+    """
+    count, log_totals = len(sizes), log_totals.double()
+    size = torch.tensor(sizes, dtype=torch.float64)
+    others = log_totals.expand(count, count).masked_fill(
+        torch.eye(count, dtype=torch.bool), -math.inf
+    )
+    without = others.logsumexp(1) - (size.sum() - size).log()  # (K,)
+    if not bool(without.isfinite().all()):
+        return math.inf
+    with_all = log_totals.logsumexp(0) - size.sum().log()
+    times = size.sum() / size
+    pseudo = times * with_all - (times - 1) * without
+    mean = count * with_all - ((1 - 1 / times) * without).sum()
+    return math.sqrt(float(((pseudo - mean) ** 2 / (times - 1)).mean()))
 
 
 def elbo_alive(u: torch.Tensor) -> tuple[float, float | None]:
@@ -76,7 +111,10 @@ def z_score(
 
 
 def doubts(
-    ess: float, pareto_k: float | None = None, r_hats: Mapping[str, float | None] | None = None
+    ess: float,
+    pareto_k: float | None = None,
+    r_hats: Mapping[str, float | None] | None = None,
+    islands: Sequence[float] = (),
 ) -> list[str]:
     """Why estimates of weighted samples or Markov chains are not to be trusted, whatever their standard
     errors; empty if nothing says so.
@@ -85,6 +123,7 @@ def doubts(
         ess: effective sample size; NaN: not known.
         pareto_k: shape of the weights' upper tail, if it is known (Vehtari et al., 2024).
         r_hats: of chains, name of a function to its R-hat (Vehtari et al., 2021, arXiv 1903.08008).
+        islands: of islands, the share of all weight that each has. (Two say little of each other.)
     """
     found = []
     if math.isnan(ess):
@@ -93,6 +132,8 @@ def doubts(
         found.append(f"ESS {ess:.1f} is below {LEAST_ESS}")
     if pareto_k is not None and pareto_k > WORST_PARETO_K:
         found.append(f"Pareto k {pareto_k:.2f} is above {WORST_PARETO_K}")
+    if len(islands) > 2 and max(islands) > MOST_OF_ONE_ISLAND:
+        found.append(f"one of {len(islands)} islands has {max(islands):.0%} of the weight")
     for name, r_hat in (r_hats or {}).items():
         if r_hat is not None and r_hat > WORST_R_HAT:
             found.append(

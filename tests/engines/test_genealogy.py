@@ -267,7 +267,7 @@ def held(value, seen):
 @pytest.mark.parametrize("run", ["twist", "two twisted", "chain", "story"])
 def test_it_holds_tokens_and_numbers_and_no_more_than_were_drawn(run):
     posterior = infer(run, ess_threshold=1.0)
-    genealogy = posterior.genealogy.__self__
+    genealogy = posterior.genealogies[0].__self__
     held(genealogy, found := {})
     kinds = {type(value) for value in found.values()}
     assert kinds == {Genealogy, ParticleStep, _Tokens, list, tuple, dict, torch.Tensor}

@@ -96,3 +96,89 @@ def test_infinitely_far_whatever_the_bounds():
     assert estimates.less(-math.inf, math.inf, -math.inf) == (math.inf, math.inf)
     assert estimates.combined(3.0, 4.0) == 5.0
     assert estimates.combined(3.0, None) is None
+
+
+# --- the spread of groups ------------------------------------------------------------------------
+
+
+def jackknife(log_z, sizes=None):
+    """Of groups with these estimates (K,)."""
+    sizes = [5] * len(log_z) if sizes is None else sizes
+    totals = torch.as_tensor(log_z, dtype=torch.float64) + torch.tensor(sizes).log()
+    return estimates.jackknife_stderr(totals, sizes)
+
+
+def test_groups_that_hardly_differ_have_the_relative_standard_error():
+    log_z = 0.01 * torch.randn(12, generator=torch.Generator().manual_seed(0)).double()
+    z = log_z.exp()
+    expected = float(z.std() / z.mean()) / math.sqrt(12)
+    assert jackknife(log_z) == pytest.approx(expected, rel=0.02)
+    assert jackknife(log_z - 700.0) == pytest.approx(jackknife(log_z), rel=1e-9)
+    assert jackknife([-3.0] * 7) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_it_is_what_the_log_of_the_mean_would_be_without_each_group():
+    log_z = torch.tensor([0.0, 1.5, -2.0, 3.0, 0.5]).double()
+    without = torch.stack(
+        [log_z[[j for j in range(5) if j != k]].logsumexp(0) - math.log(4) for k in range(5)]
+    )
+    expected = math.sqrt(4 / 5 * float(((without - without.mean()) ** 2).sum()))
+    assert jackknife(log_z) == pytest.approx(expected)
+
+
+def test_it_grows_with_the_nats_between_groups():
+    """The relative standard error of the mean would be 1 nat at most."""
+    for nats in (2.0, 5.0, 20.0):
+        distance = math.log((math.exp(nats) + 2) / 3)  # of what the others say from what all say
+        assert jackknife([0.0, 0.0, 0.0, nats]) == pytest.approx(0.75 * distance)
+    assert jackknife([-math.inf, 0.0, 0.0, 0.0]) < 1.0
+    assert jackknife([-math.inf, -math.inf, -math.inf, 0.0]) == math.inf
+
+
+def test_groups_of_unequal_sizes():
+    """Of groups of 1, 4 and 16 weights each: the error is that of many such estimates."""
+    rng = np.random.default_rng(0)
+    sizes, found, errors = [1, 4, 16] * 8, [], []
+    weights = rng.gamma(3.0, size=(1000, sum(sizes)))
+    for own in torch.from_numpy(weights):
+        totals = torch.stack([part.sum() for part in own.split(sizes)]).log()
+        found.append(float(own.mean().log()))
+        errors.append(estimates.jackknife_stderr(totals, sizes))
+    assert np.sqrt(np.mean(np.square(errors))) == pytest.approx(np.std(found), rel=0.1)
+    hits = np.abs(np.array(found) - math.log(3.0)) < 2 * np.array(errors)
+    assert 0.9 < hits.mean() < 0.97
+
+
+def covers(draws, error=jackknife):
+    """How often two standard errors hold the truth, log 1, of groups drawn in rows (R, K)."""
+    log_z = torch.from_numpy(draws).log()
+    means = log_z.logsumexp(1) - math.log(log_z.shape[1])
+    errors = torch.tensor([error(row) for row in log_z])
+    return float((means.abs() < 2 * errors).double().mean())
+
+
+def delta(log_z):
+    z = log_z.exp()
+    return float(z.std() / z.mean()) / math.sqrt(len(z))
+
+
+def test_how_often_two_standard_errors_hold_the_truth():
+    """What ``LEAST_ISLANDS`` says; and on tails built to mislead, where any spread is too small in most
+    runs, the jackknife misses less often than the relative error of the mean."""
+    rng = np.random.default_rng(0)
+    near = {k: covers(1.0 + 0.1 * rng.normal(size=(1500, k))) for k in (2, 4, 8, 32)}
+    assert near == pytest.approx({2: 0.70, 4: 0.86, 8: 0.92, 32: 0.945}, abs=0.03)
+    tailed = np.exp(rng.normal(-2.0, 2.0, size=(1500, 16)))  # its mean is 1, its median 0.14
+    assert covers(tailed) > 0.71 > 0.69 > covers(tailed, delta)
+    rare = rng.binomial(32, 0.03, size=(1500, 16)) / 32 / 0.03  # most groups find it 0 or 1 times
+    assert covers(rare) > 0.9
+
+
+def test_one_island_with_most_of_the_weight_is_a_doubt():
+    assert estimates.doubts(50.0, islands=[0.8, 0.1, 0.1]) == [
+        "one of 3 islands has 80% of the weight"
+    ]
+    assert not estimates.doubts(50.0, islands=[0.6, 0.2, 0.2])
+    assert not estimates.doubts(50.0, islands=[0.9, 0.1]) and not estimates.doubts(
+        50.0, islands=[1.0]
+    )
