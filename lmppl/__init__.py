@@ -17,6 +17,7 @@ from lmppl.engines import (
 )
 from lmppl.engines.dispatch import infer
 from lmppl.engines.infer_batch import infer_batch
+from lmppl.engines.infer_island import infer_island
 from lmppl.lm import LM
 from lmppl.lm.network.memory import Memory
 from lmppl.lm.tokens.text import Text
@@ -33,6 +34,6 @@ __version__ = "0.1.0"
 __all__ = [
     "LM", "SMC", "Diagnosis", "Engine", "Exact", "GFlowNet", "Importance", "LMGuide", "LMText",
     "MCMC", "Memory", "Posterior", "Profile", "RandomWalk", "Redraw", "ReplayError", "Suffix", "Text",
-    "ZeroEvidenceError", "chat", "constraints", "diagnose", "infer", "infer_batch", "learn",
-    "lm_sample", "losses", "pool", "profile", "register_engine", "require", "tool", "use",
+    "ZeroEvidenceError", "chat", "constraints", "diagnose", "infer", "infer_batch", "infer_island",
+    "learn", "lm_sample", "losses", "pool", "profile", "register_engine", "require", "tool", "use",
 ]  # fmt: skip

@@ -35,6 +35,7 @@ from lmppl.checks import check_choice, check_int, check_number
 from lmppl.engines import twists
 from lmppl.engines.base import Engine, State
 from lmppl.engines.genealogy import Genealogy
+from lmppl.engines.islands import on_islands
 from lmppl.engines.rejuvenation import rejuvenate
 from lmppl.engines.resampling import SCHEMES, settle_in_place
 from lmppl.engines.twists import Twist
@@ -70,6 +71,8 @@ class SMC(Engine):
             probability that the guide, or the program, has drawn the latents so far.
         rejuvenate: so many Markov moves (those of ``lmppl.MCMC``) of each particle at every barrier,
             after the resampling if there is one.
+        islands: in so many parts, each resampled by itself, that make up one posterior (see ``pool``).
+            Part k has the seed ``lmppl.runtime.nth_seed(seed, k)``; 1: there are no parts.
 
     Raises:
         TypeError: for an option of another type.
@@ -83,6 +86,7 @@ class SMC(Engine):
     twist_defense: float | None = None
     prior_fraction: float = 0.0
     rejuvenate: int = 0
+    islands: int = 1
 
     name = "smc"
 
@@ -99,6 +103,7 @@ class SMC(Engine):
                 "log psi of a text, or a dict of callables by site name"
             )
         check_int("rejuvenate", self.rejuvenate, least=0)
+        check_int("islands", self.islands)
         if check_prior_fraction(self.prior_fraction) and self.rejuvenate:
             raise ValueError(
                 "rejuvenate= with prior_fraction=: who draws the next site, the guide or the program, "
@@ -112,13 +117,24 @@ class SMC(Engine):
                 "twist='flow' compares texts by what a guide knows: give guide=, an LMGuide or a "
                 "guide program, or take twist='lookahead'"
             )
+        sites = set[str]().union(*on_islands(state, self.islands, self._on_island))
+        unmet = self.twist.keys() - sites if isinstance(self.twist, Mapping) else ()
+        if unmet and state.ess > 0.0:
+            state.warn(
+                f"twist= names {', '.join(map(repr, sorted(unmet)))}, where no particle drew a text "
+                f"token by token; sites where one did: {', '.join(sorted(sites)) or 'none'}. (A site "
+                "may be on a branch that none took.)"
+            )
+
+    def _on_island(self, state: State) -> set[str]:
+        """The algorithm on one island. Returns the sites at which texts were drawn token by token."""
         state.start(prior_fraction=self.prior_fraction, purpose="weights")
         laws = laws_of(state.guide, state.args) if self.rejuvenate else None
         if laws is not None:
             state.info["rejuvenation"] = []
         state.info["resamplings"] = 0
         state.genealogy = genealogy = Genealogy()
-        sites: set[str] = set()  # at which texts were drawn token by token
+        sites: set[str] = set()
         while state.extend():
             self._resample(state, genealogy)
             if laws is not None:
@@ -128,13 +144,7 @@ class SMC(Engine):
             self._draw(state, genealogy)
         everyone = torch.arange(len(state.particles))
         genealogy.at_barrier(state.particles, state.log_weights, everyone)
-        unmet = self.twist.keys() - sites if isinstance(self.twist, Mapping) else ()
-        if unmet and state.ess > 0.0:
-            state.warn(
-                f"twist= names {', '.join(map(repr, sorted(unmet)))}, where no particle drew a text "
-                f"token by token; sites where one did: {', '.join(sorted(sites)) or 'none'}. (A site "
-                "may be on a branch that none took.)"
-            )
+        return sites
 
     def _resample(self, state: State, genealogy: Genealogy) -> None:
         """If the particles that go on are unequal, let copies of them take their slots and those of the
