@@ -229,7 +229,7 @@ class State:
             ValueError: for a program without a latent site.
             ZeroEvidenceError: if all weights are zero; it carries the posterior.
         """
-        posterior = self.as_it_is()
+        posterior = self.unchecked_posterior()
         if not self.has_proposed:
             self.warn(
                 f"the guide {getattr(self.guide, '__name__', repr(self.guide))} proposed nothing: all "
@@ -240,9 +240,13 @@ class State:
         posterior.check_alive()
         return posterior
 
-    def as_it_is(self) -> Posterior:
+    def unchecked_posterior(self) -> Posterior:
         """The same of an island: all its weights may be zero, and what there is to warn of is not said,
-        as it may be true of this island alone."""
+        as it may be true of this island alone.
+
+        Raises:
+            ValueError: for a program without a latent site.
+        """
         told = {"engine": self.engine, "seed": self.seed, "has_guide": self.guide is not None}
         told |= asdict(own_usage() - self._usage)
         told |= {"seconds": time.perf_counter() - self._began, **self.info}

@@ -85,7 +85,7 @@ def _run(
     island = State(*common, callback=report)
     with runtime.ending(island.particles):
         try:
-            return sample(island), island, island.as_it_is()
+            return sample(island), island, island.unchecked_posterior()
         except Exception as error:
             error.add_note(f"raised in island {k} of {num} (seed={seed})")
             raise
