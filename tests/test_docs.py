@@ -70,6 +70,7 @@ PAGES = {
 }
 # Pages that train guides or run every engine take half a minute and more. All tutorials but these two,
 # and three other pages, run with the long tests.
+_LONG = ("how-to/many_machines.md",)  # it starts Ray
 _USUAL = ("tutorials/first_program.md", "tutorials/conditioning.md")
 _LONG = ("engines.md", "guides.md", "training.md")
 
@@ -92,6 +93,8 @@ def run(page: Path, *, draw: bool = False) -> list[tuple[re.Match[str], str]]:
     with warnings.catch_warnings():  # a page may say what it does not want to hear
         # peft 0.21 asks transformers for a property under the name it had before.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        # Ray Data warns of settings that it makes itself.
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"ray\.")
         for block in BLOCK.finditer(text):
             line = text[: block.start("code")].count("\n")
             code = compile("\n" * line + block["code"], str(page), "exec", dont_inherit=True)
@@ -137,6 +140,7 @@ def agree(expected: str, printed: str, tolerance: float) -> bool:
 
 
 def _marked(page: str) -> Any:
+    """Most tutorials take half a minute each; the first two run with the usual tests."""
     is_long = page in _LONG or (page.startswith("tutorials/") and page not in _USUAL)
     return pytest.param(page, marks=pytest.mark.long if is_long else pytest.mark.slow)
 
@@ -150,7 +154,9 @@ def test_snippets_print_what_the_page_says(page):
             assert agree(block["output"] or "", printed, PAGES[page]), (
                 f"{block['code']}\nprints\n{printed}"
             )
-    finally:  # the pages say lmppl.use(lm)
+    finally:  # the pages say lmppl.use(lm), and may have started Ray
+        if "ray" in sys.modules:
+            sys.modules["ray"].shutdown()
         lmppl.primitives._default_lm.reset(token)
         lmppl.primitives._lasting[:] = lasting
 
@@ -162,6 +168,8 @@ def test_other_snippets_run(page):
     namespace: dict[str, object] = {"__name__": "__main__"}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        # Ray Data warns of settings that it makes itself.
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"ray\.")
         blocks = list(BLOCK.finditer((DOCS / page).read_text()))
         for block in blocks:
             code = re.sub(r"\bnum_samples=\d+", "num_samples=4", block["code"])

@@ -17,6 +17,7 @@ import lmppl
 import lmppl.diagnostics
 import lmppl.engines
 import lmppl.posterior
+import lmppl.ray
 import lmppl.testing
 import lmppl.training
 import names  # the hook of mkdocs that makes the overview
@@ -24,8 +25,8 @@ import names  # the hook of mkdocs that makes the overview
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "docs" / "reference"
 PUBLIC = [
-    lmppl, lmppl.constraints, lmppl.diagnostics, lmppl.engines, lmppl.posterior, lmppl.testing,
-    lmppl.training,
+    lmppl, lmppl.constraints, lmppl.diagnostics, lmppl.engines, lmppl.posterior, lmppl.ray,
+    lmppl.testing, lmppl.training,
 ]  # fmt: skip
 
 PAGES = {path.name: path.read_text() for path in sorted(FOLDER.glob("*.md"))}
