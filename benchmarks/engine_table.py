@@ -89,7 +89,7 @@ def main() -> None:
     print(f"expected TV of as many independent draws from the posterior: {floor:.3f}")
     print(f"guide: {options.steps} steps, {time.perf_counter() - began:.0f} s", flush=True)
     print("| engine | mean of estimate / evidence | sd of log | ESS | TV | LM tokens | time |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     for label, (method, own) in engines(guide).items():
         cells = measure(case, method, own, options.runs, options.num_samples)
         print(f"| `{label}` | {' | '.join(cells)} |", flush=True)
