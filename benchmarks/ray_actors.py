@@ -42,7 +42,9 @@ def run(bench: Bench) -> list[Row]:
         smoke=(6, 2, 2, 4), quick=(24, 64, 16, 32), full=(48, 64, 16, 32)
     )
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(  # a new one, whatever cluster there may be
+        "local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR"
+    )
     try:
         ray.data.DataContext.get_current().enable_progress_bars = False
         with tempfile.TemporaryDirectory() as folder:

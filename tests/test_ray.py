@@ -361,9 +361,10 @@ def test_a_full_disk_leaves_nothing_of_a_batch(tmp_path, monkeypatch):
 def cluster():
     """Ray on this machine, with two processors."""
     try:
-        ray.init(
-            num_cpus=2, include_dashboard=False, object_store_memory=100 << 20, log_to_driver=False
-        )
+        ray.init(  # a new one, whatever cluster there may be
+            "local", num_cpus=2, include_dashboard=False, object_store_memory=100 << 20,
+            log_to_driver=False,
+        )  # fmt: skip
         ray.data.DataContext.get_current().enable_progress_bars = False
         cloudpickle.register_pickle_by_value(sys.modules[__name__])  # actors cannot import it
         yield
