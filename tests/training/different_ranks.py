@@ -24,12 +24,14 @@ def main() -> None:
     rank = int(os.environ["RANK"])
     data = [("a", "b"), ("b", "ab")]
     same = {"model": program, "weights": 0, "data": data, "seed": 0, "eval_data": data}
+    same |= {"parallel": "inputs"}
     kinds = {
         "data": {"data": [("a", "b"), ("b", "aa")]},
         "program": {"model": other},
         "language model": {"weights": 1},
         "seed": {"seed": 1},
         "eval_data": {"eval_data": None},
+        "option parallel": {"parallel": "split"},
         "a stream": {"data": [("a", "b"), ("b", "ab"), ("b", "aa")]},
     }
     for what, changed in kinds.items():
@@ -40,6 +42,7 @@ def main() -> None:
             guide.fit(
                 iter(run["data"]) if is_stream else run["data"], steps=2, batch_size=8,
                 inputs_per_step=2, seed=run["seed"], eval_data=run["eval_data"], progress=False,
+                parallel=run["parallel"],
             )  # fmt: skip
         except ValueError as error:
             print(f"{what}: {error}")

@@ -105,6 +105,7 @@ def test_idle_processes_are_said_once(results, num):
     first, *others = (rank["an idle rank"]["told"] for rank in results[num])
     assert len(first) == (num > 1) and not any(others)
     assert num == 1 or f"a step has 1 inputs for {num} processes, so {num - 1} of" in first[0]
+    assert num == 1 or "parallel='split'" in first[0]
     assert not results[num][0]["float32"]["told"]
 
 
@@ -150,7 +151,7 @@ def test_a_run_goes_on_when_a_process_was_killed(tmp_path):
 # --- what is told --------------------------------------------------------------------------------
 
 
-DIFFERENT = ("data", "program", "language model", "seed", "eval_data")
+DIFFERENT = ("data", "program", "language model", "seed", "eval_data", "option parallel")
 
 
 def test_processes_that_train_something_else_are_told(tmp_path):
@@ -162,6 +163,7 @@ def test_processes_that_train_something_else_are_told(tmp_path):
     assert first[:-1] == second[:-1]  # both are told, none waits for the other
     for line, what in zip(first, DIFFERENT, strict=False):
         assert line.startswith(f"{what}: the processes of this run differ in their {what}: rank 0")
-    assert "stream: the processes of this run have read other inputs for step 1" in first[5]
+    of_stream = first[len(DIFFERENT)]
+    assert "stream: the processes of this run have read other inputs for step 1" in of_stream
     assert first[-2].startswith("inputs: [") and first[-1].startswith("none: [")
     assert first[-1] != second[-1]
