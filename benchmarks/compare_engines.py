@@ -260,13 +260,13 @@ def plot(points: Sequence[Point], described: str) -> Any:
     """Both errors against tokens, log-log, a line an engine; three for each that has a guide."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    figure = Figure(figsize=(6.4, 8.4), layout="constrained")
     names = list(dict.fromkeys(point.engine for point in points))
     titles = {
         "log_z_error": "error of log Z (nats)",
         "expectation_error": f"error of the expectation of\n{described}",
     }
-    for axes, (name, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
+    for axes, (name, title) in zip(figure.subplots(2), titles.items(), strict=True):
         for number, engine in enumerate(names):
             own = sorted(
                 (point for point in points if point.engine == engine), key=lambda p: p.tokens
@@ -284,7 +284,7 @@ def plot(points: Sequence[Point], described: str) -> Any:
                 )  # fmt: skip
         axes.set(xscale="log", yscale="log", xlabel="language-model tokens an input", title=title)
         axes.grid(alpha=0.25)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9)
     return figure
 
 

@@ -55,11 +55,12 @@ def draw(results: Sequence[Result], folder: Path, stem: str) -> list[tuple[str, 
     return drawn
 
 
-def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
+def _figure(height: float, panels: int = 1) -> tuple[Any, Any]:
+    """Panels below each other, so that letters stay legible on a phone."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height))
-    return figure, figure.subplots(1, columns, squeeze=False)[0]
+    figure = Figure(figsize=(6.4, height))
+    return figure, figure.subplots(panels, squeeze=False)[:, 0]
 
 
 def _ratios(results: Sequence[Result]) -> Any:
@@ -67,17 +68,19 @@ def _ratios(results: Sequence[Result]) -> Any:
     rows = [(r, row) for r in results for row in r.rows if row.unit == "x" and row.value]
     if not rows:
         return None
-    figure, (axis,) = _figure(9, 0.9 + 0.42 * len(rows))
+    figure, (axis,) = _figure(0.9 + 0.62 * len(rows))
     places = range(len(rows), 0, -1)
-    for place, (_, row) in zip(places, rows, strict=True):
+    for place, (result, row) in zip(places, rows, strict=True):
         assert row.value is not None
         low, high = row.spread or (row.value, row.value)
         errors = [[max(0.0, row.value - low)], [max(0.0, high - row.value)]]
-        axis.barh(place, row.value, color=OURS, height=0.6, xerr=errors, ecolor="#333333")
+        axis.barh(place, row.value, color=OURS, height=0.4, xerr=errors, ecolor="#333333")
         if row.goal:
-            axis.plot([row.goal.value] * 2, [place - 0.38, place + 0.38], color=GOAL_COLOUR, lw=2)
-    names = [f"{result.benchmark}: {_short(row)}, {result.dtype}" for result, row in rows]
-    axis.set_yticks(list(places), names, fontsize=8)
+            axis.plot([row.goal.value] * 2, [place - 0.28, place + 0.28], color=GOAL_COLOUR, lw=2)
+        name = f"{result.benchmark}: {_short(row)}, {result.dtype}"
+        axis.annotate(name, (0, place + 0.24), (2, 0), textcoords="offset points", fontsize=9)
+    axis.set_yticks([])
+    axis.set_ylim(0.5, len(rows) + 0.7)
     axis.axvline(1, color="#333333", lw=0.8)
     axis.set_xlim(left=0)
     axis.grid(axis="y", visible=False)
@@ -96,7 +99,7 @@ def _decode(results: Sequence[Result]) -> Any:
     own = [r for r in results if r.benchmark == "decode" and r.rows]
     if not own:
         return None
-    figure, axes = _figure(4.5 * len(own), 3.5, len(own))
+    figure, axes = _figure(3.2 * len(own), len(own))
     for axis, result in zip(axes, own, strict=True):
         sizes = [row.figures["sequences"] for row in result.rows]
         for k, colour in enumerate((OURS, THEIRS)):
@@ -121,7 +124,7 @@ def _scaling(results: Sequence[Result]) -> Any:
     if not own:
         return None
     labels = {"particles": "particles", "tokens": "tokens of each", "prompt": "tokens of prompt"}
-    figure, axes = _figure(11, 3.2, len(labels))
+    figure, axes = _figure(2.4 * len(labels), len(labels))
     for axis, (key, label) in zip(axes, labels.items(), strict=True):
         for result in own:
             rows = [row for row in result.rows if row.figures["axis"] == key]
@@ -131,8 +134,8 @@ def _scaling(results: Sequence[Result]) -> Any:
             axis.plot(sizes, costs, "o-", color=colour, label=result.dtype)
             axis.set_xscale("log", base=2)
             axis.set_xticks(sizes, [str(size) for size in sizes])
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.15 * axis.dataLim.y1)
         axis.set_xlabel(label)
-    axes[0].set_ylabel("milliseconds a token")
+        axis.set_ylabel("milliseconds a token")
     axes[0].legend(frameon=False)
     return figure
