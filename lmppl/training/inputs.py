@@ -35,6 +35,8 @@ class Input:
         rejects: whether any trace of it had probability zero.
         buffer: the best traces seen.
         stock: traces of the program itself, drawn ahead and not used yet.
+        comes_again: whether later steps may have it, too.
+        shared: what all processes of the run know to be kept of it, by name.
     """
 
     program: Callable[..., Any]
@@ -49,6 +51,8 @@ class Input:
     alive: bool = False
     rejects: bool = False
     stock: list[Record] = field(default_factory=list)
+    comes_again: bool = True
+    shared: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self, options: FitOptions) -> None:
         self.buffer = ReplayBuffer(options.replay_capacity, options.near_duplicates)
@@ -166,7 +170,7 @@ class Stream(Source):
     def next(self, num: int) -> list[Input]:
         chosen = list(itertools.islice(self._inputs, num))
         for index, input_ in enumerate(chosen, self._taken):
-            input_.index = index  # what was skipped counts
+            input_.index, input_.comes_again = index, False  # what was skipped counts
         self._taken += len(chosen)
         return chosen
 

@@ -12,24 +12,67 @@ from lmppl.runtime.records import Record
 from lmppl.states import is_state
 from lmppl.training.inputs import Input
 
-_KEPT = ("visits", "alive", "rejects", "features")
+_FACTS = ("visits", "alive", "rejects", "features")
+_RECORDS = ("buffer", "stock")
+_UNKNOWN = object()
+
+
+def _kept(input_: Input) -> dict[str, Any]:
+    """What is kept of an input, without the records that a file can't hold."""
+    records = {"buffer": input_.buffer.records, "stock": input_.stock}
+    return {name: getattr(input_, name) for name in _FACTS} | {
+        name: list(filter(_is_plain, records[name])) for name in _RECORDS
+    }
 
 
 def state_of_input(input_: Input) -> dict[str, Any]:
-    """What is kept of an input, without the records that a file can't hold."""
-    records = {"buffer": input_.buffer.records, "stock": input_.stock}
-    return {name: getattr(input_, name) for name in _KEPT} | {
-        name: [record_state(record) for record in kept if _is_plain(record)]
-        for name, kept in records.items()
-    }
+    """What is kept of an input, as tensors and JSON's values."""
+    kept = _kept(input_)
+    return kept | {name: list(map(record_state, kept[name])) for name in _RECORDS}
 
 
 def load_input(input_: Input, state: Mapping[str, Any]) -> None:
     """Take over what ``state_of_input`` gave."""
-    for name in _KEPT:
+    for name in _FACTS:
         setattr(input_, name, state[name])
     input_.buffer.records = [record_of_state(kept) for kept in state["buffer"]]
     input_.stock = [record_of_state(kept) for kept in state["stock"]]
+
+
+# --- for other processes -------------------------------------------------------------------------
+
+
+def news_of(input_: Input) -> dict[str, Any]:
+    """What other processes are told of an input after a step: what they do not know. Instead of a record
+    that they have, its place among those that they had. Of an input that does not come again, they are
+    told no records."""
+    kept, shared = _kept(input_), input_.shared
+    news = {name: kept[name] for name in _FACTS if kept[name] is not shared.get(name, _UNKNOWN)}
+    if input_.comes_again:
+        for name in _RECORDS:
+            places = {id(record): place for place, record in enumerate(shared.get(name, ()))}
+            news[name] = [
+                places[id(record)] if id(record) in places else record_state(record)
+                for record in kept[name]
+            ]
+        input_.shared = kept
+    return news
+
+
+def hear_news(input_: Input, news: Mapping[str, Any]) -> None:
+    """Take over what ``news_of`` gave in another process."""
+    state = dict(news)
+    for name in _RECORDS:
+        if name in news:
+            state[name] = [
+                input_.shared[name][record] if isinstance(record, int) else record_of_state(record)
+                for record in news[name]
+            ]
+    for name in _FACTS:
+        setattr(input_, name, state.get(name, getattr(input_, name)))
+    if input_.comes_again:
+        input_.buffer.records, input_.stock = state["buffer"], state["stock"]
+        input_.shared = _kept(input_)
 
 
 def _is_plain(record: Record) -> bool:

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from lmppl.lm.loading import choose_device
+from lmppl.training.messages import pack, unpack
 
 T = TypeVar("T")
 V = TypeVar("V")
@@ -147,15 +148,16 @@ class ProcessGroup(Ranks):
             ProcessGroup._objects = dist.new_group(backend="gloo")
 
     def gather(self, mine: Sequence[T]) -> list[T]:
-        parts: list[Any] = [None] * self.num
-        dist.all_gather_object(parts, list(mine), group=self._objects)
+        packed: list[Any] = [None] * self.num
+        dist.all_gather_object(packed, pack(list(mine)), group=self._objects)
+        parts = list(map(unpack, packed))
         longest = max(map(len, parts))
         return [part[place] for place in range(longest) for part in parts if place < len(part)]
 
     def of_first(self, value: T) -> T:
-        held = [value]
+        held: list[Any] = [pack(value) if self.is_first else None]
         dist.broadcast_object_list(held, src=0, group=self._objects)
-        return held[0]
+        return unpack(held[0])
 
     def sum(self, tensors: Sequence[torch.Tensor]) -> None:
         # One message for each dtype and device: a LoRA adapter has hundreds of small tensors.
