@@ -64,7 +64,7 @@ def save_tensors(tensors: dict[str, torch.Tensor], file: Path, **metadata: str) 
     try:
         save_file(tensors, file, metadata or None)
     except SafetensorError as error:  # which is no OSError, also if the disk is full
-        raise OSError(str(error)) from error
+        raise OSError(f"{file}: {error}") from error
 
 
 def read_state(folder: Path, kind: str, version: int, advice: str = "") -> dict[str, Any]:

@@ -26,6 +26,7 @@ from lmppl.lm.tokens.chat import apply_chat_template
 from lmppl.lm.tokens.stopping import Stopping, encode_observed
 from lmppl.lm.tokens.text import Text
 from lmppl.lm.tokens.vocabulary import Vocabulary
+from lmppl.processes import naming_this_process
 
 Prefix = str | Sequence[str]  # a Text is a str
 
@@ -94,7 +95,8 @@ class LM:
             OSError: there is no such model, or it cannot be fetched.
             ValueError: a device or dtype that cannot be used; ``trust_remote_code``.
         """
-        model, tokenizer = load(name_or_path, device, dtype, **hf_kwargs)
+        with naming_this_process("every machine of a run needs the model under this name"):
+            model, tokenizer = load(name_or_path, device, dtype, **hf_kwargs)
         return cls(model, tokenizer, name=str(name_or_path))
 
     def __repr__(self) -> str:

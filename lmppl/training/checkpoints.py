@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from lmppl.checks import check_flag, check_int
 from lmppl.guides.parameters import same_base
 from lmppl.guides.saving import read_guide, write_guide
+from lmppl.processes import this_process
 from lmppl.states import present, read_state, replace_folder, write_state
 from lmppl.training.fingerprints import identity, versions
 from lmppl.training.kept import load_input, state_of_input
@@ -169,9 +170,10 @@ class Checkpoints:
             if self._ranks.is_first and self._path is not None:
                 replace_folder(self._path, "checkpoint", lambda folder: self._write(folder, done))
         except OSError as error:
+            by = this_process()
             warnings.warn(
-                f"the checkpoint of step {done} could not be written ({error}); the one before is "
-                "kept, and training goes on",
+                f"the checkpoint of step {done} could not be written to {self._path}"
+                f"{by and f' by {by}'} ({error}); the one before is kept, and training goes on",
                 stacklevel=5,
             )
         self._trainer.forget()

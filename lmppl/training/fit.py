@@ -14,6 +14,7 @@ import torch
 from lmppl.exclusive import exclusive
 from lmppl.guides.guide import TrainableGuide
 from lmppl.primitives import use
+from lmppl.processes import naming_this_process
 from lmppl.training.data import read_data
 from lmppl.training.loop import Learner, read_options, train
 from lmppl.training.trainer import Trainer
@@ -59,22 +60,23 @@ def fit(
     run, settings = read_options(fit, steps, options)
     seed = run.random_seed
     generator = torch.Generator().manual_seed(seed % 2**63)
-    with exclusive(), use(guide.base):
-        source, held_out, example = read_data(
-            guide,
-            data,
-            simulate,
-            demonstrations,
-            eval_data,
-            settings,
-            seed,
-            generator,
-            run.progress if run.ranks.is_first else False,
-        )
-        run.hold_out(held_out)
-        guide.start_training(several_inputs=source.num_inputs != 1)
-        guide.tempered_target = settings.tempered_target
-        guide.prepare(example.args, example.program, example.observations)
+    with naming_this_process(), exclusive(), use(guide.base):
+        with run.ranks.together("the preparation of training"):
+            source, held_out, example = read_data(
+                guide,
+                data,
+                simulate,
+                demonstrations,
+                eval_data,
+                settings,
+                seed,
+                generator,
+                run.progress if run.ranks.is_first else False,
+            )
+            run.hold_out(held_out)
+            guide.start_training(several_inputs=source.num_inputs != 1)
+            guide.tempered_target = settings.tempered_target
+            guide.prepare(example.args, example.program, example.observations)
         trainer = Trainer(guide, source, run.steps, settings, seed, generator, run.sharing)
         train(_GuideLearner(trainer), run)
 

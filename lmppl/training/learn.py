@@ -27,6 +27,7 @@ from lmppl.exclusive import exclusive
 from lmppl.guides.guide import TrainableGuide
 from lmppl.guides.parameters import SavedParams
 from lmppl.primitives import use
+from lmppl.processes import naming_this_process
 from lmppl.report.history import History
 from lmppl.training.checkpoints import Part
 from lmppl.training.data import Dreams, check_simulated, held_out_inputs
@@ -105,15 +106,23 @@ def learn(
     options = {**_SOONER, **options}
     run, settings = read_options(learn, steps, options)
     saved = SavedParams()
-    with exclusive(), use(guide.base), _restoring(guide, saved):
-        run.hold_out(held_out_inputs(guide, eval_data, settings))
-        inputs = list(read_inputs(guide.model, data, settings))
-        m_step = MStep(
-            guide, inputs, settings, model_learning_rate, run.steps, num_samples, run.sharing, saved
-        )
-        guide.start_training(several_inputs=len(inputs) > 1)
-        guide.tempered_target = settings.tempered_target
-        guide.prepare(inputs[0].args)
+    with naming_this_process(), exclusive(), use(guide.base), _restoring(guide, saved):
+        with run.ranks.together("the preparation of learning"):
+            run.hold_out(held_out_inputs(guide, eval_data, settings))
+            inputs = list(read_inputs(guide.model, data, settings))
+            m_step = MStep(
+                guide,
+                inputs,
+                settings,
+                model_learning_rate,
+                run.steps,
+                num_samples,
+                run.sharing,
+                saved,
+            )
+            guide.start_training(several_inputs=len(inputs) > 1)
+            guide.tempered_target = settings.tempered_target
+            guide.prepare(inputs[0].args)
         learner = _ProgramLearner(m_step, method, guide_steps, run)
         train(learner, run, method=method)
         guide.notes += _poor_draws(learner.history, num_samples)

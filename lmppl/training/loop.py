@@ -37,7 +37,7 @@ from lmppl.training.checkpoints import Checkpoints, Part
 from lmppl.training.fingerprints import digest_of
 from lmppl.training.inputs import Input
 from lmppl.training.options import FitOptions
-from lmppl.training.ranks import Parallel
+from lmppl.training.ranks import Parallel, check_group
 from lmppl.training.sharing import sharing_of
 from lmppl.training.tracking import tracker
 from lmppl.training.trainer import Trainer
@@ -131,6 +131,8 @@ class Run:
         check_choice("parallel", self.parallel, ("inputs", "split", "none"))
         self.sharing = sharing_of(self.parallel)
         self.ranks = self.sharing.ranks
+        with self.ranks.together("the beginning of a run"):
+            pass  # all are here
         self.checkpoints = Checkpoints(
             self.checkpoint, self.checkpoint_every, self.resume, self.seed, self.sharing
         )
@@ -161,9 +163,10 @@ class Run:
         if not self.held_out or not due:
             return {}
         began = time.perf_counter()
-        found = evaluation.evaluate(
-            guide, self.held_out, self.eval_samples, seed=self.random_seed, sharing=self.sharing
-        )
+        with self.ranks.alone("the evaluation of held-out inputs"):
+            found = evaluation.evaluate(
+                guide, self.held_out, self.eval_samples, seed=self.random_seed, sharing=self.sharing
+            )
         return found | {"seconds_evaluation": time.perf_counter() - began}
 
 
@@ -241,6 +244,7 @@ def train(learner: Learner, run: Run, **config: Any) -> None:
     ):
         bar.advance(done)
         for number in range(done, done if stopping.over else run.steps):
+            check_group(run.ranks, run.parallel)
             figures = learner.step(number)
             if figures is None:
                 warnings.warn(

@@ -169,11 +169,14 @@ class MStep:
         seeds = runtime.slot_seeds(seed, len(inputs))
         seeded = self._sharing.mine(list(zip(inputs, seeds, strict=True)))
         mine = [input_ for input_, _ in seeded]
-        own = self._draw(seeded)
-        log_weights = self._keep(mine, own)
-        records = [{slot: draw.record for slot, draw in row.items() if draw.record} for row in own]
-        found = self._log_joints(mine, records)
-        log_joints = self._sharing.vectors(list(map(list, records)), found)
+        with self._sharing.work(f"M-step {number}"):
+            own = self._draw(seeded)
+            log_weights = self._keep(mine, own)
+            records = [
+                {slot: draw.record for slot, draw in row.items() if draw.record} for row in own
+            ]
+            found = self._log_joints(mine, records)
+            log_joints = self._sharing.vectors(list(map(list, records)), found)
         self._meet(inputs, records)
         losses = []
         for row, log_joint in zip(log_weights, log_joints, strict=True):

@@ -64,7 +64,8 @@ class Optimizer:
         if not math.isfinite(loss):
             return Update(loss, math.nan, is_empty=not count)
         if total.requires_grad:
-            (total / count).backward()
+            with self._ranks.alone(f"the gradient of step {number}"):
+                (total / count).backward()
         self._sum_gradients()
         # In one order on all ranks, lest the norm differ in its last bits.
         parameters = [self._named[name] for name in sorted(self._named)]

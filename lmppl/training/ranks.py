@@ -12,16 +12,19 @@ of sums and batches.
 
 from __future__ import annotations
 
+import itertools
 import os
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from lmppl.lm.loading import choose_device
+from lmppl.processes import this_process
 from lmppl.training.messages import pack, unpack
 
 T = TypeVar("T")
@@ -94,6 +97,23 @@ class Ranks(ABC):
     def agree(self, words: Iterable[str]) -> bool:
         """Whether all ranks have the same words."""
 
+    @contextmanager
+    def together(self, what: str) -> Iterator[None]:
+        """Work that each rank does for itself, and without which none can go on.
+
+        Args:
+            what: the work, for messages.
+
+        Raises:
+            RuntimeError: if it fails on another rank, or another rank is at other work; says which.
+        """
+        yield
+
+    @contextmanager
+    def alone(self, what: str) -> Iterator[None]:
+        """Work during which the other ranks can't be told of an error: this one is out of step then."""
+        yield
+
     def level(
         self, named: Mapping[str, torch.nn.Parameter], known: Collection[str], owners: Sequence[Any]
     ) -> None:
@@ -140,12 +160,22 @@ class ProcessGroup(Ranks):
     """The default group of ``torch.distributed``. Objects go by a group of their own, over the CPU, as
     torch sends them, by pickle: only between the processes of one run, and never from a file."""
 
-    _objects: Any = None  # made once, as groups stay for the life of the process
+    _default: Any = None  # the default group, beside which that of the objects was made, once
+    _objects: Any = None
+    _left = ""  # work with the others that this process has left by an error
 
     def __init__(self) -> None:
         self.rank, self.num = dist.get_rank(), dist.get_world_size()
-        if ProcessGroup._objects is None:
+        if ProcessGroup._default is not dist.group.WORLD:
+            ProcessGroup._default, ProcessGroup._left = dist.group.WORLD, ""
             ProcessGroup._objects = dist.new_group(backend="gloo")
+        if ProcessGroup._left:
+            raise RuntimeError(
+                f"this process ({this_process()}) can't train together with the others: it has left "
+                f"{ProcessGroup._left}, where they wait for it. End it: torchrun ends them, and "
+                "starts all again"
+            )
+        self._place = ""  # the last work that was done together
 
     def gather(self, mine: Sequence[T]) -> list[T]:
         packed: list[Any] = [None] * self.num
@@ -179,10 +209,56 @@ class ProcessGroup(Ranks):
         return self._objects if tensor.device.type == "cpu" else None
 
     def agree(self, words: Iterable[str]) -> bool:
-        digest = zlib.crc32("\n".join(words).encode())
-        ends = torch.tensor([digest, -digest])
-        dist.all_reduce(ends, dist.ReduceOp.MAX, group=self._objects)
-        return int(ends[0]) == -int(ends[1])
+        return self._compare(f"what follows {self._place}", words)
+
+    @contextmanager
+    def together(self, what: str) -> Iterator[None]:
+        failure = None
+        with self.alone(what):  # from which Ctrl-C leads
+            try:
+                yield
+            except Exception as error:
+                failure = error
+        self._place = what
+        self._compare(what, failure=failure)
+
+    @contextmanager
+    def alone(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as error:
+            ProcessGroup._left = f"{what} ({type(error).__name__}: {error})"
+            raise
+
+    def _compare(
+        self, place: str, words: Iterable[str] = (), failure: Exception | None = None
+    ) -> bool:
+        """Whether all ranks have the same words.
+
+        Raises:
+            Exception: ``failure``, what this rank has failed by.
+            RuntimeError: if another has failed, or is at another place.
+        """
+        here, digest = (zlib.crc32(text.encode()) for text in (place, "\n".join(words)))
+        most = torch.tensor([here, -here, digest, -digest, int(failure is not None)])
+        dist.all_reduce(most, dist.ReduceOp.MAX, group=self._objects)
+        highest, lowest, last, first, some_failed = most.tolist()
+        if not some_failed and highest == -lowest:
+            return bool(last == -first)
+        error = f"{type(failure).__name__}: {failure}" if failure is not None else ""
+        told = self.gather([(this_process(), place, error)])
+        if failure is not None:
+            raise failure
+        for who, where, error in told:
+            if error:
+                raise RuntimeError(f"{who} has failed in {where}, so all processes end it: {error}")
+        (_, one, _), *others = told
+        who, another = next((who, where) for who, where, _ in others if where != one)
+        raise RuntimeError(
+            f"the processes of this run are not at the same work: rank 0 is at {one}, {who} at "
+            f"{another}. One has gone on after an error or an interruption that it met alone: end "
+            "all, and start them again"
+        )
 
 
 def ranks_of(parallel: Parallel) -> Ranks:
@@ -195,11 +271,26 @@ def ranks_of(parallel: Parallel) -> Ranks:
     return ProcessGroup() if dist.is_initialized() and dist.get_world_size() > 1 else OneProcess()
 
 
+def check_group(ranks: Ranks, parallel: Parallel) -> None:
+    """``RuntimeError`` if there is a group by now that the processes of a run did not know of."""
+    late = ranks.num == 1 and parallel != "none" and dist.is_available() and dist.is_initialized()
+    if late and dist.get_world_size() > 1:
+        raise RuntimeError(
+            f"a process group of {dist.get_world_size()} was begun after this run, in which each "
+            "process would train by itself: call torch.distributed.init_process_group before fit or "
+            "learn, or give parallel='none'"
+        )
+
+
+_joined = itertools.count()
+
+
 def _join() -> None:
     """Begin the default group. When torchrun starts all again, its store still has the addresses of
-    the processes that are gone, so each attempt has a part of the store for itself."""
+    the processes that are gone, so each attempt has a part of the store for itself; likewise where a
+    program has destroyed the group."""
     store, rank, num = next(dist.rendezvous("env://"))
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    attempt = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}-{next(_joined)}"
     if torch.cuda.is_available():
         torch.cuda.set_device(choose_device(None))
     dist.init_process_group(

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -26,7 +27,7 @@ import torch
 from lmppl.runtime.records import Record
 from lmppl.training.batch import Batch, Cell, cells_of, log_own_of, spliced, whole_batch
 from lmppl.training.inputs import Input
-from lmppl.training.kept import load_input, record_of_state, record_state, state_of_input
+from lmppl.training.kept import hear_news, news_of, record_of_state, record_state
 from lmppl.training.ranks import OneProcess, Parallel, Ranks, alone, ranks_of
 from lmppl.training.samples import AnySample, own_of
 
@@ -64,6 +65,11 @@ class Sharing(ABC):
     @abstractmethod
     def slots(self, begin: int, num: int) -> range:
         """Which of ``num`` traces of such an input this process draws; ``begin`` were dealt before."""
+
+    @abstractmethod
+    def work(self, what: str) -> AbstractContextManager[None]:
+        """Around this process's part of a step. Where it sends no messages meanwhile, an error of one
+        process is raised in all."""
 
     # --- what is told ----------------------------------------------------------------------------
 
@@ -134,6 +140,9 @@ class SharedInputs(Sharing):
     def slots(self, begin: int, num: int) -> range:
         return range(num)
 
+    def work(self, what: str) -> AbstractContextManager[None]:
+        return self.ranks.together(what)
+
     def pool(
         self,
         own: Sequence[Mapping[Any, T]],
@@ -148,11 +157,11 @@ class SharedInputs(Sharing):
     def tell_inputs(self, inputs: Sequence[Input], values: Sequence[T]) -> list[T]:
         mine = self.mine(inputs)
         several = self.ranks.num > 1
-        states = [state_of_input(input_) if several else {} for input_ in mine]
-        heard = self.ranks.gather(list(zip(values, states, strict=True)))
-        for input_, (_, state) in zip(inputs, heard, strict=True):
+        told = [news_of(input_) if several else {} for input_ in mine]
+        heard = self.ranks.gather(list(zip(values, told, strict=True)))
+        for input_, (_, news) in zip(inputs, heard, strict=True):
             if input_ not in mine:
-                load_input(input_, state)
+                hear_news(input_, news)
         return [value for value, _ in heard]
 
     def join(self, samples: Sequence[Sequence[AnySample]], batches: Sequence[Batch]) -> list[Batch]:
@@ -191,6 +200,9 @@ class SplitTraces(Sharing):
 
     def slots(self, begin: int, num: int) -> range:
         return range((self.ranks.rank - begin) % self.ranks.num, num, self.ranks.num)
+
+    def work(self, what: str) -> AbstractContextManager[None]:
+        return nullcontext()  # the others are told of traces on the way, and would wait for them
 
     def pool(
         self,

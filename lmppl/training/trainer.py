@@ -93,12 +93,10 @@ class Trainer:
     def step(self, number: int) -> dict[str, Any] | None:
         """One step. Returns its figures; None if the data have ended."""
         began = time.perf_counter()
-        inputs = self.inputs = self.source.next(self._num_inputs)
-        if not self.source.num_inputs and self.ranks.num > 1:
-            self._check_stream(inputs, number)
+        inputs = self.inputs = self._next_inputs(number)
         if not inputs:
             return None
-        with logging_draws() as log:
+        with self.sharing.work(f"step {number}"), logging_draws() as log:
             with torch.no_grad():
                 all_turns = turns_of(inputs, self.options.batch_size, self.seed, number)
                 turns = self.sharing.mine(all_turns)
@@ -137,6 +135,19 @@ class Trainer:
         if options.loss.draws == "given":  # each has few
             return int(min(options.batch_size, few))
         return int(min(options.inputs_per_step, options.batch_size // 2, few))
+
+    def _next_inputs(self, number: int) -> list[Input]:
+        """Those of step ``number``; ``ValueError`` on all ranks if they read others of a stream."""
+        if self.source.num_inputs or self.ranks.num == 1:
+            return self.source.next(self._num_inputs)
+        with self.ranks.together(f"the inputs of step {number}"):
+            inputs = self.source.next(self._num_inputs)
+        if not self.ranks.agree([digest_of([input_.args for input_ in inputs])]):
+            raise ValueError(
+                f"the processes of this run have read other inputs for step {number}: give each the "
+                "whole stream, in the same order (its inputs are shared out here)"
+            )
+        return inputs
 
     def _draw(self, turns: Sequence[Turn]) -> list[list[AnySample]]:
         samples = self._behaviour.draw(turns)
@@ -236,14 +247,6 @@ class Trainer:
         of_inputs, nums, cuts = zip(*heard, strict=True)
         figures = {name: mean([of_input[name] for of_input in of_inputs]) for name in of_inputs[0]}
         return figures | _mismatch_figures(texts), sum(nums), sum(cuts)
-
-    def _check_stream(self, inputs: Sequence[Input], number: int) -> None:
-        """Raises ``ValueError`` on all ranks if they have not read the same."""
-        if not self.ranks.agree([digest_of([input_.args for input_ in inputs])]):
-            raise ValueError(
-                f"the processes of this run have read other inputs for step {number}: give each the "
-                "whole stream, in the same order (its inputs are shared out here)"
-            )
 
     def _meet(self, inputs: Sequence[Input], samples: Sequence[Sequence[AnySample]]) -> None:
         """A rank may be the first to come to a site with parameters. The others then make them too, so

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from itertools import chain, zip_longest
 from pathlib import Path
 
 import pytest
+
+from lmppl.testing import tiny_lm
 
 pytestmark = pytest.mark.long
 
@@ -167,3 +171,86 @@ def test_processes_that_train_something_else_are_told(tmp_path):
     assert "stream: the processes of this run have read other inputs for step 1" in of_stream
     assert first[-2].startswith("inputs: [") and first[-1].startswith("none: [")
     assert first[-1] != second[-1]
+
+
+# --- what goes wrong in one process --------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def failures(tmp_path_factory):
+    """What each of two processes is told, by what went wrong in one of them."""
+    folder = tmp_path_factory.mktemp("failures")
+    launch("failing_ranks.py", 2, "all", folder, options=[f"--log-dir={folder}", "--redirects=3"])
+    found = []
+    for rank in (0, 1):
+        lines = next(folder.rglob(f"{rank}/stdout.log")).read_text().splitlines()
+        found.append(dict(line.split(": ", 1) for line in lines))
+    return found
+
+
+def test_an_error_of_one_process_is_raised_in_all(failures):
+    first, second = failures
+    by = f"rank 1 of 2 (machine {socket.gethostname()})"
+    assert second["a tool"].startswith("ConnectionError: the tool is broken")
+    assert second["a tool"].endswith(f"raised in {by}")
+    assert f"RuntimeError: {by} has failed in step 2, so all processes" in first["a tool"]
+    assert "ConnectionError: the tool is broken" in first["a tool"]
+    assert second["a stream"].startswith("OSError: no such file")
+    assert f"{by} has failed in the inputs of step 3" in first["a stream"]
+
+
+def test_processes_that_are_out_of_step_are_told(failures):
+    first, second = failures
+    assert second["a callback"].startswith("OSError: no tracker")
+    for line in (first["a callback"], second["another run"]):
+        assert "are not at the same work: rank 0 is at step 2, rank 1 of 2" in line
+        assert "at the beginning of a run. One has gone on after an error" in line
+
+
+def test_a_process_group_that_is_made_late(failures):
+    for one in failures:
+        assert "a process group of 2 was begun after this run" in one["a late group"]
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "a guide from before the group", "after it", "after that", "a group that lmppl begins",
+        "and another", "a full disk", "resumed",
+    ],
+)  # fmt: skip
+def test_training_goes_on_after_what_all_have_met(failures, what):
+    assert {one[what] for one in failures} == {failures[0]["alone"]}
+    assert failures[0][what].startswith("loss ")
+
+
+def test_a_full_disk_of_the_first_process(failures):
+    """It is named, and the checkpoint before is whole: the run goes on from it."""
+    first, second = failures
+    assert first["warned"].startswith("the checkpoint of step 4 could not be written to /")
+    assert f"by rank 0 of 2 (machine {socket.gethostname()}) (" in first["warned"]
+    assert "File too large" in first["warned"] and "warned" not in second
+
+
+ENDS = {
+    "model": ["elsewhere", "every machine of a run needs the model under this name"],
+    "gradient": [
+        "a gradient: MemoryError: no memory for the gradient",
+        "can't train together with the others: it has left the gradient of step 0 (MemoryError: no",
+    ],
+}
+
+
+@pytest.mark.parametrize("what", ENDS)
+def test_what_ends_one_process_ends_all(tmp_path, what):
+    """At once, with an error that says which has met it. (torch's own limit is half an hour.)"""
+    lm = tiny_lm("ab.", seed=0)
+    lm.model.save_pretrained(tmp_path / "here")
+    lm.tokenizer.save_pretrained(tmp_path / "here")
+    began = time.perf_counter()
+    ended = launch("failing_ranks.py", 2, what, tmp_path, check=False)
+    assert ended.returncode != 0 and time.perf_counter() - began < 200
+    printed = ended.stdout + ended.stderr
+    for words in (*ENDS[what], f"rank 1 of 2 (machine {socket.gethostname()})"):
+        assert words in printed
+    assert "rank 0 of 2 (machine" not in printed or what == "gradient"
