@@ -81,12 +81,13 @@ class Clock:
 
     def __init__(self) -> None:
         self.steps: list[list[tuple[str, float, int]]] = [[]]
-        self.told: list[bytes] = []  # in each step, the last that was gathered, pickled
-        self._last = b""
+        self.told: list[bytes] = []  # in each step, the largest that was gathered, pickled
+        self._largest = b""
 
     def next_step(self) -> None:
-        self.told.append(self._last)
+        self.told.append(self._largest)
         self.steps.append([])
+        self._largest = b""
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -105,8 +106,9 @@ class Clock:
     def _timed(self, name: str, collective: Any) -> Any:
         def timed(first: Any, *rest: Any, **options: Any) -> Any:
             if name == "all_gather_object":
-                self._last = pickle.dumps(rest[0])
-                size = len(self._last)
+                message = pickle.dumps(rest[0])
+                self._largest = max(self._largest, message, key=len)
+                size = len(message)
             else:
                 size = first.numel() * first.element_size()
             began = time.perf_counter()
@@ -164,6 +166,7 @@ def send(job: Job, folder: Path, rank: int) -> dict[str, Any]:
         ranks.agree(["parts"])
         ranks.sum([torch.zeros(2, dtype=torch.float64)])
         ranks.sum([torch.zeros(len(gradients))])
+        ranks.gather([[]])
         times.append(time.perf_counter())
         ranks.sum(gradients)
         times.append(time.perf_counter())
