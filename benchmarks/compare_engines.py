@@ -284,7 +284,9 @@ def plot(points: Sequence[Point], described: str) -> Any:
                 )  # fmt: skip
         axes.set(xscale="log", yscale="log", xlabel="language-model tokens an input", title=title)
         axes.grid(alpha=0.25)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9)
+    figure.legend(
+        *axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9
+    )
     return figure
 
 
