@@ -760,7 +760,8 @@ def heard_guide(x, y):
         (lmppl.Importance(), {}, 'more samples (num_samples=), method="smc", a guide (guide=)'),
     ],
 )
-def test_beside_a_doubt_stands_what_may_help_by_the_engine(engine, options, remedies):
+def test_beside_a_doubt_stands_what_may_help_by_the_engine(engine, options, remedies, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")  # so that no line is broken
     common = {"num_samples": 4, "seed": 0, "lm": LM}
     posterior = lmppl.infer(heard, "ab.", "a", method=engine, **common, **options)
     lines = repr(posterior).splitlines()
