@@ -81,7 +81,7 @@ class Clock:
 
     def __init__(self) -> None:
         self.steps: list[list[tuple[str, float, int]]] = [[]]
-        self.told: list[bytes] = []  # in each step, the largest that was gathered, pickled
+        self.told: list[bytes] = []  # in each step, what was told of inputs, pickled
         self._largest = b""
 
     def next_step(self) -> None:
@@ -107,7 +107,8 @@ class Clock:
         def timed(first: Any, *rest: Any, **options: Any) -> Any:
             if name == "all_gather_object":
                 message = pickle.dumps(rest[0])
-                self._largest = max(self._largest, message, key=len)
+                if _tells_of_inputs(unpack(rest[0])):
+                    self._largest = max(self._largest, message, key=len)
                 size = len(message)
             else:
                 size = first.numel() * first.element_size()
@@ -117,6 +118,11 @@ class Clock:
             return result
 
         return timed
+
+
+def _tells_of_inputs(message: Any) -> bool:
+    """Whether a message is that with the news of a step's inputs."""
+    return all(isinstance(each, tuple) and isinstance(each[-1], dict) for each in message)
 
 
 def train(job: Job, folder: Path, rank: int) -> dict[str, Any]:
