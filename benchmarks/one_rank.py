@@ -5,7 +5,8 @@ the messages of such a training, without a language model.
     torchrun --nproc-per-node 4 -m benchmarks.one_rank send FOLDER
 
 FOLDER/job.json says what. What this process finds is in FOLDER/rank-N.json; what the first one tells the
-others in each step, in FOLDER/told.pickle, from which ``send`` has it.
+others in each step, in FOLDER/told.pickle, from which ``send`` has it: by pickle, as the very messages
+are measured; the folder is one that ``benchmarks.ranks`` has made for itself.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 import pytest
 from tables import remember_model_calls
 
+from lmppl.runtime import Particle
+
 
 @pytest.fixture
 def remembered(monkeypatch):
@@ -11,3 +13,17 @@ def remembered(monkeypatch):
     What a model answers is tested elsewhere (tests/lm); here it is what the engines do with it.
     """
     remember_model_calls(monkeypatch)
+
+
+@pytest.fixture
+def particles(monkeypatch):
+    """All particles that are made."""
+    made: list[Particle] = []
+    init = Particle.__init__
+
+    def remember(self, *args, **kwargs):
+        made.append(self)
+        init(self, *args, **kwargs)
+
+    monkeypatch.setattr(Particle, "__init__", remember)
+    return made

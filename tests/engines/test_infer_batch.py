@@ -13,7 +13,7 @@ from pyro import poutine
 import lmppl
 from lmppl import Posterior, ZeroEvidenceError, infer_batch, lm_sample, require
 from lmppl.primitives import _warned
-from lmppl.runtime import Particle, nth_seed
+from lmppl.runtime import nth_seed
 from lmppl.testing import tiny_lm
 from lmppl.testing.programs import CASES
 
@@ -32,20 +32,6 @@ def _fresh_state():
     pyro.clear_param_store()
     yield
     assert not poutine.runtime._PYRO_STACK
-
-
-@pytest.fixture
-def particles(monkeypatch):
-    """All particles that are made."""
-    made: list[Particle] = []
-    init = Particle.__init__
-
-    def remember(self, *args, **kwargs):
-        made.append(self)
-        init(self, *args, **kwargs)
-
-    monkeypatch.setattr(Particle, "__init__", remember)
-    return made
 
 
 def infill(x: str, y: str):

@@ -23,27 +23,13 @@ from lmppl import Posterior, ZeroEvidenceError, infer_island, lm_sample, pool, r
 from lmppl.engines import islands
 from lmppl.engines.islands import share_of
 from lmppl.posterior import pooling
-from lmppl.runtime import Particle, nth_seed
+from lmppl.runtime import nth_seed
 from lmppl.testing import tiny_lm
 from lmppl.testing.programs import CASES
 
 LM = tiny_lm("ab.", seed=0)
 TWO_SITES = CASES["observed text"]  # an observation after each
 OBSERVED = [TWO_SITES.program, *TWO_SITES.args]
-
-
-@pytest.fixture
-def particles(monkeypatch):
-    """All particles that are made."""
-    made: list[Particle] = []
-    init = Particle.__init__
-
-    def remember(self, *args, **kwargs):
-        made.append(self)
-        init(self, *args, **kwargs)
-
-    monkeypatch.setattr(Particle, "__init__", remember)
-    return made
 
 
 def infer(program, *args, lm=LM, **options):

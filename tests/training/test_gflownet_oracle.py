@@ -52,8 +52,8 @@ def test_a_trained_guide_is_the_posterior(case):
     assert -1e-4 <= report.gap < 0.01  # it is a divergence, up to float32
 
 
-@pytest.mark.long
 # Over three seeds, 350 steps end at a TV of .001, .0002, .005 and .004 at most (of the first four).
+@pytest.mark.long
 @pytest.mark.parametrize(
     "loss, steps",
     [
