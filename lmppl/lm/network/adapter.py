@@ -274,20 +274,25 @@ def merge(model: PeftModel) -> Any:
     """
     with torch.no_grad(), torch.inference_mode(False):
         copied = clone(model, {p: Parameter(p.detach().clone()) for p in _trained(model)})
-        dtypes: list[tuple[torch.nn.Module, str, torch.dtype]] = []
-        for layer in _tuned_layers(copied).values():
-            base = layer.get_base_layer()
-            for name, parameter in base.named_parameters(recurse=False):
-                dtypes.append((base, name, parameter.dtype))
-                whole = parameter.detach().to(torch.float32, copy=True)
-                base._parameters[name] = Parameter(whole, requires_grad=False)
         with warnings.catch_warnings():  # such as that it is tied, which it no longer is
             warnings.simplefilter("ignore", UserWarning)
+            for layer in _tuned_layers(copied).values():
+                _merge_layer(layer)
             merged = copied.merge_and_unload()
-        for base, name, dtype in dtypes:
-            parameter = base.get_parameter(name)
-            parameter.data = parameter.data.to(dtype)
         return merged.requires_grad_(False)
+
+
+def _merge_layer(layer: Any) -> None:
+    """Merge one layer, which gets weights of its own: no more than one of them is float32 at a time."""
+    base = layer.get_base_layer()
+    dtypes = {name: parameter.dtype for name, parameter in base.named_parameters(recurse=False)}
+    for name in dtypes:
+        whole = base.get_parameter(name).detach().to(torch.float32, copy=True)
+        base._parameters[name] = Parameter(whole, requires_grad=False)
+    layer.merge()
+    for name, dtype in dtypes.items():
+        parameter = base.get_parameter(name)
+        parameter.data = parameter.data.to(dtype)
 
 
 def merge_again(model: PeftModel, into: Any) -> None:
