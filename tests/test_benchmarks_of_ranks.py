@@ -27,6 +27,7 @@ FACTS = {
 FOUND = Measured(
     facts=FACTS,
     rates=[(10.0, 19.0), (10.0, 17.0)],
+    apart=[19.5, 18.0],
     waiting=0.04,
     sending=0.01,
     gradient_bytes=20_000_000,
@@ -39,6 +40,7 @@ FOUND = Measured(
 
 def test_what_is_found_of_two_and_of_four():
     assert FOUND.ratios == [1.9, 1.7]
+    assert FOUND.ratios_apart == [1.95, 1.8]
     assert (FOUND.share, FOUND.slowest) == (2.0, 2.5)
     assert FOUND.of_four == pytest.approx(2.7)
     assert FOUND.spread == pytest.approx((0 + (2 / 3) ** 0.5) / 2 / 2)
