@@ -321,6 +321,27 @@ def test_a_folder_knows_what_is_answered(tmp_path):
         folder.keys()
 
 
+def test_a_folder_knows_who_died(tmp_path):
+    folder = Folder(tmp_path / "new", "key", {})
+    with pytest.raises(ValueError, match="an error"), folder.attempt("row", [1]) as deaths:
+        assert deaths == 0
+        raise ValueError("an error is no death")
+    dead = [folder.attempt("row", [1]) for _ in range(3)]  # they do not come to the end of it
+    assert [attempt.__enter__() for attempt in dead] == [0, 1, 2]
+    with folder.attempt("batch", [1]) as of_batch, folder.attempt("row", [2]) as of_other:
+        assert (of_batch, of_other) == (0, 0)
+    with Folder(tmp_path / "new", "key", {}).attempt("row", [1]) as of_other_run:
+        assert of_other_run == 0
+    assert len(list((tmp_path / "new").iterdir())) == 3 and folder.keys() == set()
+    with folder.attempt("row", [1]) as deaths:
+        assert deaths == 3
+    assert list((tmp_path / "new").iterdir()) == []
+    dead[0] = folder.attempt("row", [1])
+    dead[0].__enter__()
+    Folder(tmp_path / "new", "key", {}).forget_attempts()
+    assert list((tmp_path / "new").iterdir()) == []
+
+
 def test_settings_are_those_of_a_later_run_of_the_script():
     def settings(**options):
         infer = inferring(infill, lm="a", **options)
@@ -477,3 +498,37 @@ def test_an_input_that_fails_ends_the_run_by_its_key(cluster, lm):
     with pytest.raises(ray.exceptions.RayError, match="key=1 failed on node") as error:
         lmppl.ray.run(inferring(infill, lm=lm, num_samples=5), data(rows)).take_all()
     assert "on_error='return'" in str(error.value)
+
+
+def deadly(x: str, y: str, notes: str):
+    """An input that kills its process each time."""
+    Path(notes, f"{y} {os.getpid()}").touch()
+    if y == "bb.":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return infill(x, y)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("on_error", ["return", "raise"])
+def test_an_input_that_kills_its_process_does_so_three_times(cluster, lm, tmp_path, on_error):
+    notes, out = tmp_path / "notes", tmp_path / "answers"
+    notes.mkdir()
+    rows, options = rows_of(4), {"num_samples": 5, "seed": 3, "on_error": on_error}
+    (at,) = [i for i, row in enumerate(rows) if row["y"] == "bb."]
+    infer = inferring(deadly, lm=lm, kwargs={"notes": str(notes)}, **options)
+
+    def answer():
+        return lmppl.ray.run(infer, data(rows), batch_size=4, folder=out)
+
+    if on_error == "raise":
+        with pytest.raises(ray.exceptions.RayError, match=f"key={at} .*2 processes died"):
+            answer()
+        assert not [path for path in out.iterdir() if path.suffix == ".parquet"]
+    else:
+        found = {row["key"]: row for row in answer().take_all()}
+        assert found[at]["error"].startswith("RuntimeError: 2 processes died as they answered")
+        others = [row for row in rows if row["key"] != at]
+        expected = answered(inferring(infill, lm=lm, **options), others)
+        assert_same([found[row["key"]] for row in others], expected)
+        assert [path.suffix for path in out.iterdir()] == [".parquet"]
+    assert len(list(notes.glob("bb. *"))) == 3

@@ -18,6 +18,7 @@ from lmppl.engines import EngineLike
 from lmppl.engines.infer_batch import infer_batch
 from lmppl.lm import LM
 from lmppl.ray.rows import (
+    Key,
     Settings,
     answer_of,
     answer_of_error,
@@ -88,7 +89,10 @@ class Actor:
             ValueError, TypeError: for rows that are not those of the program; see ``Infer``.
             RuntimeError: for an input that failed, by its key and node (``on_error="raise"``).
         """
-        table = BlockAccessor.for_block(BlockAccessor.batch_to_block(batch)).to_arrow()
+        return self.answer(table_of(batch))
+
+    def answer(self, table: pa.Table) -> pa.Table:
+        """The same of rows as a table."""
         settings = self.settings
         keys = keys_of(table, settings.key)
         seeds = [seed_of(settings.seed, key) for key in keys]
@@ -109,20 +113,30 @@ class Actor:
         )
         answers = []
         with contextlib.closing(posteriors):
-            for key, seed, posterior in zip(keys, seeds, posteriors, strict=True):
+            for key, posterior in zip(keys, posteriors, strict=True):
                 try:
                     if isinstance(posterior, Exception):
                         raise posterior
                     answers.append(answer_of(posterior, settings))
                 except Exception as error:
-                    if settings.on_error == "raise":
-                        raise RuntimeError(
-                            f"the input with {settings.key}={key!r} failed on node {node()}: "
-                            f"{type(error).__name__}: {error}. on_error='return' gives such an input "
-                            "a row with its error, and answers the others"
-                        ) from error
-                    answers.append(answer_of_error(error, seed))
+                    answers.append(self.failed(key, error))
         return joined(table, answers)
+
+    def failed(self, key: Key, error: Exception) -> dict[str, Any]:
+        """The answer of an input that failed. Raises ``RuntimeError`` if that is to end the run."""
+        settings = self.settings
+        if settings.on_error == "raise":
+            raise RuntimeError(
+                f"the input with {settings.key}={key!r} failed on node {node()}: "
+                f"{type(error).__name__}: {error}. on_error='return' gives such an input "
+                "a row with its error, and answers the others"
+            ) from error
+        return answer_of_error(error, seed_of(settings.seed, key))
+
+
+def table_of(batch: Any) -> pa.Table:
+    """A batch, as Ray Data gives it, in any ``batch_format``."""
+    return BlockAccessor.for_block(BlockAccessor.batch_to_block(batch)).to_arrow()
 
 
 def Infer(

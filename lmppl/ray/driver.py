@@ -12,9 +12,10 @@ import pyarrow as pa
 import ray
 
 from lmppl.checks import check_int
-from lmppl.ray.actor import Actor, node
+from lmppl.ray.actor import Actor
 from lmppl.ray.folder import Folder
 from lmppl.ray.rows import Key, arguments_of, check_distinct, keys_of
+from lmppl.ray.writer import writing
 
 
 def run(
@@ -44,6 +45,10 @@ def run(
     whose machine died, is started again by the same command, and has lost the batches under way. (Of
     ``Dataset.write_parquet``, a run that is killed leaves halves of files.) Let one run at a time write
     into a folder; on several machines it has to be on a file system that they share.
+
+    A process that dies is started again by Ray, and its batch is answered again: with a ``folder``, its
+    rows one by one, and an input on which a process died twice in that has failed, as with any other
+    error (``on_error=``). Without a folder an input that kills its process is tried without end.
 
     Args:
         infer: what to infer, ``lmppl.ray.Infer(...)``.
@@ -78,7 +83,8 @@ def run(
     into = None
     if folder is not None:
         into = Folder(folder, settings.key, settings.described())
-        infer = _writing(infer, into)
+        into.forget_attempts()
+        infer = writing(infer, into)
     rows = rows.materialize()
     if rows.count() == 0:
         raise ValueError("the data set has no rows")
@@ -141,21 +147,3 @@ def _left(key: str, schema: pa.Schema, done: set[Key]) -> Callable[[pa.Table], p
         return table.select(schema.names).cast(schema)
 
     return left
-
-
-def _writing(infer: type[Actor], folder: Folder) -> type[Actor]:
-    """The actors that write what they answer. They return the keys."""
-
-    class Infer(infer):  # type: ignore[misc, valid-type]
-        def __call__(self, batch: Any) -> pa.Table:
-            answers = super().__call__(batch)
-            try:
-                folder.write(answers)
-            except OSError as error:
-                raise OSError(
-                    f"node {node()}: {error}. What was written before is whole: make room, and start "
-                    "the same run again"
-                ) from error
-            return answers.select([self.settings.key])
-
-    return Infer

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -16,6 +17,7 @@ from pyarrow import fs
 from lmppl.ray.rows import Key, keys_of
 
 _SETTINGS = b"lmppl"
+_BEGUN = ".begun"
 
 
 class Folder:
@@ -34,6 +36,7 @@ class Folder:
         given = str(path) if "://" in str(path) else str(Path(path).expanduser().absolute())
         self.system, self.path = fs.FileSystem.from_uri(given)
         self.uri, self._key, self._settings = given, key, dict(settings)
+        self._run = uuid4().hex
 
     def write(self, table: pa.Table) -> str:
         """Write some answers; returns the file.
@@ -41,8 +44,7 @@ class Folder:
         Raises:
             OSError: if they cannot be written; nothing is left of them.
         """
-        keys = json.dumps(keys_of(table, self._key))
-        name = hashlib.blake2b(keys.encode(), digest_size=16).hexdigest()
+        name = _digest(keys_of(table, self._key))
         file, new = f"{self.path}/{name}.parquet", f"{self.path}/.{name}.{uuid4().hex}.new"
         told = {_SETTINGS: json.dumps(self._settings).encode()}
         table = table.replace_schema_metadata({**(table.schema.metadata or {}), **told})
@@ -56,8 +58,37 @@ class Folder:
         return file
 
     def _discard(self, file: str) -> None:
-        if self.system.get_file_info(file).type != fs.FileType.NotFound:
+        if self._is_there(file):
             self.system.delete_file(file)
+
+    def _is_there(self, file: str) -> bool:
+        return self.system.get_file_info(file).type != fs.FileType.NotFound
+
+    @contextmanager
+    def attempt(self, what: str, keys: Sequence[Key]) -> Iterator[int]:
+        """Leave a mark while something is done with the rows of these keys. It outlives a process that
+        dies in it. Gives the number of such processes in this run.
+
+        Raises:
+            OSError: if the mark cannot be written.
+        """
+        name = f"{self.path}/.{_digest([what, *keys])}.{self._run}"
+        deaths = 0
+        while self._is_there(f"{name}.{deaths}{_BEGUN}"):
+            deaths += 1
+        self.system.create_dir(self.path, recursive=True)
+        self.system.open_output_stream(f"{name}.{deaths}{_BEGUN}").close()
+        try:
+            yield deaths
+        finally:
+            for number in range(deaths + 1):
+                self._discard(f"{name}.{number}{_BEGUN}")
+
+    def forget_attempts(self) -> None:
+        """Remove the marks of runs that were stopped."""
+        for file in self._paths():
+            if file.endswith(_BEGUN):
+                self._discard(file)
 
     def keys(self) -> set[Key]:
         """The keys that are answered.
@@ -79,9 +110,11 @@ class Folder:
         return set(files)
 
     def _files(self) -> Iterable[str]:
+        return sorted(path for path in self._paths() if path.endswith(".parquet"))
+
+    def _paths(self) -> list[str]:
         selector = fs.FileSelector(self.path, allow_not_found=True)
-        found = (info.path for info in self.system.get_file_info(selector))
-        return sorted(path for path in found if path.endswith(".parquet"))
+        return [info.path for info in self.system.get_file_info(selector)]
 
     def _check(self, settings: Mapping[str, Any], file: str) -> None:
         ours = json.loads(json.dumps(self._settings))
@@ -90,3 +123,8 @@ class Folder:
                 f"{file} was answered with {name}={settings.get(name)!r}, given {ours.get(name)!r}: "
                 "choose another folder, or go on as it was begun"
             )
+
+
+def _digest(keys: Sequence[Key]) -> str:
+    """A file name for some keys."""
+    return hashlib.blake2b(json.dumps(list(keys)).encode(), digest_size=16).hexdigest()
