@@ -81,7 +81,8 @@ def test_where_it_ends(seconds):
 def test_the_page_shows_it():
     text = ranks.report(FOUND)
     assert "| 2 | 18.00 | 1.80 (1.70 to 1.90) |" in text
-    assert "20.0 MB of gradient" in text and "\n5.0 KB for each input" in text
+    assert "20.0 MB of gradient" in text and "5.0 KB for each\ninput" in text
+    assert "| 2 that do not talk | 18.75 | 1.88 (1.80 to 1.95) |" in text
     assert "a step of four takes 2.70 s, in which each does 74%" in text
     assert "| 1,000 | " in text and " | 10.00 MB | " in text
     page = ranks.PAGE.read_text()
