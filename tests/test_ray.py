@@ -336,6 +336,9 @@ def test_a_folder_knows_who_died(tmp_path):
     with folder.attempt("row", [1]) as deaths:
         assert deaths == 3
     assert list((tmp_path / "new").iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="cannot write .*/file/.*begun: "):
+        Folder(tmp_path / "file", "key", {}).attempt("row", [1]).__enter__()
     dead[0] = folder.attempt("row", [1])
     dead[0].__enter__()
     Folder(tmp_path / "new", "key", {}).forget_attempts()

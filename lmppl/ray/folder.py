@@ -76,8 +76,12 @@ class Folder:
         deaths = 0
         while self._is_there(f"{name}.{deaths}{_BEGUN}"):
             deaths += 1
-        self.system.create_dir(self.path, recursive=True)
-        self.system.open_output_stream(f"{name}.{deaths}{_BEGUN}").close()
+        file = f"{name}.{deaths}{_BEGUN}"
+        try:
+            self.system.create_dir(self.path, recursive=True)
+            self.system.open_output_stream(file).close()
+        except OSError as error:
+            raise OSError(f"cannot write {file}: {error}") from error
         try:
             yield deaths
         finally:

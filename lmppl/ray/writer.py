@@ -24,15 +24,16 @@ def writing(infer: type[Actor], folder: Folder) -> type[Actor]:
     class Infer(infer):  # type: ignore[misc, valid-type]
         def __call__(self, batch: Any) -> pa.Table:
             table = table_of(batch)
-            with folder.attempt("batch", keys_of(table, self.settings.key)) as deaths:
-                answers = self.answer(table) if deaths == 0 else self._one_by_one(table)
-                try:
+            keys = keys_of(table, self.settings.key)
+            try:
+                with folder.attempt("batch", keys) as deaths:
+                    answers = self._one_by_one(table) if deaths else self.answer(table)
                     folder.write(answers)
-                except OSError as error:
-                    raise OSError(
-                        f"node {node()}: {error}. What was written before is whole: make room, and "
-                        "start the same run again"
-                    ) from error
+            except OSError as error:
+                raise OSError(
+                    f"node {node()}: {error}. What was written before is whole: make room, and start "
+                    "the same run again"
+                ) from error
             return answers.select([self.settings.key])
 
         def _one_by_one(self, table: pa.Table) -> pa.Table:
