@@ -69,10 +69,9 @@ PAGES = {
     "explanation/weights.md": 0.2,
 }
 # Pages that train guides or run every engine take half a minute and more. All tutorials but these two,
-# and three other pages, run with the long tests.
-_LONG = ("how-to/many_machines.md",)  # it starts Ray
+# and four other pages, run with the long tests.
 _USUAL = ("tutorials/first_program.md", "tutorials/conditioning.md")
-_LONG = ("engines.md", "guides.md", "training.md")
+_LONG = ("engines.md", "guides.md", "training.md", "how-to/many_machines.md")  # the last starts Ray
 
 BLOCK = re.compile(
     r"^```python\n(?P<code>.*?)^```\n(?:\n```text\n(?P<output>.*?)^```\n)?"

@@ -208,7 +208,7 @@ def observed_text(x, y):
     lm_sample("last", [z, x, y], max_tokens=3, obs=y)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_unbiased_by_enumeration_with_a_shaken_guide(remembered, monkeypatch):
     check_unbiased(
         every_way(monkeypatch),

@@ -147,7 +147,7 @@ def test_a_trained_guide_is_a_good_proposal(method):
     assert abs(error) < 4
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_guide_over_two_sites_in_smc():
     case = CASES["chain"]
     guide = trained("chain", 60)

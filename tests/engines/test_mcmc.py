@@ -36,9 +36,9 @@ def run(program, *args, lm=None, **options):
 
 # These mix slowly. (That a kernel leaves the posterior invariant is seen exactly in ``test_moves``.)
 SLOW = {
-    "branch": pytest.mark.slow, "choices": pytest.mark.slow, "hard constraint": pytest.mark.slow,
-    "chain": pytest.mark.long, "scale": pytest.mark.long, "tool": pytest.mark.long,
-}  # fmt: skip
+    **dict.fromkeys(("choices", "hard constraint"), pytest.mark.slow),
+    **dict.fromkeys(("branch", "chain", "scale", "tool"), pytest.mark.long),
+}
 
 
 def distance(posterior, exact, names):
