@@ -4,8 +4,10 @@ import pytest
 import torch
 from architectures import SIZE, make_model
 from peft import LoraConfig, PeftModel
+from peft.tuners.lora import Linear
 
 from lmppl.lm.batches.requests import Score
+from lmppl.lm.network import adapter as network_adapter
 from lmppl.lm.network.adapter import default_config
 from lmppl.lm.network.modules import clone
 from lmppl.testing.tiny import tiny_lm
@@ -197,6 +199,31 @@ def test_merged_rounds_once():
             got = sampler.model.get_submodule(name).weight
             assert got.dtype == torch.bfloat16
             assert torch.equal(got, want.bfloat16())
+
+
+def test_no_more_than_one_layer_is_float32_while_they_are_merged(monkeypatch):
+    base = tiny_lm("ab.")
+    base.model.bfloat16()
+    adapter = base.adapter()
+    whole, merge = [], Linear.merge
+
+    def merge_and_look(layer, *args, **options):
+        copied = [m.get_base_layer() for m in layers if isinstance(m, Linear)]
+        whole.append(sum(m.weight.dtype == torch.float32 for m in copied))
+        return merge(layer, *args, **options)
+
+    def clone_and_look(*args):
+        copied = clone(*args)
+        layers.extend(copied.modules())
+        return copied
+
+    layers = []
+    monkeypatch.setattr(network_adapter, "clone", clone_and_look)
+    monkeypatch.setattr(Linear, "merge", merge_and_look)
+    merged = network_adapter.merge(adapter.model)
+    tuned = sum(isinstance(module, Linear) for module in layers)
+    assert tuned > 1 and whole[:tuned] == [1] * tuned and set(whole[tuned:]) <= {0}
+    assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
 
 
 def test_merged_of_a_base_is_the_base():
