@@ -45,3 +45,20 @@ def trace_of(**sites: Any) -> Trace:
 def posterior_of(texts: list[str], weights: list[float], **kwargs: Any) -> Posterior:
     log_weights = torch.tensor(weights, dtype=torch.float64).log()
     return Posterior([trace_of(z=text) for text in texts], log_weights, list(texts), **kwargs)
+
+
+CHAINS = {
+    "engine": "mcmc",
+    "ess": 312.4,
+    "chain": [(0, 0), (0, 1), (1, 0), (1, 1)],
+    "chains": {
+        "num_chains": 2,
+        "num_draws": 2,
+        "acceptance": {"z": 0.312, "kind": 0.5},
+        "diagnostics": {
+            "log joint": {"r_hat": 1.0041, "ess_bulk": 1312.4, "ess_tail": 290.2},
+            "length of z": {"r_hat": 1.2, "ess_bulk": 31.0, "ess_tail": None},
+        },
+    },
+}
+"""What a posterior by Markov chains has in its ``info``; they disagree on a length."""
