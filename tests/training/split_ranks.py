@@ -20,6 +20,7 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
+from several_ranks import labelled
 
 import lmppl
 from lmppl import learn, lm_sample, require, tool
@@ -99,12 +100,6 @@ def sites(x):
     z = lm_sample("z", x, max_tokens=2)
     lm_sample("z_b" if "b" in z else "z_a", [x, z], max_tokens=2)
     lm_sample("y", [x, z], obs="a")
-
-
-def labelled(x, label):
-    z = lm_sample("z", x, max_tokens=2, stop=".")
-    p = pyro.param("p", torch.tensor(0.7), constraint=dist.constraints.unit_interval)
-    pyro.sample("label", dist.Bernoulli(p if "b" in z else 1 - p), obs=torch.tensor(label))
 
 
 def branches(x, label):
