@@ -20,7 +20,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,10 @@ from lmppl.states import write_text
 
 assert str(EXAMPLES) in sys.path  # where the tasks are
 
+import arithmetic  # noqa: E402
 import infilling  # noqa: E402
 import random_number  # noqa: E402
+import subjectivity  # noqa: E402
 from paper.command import positive, several  # noqa: E402
 from paper.training import tokens  # noqa: E402
 
@@ -60,7 +62,7 @@ class Comparison:
         training, held_out: its arguments.
         number: of a trace, from its values by site.
         described: that number, for the picture.
-        truth: of an input, which may draw by the trained guide.
+        truth: of an input, if it is known; else that of a long run, which draws by the trained guide.
         fit: options of the guide's training.
         smc: options of SMC without a guide.
     """
@@ -70,9 +72,9 @@ class Comparison:
     held_out: Sequence[tuple[Any, ...]]
     number: Callable[[Mapping[str, Any]], float]
     described: str
-    truth: Callable[[lmppl.LM, tuple[Any, ...], lmppl.LMGuide], Truth]
     fit: Mapping[str, Any]
-    smc: Mapping[str, Any]
+    smc: Mapping[str, Any] = field(default_factory=dict)
+    truth: Truth | None = None
 
 
 def of_random_number() -> Comparison:
@@ -81,9 +83,8 @@ def of_random_number() -> Comparison:
         random_number.random_number, [(100,)], [(100,)],
         number=lambda values: int(str(values["z"]).rstrip(".")) / 100,
         described="the number / 100",
-        truth=lambda lm, args, guide: Truth(math.log(101), 0.5),
         fit={"batch_size": 64},
-        smc={},
+        truth=Truth(math.log(101), 0.5),
     )  # fmt: skip
 
 
@@ -93,32 +94,60 @@ def of_infilling() -> Comparison:
     inputs = [(story.beginning, story.ending, 3) for story in stories]
     return Comparison(
         infilling.infilling, inputs[:-12], inputs[-12:-9],
-        number=_length,
+        number=lambda values: len(str(values["z"])) / 10,
         described="the length of the middle / 10 characters",
-        truth=_by_a_long_run,
         fit={"batch_size": 32},
         smc={"twist": "lookahead", "twist_every": 1},
     )  # fmt: skip
 
 
-def _length(values: Mapping[str, Any]) -> float:
-    return len(str(values["z"])) / 10
+def of_arithmetic() -> Comparison:
+    """The first held-out problem of each length. The guide does not see the answer."""
+    train, test = arithmetic.split(num_train=100, num_test=1)
+    return Comparison(
+        arithmetic.arithmetic,
+        list(map(arithmetic.observed, train)),
+        [arithmetic.observed(problem) for problems in test.values() for problem in problems],
+        number=lambda values: sum(name.startswith("step_") for name in values),
+        described="the number of steps",
+        fit={"batch_size": 32},
+    )
 
 
-def _by_a_long_run(lm: lmppl.LM, args: tuple[Any, ...], guide: lmppl.LMGuide) -> Truth:
-    """Half of the draws are the guide's, half the model's own, so that no weight is more than twice what
-    the model's draw would have."""
-    posterior = lmppl.infer(
-        infilling.infilling, *args, method="importance", guide=guide, prior_fraction=0.5, lm=lm,
-        num_samples=REFERENCE_SAMPLES, seed=REFERENCE_SEED, progress=False,
-    )  # fmt: skip
-    return Truth(posterior.log_evidence, float(posterior.mean(_length)))
+def of_subjectivity() -> Comparison:
+    """The first three held-out sentences of those that come with the task. The guide does not see the
+    label."""
+    train, test = subjectivity.load(subjectivity.SENTENCES, num_labels=50, num_test=3)
+    return Comparison(
+        subjectivity.subjectivity,
+        list(map(subjectivity.observed, train)),
+        list(map(subjectivity.observed, test)),
+        number=lambda values: len(str(values["reason"])) / 10,
+        described="the length of the reason / 10 characters",
+        fit={"batch_size": 32},
+    )
 
 
 COMPARISONS: dict[str, Callable[[], Comparison]] = {
     "random_number": of_random_number,
     "infilling": of_infilling,
+    "arithmetic": of_arithmetic,
+    "subjectivity": of_subjectivity,
 }
+
+
+def truth_of(
+    comparison: Comparison, lm: lmppl.LM, args: tuple[Any, ...], guide: lmppl.LMGuide
+) -> Truth:
+    """What is known, or else a long run. Half of its draws are the guide's, half the model's own, so
+    that no weight is more than twice what the model's draw would have."""
+    if comparison.truth is not None:
+        return comparison.truth
+    posterior = lmppl.infer(
+        comparison.program, *args, method="importance", guide=guide, prior_fraction=0.5, lm=lm,
+        num_samples=REFERENCE_SAMPLES, seed=REFERENCE_SEED, progress=False,
+    )  # fmt: skip
+    return Truth(posterior.log_evidence, float(posterior.mean(comparison.number)))
 
 
 @dataclass(frozen=True)
@@ -241,7 +270,7 @@ def points_of(args: argparse.Namespace, lm: lmppl.LM, kept: list[Point]) -> list
     before = tokens(lm)
     guide.fit(comparison.training, steps=args.steps, seed=0, **comparison.fit)
     training_tokens = tokens(lm) - before
-    truths = [comparison.truth(lm, input_, guide) for input_ in comparison.held_out]
+    truths = [truth_of(comparison, lm, input_, guide) for input_ in comparison.held_out]
     for engine, size in missing:
         has_guide = "guide" in engine
         proposal = guide if has_guide else None

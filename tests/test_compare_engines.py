@@ -29,7 +29,7 @@ def tiny(monkeypatch):
         training=[(9,)],
         held_out=[(9,)],
         number=lambda values: int(str(values["z"])[:-1]),
-        truth=lambda lm, args, guide: Truth(math.log(10), 4.5),
+        truth=Truth(math.log(10), 4.5),
         fit={"batch_size": 8},
     )
     monkeypatch.setitem(compare_engines.COMPARISONS, "random_number", lambda: ten)
@@ -68,6 +68,30 @@ def test_an_exact_engine_has_no_error(monkeypatch):
     )
     assert figures["log_z_error"] == pytest.approx(0.0, abs=1e-4)
     assert figures["expectation_error"] == pytest.approx(0.0, abs=1e-4)
+
+
+def test_a_truth_that_is_not_known_is_that_of_a_long_run(monkeypatch):
+    comparison = replace(compare_engines.COMPARISONS["random_number"](), truth=None)
+    monkeypatch.setattr(compare_engines, "REFERENCE_SAMPLES", 8192)
+    guide = lmppl.LMGuide(comparison.program, lm=LM)
+    truth = compare_engines.truth_of(comparison, LM, (9,), guide)
+    assert truth.log_z == pytest.approx(math.log(10), abs=0.1)
+    assert truth.expectation == pytest.approx(4.5, abs=0.4)
+
+
+@pytest.mark.parametrize("task", ["infilling", "arithmetic", "subjectivity"])
+def test_the_held_out_inputs_of_a_task_are_not_trained_on(task):
+    comparison = compare_engines.COMPARISONS[task]()
+    assert len(comparison.held_out) == 3 and len(comparison.training) > 40
+    assert not set(comparison.held_out) & set(comparison.training)
+
+
+def test_the_number_of_a_task_is_read_from_its_traces():
+    found = {task: of().number for task, of in compare_engines.COMPARISONS.items()}
+    assert found["infilling"]({"z": " a lamp"}) == 0.7
+    assert found["subjectivity"]({"reason": " tells it,", "label": " the story"}) == 1.0
+    steps = {"step_1": " 1 + 1 =", "result_1": 2, "more_1": ";", "step_2": " 2 + 1 ="}
+    assert found["arithmetic"](steps) == 2
 
 
 def test_the_spread_of_the_evidence_is_that_over_the_seeds_of_an_input(monkeypatch):
