@@ -6,8 +6,9 @@
 Every engine answers the same held-out inputs of one program with more and more samples, many seeds
 each. Its error is the median, over seeds and inputs, of the distance to the truth; the spread of its
 evidence is sd(Z) / mean(Z) over the seeds, in the mean over the inputs. A guide is trained once; its
-tokens are counted whole, then shared by 10 and by 100 inputs. Rows that are in the file are kept, so
-an interrupted run goes on; ``--plot`` draws what is there.
+tokens are counted whole, then shared by 10 and by 100 inputs. Rows that are in the file are kept, and
+so are the guide and the truth in ``--guides``, so an interrupted run goes on; ``--plot`` draws what is
+there.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from paper.training import tokens  # noqa: E402
 SHARED_BY = (1, 10, 100)
 """Inputs that share the cost of a guide's training."""
 
-REFERENCE_SAMPLES, REFERENCE_SEED = 8192, 1 << 20
+REFERENCE_SEED = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Comparison:
         number: of a trace, from its values by site.
         described: that number, for the picture.
         truth: of an input, if it is known; else that of a long run, which draws by the trained guide.
+        reference: draws of that run.
         fit: options of the guide's training.
         smc: options of SMC without a guide.
     """
@@ -75,6 +77,7 @@ class Comparison:
     fit: Mapping[str, Any]
     smc: Mapping[str, Any] = field(default_factory=dict)
     truth: Truth | None = None
+    reference: int = 8192
 
 
 def of_random_number() -> Comparison:
@@ -111,6 +114,7 @@ def of_arithmetic() -> Comparison:
         number=lambda values: sum(name.startswith("step_") for name in values),
         described="the number of steps",
         fit={"batch_size": 32},
+        reference=2048,  # a fifth of the model's draws are effective ones
     )
 
 
@@ -136,18 +140,48 @@ COMPARISONS: dict[str, Callable[[], Comparison]] = {
 }
 
 
-def truth_of(
-    comparison: Comparison, lm: lmppl.LM, args: tuple[Any, ...], guide: lmppl.LMGuide
-) -> Truth:
-    """What is known, or else a long run. Half of its draws are the guide's, half the model's own, so
-    that no weight is more than twice what the model's draw would have."""
+ENGINES = ("importance", "SMC", "MCMC", "guide", "SMC with guide")
+"""By their names in the picture; those with "guide" in the name get the guide."""
+
+
+def trained(
+    comparison: Comparison, lm: lmppl.LM, steps: int, folder: Path | None
+) -> tuple[lmppl.LMGuide, int]:
+    """A guide and the tokens of its training: from ``folder``, or made, and written there if given."""
+    guide = lmppl.LMGuide(comparison.program, lm=lm)
+    if folder is not None and (folder / "training.json").exists():
+        spent = json.loads((folder / "training.json").read_text(encoding="utf-8"))["tokens"]
+        return guide.load(folder / "guide", comparison.program, lm=lm), spent
+    before = tokens(lm)
+    guide.fit(comparison.training, steps=steps, seed=0, **comparison.fit)
+    spent = tokens(lm) - before
+    if folder is not None:
+        guide.save(folder / "guide", overwrite=True)
+        write_text(folder / "training.json", json.dumps({"tokens": spent}) + "\n")
+    return guide, spent
+
+
+def truths_of(
+    comparison: Comparison, lm: lmppl.LM, guide: lmppl.LMGuide, folder: Path | None
+) -> list[Truth]:
+    """Of each held-out input: what is known, or else a long run, which is kept in ``folder``. Half of
+    its draws are the guide's, half the model's own, so that no weight is more than twice what the
+    model's draw would have."""
     if comparison.truth is not None:
-        return comparison.truth
-    posterior = lmppl.infer(
-        comparison.program, *args, method="importance", guide=guide, prior_fraction=0.5, lm=lm,
-        num_samples=REFERENCE_SAMPLES, seed=REFERENCE_SEED, progress=False,
-    )  # fmt: skip
-    return Truth(posterior.log_evidence, float(posterior.mean(comparison.number)))
+        return [comparison.truth] * len(comparison.held_out)
+    path = None if folder is None else folder / "truths.json"
+    if path is not None and path.exists():
+        return [Truth(**truth) for truth in json.loads(path.read_text(encoding="utf-8"))]
+    found = []
+    for args in comparison.held_out:
+        posterior = lmppl.infer(
+            comparison.program, *args, method="importance", guide=guide, prior_fraction=0.5, lm=lm,
+            num_samples=comparison.reference, seed=REFERENCE_SEED, progress=False,
+        )  # fmt: skip
+        found.append(Truth(posterior.log_evidence, float(posterior.mean(comparison.number))))
+    if path is not None:
+        write_text(path, json.dumps([asdict(truth) for truth in found]) + "\n")
+    return found
 
 
 @dataclass(frozen=True)
@@ -180,7 +214,7 @@ class Point:
 
 
 def engines(comparison: Comparison, num_samples: int) -> dict[str, dict[str, Any]]:
-    """What ``infer`` is called with, by engine; those with "guide" in the name get the guide."""
+    """What ``infer`` is called with, by each of ``ENGINES``."""
     chains = max(2, min(num_samples // 8, 16))
     return {
         "importance": {"method": "importance", "num_samples": num_samples},
@@ -261,16 +295,14 @@ def points_of(args: argparse.Namespace, lm: lmppl.LM, kept: list[Point]) -> list
     comparison = COMPARISONS[args.task]()
     settings = {"task": args.task, "model": lm.name, "steps": args.steps, "seeds": args.seeds}
     points = [point for point in kept if point.settings == settings]
-    wanted = [(engine, size) for size in args.sizes for engine in engines(comparison, size)]
+    wanted = [(engine, size) for size in args.sizes for engine in args.engines]
     known = {(point.engine, point.num_samples) for point in points}
     missing = [pair for pair in wanted if pair not in known]
     if not missing:
         return points
-    guide = lmppl.LMGuide(comparison.program, lm=lm)
-    before = tokens(lm)
-    guide.fit(comparison.training, steps=args.steps, seed=0, **comparison.fit)
-    training_tokens = tokens(lm) - before
-    truths = [truth_of(comparison, lm, input_, guide) for input_ in comparison.held_out]
+    folder = None if args.guides is None else args.guides / f"{args.task}-{args.steps}"
+    guide, training_tokens = trained(comparison, lm, args.steps, folder)
+    truths = truths_of(comparison, lm, guide, folder)
     for engine, size in missing:
         has_guide = "guide" in engine
         proposal = guide if has_guide else None
@@ -324,9 +356,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--task", choices=COMPARISONS, default="random_number")
     parser.add_argument("--model", default="smollm2-135m-instruct", help="any causal LM")
     parser.add_argument("--sizes", type=several, nargs="+", default=[16, 64, 256])
+    parser.add_argument("--engines", choices=ENGINES, nargs="+", default=ENGINES)
     parser.add_argument("--seeds", type=positive, default=10)
     parser.add_argument("--steps", type=positive, default=100, help="of the guide's training")
     parser.add_argument("--out", type=Path, help="JSON file of points; those in it are kept")
+    parser.add_argument("--guides", type=Path, help="folder where guides are kept, one a task")
     parser.add_argument("--plot", type=Path, help="draw them (needs matplotlib)")
     args = parser.parse_args(argv)
     kept = []

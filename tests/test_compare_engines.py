@@ -70,13 +70,28 @@ def test_an_exact_engine_has_no_error(monkeypatch):
     assert figures["expectation_error"] == pytest.approx(0.0, abs=1e-4)
 
 
-def test_a_truth_that_is_not_known_is_that_of_a_long_run(monkeypatch):
+def test_a_truth_that_is_not_known_is_that_of_a_long_run(tmp_path, monkeypatch):
     comparison = replace(compare_engines.COMPARISONS["random_number"](), truth=None)
-    monkeypatch.setattr(compare_engines, "REFERENCE_SAMPLES", 8192)
     guide = lmppl.LMGuide(comparison.program, lm=LM)
-    truth = compare_engines.truth_of(comparison, LM, (9,), guide)
+    (truth,) = compare_engines.truths_of(comparison, LM, guide, tmp_path)
     assert truth.log_z == pytest.approx(math.log(10), abs=0.1)
     assert truth.expectation == pytest.approx(4.5, abs=0.4)
+
+    monkeypatch.setattr(lmppl, "infer", None)
+    assert compare_engines.truths_of(comparison, LM, guide, tmp_path) == [truth]
+
+
+def test_a_guide_that_is_kept_is_not_trained_again(tmp_path, monkeypatch):
+    out, guides = tmp_path / "points.json", tmp_path / "guides"
+    options = [*OPTIONS, "--guides", str(guides), "--out", str(out), "--engines"]
+    compare_engines.main([*options, "guide"])
+    (first,) = json.loads(out.read_text())
+    out.unlink()
+    monkeypatch.setattr(lmppl.LMGuide, "fit", None)
+    compare_engines.main([*options, "guide", "SMC with guide"])
+    again, other = json.loads(out.read_text())
+    assert again == first and other["engine"] == "SMC with guide"
+    assert other["training_tokens"] == first["training_tokens"] > 100
 
 
 @pytest.mark.parametrize("task", ["infilling", "arithmetic", "subjectivity"])
