@@ -148,11 +148,10 @@ def trained(
     comparison: Comparison, lm: lmppl.LM, steps: int, folder: Path | None
 ) -> tuple[lmppl.LMGuide, int]:
     """A guide and the tokens of its training: from ``folder``, or made, and written there if given."""
-    guide = lmppl.LMGuide(comparison.program, lm=lm)
     if folder is not None and (folder / "training.json").exists():
         spent = json.loads((folder / "training.json").read_text(encoding="utf-8"))["tokens"]
-        return guide.load(folder / "guide", comparison.program, lm=lm), spent
-    before = tokens(lm)
+        return lmppl.LMGuide.load(folder / "guide", comparison.program, lm=lm), spent
+    guide, before = lmppl.LMGuide(comparison.program, lm=lm), tokens(lm)
     guide.fit(comparison.training, steps=steps, seed=0, **comparison.fit)
     spent = tokens(lm) - before
     if folder is not None:
