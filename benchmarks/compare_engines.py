@@ -129,6 +129,7 @@ def of_subjectivity() -> Comparison:
         number=lambda values: len(str(values["reason"])) / 10,
         described="the length of the reason / 10 characters",
         fit={"batch_size": 32},
+        reference=1024,  # most of the model's draws are effective ones
     )
 
 
