@@ -3,7 +3,7 @@
     particles run to their first latent site; log w_i = 0
     until all have ended:
         among the slots of the M particles that wait or are dead:
-            if ESS(w) < threshold * M:
+            if ESS(w) < threshold * M:                       (with twist="flow": of w psi)
                 ancestors ~ w;  fork;  log w = log mean w
         (rejuvenate: k Markov moves of each that waits, up to here;  w stays)
         every particle draws its latent site (from the guide, or the program's prior)
@@ -15,6 +15,10 @@
 observation with one that has not would favour whoever pays late. For the same reason a run that has
 ended, where others go on, keeps its slot and its weight: it has paid for everything, and they may not
 have paid for anything.
+
+A guide's particles weigh p / q of what they have drawn, and a guide draws with an eye to what is
+observed later: whoever is promising weighs little, until the observation has been paid. So resampling
+by w undoes what the guide knows, and ``twist="flow"`` compares them by the guide's own law instead.
 
 *Within* a site two things distinguish one partial text from another: what a global constraint has cost
 it so far, where the program itself draws it, and a twist (twisted SMC; Zhao et al., 2024, arXiv
@@ -59,13 +63,14 @@ class SMC(Engine):
         twist: how texts are compared within a site, beside what a constraint on them has cost so far,
             which always counts. None: not at all. ``"lookahead"``: by the
             likelihood of what follows, up to the next latent site, were the text closed here.
-            ``"flow"``, for the last text of a program: by R / q of a run on the text closed here,
-            where q is of ``guide=``; equal for all texts if it is perfect. A callable
+            ``"flow"``: by what a guide knows of the end. Between sites all that ``guide=`` has drawn
+            are worth the same; the last text of a program is compared by R / q of a run on the text
+            closed here, equal for all texts if the guide is perfect. A callable
             ``twist(text) -> float`` gives log psi of a text so far; a dict, callables by site.
         twist_every: texts are compared each time they have grown by so many tokens. A
             comparison by ``"lookahead"`` or ``"flow"`` scores what follows for every text.
-        twist_defense: which share of the particles within a site is resampled without regard to
-            the twist, which may mislead; 0: none. None: a fifth, but at least 4 of them, and at
+        twist_defense: which share of the particles is resampled without regard to the twist, which
+            may mislead; 0: none. None: a fifth, but at least 4 of them, and at
             most half.
         prior_fraction: as of ``Importance``, at every site: who draws it is chosen by the
             probability that the guide, or the program, has drawn the latents so far.
@@ -149,18 +154,27 @@ class SMC(Engine):
     def _resample(self, state: State, genealogy: Genealogy) -> None:
         """If the particles that go on are unequal, let copies of them take their slots and those of the
         dead."""
-        log_weights = state.log_weights
-        has_ended = torch.tensor([particle.finished for particle in state.particles])
+        particles, log_weights = state.particles, state.log_weights
+        has_ended = torch.tensor([particle.finished for particle in particles])
         slots = (~has_ended | (log_weights == -torch.inf)).nonzero().flatten()
         among = log_weights[slots]
-        if not 0.0 < runtime.ess(among) < self.ess_threshold * len(slots):
-            genealogy.at_barrier(state.particles, log_weights, slots)
+        going_on = [particle for particle in particles if not particle.finished]
+        log_psi = twists.log_psi_between(self.twist, going_on, among)
+        compared = among
+        if log_psi is not None:
+            a = twists.shares(among, log_psi, self._defense(len(slots)))
+            compared = a.log() + among.logsumexp(0)
+        shown = log_weights.index_copy(0, slots, compared)
+        if not 0.0 < runtime.ess(compared) < self.ess_threshold * len(slots):
+            genealogy.at_barrier(particles, shown, slots)
             return
+        picked = self._ancestors((compared - compared.max()).exp(), state.generator)
         ancestors = torch.arange(len(log_weights))
-        ancestors[slots] = slots[self._ancestors((among - among.max()).exp(), state.generator)]
-        genealogy.at_barrier(state.particles, log_weights, slots, ancestors.tolist())
+        ancestors[slots] = slots[picked]
+        genealogy.at_barrier(particles, shown, slots, ancestors.tolist())
         state.select(ancestors.tolist())
-        state.log_weights = log_weights.index_fill(0, slots, log_mean_exp(among))
+        copies = (among - compared)[picked] + log_mean_exp(compared)
+        state.log_weights = log_weights.index_copy(0, slots, copies)
         state.info["resamplings"] += 1
 
     def _ancestors(self, weights: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -177,6 +177,38 @@ def twist_function_of(
     return Lookahead(_aside(state)) if twist == "lookahead" else Flow(_aside(state))
 
 
+def log_psi_between(
+    twist: str | Twist | Mapping[str, Twist] | None,
+    particles: Sequence[Particle],
+    log_weights: torch.Tensor,
+) -> torch.Tensor | None:
+    """log psi (nats) of particles at a barrier; None: nothing is known of how they will end.
+
+    A guide that equals the posterior draws what comes first in proportion to the mass of all that can
+    follow. So under ``"flow"`` those of which it has drawn all latents are worth the same, psi = 1 / w:
+    what p / q of them is now, the observations to come will make up for. Where a latent was left to the
+    model, nothing is known: what was observed after it, the guide has not foreseen.
+
+    Args:
+        twist: as of ``SMC``.
+        particles: those that wait at the barrier.
+        log_weights: (M,) nats, without twist, of those that are compared: the dead, at ``-inf``, too.
+
+    Returns:
+        (M,) float64, or None.
+    """
+    if twist != "flow" or not all(map(_is_guided, particles)):
+        return None
+    return torch.where(log_weights > -math.inf, -log_weights, 0.0)
+
+
+def _is_guided(particle: Particle) -> bool:
+    """Whether a guide has drawn all latents so far. (Of a proposer that does not tell, it is taken for
+    granted.)"""
+    latents = particle.latents.keys()
+    return latents <= getattr(particle.proposer, "draws", particle.latents).keys()
+
+
 def text_waits(particles: Sequence[Particle]) -> dict[int, DrawWait]:
     """Of the particles that wait to draw a text, token by token, what they wait for."""
     return {
@@ -340,7 +372,8 @@ class Flow(TwistFunction):
     was drawn before it is in the particle's weight. If the text has closed, psi is its own R / q.
 
     Nothing is known where R(z_<=t c) = 0, where c is illegal or has no probability, and where the
-    program comes to another latent site after it. A text that has itself closed with R = 0 is lost,
+    program comes to another latent site after it; see ``log_psi_between`` for what is known there once
+    the text has closed. A text that has itself closed with R = 0 is lost,
     unless chance (a tool, a subsample) has a say in that.
 
     """

@@ -38,8 +38,9 @@ class ParticleStep:
         num_tokens: of texts under way, how many tokens have been drawn of each at most; None: at a
             barrier.
         log_weights: (N,) float64, nats: what the particles weigh here, before they are resampled. At a
-            barrier their mean estimates the evidence of what was observed so far. Texts under way
-            weigh what they are resampled by: with what constraints have cost them, and their twists.
+            barrier their mean estimates the evidence of what was observed so far. Texts under way,
+            and particles under ``twist="flow"``, weigh what they are resampled by: with what
+            constraints have cost them, and their twists.
         ess: effective sample size of the particles that were compared here.
         num_compared: how many these were. (A run that has ended is not compared with those that go on.)
         ancestors: N slots: slot i goes on as a copy of the particle in slot ``ancestors[i]``.

@@ -149,12 +149,19 @@ def test_a_trained_guide_is_a_good_proposal(method):
 
 @pytest.mark.long
 def test_a_guide_over_two_sites_in_smc():
+    """What the first barrier undoes of it without a twist, it keeps under its flow."""
     case = CASES["chain"]
     guide = trained("chain", 60)
     guided, prior = (estimates("smc", each, case, runs=12) for each in (guide, None))
     assert float(guided.var()) < 0.5 * float(prior.var())
     error = float(guided.mean() - 1) / float(guided.std() / len(guided) ** 0.5)
     assert abs(error) < 4
+    plain, flow, importance = (
+        float(estimates(method, guide, case, num_samples=40, runs=40, **how).std())
+        for method, how in (("smc", {}), ("smc", {"twist": "flow"}), ("importance", {}))
+    )
+    assert flow < 0.25 * plain  # docs/engines.md has these figures
+    assert flow < 1.5 * importance
 
 
 def test_one_guide_on_another_input():
