@@ -2,14 +2,20 @@
 
     python -m benchmarks.variants continuation --steps 200 --out FILE.json
     python -m benchmarks.variants continuation --steps 200 --set forward=3 loss=vargrad --out FILE.json
+    python -m benchmarks.variants mentions --lora r=4 lora_alpha=4 --out FILE.json
+    python -m benchmarks.variants mentions --demonstrations smc --out FILE.json
     python -m benchmarks.variants infilling --steps 0 --out FILE.json
 
 The inputs are those that a task of ``examples/`` trains on; its held-out ones, on which its results
 are reported, are left alone. The last --validate of them judge, the others train. ``--set`` gives
-options of ``fit``. With 0 steps the prior and the untrained guide are judged. E_q[u], the mean of
-log R - log q in nats, falls short of log Z by the divergence of the guide from the posterior, so on the
-same inputs the larger one is the better, whatever log Z is. Expect a minute of CPU for every ten to
-twenty steps.
+options of ``fit``, ``--lora`` those of the adapter's ``LoraConfig``. With ``--demonstrations`` the
+training begins from a posterior of each training input, by that engine. With ``--distil N`` it ends by N
+steps of maximum likelihood on posteriors by the guide itself. With 0 steps the prior and the untrained
+guide are judged. Tokens are those of all that, but not of judging.
+
+E_q[u], the mean of log R - log q in nats, falls short of log Z by the divergence of the guide from the
+posterior, so on the same inputs the larger one is the better, whatever log Z is. Expect a minute of CPU
+for every ten to twenty steps.
 """
 
 from __future__ import annotations
@@ -19,14 +25,16 @@ import json
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lmppl
 from benchmarks.tasks import EXAMPLES
+from lmppl.lm.network.adapter import default_config
 from lmppl.states import write_text
 
 assert str(EXAMPLES) in sys.path  # where the tasks are
@@ -38,16 +46,17 @@ from paper.command import positive, several  # noqa: E402
 from paper.inputs import lines_of  # noqa: E402
 from paper.training import tokens  # noqa: E402
 
-JUDGING = 100  # seed of the draws of the first input
+JUDGING, DEMONSTRATING = 100, 10_000  # seeds of the draws of the first input
 
 
 @dataclass(frozen=True)
 class Case:
-    """A program, its guide's options, and inputs of it."""
+    """A program, inputs of it, its guide's options, and those of SMC for demonstrations."""
 
     program: Callable[..., Any]
     inputs: Sequence[tuple[Any, ...]]
-    guide: dict[str, Any]
+    guide: dict[str, Any] = field(default_factory=dict)
+    smc: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -82,12 +91,18 @@ class Variant:
 
 def of_continuation() -> Case:
     prompts = lines_of(continuation.OPENINGS)[:-12]
-    return Case(continuation.continuation, [(prompt, 0.8, 16) for prompt in prompts], {})
+    return Case(continuation.continuation, [(prompt, 0.8, 16) for prompt in prompts])
 
 
-def of_infilling() -> Case:
-    stories = infilling.stories_of(infilling.STORIES)[:-12]
-    return Case(infilling.infilling, [(s.beginning, s.ending, 20) for s in stories], {})
+def of_infilling(file: str = infilling.STORIES.name, max_tokens: int = 20) -> Case:
+    stories = infilling.stories_of(infilling.STORIES.with_name(file))[:-12]
+    inputs = [(s.beginning, s.ending, max_tokens) for s in stories]
+    return Case(infilling.infilling, inputs, smc={"twist": "lookahead"})
+
+
+def of_mentions() -> Case:
+    """Things that the ending mentions again."""
+    return of_infilling("mentions.tsv", max_tokens=3)
 
 
 def of_arithmetic() -> Case:
@@ -96,7 +111,32 @@ def of_arithmetic() -> Case:
     return Case(arithmetic.arithmetic, inputs, {"condition_on": []})
 
 
-CASES = {"continuation": of_continuation, "infilling": of_infilling, "arithmetic": of_arithmetic}
+CASES: dict[str, Callable[[], Case]] = {
+    "continuation": of_continuation,
+    "infilling": of_infilling,
+    "mentions": of_mentions,
+    "arithmetic": of_arithmetic,
+}
+
+
+def posteriors_of(
+    case: Case, inputs: Sequence[tuple[Any, ...]], lm: lmppl.LM, **options: Any
+) -> list[lmppl.Posterior | None]:
+    """Of each input; None where no draw is alive."""
+    found: list[lmppl.Posterior | None] = []
+    for number, args in enumerate(inputs):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # few effective draws, for one
+            try:
+                found.append(
+                    lmppl.infer(
+                        case.program, *args, lm=lm, seed=DEMONSTRATING + number, progress=False,
+                        **options,
+                    )
+                )  # fmt: skip
+            except lmppl.ZeroEvidenceError:
+                found.append(None)
+    return found
 
 
 def judge(
@@ -122,7 +162,8 @@ def run(args: argparse.Namespace) -> list[Variant]:
     """Train and judge, or judge what is not trained."""
     case, lm = CASES[args.task](), lmppl.LM.from_pretrained(args.model)
     training, validation = case.inputs[: -args.validate], case.inputs[-args.validate :]
-    guide = lmppl.LMGuide(case.program, lm=lm, **case.guide)
+    lora = replace(default_config(lm.model), **dict(args.lora)) if args.lora else None
+    guide = lmppl.LMGuide(case.program, lm=lm, lora=lora, **case.guide)
     variant = partial(Variant, args.task, seed=args.seed, steps=args.steps, samples=args.samples)
     judged = partial(judge, case, validation, lm=lm, samples=args.samples)
     if not args.steps:
@@ -130,11 +171,29 @@ def run(args: argparse.Namespace) -> list[Variant]:
             variant(label, **judged(guide=of_label), tokens=0, minutes=0.0)
             for label, of_label in (("prior", None), ("untrained guide", guide))
         ]
-    before, began = tokens(lm), time.perf_counter()
-    guide.fit(training, steps=args.steps, seed=args.seed, **dict(args.set))
+    options, before, began = dict(args.set), tokens(lm), time.perf_counter()
+    of_training = partial(posteriors_of, case, training, lm, num_samples=args.demonstrated)
+    if args.demonstrations:
+        smc = case.smc if args.demonstrations == "smc" else {}
+        options["demonstrations"] = of_training(method=args.demonstrations, **smc)
+    guide.fit(training, args.steps, seed=args.seed, **options)
+    if args.distil:
+        found = of_training(method="gflownet", guide=guide)
+        guide.fit(training, args.distil, seed=args.seed, loss="sft", demonstrations=found)
     spent, minutes = tokens(lm) - before, (time.perf_counter() - began) / 60
-    label = ", ".join(f"{name}={value}" for name, value in args.set) or "defaults"
-    return [variant(label, **judged(guide=guide), tokens=spent, minutes=minutes)]
+    return [variant(label_of(args), **judged(guide=guide), tokens=spent, minutes=minutes)]
+
+
+def label_of(args: argparse.Namespace) -> str:
+    """What is not as it would be by default."""
+    labels = [f"{name}={value}" for name, value in args.set]
+    if args.lora:
+        labels.append(f"lora({', '.join(f'{name}={value}' for name, value in args.lora)})")
+    if args.demonstrations:
+        labels.append(f"demonstrations={args.demonstrations}({args.demonstrated})")
+    if args.distil:
+        labels.append(f"then {args.distil} of sft")
+    return ", ".join(labels) or "defaults"
 
 
 def table(variants: Sequence[Variant]) -> str:
@@ -153,7 +212,7 @@ def option(given: str) -> tuple[str, Any]:
     """``name=value``; a value is JSON, or else text."""
     name, equals, value = given.partition("=")
     if not equals:
-        raise argparse.ArgumentTypeError(f"{given!r}: give an option of fit, forward=3")
+        raise argparse.ArgumentTypeError(f"{given!r}: give an option and its value, forward=3")
     try:
         return name, json.loads(value)
     except ValueError:
@@ -165,6 +224,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("task", choices=CASES)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--set", type=option, nargs="*", default=[], metavar="OPTION=VALUE")
+    parser.add_argument("--lora", type=option, nargs="*", default=[], metavar="OPTION=VALUE")
+    parser.add_argument("--demonstrations", choices=["importance", "smc", "mcmc"])
+    parser.add_argument(
+        "--demonstrated", type=positive, default=64, help="samples of each posterior of those"
+    )
+    parser.add_argument("--distil", type=positive, help="steps on posteriors by the guide")
     parser.add_argument("--samples", type=several, default=256, help="of each input")
     parser.add_argument(
         "--validate", type=positive, default=6, help="inputs that are not trained on"
