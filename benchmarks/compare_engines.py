@@ -3,12 +3,12 @@
     python -m benchmarks.compare_engines --task random_number --out FILE.json --plot FILE.svg
     python -m benchmarks.compare_engines --task infilling --steps 150 --seeds 20 --out FILE.json
 
-Every engine answers the same held-out inputs of one program with more and more samples, many seeds
-each. Its error is the median, over seeds and inputs, of the distance to the truth; the spread of its
-evidence is sd(Z) / mean(Z) over the seeds, in the mean over the inputs. A guide is trained once; its
-tokens are counted whole, then shared by 10 and by 100 inputs. Rows that are in the file are kept, and
-so are the guide and the truth in ``--guides``, so an interrupted run goes on; ``--plot`` draws what is
-there.
+Every engine answers the same held-out inputs of one program, the first --inputs of them, with more and
+more samples, many seeds each. Its error is the median, over seeds and inputs, of the distance to the
+truth; the spread of its evidence is sd(Z) / mean(Z) over the seeds, in the mean over the inputs. A guide
+is trained once; its tokens are counted whole, then shared by 10 and by 100 inputs. Rows that are in the
+file are kept, and so are the guide and the truth in ``--guides``, so an interrupted run goes on;
+``--plot`` draws what is there.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,11 +92,11 @@ def of_random_number() -> Comparison:
 
 
 def of_infilling() -> Comparison:
-    """Things that the ending mentions again; of the held-out ones the first three."""
+    """Things that the ending mentions again."""
     stories = infilling.stories_of(infilling.STORIES.with_name("mentions.tsv"))
     inputs = [(story.beginning, story.ending, 3) for story in stories]
     return Comparison(
-        infilling.infilling, inputs[:-12], inputs[-12:-9],
+        infilling.infilling, inputs[:-12], inputs[-12:],
         number=lambda values: len(str(values["z"])) / 10,
         described="the length of the middle / 10 characters",
         fit={"batch_size": 32},
@@ -167,21 +167,22 @@ def truths_of(
     """Of each held-out input: what is known, or else a long run, which is kept in ``folder``. Half of
     its draws are the guide's, half the model's own, so that no weight is more than twice what the
     model's draw would have."""
+    wanted = len(comparison.held_out)
     if comparison.truth is not None:
-        return [comparison.truth] * len(comparison.held_out)
+        return [comparison.truth] * wanted
     path = None if folder is None else folder / "truths.json"
+    found: list[Truth] = []
     if path is not None and path.exists():
-        return [Truth(**truth) for truth in json.loads(path.read_text(encoding="utf-8"))]
-    found = []
-    for args in comparison.held_out:
+        found = [Truth(**truth) for truth in json.loads(path.read_text(encoding="utf-8"))]
+    for args in comparison.held_out[len(found) :]:
         posterior = lmppl.infer(
             comparison.program, *args, method="importance", guide=guide, prior_fraction=0.5, lm=lm,
             num_samples=comparison.reference, seed=REFERENCE_SEED, progress=False,
         )  # fmt: skip
         found.append(Truth(posterior.log_evidence, float(posterior.mean(comparison.number))))
-    if path is not None:
-        write_text(path, json.dumps([asdict(truth) for truth in found]) + "\n")
-    return found
+        if path is not None:
+            write_text(path, json.dumps([asdict(truth) for truth in found]) + "\n")
+    return found[:wanted]
 
 
 @dataclass(frozen=True)
@@ -292,8 +293,12 @@ def table(points: Sequence[Point]) -> str:
 def points_of(args: argparse.Namespace, lm: lmppl.LM, kept: list[Point]) -> list[Point]:
     """All points of a task; those that are kept are not measured again. Each is written when it is
     there."""
-    comparison = COMPARISONS[args.task]()
-    settings = {"task": args.task, "model": lm.name, "steps": args.steps, "seeds": args.seeds}
+    whole = COMPARISONS[args.task]()
+    comparison = replace(whole, held_out=whole.held_out[: args.inputs])
+    settings = {
+        "task": args.task, "model": lm.name, "steps": args.steps, "seeds": args.seeds,
+        "inputs": len(comparison.held_out),
+    }  # fmt: skip
     points = [point for point in kept if point.settings == settings]
     wanted = [(engine, size) for size in args.sizes for engine in args.engines]
     known = {(point.engine, point.num_samples) for point in points}
@@ -357,6 +362,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", default="smollm2-135m-instruct", help="any causal LM")
     parser.add_argument("--sizes", type=several, nargs="+", default=[16, 64, 256])
     parser.add_argument("--engines", choices=ENGINES, nargs="+", default=ENGINES)
+    parser.add_argument("--inputs", type=positive, default=3, help="held-out ones, at most")
     parser.add_argument("--seeds", type=positive, default=10)
     parser.add_argument("--steps", type=positive, default=100, help="of the guide's training")
     parser.add_argument("--out", type=Path, help="JSON file of points; those in it are kept")
