@@ -64,14 +64,14 @@ class SMC(Engine):
             which always counts. None: not at all. ``"lookahead"``: by the
             likelihood of what follows, up to the next latent site, were the text closed here.
             ``"flow"``: by what a guide knows of the end. Between sites all that ``guide=`` has drawn
-            are worth the same; the last text of a program is compared by R / q of a run on the text
-            closed here, equal for all texts if the guide is perfect. A callable
-            ``twist(text) -> float`` gives log psi of a text so far; a dict, callables by site.
+            are worth the same (not with ``rejuvenate``); the last text of a program is compared by
+            R / q of a run on the text closed here, equal for all texts if the guide is perfect. A
+            callable ``twist(text) -> float`` gives log psi of a text so far; a dict, callables by
+            site.
         twist_every: texts are compared each time they have grown by so many tokens. A
             comparison by ``"lookahead"`` or ``"flow"`` scores what follows for every text.
         twist_defense: which share of the particles is resampled without regard to the twist, which
-            may mislead; 0: none. None: a fifth, but at least 4 of them, and at
-            most half.
+            may mislead; 0: none. None: a fifth, but at least 4 of them, and at most half.
         prior_fraction: as of ``Importance``, at every site: who draws it is chosen by the
             probability that the guide, or the program, has drawn the latents so far.
         rejuvenate: so many Markov moves (those of ``lmppl.MCMC``) of each particle at every barrier,
@@ -159,7 +159,9 @@ class SMC(Engine):
         slots = (~has_ended | (log_weights == -torch.inf)).nonzero().flatten()
         among = log_weights[slots]
         going_on = [particle for particle in particles if not particle.finished]
-        log_psi = twists.log_psi_between(self.twist, going_on, among)
+        # Moves bring particles to the program's law up to here, of which the guide's flow says nothing.
+        twist = None if self.rejuvenate else self.twist
+        log_psi = twists.log_psi_between(twist, going_on, among)
         compared = among
         if log_psi is not None:
             a = twists.shares(among, log_psi, self._defense(len(slots)))

@@ -373,9 +373,8 @@ class Flow(TwistFunction):
 
     Nothing is known where R(z_<=t c) = 0, where c is illegal or has no probability, and where the
     program comes to another latent site after it; see ``log_psi_between`` for what is known there once
-    the text has closed. A text that has itself closed with R = 0 is lost,
-    unless chance (a tool, a subsample) has a say in that.
-
+    the text has closed. A text that has itself closed with R = 0 is lost, unless chance (a tool, a
+    subsample) has a say in that.
     """
 
     aside: Particle  # whose random streams it uses

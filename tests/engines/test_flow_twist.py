@@ -10,7 +10,6 @@ import small
 import torch
 from choices import every_way
 from estimates import check_unbiased, check_z_test
-from proposals import PerfectGuide
 from solved import lm_that_draws
 
 import lmppl
@@ -96,94 +95,6 @@ def test_the_lookahead_of_a_perfect_guide_is_another_target():
     assert float(posterior.log_weights.max() - posterior.log_weights.min()) > 0.1
 
 
-# --- between sites -------------------------------------------------------------------------------
-
-SEVERAL = [
-    case
-    for case in CASES.values()
-    if case.quadrature is None and len((*case.text_latents, *case.other_latents)) > 1
-]
-
-
-@pytest.mark.parametrize("case", SEVERAL, ids=str)
-@pytest.mark.parametrize("num_samples", [1, 4, 32])
-def test_a_perfect_guide_of_several_sites_gives_the_evidence_exactly(case, num_samples):
-    """However unequal p / q is between the sites: nothing is resampled for it."""
-    exact = case.enumerate()
-    posterior = lmppl.infer(
-        case.program, *case.args, lm=case.lm, guide=PerfectGuide(exact), num_samples=num_samples,
-        seed=1, twist_defense=0.0, **{**FLOW, "ess_threshold": 0.99},
-    )  # fmt: skip
-    assert posterior.info["resamplings"] == 0
-    expected = [exact.log_evidence] * num_samples
-    assert posterior.log_weights.tolist() == pytest.approx(expected, abs=1e-4)
-
-
-@pytest.mark.slow
-def test_resampling_does_not_undo_what_the_guide_foresees():
-    """Nor does the defence, which resamples a share as if nothing were foreseen."""
-    case = CASES["chain"]
-    exact = case.enumerate()
-    spread = {}
-    for twist, defense in ((None, None), ("flow", None), ("flow", 1.0)):
-        estimates = [
-            lmppl.infer(
-                case.program, *case.args, lm=case.lm, guide=PerfectGuide(exact), num_samples=40,
-                seed=seed, method="smc", twist=twist, twist_defense=defense, ess_threshold=0.9,
-            ).log_evidence
-            for seed in range(12)
-        ]  # fmt: skip
-        z = (torch.tensor(estimates) - exact.log_evidence).exp()
-        spread[twist, defense] = float(z.std())
-    assert spread["flow", None] < 1e-3
-    assert spread[None, None] > 0.1
-    assert spread["flow", 1.0] > 0.1, "all is defence: as without a twist"
-
-
-def test_where_a_latent_was_left_to_the_model_weights_are_compared():
-    """What was observed after it, the guide has not foreseen."""
-
-    def first_of_three(x, y):
-        lm_sample("k", x, choices=["a", "b"], temperature=5.0)
-
-    for guide, are_equal in ((three_to_the_second, True), (first_of_three, False)):
-        posterior = lmppl.infer(
-            small.three_sites, *small.ARGS, lm=small.small_lm(), guide=guide, num_samples=12, seed=3,
-            twist_defense=0.0, **{**FLOW, "ess_threshold": 0.99},
-        )  # fmt: skip
-        steps = {step.sites: step for step in posterior.particles}
-        assert len(set(steps["k",].log_weights.tolist())) == 1
-        compared = steps["z",].log_weights
-        assert (float(compared.max() - compared.min()) < 1e-9) == are_equal
-
-
-def three_to_the_second(x, y):
-    k = lm_sample("k", x, choices=["a", "b"], temperature=5.0)
-    lm_sample("z", [x, k], max_tokens=1, temperature=3.0)
-
-
-def between(x, y):
-    """A condition between two texts."""
-    z = lm_sample("z", x, max_tokens=1, temperature=2.0)
-    require("no b", "b" not in z)
-    w = lm_sample("w", [x, z], max_tokens=1, temperature=2.0)
-    lm_sample("y", [x, z, w], obs=y)
-
-
-def two_guided(x, y):
-    z = lm_sample("z", [x, "b"], max_tokens=1, temperature=3.0)
-    lm_sample("w", [z, x], max_tokens=1, temperature=4.0)
-
-
-def test_the_dead_are_replaced_by_those_that_the_guide_has_drawn():
-    posterior = lmppl.infer(
-        between, *small.ARGS, lm=small.small_lm(), guide=two_guided, num_samples=40, seed=0, **FLOW
-    )
-    killed = [w for w in posterior.particles[0].log_weights.tolist() if w == -math.inf]
-    assert killed and posterior.particles[0].is_resampled
-    assert bool((posterior.log_weights > -math.inf).all())
-
-
 # --- E[Z-hat * weighted indicator of z] = R(z), whatever the guide ------------------------------
 
 
@@ -241,13 +152,6 @@ _ENUMERATED = [
         {"systematic": pytest.mark.slow, "multinomial": pytest.mark.long},
     ),
     (scaled, small.long_guide, {"multinomial": pytest.mark.slow}),
-    (small.two_sites, two_guided, {"multinomial": pytest.mark.slow}),
-    (
-        small.three_sites,
-        three_to_the_second,
-        {"systematic": pytest.mark.slow, "multinomial": pytest.mark.long},
-    ),
-    (between, two_guided, {"multinomial": pytest.mark.slow}),
 ]
 
 
